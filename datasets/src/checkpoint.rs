@@ -1,0 +1,91 @@
+use crate::{ModelConfig, Result};
+use std::path::Path;
+
+/// How a checkpoint stores a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SourceDtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// A block-quantised GGUF type, by its name there (`Q4_1`, `Q6_K`, ...).
+    Quantized(&'static str),
+}
+
+/// What a checkpoint says of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Canonical shape, outermost first: `[rows, columns]` or `[n]`.
+    pub shape: Vec<usize>,
+    /// Storage type in the source.
+    pub dtype: SourceDtype,
+    /// Bytes in the source.
+    pub n_bytes: u64,
+}
+
+/// A dense model on disk: its configuration, and its tensors one at a time.
+///
+/// Names are the canonical Hugging Face ones: `model.embed_tokens.weight`, `model.norm.weight`, `lm_head.weight`,
+/// and per layer `model.layers.N.` + `input_layernorm.weight`, `post_attention_layernorm.weight`,
+/// `self_attn.{q,k,v}_proj.{weight,bias}`, `self_attn.o_proj.weight`, `mlp.{gate,up,down}_proj.weight`.
+/// A tied head is not listed; ask for `model.embed_tokens.weight`.
+/// Rows are in the Hugging Face order (GGUF's interleaved llama query and key rows are put back).
+pub trait Checkpoint: Send + Sync {
+    /// The model's shape.
+    fn config(&self) -> &ModelConfig;
+
+    /// Where it lies, for messages.
+    fn path(&self) -> &Path;
+
+    /// Canonical names of every tensor that the architecture uses, sorted.
+    fn names(&self) -> Vec<String>;
+
+    /// Shape and storage of a tensor, if there is one of that name.
+    fn info(&self, name: &str) -> Option<TensorInfo>;
+
+    /// Rows `rows` of a matrix (or elements of a vector, seen as rows of length 1) as f32, row-major.
+    ///
+    /// # Errors
+    /// If the tensor is missing, the range is outside it, or the file cannot be read.
+    fn load_rows(&self, name: &str, rows: std::ops::Range<usize>) -> Result<Vec<f32>>;
+
+    /// A whole tensor as f32, row-major.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load_rows`].
+    fn load(&self, name: &str) -> Result<Vec<f32>> {
+        let info = self.info(name).ok_or_else(|| crate::Error::MissingTensor {
+            path: self.path().to_owned(),
+            name: name.to_owned(),
+        })?;
+        self.load_rows(name, 0..info.shape.first().copied().unwrap_or(0))
+    }
+
+    /// A digest of everything that decides the outputs (hex, 32 digits): file names, sizes and contents.
+    /// Reads the files once; callers keep the result.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    fn digest(&self) -> Result<String>;
+
+    /// `tokenizer.json` text (taken from the folder, or built from GGUF metadata) and the chat template, if any.
+    ///
+    /// # Errors
+    /// If there is no tokenizer or it is of a kind that is not supported.
+    fn tokenizer_json(&self) -> Result<String>;
+
+    /// The Jinja chat template, if the model has one.
+    fn chat_template(&self) -> Option<String>;
+}
+
+/// Opens a `.gguf` file or a Hugging Face folder (`config.json`, safetensors shards, `tokenizer.json`).
+///
+/// # Errors
+/// If it is neither, is damaged, or needs an architecture or type that is not supported. Everything that can be
+/// checked without reading the tensors' bytes is checked here.
+pub fn open_checkpoint(path: &Path) -> Result<Box<dyn Checkpoint>> {
+    Err(crate::Error::Unsupported { path: path.to_owned(), what: "checkpoint".into(), help: String::new() })
+}
