@@ -57,10 +57,9 @@ pub trait Checkpoint: Send + Sync {
     /// # Errors
     /// As [`Checkpoint::load_rows`].
     fn load(&self, name: &str) -> Result<Vec<f32>> {
-        let info = self.info(name).ok_or_else(|| crate::Error::MissingTensor {
-            path: self.path().to_owned(),
-            name: name.to_owned(),
-        })?;
+        let info = self
+            .info(name)
+            .ok_or_else(|| crate::Error::MissingTensor { path: self.path().to_owned(), name: name.to_owned() })?;
         self.load_rows(name, 0..info.shape.first().copied().unwrap_or(0))
     }
 

@@ -1,1 +1,35 @@
-//! Thermocline: kernels.
+//! Encodings of weight rows and the kernels that compute with them where they lie.
+//!
+//! | concept | where |
+//! | --- | --- |
+//! | how a row of weights is stored | [`Encoding`], [`pack`] |
+//! | one neuron, gate and up rows and down column together | [`BundleLayout`] |
+//! | dot and axpy on encoded rows, chosen for the CPU at run time | [`Kernels`] |
+//! | the plain loops that every variant is tested against | [`mod@reference`] |
+//! | rows of a resident matrix times a vector or a batch | [`gemv`], [`matmul`] |
+//! | threads that wait for work without sleeping | [`Pool`] |
+//! | memory aligned for O_DIRECT and for vectors | [`AlignedBuf`] |
+//!
+//! This is the only crate of the workspace with `unsafe` code.
+
+mod aligned;
+mod bundle;
+mod dispatch;
+mod encoding;
+mod gemv;
+mod matmul;
+pub mod ops;
+mod pack;
+mod pool;
+pub mod reference;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use aligned::AlignedBuf;
+pub use bundle::BundleLayout;
+pub use dispatch::{Isa, Kernels};
+pub use encoding::{Encoding, GROUP, RowRef};
+pub use gemv::{MatrixRef, gemv};
+pub use matmul::{matmul, matmul_nn};
+pub use pack::{PackError, pack, unpack};
+pub use pool::Pool;

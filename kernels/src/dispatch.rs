@@ -1,0 +1,124 @@
+use crate::{BundleLayout, Encoding, RowRef, reference};
+
+/// An instruction set that there are kernels for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512 F, BW, VL.
+    Avx512,
+    /// AVX2, FMA, F16C.
+    Avx2,
+    /// Plain Rust, which the compiler vectorises for the target's baseline.
+    Portable,
+}
+
+impl Isa {
+    /// Best first.
+    pub const ALL: [Isa; 3] = [Isa::Avx512, Isa::Avx2, Isa::Portable];
+
+    /// Whether this CPU has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx512 | Isa::Avx2 => false,
+            Isa::Portable => true,
+        }
+    }
+
+    /// The name shown by `doctor`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Avx512 => "avx512",
+            Isa::Avx2 => "avx2",
+            Isa::Portable => "portable",
+        }
+    }
+}
+
+/// The row kernels of one instruction set. Inputs and sums are f32; within a set, a result depends on its inputs only,
+/// never on the alignment or on what else runs, so that all tiers and thread counts agree to the bit.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernels {
+    isa: Isa,
+}
+
+impl Kernels {
+    /// The kernels of `isa`, or `None` if this CPU lacks it.
+    pub fn new(isa: Isa) -> Option<Self> {
+        isa.is_available().then_some(Self { isa })
+    }
+
+    /// The best that this CPU has.
+    pub fn detect() -> Self {
+        Isa::ALL.into_iter().find_map(Self::new).unwrap_or(Self { isa: Isa::Portable })
+    }
+
+    /// Which instruction set these are for.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// `N` dot products with one input: `sum_j rows[n]_j * x_j`.
+    ///
+    /// # Panics
+    /// If a row is shorter than `x`, or `x` is not whole groups for a quantised encoding.
+    #[inline]
+    pub fn dots<const N: usize>(&self, encoding: Encoding, rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+        for row in &rows {
+            check(encoding, row, x.len());
+        }
+        #[cfg(target_arch = "x86_64")]
+        match self.isa {
+            // SAFETY: a `Kernels` of this set exists only where the CPU has it; lengths were checked above.
+            Isa::Avx512 => return unsafe { crate::x86::avx512::dots(encoding, rows, x) },
+            // SAFETY: as above.
+            Isa::Avx2 => return unsafe { crate::x86::avx2::dots(encoding, rows, x) },
+            Isa::Portable => {}
+        }
+        rows.map(|row| reference::dot(encoding, row, x))
+    }
+
+    /// `y_j += a * row_j`.
+    ///
+    /// # Panics
+    /// As [`Kernels::dots`].
+    #[inline]
+    pub fn axpy(&self, encoding: Encoding, row: RowRef<'_>, a: f32, y: &mut [f32]) {
+        check(encoding, &row, y.len());
+        #[cfg(target_arch = "x86_64")]
+        match self.isa {
+            // SAFETY: as in `dots`.
+            Isa::Avx512 => return unsafe { crate::x86::avx512::axpy(encoding, row, a, y) },
+            // SAFETY: as in `dots`.
+            Isa::Avx2 => return unsafe { crate::x86::avx2::axpy(encoding, row, a, y) },
+            Isa::Portable => {}
+        }
+        reference::axpy(encoding, row, a, y);
+    }
+
+    /// Gate and up pre-activations of the neuron in `bundle` for the normalised input `x`.
+    #[inline]
+    pub fn pre_activations(&self, layout: &BundleLayout, bundle: &[u8], x: &[f32]) -> (f32, f32) {
+        let [g, u] = self.dots(layout.encoding(), [layout.row(bundle, 0), layout.row(bundle, 1)], x);
+        (g, u)
+    }
+}
+
+#[inline]
+fn check(encoding: Encoding, row: &RowRef<'_>, columns: usize) {
+    assert!(
+        encoding.accepts(columns)
+            && row.codes.len() >= encoding.code_bytes(columns)
+            && row.scales.len() >= encoding.scale_bytes(columns),
+        "row too short, or not whole groups"
+    );
+}

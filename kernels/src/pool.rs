@@ -1,0 +1,190 @@
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle, Thread};
+
+/// Spins before a waiting thread sleeps: some tens of microseconds, longer than the serial parts of a token, shorter
+/// than a disk read (readers need the cores then).
+const SPINS: u32 = 6_000;
+
+/// A fixed set of threads that run one parallel loop at a time with about a microsecond of overhead.
+///
+/// A decode step has some two hundred loops of 10 to 100 microseconds each; a work-stealing pool's hand-over (rayon:
+/// several microseconds once its threads have gone to sleep) would cost a tenth of the token. Waiting threads spin
+/// briefly, then park. The calling thread works too.
+#[derive(Debug)]
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    threads: Vec<Thread>,
+}
+
+type Job = *const (dyn Fn(usize) + Sync);
+
+#[derive(Debug)]
+struct Shared {
+    epoch: AtomicUsize,
+    remaining: AtomicUsize,
+    stop: AtomicBool,
+    panicked: AtomicBool,
+    parked: Vec<AtomicBool>,
+    job: UnsafeCell<Option<Job>>,
+}
+
+// SAFETY: `job` is written only by the thread that runs `Pool::run` (which takes `&mut self`) before it raises `epoch`,
+// and read by workers only after they saw that rise (acquire/release) and before they lower `remaining`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the pointer inside is only followed while its referent is borrowed by `Pool::run`.
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// A pool of `n_threads` in all (at least one: the caller).
+    pub fn new(n_threads: usize) -> Self {
+        let n_workers = n_threads.max(1) - 1;
+        let shared = Arc::new(Shared {
+            epoch: AtomicUsize::new(0),
+            remaining: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            panicked: AtomicBool::new(false),
+            parked: (0..n_workers).map(|_| AtomicBool::new(false)).collect(),
+            job: UnsafeCell::new(None),
+        });
+        let workers: Vec<_> = (0..n_workers)
+            .map(|w| {
+                let shared = Arc::clone(&shared);
+                thread::Builder::new()
+                    .name(format!("compute-{}", w + 1))
+                    .spawn(move || work(&shared, w))
+                    .expect("the system can start a thread")
+            })
+            .collect();
+        let threads = workers.iter().map(|w| w.thread().clone()).collect();
+        Self { shared, workers, threads }
+    }
+
+    /// Threads in all, the caller included.
+    pub fn n_threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `f` once on every thread, with its number, and returns when all calls have returned.
+    ///
+    /// # Panics
+    /// If `f` panicked on any thread.
+    pub fn run<F: Fn(usize) + Sync>(&mut self, f: F) {
+        if self.workers.is_empty() {
+            return f(0);
+        }
+        let job: &(dyn Fn(usize) + Sync) = &f;
+        let job = std::ptr::from_ref(job);
+        // SAFETY: only the lifetime changes; every use ends before this function returns, while `f` is still alive.
+        let job: Job = unsafe { std::mem::transmute(job) };
+        // SAFETY: no worker reads `job` between the end of the last run (`remaining` was 0) and the next epoch.
+        unsafe { *self.shared.job.get() = Some(job) };
+        self.shared.remaining.store(self.workers.len(), Ordering::Relaxed);
+        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        for (parked, thread) in self.shared.parked.iter().zip(&self.threads) {
+            if parked.swap(false, Ordering::SeqCst) {
+                thread.unpark();
+            }
+        }
+        let mine = catch_unwind(AssertUnwindSafe(|| f(0)));
+        let mut spins = 0u32;
+        while self.shared.remaining.load(Ordering::Acquire) > 0 {
+            spins += 1;
+            if spins > SPINS { thread::yield_now() } else { std::hint::spin_loop() }
+        }
+        if let Err(panic) = mine {
+            resume_unwind(panic);
+        }
+        assert!(!self.shared.panicked.swap(false, Ordering::Relaxed), "a compute thread panicked");
+    }
+
+    /// Splits `data` in pieces of `chunk_len` and calls `f(index, piece)` once for each, on whichever thread is free.
+    ///
+    /// # Panics
+    /// If `chunk_len` is 0 or `f` panics.
+    pub fn for_each_chunk<T: Send, F>(&mut self, data: &mut [T], chunk_len: usize, f: F)
+    where
+        F: Fn(usize, &mut [T]) + Sync,
+    {
+        let len = data.len();
+        let n_chunks = len.div_ceil(chunk_len);
+        let base = Base(data.as_mut_ptr());
+        let next = AtomicUsize::new(0);
+        self.run(|_| {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= n_chunks {
+                    return;
+                }
+                let start = i * chunk_len;
+                // SAFETY: `i` is handed out once, so the pieces are disjoint; they lie inside `data`, which is
+                // borrowed mutably until `run` has returned.
+                let piece = unsafe { std::slice::from_raw_parts_mut(base.at(start), chunk_len.min(len - start)) };
+                f(i, piece);
+            }
+        });
+    }
+}
+
+/// A pointer that the closure of a parallel loop may share.
+struct Base<T>(*mut T);
+
+impl<T> Base<T> {
+    /// # Safety
+    /// `start` must lie inside the slice that the pointer came from.
+    unsafe fn at(&self, start: usize) -> *mut T {
+        // SAFETY: by this function's contract.
+        unsafe { self.0.add(start) }
+    }
+}
+
+// SAFETY: used only to reach disjoint parts of a slice whose elements may be sent.
+unsafe impl<T: Send> Sync for Base<T> {}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        for thread in &self.threads {
+            thread.unpark();
+        }
+        for worker in self.workers.drain(..) {
+            // A worker only ends in this way; its jobs' panics were reported by `run`.
+            let _ = worker.join();
+        }
+    }
+}
+
+fn work(shared: &Shared, index: usize) {
+    let mut seen = 0;
+    loop {
+        let mut spins = 0u32;
+        while shared.epoch.load(Ordering::Acquire) == seen {
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop();
+                continue;
+            }
+            shared.parked[index].store(true, Ordering::SeqCst);
+            if shared.epoch.load(Ordering::SeqCst) == seen {
+                thread::park();
+            }
+            shared.parked[index].store(false, Ordering::SeqCst);
+        }
+        seen = seen.wrapping_add(1);
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        // SAFETY: the epoch rose, so `job` was written before and stays valid until `remaining` is lowered below.
+        let job = unsafe { (*shared.job.get()).map(|job| &*job) };
+        if let Some(job) = job
+            && catch_unwind(AssertUnwindSafe(|| job(index + 1))).is_err()
+        {
+            shared.panicked.store(true, Ordering::Relaxed);
+        }
+        shared.remaining.fetch_sub(1, Ordering::Release);
+    }
+}

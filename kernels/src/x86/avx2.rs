@@ -1,0 +1,180 @@
+//! AVX2 with FMA and F16C. A group of 32 columns is four vectors of 8.
+
+use crate::{Encoding, GROUP, RowRef};
+use std::arch::x86_64::*;
+
+/// # Safety
+/// The CPU has AVX2, FMA and F16C; every row holds at least `x.len()` columns, whole groups if quantised.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn dots<const N: usize>(encoding: Encoding, rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+    // SAFETY: lengths by this function's contract.
+    unsafe {
+        match encoding {
+            Encoding::Bf16 => dots_bf16(rows, x),
+            Encoding::Q8 => dots_groups::<N, Q8>(rows, x),
+            Encoding::Q4 => dots_groups::<N, Q4>(rows, x),
+        }
+    }
+}
+
+/// # Safety
+/// As [`dots`], with `y` for `x`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn axpy(encoding: Encoding, row: RowRef<'_>, a: f32, y: &mut [f32]) {
+    // SAFETY: lengths by this function's contract.
+    unsafe {
+        match encoding {
+            Encoding::Bf16 => axpy_bf16(row, a, y),
+            Encoding::Q8 => axpy_groups::<Q8>(row, a, y),
+            Encoding::Q4 => axpy_groups::<Q4>(row, a, y),
+        }
+    }
+}
+
+/// How the codes of one group become four vectors of floats.
+trait Group {
+    const CODE_BYTES: usize;
+    /// # Safety
+    /// `codes` points to `CODE_BYTES` bytes; AVX2 as above.
+    unsafe fn decode(codes: *const u8) -> [__m256; 4];
+}
+
+struct Q8;
+struct Q4;
+
+impl Group for Q8 {
+    const CODE_BYTES: usize = GROUP;
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode(codes: *const u8) -> [__m256; 4] {
+        let mut out = [_mm256_setzero_ps(); 4];
+        for (v, o) in out.iter_mut().enumerate() {
+            // SAFETY: 32 readable bytes by contract, 8 of them here.
+            let c = unsafe { _mm_loadl_epi64(codes.add(8 * v).cast()) };
+            *o = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(c));
+        }
+        out
+    }
+}
+
+impl Group for Q4 {
+    const CODE_BYTES: usize = GROUP / 2;
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode(codes: *const u8) -> [__m256; 4] {
+        // SAFETY: 16 readable bytes by contract.
+        let (a, b) = unsafe { (_mm_loadl_epi64(codes.cast()), _mm_loadl_epi64(codes.add(8).cast())) };
+        let (a, b) = (_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(b));
+        let (mask, eight) = (_mm256_set1_epi32(15), _mm256_set1_epi32(8));
+        let float = |v| _mm256_cvtepi32_ps(_mm256_sub_epi32(v, eight));
+        [
+            float(_mm256_and_si256(a, mask)),
+            float(_mm256_and_si256(b, mask)),
+            float(_mm256_srli_epi32::<4>(a)),
+            float(_mm256_srli_epi32::<4>(b)),
+        ]
+    }
+}
+
+/// # Safety
+/// `scales` points to one f16.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn scale(scales: *const u8) -> __m256 {
+    // SAFETY: two readable bytes by contract.
+    let bits = unsafe { scales.cast::<u16>().read_unaligned() };
+    _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sum(v: __m256) -> f32 {
+    let s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+    let mut acc = [_mm256_setzero_ps(); N];
+    for g in 0..x.len() / GROUP {
+        for n in 0..N {
+            // SAFETY: group g lies inside x and inside every row, by the contract of `dots`.
+            unsafe {
+                let w = G::decode(rows[n].codes.as_ptr().add(g * G::CODE_BYTES));
+                let p = x.as_ptr().add(g * GROUP);
+                let mut t = _mm256_mul_ps(w[0], _mm256_loadu_ps(p));
+                for (v, w) in w.iter().enumerate().skip(1) {
+                    t = _mm256_fmadd_ps(*w, _mm256_loadu_ps(p.add(8 * v)), t);
+                }
+                acc[n] = _mm256_fmadd_ps(t, scale(rows[n].scales.as_ptr().add(2 * g)), acc[n]);
+            }
+        }
+    }
+    acc.map(|a| sum(a))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn axpy_groups<G: Group>(row: RowRef<'_>, a: f32, y: &mut [f32]) {
+    let a = _mm256_set1_ps(a);
+    for g in 0..y.len() / GROUP {
+        // SAFETY: group g lies inside y and inside the row, by the contract of `axpy`.
+        unsafe {
+            let s = _mm256_mul_ps(a, scale(row.scales.as_ptr().add(2 * g)));
+            for (v, w) in G::decode(row.codes.as_ptr().add(g * G::CODE_BYTES)).into_iter().enumerate() {
+                let p = y.as_mut_ptr().add(g * GROUP + 8 * v);
+                _mm256_storeu_ps(p, _mm256_fmadd_ps(w, s, _mm256_loadu_ps(p)));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `codes` points to 8 bf16.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn load_bf16(codes: *const u8) -> __m256 {
+    // SAFETY: 16 readable bytes by contract.
+    let v = unsafe { _mm_loadu_si128(codes.cast()) };
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)))
+}
+
+/// Weight `j` of a bf16 row.
+fn one_bf16(row: RowRef<'_>, j: usize) -> f32 {
+    half::bf16::from_le_bytes([row.codes[2 * j], row.codes[2 * j + 1]]).to_f32()
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+    let n_full = x.len() / 8;
+    std::array::from_fn(|n| {
+        let mut acc = [_mm256_setzero_ps(); 2];
+        for v in 0..n_full {
+            // SAFETY: vector v lies inside x and inside the row, by the contract of `dots`.
+            unsafe {
+                let w = load_bf16(rows[n].codes.as_ptr().add(16 * v));
+                acc[v & 1] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x.as_ptr().add(8 * v)), acc[v & 1]);
+            }
+        }
+        let rest: f32 = (8 * n_full..x.len()).map(|j| one_bf16(rows[n], j) * x[j]).sum();
+        sum(_mm256_add_ps(acc[0], acc[1])) + rest
+    })
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32]) {
+    let (n_full, va) = (y.len() / 8, _mm256_set1_ps(a));
+    for v in 0..n_full {
+        // SAFETY: vector v lies inside y and inside the row, by the contract of `axpy`.
+        unsafe {
+            let p = y.as_mut_ptr().add(8 * v);
+            let w = load_bf16(row.codes.as_ptr().add(16 * v));
+            _mm256_storeu_ps(p, _mm256_fmadd_ps(w, va, _mm256_loadu_ps(p)));
+        }
+    }
+    for (j, y) in y.iter_mut().enumerate().skip(8 * n_full) {
+        *y += one_bf16(row, j) * a;
+    }
+}
