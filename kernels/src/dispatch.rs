@@ -122,3 +122,15 @@ fn check(encoding: Encoding, row: &RowRef<'_>, columns: usize) {
         "row too short, or not whole groups"
     );
 }
+
+/// Asks for all cache lines of `bytes`; a hint without effect on results.
+#[inline]
+pub fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        // SAFETY: a prefetch has no effect but on the caches, whatever the address; SSE is part of x86-64.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}

@@ -27,7 +27,7 @@ mod x86;
 
 pub use aligned::AlignedBuf;
 pub use bundle::BundleLayout;
-pub use dispatch::{Isa, Kernels};
+pub use dispatch::{Isa, Kernels, prefetch};
 pub use encoding::{Encoding, GROUP, RowRef};
 pub use gemv::{MatrixRef, gemv};
 pub use matmul::{matmul, matmul_nn};

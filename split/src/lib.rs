@@ -1,1 +1,38 @@
-//! Thermocline: split.
+//! Split directories: a model's feed-forward neurons as bundles, hot first, in checksummed chunks.
+//!
+//! | concept | where |
+//! | --- | --- |
+//! | make one from a checkpoint and its profile | [`split()`], [`SplitOptions`] |
+//! | open one | [`Split`], [`Manifest`] |
+//! | one layer's bundles on disk | [`LayerFile`] |
+//! | everything else on disk | [`TensorFile`] |
+//! | orders and chunk lengths, measured | [`mod@order`] |
+//! | a split seen as the dense model that it encodes | [`SplitCheckpoint`] |
+//! | proof against the checkpoint | [`verify()`] |
+//!
+//! FORMAT.md at the root of the repository describes every byte.
+
+#![forbid(unsafe_code)]
+
+mod build;
+mod checkpoint;
+mod chunk;
+mod error;
+mod layer_file;
+mod manifest;
+mod open;
+pub mod order;
+mod pack_layer;
+mod partial;
+mod tensor_file;
+mod verify;
+
+pub use build::{SplitOptions, SplitReport, split};
+pub use checkpoint::SplitCheckpoint;
+pub use chunk::{Codec, Compression};
+pub use error::{Error, Result};
+pub use layer_file::{ChunkEntry, LayerFile};
+pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
+pub use open::Split;
+pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
+pub use verify::{TensorReport, VerifyReport, verify};

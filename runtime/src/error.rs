@@ -1,0 +1,69 @@
+use std::path::PathBuf;
+
+/// What can go wrong while a model is planned, loaded or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The budget is too small for what must be in memory.
+    #[error(
+        "--ram-budget {budget_bytes} bytes is too small: {needed_bytes} bytes are needed for {what}; \
+         give more, or lower -c (context)"
+    )]
+    DoesNotFit {
+        /// What was asked for.
+        budget_bytes: u64,
+        /// The least that works.
+        needed_bytes: u64,
+        /// What takes it.
+        what: String,
+    },
+    /// A file was replaced or cut while the model ran.
+    #[error("{path}: the file changed while it was in use (read {got} of {expected} bytes at {offset}); start again", path = .path.display())]
+    ModelChanged {
+        /// The file.
+        path: PathBuf,
+        /// Where the read began.
+        offset: u64,
+        /// Bytes asked for.
+        expected: usize,
+        /// Bytes that were there.
+        got: usize,
+    },
+    /// The disk failed, again and again.
+    #[error("{path}: {source} (at byte {offset}, after {attempts} attempts)", path = .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+        /// How often it was tried.
+        attempts: u32,
+        /// The last cause.
+        source: std::io::Error,
+    },
+    /// The prompt and the answer do not fit in the context.
+    #[error("the prompt has {prompt_tokens} tokens, the context {context}; shorten it or raise -c")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens of the context.
+        context: usize,
+    },
+    /// A setting out of its range.
+    #[error("{flag}: {reason}")]
+    Setting {
+        /// The flag.
+        flag: &'static str,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+    /// The split is damaged.
+    #[error(transparent)]
+    Split(#[from] thermocline_split::Error),
+    /// The tokenizer or chat template failed.
+    #[error(transparent)]
+    Text(#[from] thermocline_datasets::Error),
+}
+
+/// `Result` with this crate's [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

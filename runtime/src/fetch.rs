@@ -1,0 +1,320 @@
+//! Reader threads between the disk and the computation.
+//!
+//! A request names a byte range of one file; a reader fills a buffer from a fixed set with it, past the page cache
+//! where the file system allows (the budget would be a fiction otherwise), and checks and decodes chunks, so that the
+//! computing threads only ever see good bundles. Memory is the buffers and nothing else.
+
+use crate::{Error, Result};
+use std::collections::{HashMap, VecDeque};
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use thermocline_kernels::AlignedBuf;
+use thermocline_split::{Codec, LayerFile};
+
+/// Offsets, lengths and addresses of direct reads are multiples of this.
+const BLOCK: u64 = 4096;
+/// Attempts at a read that the system fails.
+const ATTEMPTS: u32 = 4;
+
+/// A file opened for reads that bypass the page cache.
+#[derive(Debug)]
+pub(crate) struct DirectFile {
+    path: PathBuf,
+    file: File,
+    direct: bool,
+    bytes: u64,
+}
+
+impl DirectFile {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+        let error = |source| Error::Read { path: path.to_owned(), offset: 0, attempts: 1, source };
+        let (file, direct) = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+            Ok(file) => (file, true),
+            Err(_) => (File::open(path).map_err(error)?, false),
+        };
+        let bytes = file.metadata().map_err(error)?.len();
+        Ok(Self { path: path.to_owned(), file, direct, bytes })
+    }
+
+    /// Whether reads bypass the page cache.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Reads `len` bytes at `offset` somewhere into `buf`; returns where in `buf` they start.
+    pub(crate) fn read(&self, offset: u64, len: usize, buf: &mut [u8]) -> Result<usize> {
+        let first = offset / BLOCK * BLOCK;
+        let start = (offset - first) as usize;
+        let want = start + len;
+        let span = want.next_multiple_of(BLOCK as usize).min(buf.len());
+        let (mut got, mut attempts) = (0, 0);
+        while got < want {
+            match self.file.read_at(&mut buf[got..span], first + got as u64) {
+                Ok(0) => break,
+                // A short direct read continues at a block boundary.
+                Ok(n) => got = if got + n >= want { got + n } else { (got + n) / BLOCK as usize * BLOCK as usize },
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(source) => {
+                    attempts += 1;
+                    if attempts >= ATTEMPTS {
+                        return Err(Error::Read { path: self.path.clone(), offset, attempts, source });
+                    }
+                    std::thread::sleep(std::time::Duration::from_millis(1 << attempts));
+                }
+            }
+        }
+        if got < want {
+            let got = got.saturating_sub(start);
+            return Err(Error::ModelChanged { path: self.path.clone(), offset, expected: len, got });
+        }
+        Ok(start)
+    }
+}
+
+/// What to read.
+#[derive(Debug, Clone)]
+pub(crate) struct Run {
+    pub file: Arc<DirectFile>,
+    pub offset: u64,
+    pub len: usize,
+    /// The chunks in it, to be checked and decoded; none for plain tensors.
+    pub chunks: Option<(Arc<LayerIndex>, Range<usize>)>,
+}
+
+/// The part of an open split's layer that readers need.
+#[derive(Debug)]
+pub(crate) struct LayerIndex {
+    pub split: Arc<thermocline_split::Split>,
+    pub layer: usize,
+}
+
+impl LayerIndex {
+    pub(crate) fn file(&self) -> &LayerFile {
+        &self.split.layers()[self.layer]
+    }
+
+    /// The run of `chunks`.
+    pub(crate) fn run(self: &Arc<Self>, file: &Arc<DirectFile>, chunks: Range<usize>) -> Run {
+        let index = &self.file().index()[chunks.clone()];
+        let len = index.iter().map(|e| e.stored_bytes as usize).sum();
+        let offset = index.first().map_or(0, |e| e.offset);
+        Run { file: Arc::clone(file), offset, len, chunks: Some((Arc::clone(self), chunks)) }
+    }
+
+    /// Bytes of bundles in `chunks`.
+    pub(crate) fn bundle_bytes(&self, chunks: Range<usize>) -> usize {
+        let n: usize = self.file().index()[chunks].iter().map(|e| e.n_neurons as usize).sum();
+        n * self.file().layout().bundle_bytes()
+    }
+}
+
+/// A filled buffer; give it back with [`Fetcher::release`].
+#[derive(Debug)]
+pub(crate) struct Staged {
+    buffer: Buffer,
+    range: Range<usize>,
+    decoded: bool,
+}
+
+impl Staged {
+    /// The bytes that were asked for: bundles, if there were chunks to decode.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let area = if self.decoded { &self.buffer.decoded } else { &self.buffer.raw };
+        &area[self.range.clone()]
+    }
+}
+
+#[derive(Debug)]
+struct Buffer {
+    raw: AlignedBuf,
+    decoded: AlignedBuf,
+}
+
+/// Identifies a request.
+pub(crate) type Ticket = u64;
+
+#[derive(Debug)]
+struct State {
+    queue: VecDeque<(Ticket, Run, Buffer)>,
+    done: HashMap<Ticket, Result<Staged>>,
+    free: Vec<Buffer>,
+    lost: usize,
+    next_ticket: Ticket,
+    stop: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+    ready: Condvar,
+}
+
+/// The reader threads and their buffers.
+#[derive(Debug)]
+pub(crate) struct Fetcher {
+    shared: Arc<Shared>,
+    readers: Vec<JoinHandle<()>>,
+    raw_bytes: usize,
+    decoded_bytes: usize,
+}
+
+impl Fetcher {
+    /// `n_buffers` buffers for runs of at most `raw_bytes` on disk and `decoded_bytes` of bundles (0 if no chunk is
+    /// compressed).
+    pub(crate) fn new(n_readers: usize, n_buffers: usize, raw_bytes: usize, decoded_bytes: usize) -> Self {
+        let raw_len = Self::raw_len(raw_bytes);
+        let free = (0..n_buffers)
+            .map(|_| Buffer { raw: AlignedBuf::zeroed(raw_len), decoded: AlignedBuf::zeroed(decoded_bytes) })
+            .collect();
+        let state = State { queue: VecDeque::new(), done: HashMap::new(), free, lost: 0, next_ticket: 0, stop: false };
+        let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), ready: Condvar::new() });
+        let readers = (0..n_readers)
+            .map(|r| {
+                let shared = Arc::clone(&shared);
+                let builder = std::thread::Builder::new().name(format!("reader-{r}"));
+                builder.spawn(move || read_loop(&shared)).expect("the system can start a thread")
+            })
+            .collect();
+        Self { shared, readers, raw_bytes: raw_len, decoded_bytes }
+    }
+
+    /// A run may begin and end anywhere in a block.
+    fn raw_len(raw_bytes: usize) -> usize {
+        raw_bytes.next_multiple_of(BLOCK as usize) + BLOCK as usize
+    }
+
+    /// Memory of `n_buffers` such buffers.
+    pub(crate) fn buffer_bytes(n_buffers: usize, raw_bytes: usize, decoded_bytes: usize) -> u64 {
+        (n_buffers * (Self::raw_len(raw_bytes) + decoded_bytes.next_multiple_of(BLOCK as usize))) as u64
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Buffers that no request holds.
+    pub(crate) fn n_free(&self) -> usize {
+        self.lock().free.len()
+    }
+
+    /// Starts a read if a buffer is free.
+    ///
+    /// # Panics
+    /// If the run is longer than the buffers.
+    pub(crate) fn try_submit(&self, run: &Run) -> Option<Ticket> {
+        assert!(run.len + BLOCK as usize <= self.raw_bytes, "a run of {} bytes", run.len);
+        let mut state = self.lock();
+        let buffer = state.free.pop()?;
+        let ticket = state.next_ticket;
+        state.next_ticket += 1;
+        state.queue.push_back((ticket, run.clone(), buffer));
+        drop(state);
+        self.shared.work.notify_one();
+        Some(ticket)
+    }
+
+    /// Waits for a read.
+    ///
+    /// # Errors
+    /// If the read failed or the bytes are damaged.
+    pub(crate) fn wait(&self, ticket: Ticket) -> Result<Staged> {
+        let mut state = self.lock();
+        loop {
+            if let Some(result) = state.done.remove(&ticket) {
+                return result;
+            }
+            state = self.shared.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Gives a buffer back.
+    pub(crate) fn release(&self, staged: Staged) {
+        self.lock().free.push(staged.buffer);
+    }
+
+    /// Waits for a read that is no longer wanted and gives its buffer back.
+    pub(crate) fn discard(&self, ticket: Ticket) {
+        if let Ok(staged) = self.wait(ticket) {
+            self.release(staged);
+        }
+    }
+
+    /// Replaces buffers that were lost to failed reads.
+    pub(crate) fn recover(&self) {
+        let mut state = self.lock();
+        for _ in 0..std::mem::take(&mut state.lost) {
+            state.free.push(Buffer {
+                raw: AlignedBuf::zeroed(self.raw_bytes),
+                decoded: AlignedBuf::zeroed(self.decoded_bytes),
+            });
+        }
+    }
+}
+
+impl Drop for Fetcher {
+    fn drop(&mut self) {
+        self.lock().stop = true;
+        self.shared.work.notify_all();
+        for reader in self.readers.drain(..) {
+            // A reader only ends in this way.
+            let _ = reader.join();
+        }
+    }
+}
+
+fn read_loop(shared: &Shared) {
+    let lock = || shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let mut state = lock();
+        let (ticket, run, buffer) = loop {
+            if state.stop {
+                return;
+            }
+            match state.queue.pop_front() {
+                Some(request) => break request,
+                None => state = shared.work.wait(state).unwrap_or_else(PoisonError::into_inner),
+            }
+        };
+        drop(state);
+        let result = fill(&run, buffer);
+        let mut state = lock();
+        state.lost += usize::from(result.is_err());
+        state.done.insert(ticket, result);
+        drop(state);
+        shared.ready.notify_all();
+    }
+}
+
+fn fill(run: &Run, mut buffer: Buffer) -> Result<Staged> {
+    let start = run.file.read(run.offset, run.len, &mut buffer.raw)?;
+    let range = start..start + run.len;
+    let Some((layer, chunks)) = &run.chunks else { return Ok(Staged { buffer, range, decoded: false }) };
+    let file = layer.file();
+    let stored = &buffer.raw[range.clone()];
+    let in_place = file.index()[chunks.clone()].iter().all(|e| e.codec == Codec::Stored);
+    let (mut at, mut out) = (0, 0);
+    for c in chunks.clone() {
+        let entry = &file.index()[c];
+        let bytes = &stored[at..at + entry.stored_bytes as usize];
+        at += bytes.len();
+        if in_place {
+            file.check_chunk(c, bytes)?;
+        } else {
+            let n = entry.n_neurons as usize * file.layout().bundle_bytes();
+            file.decode_chunk(c, bytes, &mut buffer.decoded[out..out + n])?;
+            out += n;
+        }
+    }
+    let range = if in_place { range } else { 0..out };
+    Ok(Staged { buffer, range, decoded: !in_place })
+}

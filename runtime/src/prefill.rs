@@ -1,0 +1,103 @@
+//! Batches of tokens: weights are decoded to f32, a piece at a time, and multiplied by ordinary matrix products.
+//!
+//! Pieces have fixed boundaries and every product runs on one thread, so that the result does not depend on where the
+//! weights came from nor on the number of threads.
+
+use thermocline_datasets::Activation;
+use thermocline_kernels::{BundleLayout, MatrixRef, Pool, matmul, matmul_nn, unpack};
+
+/// Neurons, or rows of a matrix, that are in memory as f32 at a time.
+pub(crate) const PIECE: usize = 256;
+/// Tokens that one task multiplies.
+const TASK_TOKENS: usize = 32;
+
+/// `out[t, :] = W x[t, :]`: `x` is `[n, columns]`, `out` is `[n, rows]`.
+pub(crate) fn project(pool: &mut Pool, w: MatrixRef<'_>, x: &[f32], out: &mut [f32]) {
+    let mut decoded = vec![0.0; PIECE.min(w.rows) * w.columns];
+    for first in (0..w.rows).step_by(PIECE) {
+        let n_rows = PIECE.min(w.rows - first);
+        pool.for_each_chunk(&mut decoded[..n_rows * w.columns], w.columns, |r, out| {
+            unpack(w.encoding, w.row(first + r), out);
+        });
+        pool.for_each_chunk(out, TASK_TOKENS * w.rows, |task, out| {
+            let n = out.len() / w.rows;
+            let x = &x[task * TASK_TOKENS * w.columns..][..n * w.columns];
+            let mut piece = vec![0.0; n * n_rows];
+            matmul(n, n_rows, w.columns, x, &decoded, &mut piece, false);
+            for (out, piece) in out.chunks_exact_mut(w.rows).zip(piece.chunks_exact(n_rows)) {
+                out[first..first + n_rows].copy_from_slice(piece);
+            }
+        });
+    }
+}
+
+/// A feed-forward layer over a batch, fed with bundles in ascending order.
+#[derive(Debug)]
+pub(crate) struct FfnBatch {
+    layout: BundleLayout,
+    activation: Activation,
+    n_neurons: usize,
+    /// `[PIECE, hidden]` each.
+    rows: [Vec<f32>; 3],
+    /// Neurons of the current piece that are decoded.
+    filled: usize,
+    /// Neurons that were multiplied.
+    done: usize,
+}
+
+impl FfnBatch {
+    pub(crate) fn new(layout: BundleLayout, activation: Activation, n_neurons: usize) -> Self {
+        let rows = std::array::from_fn(|_| vec![0.0; PIECE.min(n_neurons) * layout.hidden_size()]);
+        Self { layout, activation, n_neurons, rows, filled: 0, done: 0 }
+    }
+
+    /// Memory of the decoded piece.
+    pub(crate) fn bytes(layout: &BundleLayout, n_neurons: usize) -> u64 {
+        (3 * 4 * PIECE.min(n_neurons) * layout.hidden_size()) as u64
+    }
+
+    /// Takes the next bundles; multiplies whenever a piece is complete. `x` and `y` are `[n, hidden]`, `y += FFN(x)`.
+    pub(crate) fn add(&mut self, pool: &mut Pool, x: &[f32], mut bundles: &[u8], y: &mut [f32]) {
+        let (layout, bytes, hidden) = (self.layout, self.layout.bundle_bytes(), self.layout.hidden_size());
+        while !bundles.is_empty() {
+            let piece = PIECE.min(self.n_neurons - self.done);
+            let n = (piece - self.filled).min(bundles.len() / bytes);
+            let (now, later) = bundles.split_at(n * bytes);
+            for (which, rows) in self.rows.iter_mut().enumerate() {
+                let rows = &mut rows[self.filled * hidden..(self.filled + n) * hidden];
+                pool.for_each_chunk(rows, 16 * hidden, |task, rows| {
+                    for (r, out) in rows.chunks_exact_mut(hidden).enumerate() {
+                        let at = (task * 16 + r) * bytes;
+                        unpack(layout.encoding(), layout.row(&now[at..at + bytes], which), out);
+                    }
+                });
+            }
+            bundles = later;
+            self.filled += n;
+            if self.filled == piece {
+                self.multiply(pool, x, y);
+            }
+        }
+    }
+
+    fn multiply(&mut self, pool: &mut Pool, x: &[f32], y: &mut [f32]) {
+        let (hidden, piece, activation) = (self.layout.hidden_size(), self.filled, self.activation);
+        let [gate, up, down] = &self.rows;
+        pool.for_each_chunk(y, TASK_TOKENS * hidden, |task, y| {
+            let n = y.len() / hidden;
+            let x = &x[task * TASK_TOKENS * hidden..][..n * hidden];
+            let (mut g, mut u) = (vec![0.0; n * piece], vec![0.0; n * piece]);
+            matmul(n, piece, hidden, x, gate, &mut g, false);
+            matmul(n, piece, hidden, x, up, &mut u, false);
+            for (g, u) in g.iter_mut().zip(&u) {
+                *g = activation.apply(*g, *u);
+            }
+            matmul_nn(n, hidden, piece, &g, down, y, true);
+        });
+        self.done += self.filled;
+        self.filled = 0;
+        if self.done == self.n_neurons {
+            self.done = 0;
+        }
+    }
+}

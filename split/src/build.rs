@@ -1,0 +1,344 @@
+//! Makes a split directory from a checkpoint and its profile, one layer at a time.
+
+use crate::error::{Result, io};
+use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
+use crate::order::{OrderKind, OverFetch, best_chunk, best_order, over_fetch_table};
+use crate::pack_layer::{PackedLayer, pack_layer, pack_matrix};
+use crate::partial::Partial;
+use crate::tensor_file::{Format, Writer};
+use crate::{Error, chunk::Compression, layer_file};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use thermocline_calibrate::coactivation::BitMatrix;
+use thermocline_calibrate::{ActiveSet, Profile};
+use thermocline_datasets::Checkpoint;
+use thermocline_kernels::{BundleLayout, Encoding};
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Tokens of trace, at most, that a split carries for `plan` and `report`.
+const TRACE_TOKENS_MAX: usize = 1024;
+/// Layers on which orders and chunk lengths are compared.
+const SURVEYED_LAYERS: usize = 6;
+
+/// How to split.
+#[derive(Debug, Clone)]
+pub struct SplitOptions {
+    /// Encoding of the feed-forward bundles.
+    pub encoding: Encoding,
+    /// Encoding of embedding, attention and head.
+    pub resident_encoding: Encoding,
+    /// The neurons' order; measured if not given.
+    pub order: Option<OrderKind>,
+    /// Neurons in a chunk; from the cost model if not given.
+    pub chunk_neurons: Option<usize>,
+    /// When to compress chunks.
+    pub compression: Compression,
+    /// Rank of the low-rank predictor; a multiple of 32.
+    pub predictor_rank: usize,
+    /// Whether quantisation errors are weighted with the profile's input moments.
+    pub weighted_scales: bool,
+}
+
+/// What a split turned out as.
+#[derive(Debug, Clone, Serialize)]
+pub struct SplitReport {
+    /// The split directory.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Size of the feed-forward bundles in it.
+    pub ffn_bytes: u64,
+    /// The order chosen.
+    pub order: OrderKind,
+    /// The chunk length chosen.
+    pub chunk_neurons: usize,
+    /// What reading whole chunks costs, by order.
+    pub over_fetch: Vec<OverFetch>,
+    /// Layers that an earlier, interrupted run had finished.
+    pub resumed_layers: usize,
+}
+
+/// Everything that decides the bytes of a split: a partial one is only continued if all of it is equal.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Identity {
+    program: String,
+    model_digest: String,
+    corpus_digest: String,
+    statistics_digest: String,
+    packing: Packing,
+    compression: String,
+    weighted_scales: bool,
+}
+
+/// Splits `checkpoint` into `out`, which must not exist. `progress(done, total)` counts layers.
+///
+/// The directory grows as `OUT.partial` and is renamed when it is complete; an interrupted run is continued by the next
+/// one with the same arguments. Memory: the f32 weights of one layer's feed-forward, its encoded bundles, and one
+/// embedding block.
+///
+/// # Errors
+/// If the profile belongs to another model, a weight cannot be encoded, the disk is full, or another process writes
+/// the same split.
+pub fn split(
+    checkpoint: &dyn Checkpoint,
+    profile: &Profile,
+    options: &SplitOptions,
+    out: &Path,
+    progress: &dyn Fn(usize, usize),
+) -> Result<SplitReport> {
+    if out.exists() {
+        return Err(Error::Exists { path: out.to_owned() });
+    }
+    let config = checkpoint.config();
+    let model_digest = checkpoint.digest()?;
+    if profile.meta().model_digest != model_digest {
+        let (path, got) = (profile.dir().to_owned(), profile.meta().model_digest.clone());
+        return Err(Error::WrongSource { path, got, expected: model_digest });
+    }
+    profile.verify()?;
+    let settings = |what: String| Error::Settings { what };
+    let layout = BundleLayout::new(options.encoding, config.hidden_size).ok_or_else(|| {
+        settings(format!("hidden size {} is no multiple of 32; use --encoding bf16", config.hidden_size))
+    })?;
+    if options.predictor_rank == 0 || !options.predictor_rank.is_multiple_of(32) {
+        return Err(settings(format!("--predictor-rank {} is not a multiple of 32", options.predictor_rank)));
+    }
+
+    let surveyed = survey(profile)?;
+    let chunk_neurons = match options.chunk_neurons {
+        Some(n) if n == 0 || n > config.intermediate_size => {
+            return Err(settings(format!("--chunk-neurons {n} is not in 1..={}", config.intermediate_size)));
+        }
+        Some(n) => n,
+        None => best_chunk(&surveyed, layout.bundle_bytes()).min(config.intermediate_size),
+    };
+    let over_fetch = over_fetch_table(&surveyed);
+    let order = options.order.unwrap_or_else(|| best_order(&over_fetch, chunk_neurons));
+    let packing = Packing {
+        ffn_encoding: options.encoding.name().to_owned(),
+        resident_encoding: options.resident_encoding.name().to_owned(),
+        chunk_neurons,
+        order: order.name().to_owned(),
+        predictor_rank: options.predictor_rank.min(config.hidden_size / 32 * 32).max(32),
+        active_share: if config.activation.is_sparse() { 0.0 } else { profile.meta().settings.active_share },
+    };
+    let identity = Identity {
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        model_digest: model_digest.clone(),
+        corpus_digest: profile.meta().corpus_digest.clone(),
+        statistics_digest: profile.meta().statistics_digest.clone(),
+        packing: packing.clone(),
+        compression: format!("{:?}", options.compression),
+        weighted_scales: options.weighted_scales,
+    };
+    let partial = Partial::open(out, &serde_json::to_string(&identity).unwrap_or_default())?;
+    partial.check_space(expected_bytes(checkpoint, &layout, options))?;
+
+    let dir = partial.dir();
+    let mut layers = Vec::with_capacity(config.n_layers);
+    let mut resumed_layers = 0;
+    for l in 0..config.n_layers {
+        progress(l, config.n_layers + 1);
+        let file = format!("layers/{l:03}.thm");
+        if partial.has_layer(l) {
+            resumed_layers += 1;
+        } else {
+            let statistics = profile.layer(l)?;
+            let packed = pack_layer(checkpoint, l, &statistics, &layout, order, options, &packing)?;
+            let path = partial.temporary_layer(l);
+            let (ids, bundles) = (&packed.order, &packed.bundles);
+            layer_file::write_layer(&path, l, &layout, ids, bundles, chunk_neurons, options.compression)?;
+            partial.finish_layer(l, &packed)?;
+        }
+        let file_bytes = std::fs::metadata(dir.join(&file)).map_err(io(dir))?.len();
+        layers.push(LayerEntry { file, file_bytes });
+    }
+    progress(config.n_layers, config.n_layers + 1);
+    let resident = write_resident(checkpoint, profile, options, dir)?;
+    let (predictors, statistics) = assemble_parts(checkpoint, profile, &partial, &packing)?;
+    let files = write_plain_files(checkpoint, dir)?;
+    let ffn_bytes = layers.iter().map(|l| l.file_bytes).sum();
+    let source = Source {
+        model: checkpoint.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+        model_digest,
+        ffn_dtype: ffn_dtype(checkpoint),
+        corpus_digest: profile.meta().corpus_digest.clone(),
+        n_tokens: profile.meta().n_tokens,
+    };
+    let bytes = ffn_bytes + resident.file_bytes + predictors.file_bytes + statistics.file_bytes;
+    let manifest = Manifest {
+        format: "thermocline-split".to_owned(),
+        version: FORMAT_VERSION,
+        source,
+        config: config.clone(),
+        packing,
+        layers,
+        resident,
+        predictors,
+        statistics,
+        files,
+        checksum: String::new(),
+    };
+    manifest.write(dir)?;
+    partial.publish(out)?;
+    progress(config.n_layers + 1, config.n_layers + 1);
+    let path = out.to_owned();
+    Ok(SplitReport { path, bytes, ffn_bytes, order, chunk_neurons, over_fetch, resumed_layers })
+}
+
+/// The activation rates that order the neurons.
+pub(crate) fn rates(statistics: &thermocline_calibrate::LayerStatistics, packing: &Packing) -> Vec<f64> {
+    let share = thermocline_calibrate::TOP_SHARES.iter().position(|&s| s == packing.active_share);
+    statistics.activation_rate(share.map_or(ActiveSet::Nonzero, ActiveSet::Top))
+}
+
+fn survey(profile: &Profile) -> Result<Vec<BitMatrix>> {
+    let n = profile.config().n_layers;
+    let step = n.div_ceil(SURVEYED_LAYERS).max(1);
+    (0..n).step_by(step).map(|l| Ok(profile.layer(l)?.active)).collect()
+}
+
+fn ffn_dtype(checkpoint: &dyn Checkpoint) -> String {
+    let info = checkpoint.info("model.layers.0.mlp.gate_proj.weight");
+    info.map_or_else(|| "unknown".to_owned(), |i| crate::verify::dtype_name(&i.dtype))
+}
+
+/// The embedding, attention and head matrices with their mean-square inputs, in file order: what is streamed together
+/// lies together.
+fn resident_matrices(checkpoint: &dyn Checkpoint) -> Vec<String> {
+    let config = checkpoint.config();
+    let mut names = vec!["model.embed_tokens.weight".to_owned()];
+    for l in 0..config.n_layers {
+        names.extend(["q_proj", "k_proj", "v_proj", "o_proj"].map(|p| format!("model.layers.{l}.self_attn.{p}.weight")));
+    }
+    if !config.tie_word_embeddings {
+        names.push("lm_head.weight".to_owned());
+    }
+    names
+}
+
+fn resident_vectors(checkpoint: &dyn Checkpoint) -> Vec<String> {
+    let config = checkpoint.config();
+    let mut names = vec!["model.norm.weight".to_owned()];
+    for l in 0..config.n_layers {
+        names.extend(["input_layernorm", "post_attention_layernorm"].map(|n| format!("model.layers.{l}.{n}.weight")));
+        if config.qkv_bias {
+            names.extend(["q_proj", "k_proj", "v_proj"].map(|p| format!("model.layers.{l}.self_attn.{p}.bias")));
+        }
+    }
+    names
+}
+
+fn shape(checkpoint: &dyn Checkpoint, name: &str) -> Result<(usize, usize)> {
+    let missing = || thermocline_datasets::Error::MissingTensor {
+        path: checkpoint.path().to_owned(),
+        name: name.to_owned(),
+    };
+    let info = checkpoint.info(name).ok_or_else(missing)?;
+    match info.shape.as_slice() {
+        [n] => Ok((1, *n)),
+        [rows, columns] => Ok((*rows, *columns)),
+        _ => Err(missing().into()),
+    }
+}
+
+fn write_resident(
+    checkpoint: &dyn Checkpoint,
+    profile: &Profile,
+    options: &SplitOptions,
+    dir: &Path,
+) -> Result<crate::TensorFileEntry> {
+    let (matrices, vectors) = (resident_matrices(checkpoint), resident_vectors(checkpoint));
+    let mut announced = Vec::new();
+    for name in &matrices {
+        let (rows, columns) = shape(checkpoint, name)?;
+        if !options.resident_encoding.accepts(columns) {
+            let what = format!("{name} has rows of {columns}, no multiple of 32; use --resident-encoding bf16");
+            return Err(Error::Settings { what });
+        }
+        announced.push((name.clone(), Format::from(options.resident_encoding), rows, columns));
+    }
+    for name in &vectors {
+        announced.push((name.clone(), Format::F32, 1, shape(checkpoint, name)?.1));
+    }
+    let mut writer = Writer::create(dir, "resident.safetensors", announced)?;
+    for name in &matrices {
+        let statistics = match name.split('.').nth(2).and_then(|l| l.parse::<usize>().ok()) {
+            Some(layer) if options.weighted_scales => Some(profile.layer(layer)?),
+            _ => None,
+        };
+        let importance = statistics.map(|s| {
+            let squares = if name.contains("o_proj") { s.attention_output_mean_square } else { s.qkv_input_mean_square };
+            squares.into_iter().map(|v| v as f32).collect::<Vec<_>>()
+        });
+        let (rows, columns) = shape(checkpoint, name)?;
+        let encoding = options.resident_encoding;
+        let bytes = pack_matrix(checkpoint, name, rows, columns, encoding, importance.as_deref())?;
+        writer.write(name, &bytes)?;
+    }
+    for name in &vectors {
+        let bytes: Vec<u8> = checkpoint.load(name)?.iter().flat_map(|v| v.to_le_bytes()).collect();
+        writer.write(name, &bytes)?;
+    }
+    writer.finish()
+}
+
+fn assemble_parts(
+    checkpoint: &dyn Checkpoint,
+    profile: &Profile,
+    partial: &Partial,
+    packing: &Packing,
+) -> Result<(crate::TensorFileEntry, crate::TensorFileEntry)> {
+    let config = checkpoint.config();
+    let (ffn, rank) = (config.intermediate_size, packing.predictor_rank);
+    let n_trace = profile.meta().n_samples.min(TRACE_TOKENS_MAX);
+    let mut predictors = Vec::new();
+    let mut statistics = vec![("trace.token".to_owned(), Format::U8, n_trace, 8)];
+    for l in 0..config.n_layers {
+        predictors.push((format!("predictors.{l}.input"), Format::Q8, rank, config.hidden_size));
+        predictors.push((format!("predictors.{l}.gate_up"), Format::Q8, 2 * ffn, rank));
+        predictors.push((format!("predictors.{l}.down_norm"), Format::F32, 1, ffn));
+        statistics.push((format!("layers.{l}.activation_rate"), Format::F32, 1, ffn));
+        statistics.push((format!("layers.{l}.energy"), Format::F32, 1, ffn));
+        statistics.push((format!("layers.{l}.trace"), Format::U8, n_trace, ffn.div_ceil(8)));
+    }
+    let mut predictors = Writer::create(partial.dir(), "predictors.safetensors", predictors)?;
+    let mut statistics = Writer::create(partial.dir(), "stats.safetensors", statistics)?;
+    let tokens: Vec<u8> = profile.sample_tokens()?.iter().take(n_trace).flat_map(|t| t.to_le_bytes()).collect();
+    statistics.write("trace.token", &tokens)?;
+    for l in 0..config.n_layers {
+        let part: PackedLayer = partial.read_part(l)?;
+        predictors.write(&format!("predictors.{l}.input"), &part.predictor_input)?;
+        predictors.write(&format!("predictors.{l}.gate_up"), &part.predictor_gate_up)?;
+        predictors.write(&format!("predictors.{l}.down_norm"), &part.down_norm)?;
+        statistics.write(&format!("layers.{l}.activation_rate"), &part.activation_rate)?;
+        statistics.write(&format!("layers.{l}.energy"), &part.energy)?;
+        let width = ffn.div_ceil(8);
+        statistics.write(&format!("layers.{l}.trace"), part.trace.get(..n_trace * width).unwrap_or_default())?;
+    }
+    Ok((predictors.finish()?, statistics.finish()?))
+}
+
+fn write_plain_files(checkpoint: &dyn Checkpoint, dir: &Path) -> Result<Vec<PlainFile>> {
+    let mut files = Vec::new();
+    let template = checkpoint.chat_template().map(|t| ("chat_template.jinja", t));
+    for (name, text) in [("tokenizer.json", checkpoint.tokenizer_json()?)].into_iter().chain(template) {
+        let path = dir.join(name);
+        std::fs::write(&path, &text).map_err(io(&path))?;
+        files.push(PlainFile { file: name.to_owned(), checksum: format!("{:032x}", xxh3_128(text.as_bytes())) });
+    }
+    Ok(files)
+}
+
+fn expected_bytes(checkpoint: &dyn Checkpoint, layout: &BundleLayout, options: &SplitOptions) -> u64 {
+    let config = checkpoint.config();
+    let ffn = (config.n_layers * config.intermediate_size * layout.bundle_bytes()) as u64;
+    let resident: usize = resident_matrices(checkpoint)
+        .iter()
+        .filter_map(|name| shape(checkpoint, name).ok())
+        .map(|(rows, columns)| rows * options.resident_encoding.row_stride(columns))
+        .sum();
+    let predictors = config.n_layers
+        * (options.predictor_rank * config.hidden_size * 2 + 2 * config.intermediate_size * (options.predictor_rank * 2));
+    ffn + resident as u64 + predictors as u64 + (16 << 20)
+}

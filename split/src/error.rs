@@ -1,0 +1,114 @@
+use std::path::{Path, PathBuf};
+
+/// What can go wrong with a split directory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused or failed.
+    #[error("{path}: {source}", path = .path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// There is no room for the split; nothing is left behind.
+    #[error("{path}: disk full: the split needs {needed} bytes, {available} are free", path = .path.display())]
+    DiskFull {
+        /// Where it was to go.
+        path: PathBuf,
+        /// Bytes that the whole split takes.
+        needed: u64,
+        /// Bytes that are free there.
+        available: u64,
+    },
+    /// A file breaks the format.
+    #[error("{path}: {field}: {reason}", path = .path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// The field at fault.
+        field: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A chunk's bytes are not what was written.
+    #[error("{path}: layer {layer}, neurons {first}..{end}: checksum mismatch; fetch or make the split again", path = .path.display())]
+    CorruptChunk {
+        /// The layer file.
+        path: PathBuf,
+        /// The layer.
+        layer: usize,
+        /// First neuron of the chunk, in split order.
+        first: usize,
+        /// One past its last neuron.
+        end: usize,
+    },
+    /// A split of a version that this program does not read.
+    #[error("{path}: format version {got} is not supported (newest: {max}); update thermocline", path = .path.display())]
+    UnsupportedVersion {
+        /// The manifest.
+        path: PathBuf,
+        /// Its version.
+        got: u64,
+        /// The newest that can be read.
+        max: u64,
+    },
+    /// Something was made from another model than the one given.
+    #[error("{path}: made from a model with digest {got}, but the one given has {expected}", path = .path.display())]
+    WrongSource {
+        /// The profile or split.
+        path: PathBuf,
+        /// Its source digest.
+        got: String,
+        /// The digest of the model at hand.
+        expected: String,
+    },
+    /// The output exists already.
+    #[error("{path} exists; remove it or choose another -o", path = .path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// Another process is writing the same output.
+    #[error("{path}: another process is writing this split", path = .path.display())]
+    Locked {
+        /// The output.
+        path: PathBuf,
+    },
+    /// A setting that makes no sense for this model.
+    #[error("{what}")]
+    Settings {
+        /// Which, why, and what would.
+        what: String,
+    },
+    /// A weight that the encoding cannot hold.
+    #[error("tensor {tensor}, row {row}: {source}")]
+    Pack {
+        /// The canonical tensor name.
+        tensor: String,
+        /// Its row.
+        row: usize,
+        /// Column, value and encoding.
+        source: thermocline_kernels::PackError,
+    },
+    /// The checkpoint failed.
+    #[error(transparent)]
+    Checkpoint(#[from] thermocline_datasets::Error),
+    /// The profile failed.
+    #[error(transparent)]
+    Profile(#[from] thermocline_calibrate::Error),
+}
+
+/// `Result` with this crate's [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Turns an I/O error into one that names the path.
+pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
+    move |source| Error::Io { path: path.to_owned(), source }
+}
+
+/// A format error.
+pub(crate) fn corrupt(path: &Path, field: impl Into<String>, reason: impl Into<String>) -> Error {
+    Error::Corrupt { path: path.to_owned(), field: field.into(), reason: reason.into() }
+}

@@ -1,0 +1,330 @@
+//! `layers/NNN.thm`: the bundles of one layer, in split order, in chunks. FORMAT.md describes every byte.
+
+use crate::error::{Result, corrupt, io};
+use crate::{Error, chunk};
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use thermocline_kernels::{BundleLayout, Encoding};
+use xxhash_rust::xxh3::xxh3_64;
+
+/// First bytes of a layer file.
+const MAGIC: &[u8; 8] = b"THMLAYER";
+/// The version that is written and the newest that is read.
+const VERSION: u32 = 1;
+/// Bytes of the fixed header, its checksum included.
+const HEADER_BYTES: usize = 80;
+/// Bytes of an index entry.
+const ENTRY_BYTES: usize = 32;
+/// The data start at a multiple of this, so that O_DIRECT reads of the first chunk waste nothing.
+const DATA_ALIGN: u64 = 4096;
+/// No real model comes near; keeps every size below 2^63.
+const MAX_NEURONS: u32 = 1 << 24;
+const MAX_HIDDEN: u32 = 1 << 20;
+
+/// Where one chunk lies and how it is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkEntry {
+    /// First byte in the file.
+    pub offset: u64,
+    /// Bytes in the file.
+    pub stored_bytes: u32,
+    /// How they are stored.
+    pub codec: chunk::Codec,
+    /// Neurons in the chunk.
+    pub n_neurons: u32,
+    /// XXH3-64 of the stored bytes.
+    pub checksum: u64,
+}
+
+/// An open, checked layer file: header, neuron order and chunk index in memory, bundles on disk.
+#[derive(Debug)]
+pub struct LayerFile {
+    path: PathBuf,
+    file: File,
+    layer: usize,
+    layout: BundleLayout,
+    chunk_neurons: usize,
+    order: Vec<u32>,
+    index: Vec<ChunkEntry>,
+    file_bytes: u64,
+}
+
+impl LayerFile {
+    /// Opens and checks a layer file: checksums of header, order and index; that the order is a permutation; that the
+    /// chunks lie one behind the other, without holes, to the end of the file. Chunk data are checked when read.
+    ///
+    /// # Errors
+    /// If the file cannot be read or any of that does not hold.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(io(path))?;
+        let file_bytes = file.metadata().map_err(io(path))?.len();
+        let mut header = [0u8; HEADER_BYTES];
+        if file_bytes < HEADER_BYTES as u64 {
+            return Err(corrupt(path, "header", format!("the file has {file_bytes} bytes, a header has {HEADER_BYTES}")));
+        }
+        file.read_exact_at(&mut header, 0).map_err(io(path))?;
+        if header.first_chunk::<8>() != Some(MAGIC) {
+            return Err(corrupt(path, "magic", "not a Thermocline layer file"));
+        }
+        let u32_at = |at: usize| header.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
+        let u64_at = |at: usize| header.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
+        let version = u32_at(8);
+        if version != VERSION {
+            return Err(Error::UnsupportedVersion { path: path.to_owned(), got: version.into(), max: VERSION.into() });
+        }
+        let (layer, n_neurons, hidden_size) = (u32_at(12), u32_at(16), u32_at(20));
+        let (encoding, chunk_neurons, n_chunks) = (u32_at(24), u32_at(28), u32_at(32));
+        if n_neurons == 0 || n_neurons > MAX_NEURONS || hidden_size == 0 || hidden_size > MAX_HIDDEN {
+            return Err(corrupt(path, "n_neurons, hidden_size", format!("{n_neurons}, {hidden_size} out of range")));
+        }
+        if chunk_neurons == 0 || chunk_neurons > n_neurons || n_chunks != n_neurons.div_ceil(chunk_neurons) {
+            return Err(corrupt(path, "chunk_neurons", format!("{chunk_neurons} in {n_chunks} chunks for {n_neurons}")));
+        }
+        let layout = Encoding::from_id(encoding)
+            .and_then(|e| BundleLayout::new(e, hidden_size as usize))
+            .ok_or_else(|| corrupt(path, "encoding", format!("number {encoding} with hidden size {hidden_size}")))?;
+        if u32_at(36) as usize != layout.bundle_bytes() {
+            return Err(corrupt(path, "bundle_bytes", format!("{}, expected {}", u32_at(36), layout.bundle_bytes())));
+        }
+        let (data_offset, expected_bytes) = (u64_at(40), u64_at(48));
+        let tables = n_neurons as usize * 4 + n_chunks as usize * ENTRY_BYTES;
+        if expected_bytes != file_bytes {
+            return Err(corrupt(path, "file_bytes", format!("{file_bytes} bytes, written with {expected_bytes}")));
+        }
+        if data_offset != (HEADER_BYTES as u64 + tables as u64).next_multiple_of(DATA_ALIGN) || data_offset > file_bytes {
+            return Err(corrupt(path, "data_offset", format!("{data_offset} in a file of {file_bytes} bytes")));
+        }
+        let mut meta = vec![0u8; HEADER_BYTES - 8 + tables];
+        let (head, rest) = meta.split_at_mut(HEADER_BYTES - 8);
+        head.copy_from_slice(header.get(..HEADER_BYTES - 8).unwrap_or_default());
+        file.read_exact_at(rest, HEADER_BYTES as u64).map_err(io(path))?;
+        if xxh3_64(&meta) != u64_at(HEADER_BYTES - 8) {
+            return Err(corrupt(path, "meta_checksum", "header, order or index are damaged"));
+        }
+        let (order, index) = meta.split_at(HEADER_BYTES - 8).1.split_at(n_neurons as usize * 4);
+        let order = read_order(path, order)?;
+        let index = read_index(path, index, data_offset, file_bytes, n_neurons, chunk_neurons, &layout)?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            layer: layer as usize,
+            layout,
+            chunk_neurons: chunk_neurons as usize,
+            order,
+            index,
+            file_bytes,
+        })
+    }
+
+    /// Where the file lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The layer's number.
+    pub fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// The bundles' layout.
+    pub fn layout(&self) -> &BundleLayout {
+        &self.layout
+    }
+
+    /// Neurons in every chunk but perhaps the last.
+    pub fn chunk_neurons(&self) -> usize {
+        self.chunk_neurons
+    }
+
+    /// `order()[i]` is the checkpoint's number of the neuron at position i; hot first.
+    pub fn order(&self) -> &[u32] {
+        &self.order
+    }
+
+    /// Every chunk, in order.
+    pub fn index(&self) -> &[ChunkEntry] {
+        &self.index
+    }
+
+    /// Size of the file.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// Reads, checks and decodes chunks `chunks` into `out` (their bundles, one behind the other).
+    ///
+    /// # Errors
+    /// If the file cannot be read, or a chunk's checksum or size is wrong.
+    ///
+    /// # Panics
+    /// If the range is outside the index or `out` has another length than the bundles.
+    pub fn read_chunks(&self, chunks: std::ops::Range<usize>, out: &mut [u8]) -> Result<()> {
+        let mut stored = Vec::new();
+        let mut rest = out;
+        for c in chunks {
+            let entry = &self.index[c];
+            let (bundles, tail) = rest.split_at_mut(entry.n_neurons as usize * self.layout.bundle_bytes());
+            stored.resize(entry.stored_bytes as usize, 0);
+            self.file.read_exact_at(&mut stored, entry.offset).map_err(io(&self.path))?;
+            self.decode_chunk(c, &stored, bundles)?;
+            rest = tail;
+        }
+        assert!(rest.is_empty(), "the output is longer than the chunks");
+        Ok(())
+    }
+
+    /// Checks and decodes the stored bytes of chunk `c` into `bundles`.
+    ///
+    /// # Errors
+    /// If the checksum or the decoded size is wrong.
+    ///
+    /// # Panics
+    /// If there is no chunk `c`.
+    pub fn decode_chunk(&self, c: usize, stored: &[u8], bundles: &mut [u8]) -> Result<()> {
+        let entry = &self.index[c];
+        let good = self.check_chunk(c, stored).is_ok() && chunk::decode(entry.codec, stored, bundles);
+        if good { Ok(()) } else { Err(self.corrupt_chunk(c)) }
+    }
+
+    /// Checks the stored bytes of chunk `c` (enough for a chunk that is stored as it is).
+    ///
+    /// # Errors
+    /// If the checksum is wrong.
+    pub fn check_chunk(&self, c: usize, stored: &[u8]) -> Result<()> {
+        if self.index.get(c).is_some_and(|e| xxh3_64(stored) == e.checksum) { Ok(()) } else { Err(self.corrupt_chunk(c)) }
+    }
+
+    fn corrupt_chunk(&self, c: usize) -> Error {
+        let first = c * self.chunk_neurons;
+        let end = (first + self.chunk_neurons).min(self.order.len());
+        Error::CorruptChunk { path: self.path.clone(), layer: self.layer, first, end }
+    }
+}
+
+fn read_order(path: &Path, bytes: &[u8]) -> Result<Vec<u32>> {
+    let order: Vec<u32> = bytes.chunks_exact(4).map(|b| b.try_into().map_or(0, u32::from_le_bytes)).collect();
+    let mut seen = vec![false; order.len()];
+    for (position, &id) in order.iter().enumerate() {
+        match seen.get_mut(id as usize) {
+            Some(s) if !*s => *s = true,
+            Some(_) => return Err(corrupt(path, format!("order[{position}]"), format!("neuron {id} occurs twice"))),
+            None => return Err(corrupt(path, format!("order[{position}]"), format!("neuron {id} of {}", seen.len()))),
+        }
+    }
+    Ok(order)
+}
+
+fn read_index(
+    path: &Path,
+    bytes: &[u8],
+    data_offset: u64,
+    file_bytes: u64,
+    n_neurons: u32,
+    chunk_neurons: u32,
+    layout: &BundleLayout,
+) -> Result<Vec<ChunkEntry>> {
+    let mut expected_offset = data_offset;
+    let mut left = n_neurons;
+    let mut index = Vec::with_capacity(bytes.len() / ENTRY_BYTES);
+    for (c, b) in bytes.chunks_exact(ENTRY_BYTES).enumerate() {
+        let field = |name: &str| format!("index[{c}].{name}");
+        let u32_at = |at: usize| b.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
+        let u64_at = |at: usize| b.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
+        let codec = chunk::Codec::from_id(u32_at(12))
+            .ok_or_else(|| corrupt(path, field("codec"), format!("number {} is unknown", u32_at(12))))?;
+        let entry = ChunkEntry {
+            offset: u64_at(0),
+            stored_bytes: u32_at(8),
+            codec,
+            n_neurons: u32_at(16),
+            checksum: u64_at(24),
+        };
+        if entry.n_neurons != left.min(chunk_neurons) {
+            return Err(corrupt(path, field("n_neurons"), format!("{}, expected {}", entry.n_neurons, left.min(chunk_neurons))));
+        }
+        left -= entry.n_neurons;
+        let raw = u64::from(entry.n_neurons) * layout.bundle_bytes() as u64;
+        if entry.offset != expected_offset || (codec == chunk::Codec::Stored && u64::from(entry.stored_bytes) != raw) {
+            return Err(corrupt(path, field("offset, stored_bytes"), "chunks must lie one behind the other"));
+        }
+        expected_offset += u64::from(entry.stored_bytes);
+        index.push(entry);
+    }
+    if expected_offset != file_bytes {
+        return Err(corrupt(path, "index", format!("chunks end at {expected_offset}, the file at {file_bytes}")));
+    }
+    Ok(index)
+}
+
+/// Writes a layer file: `bundles` in split order, `order` as in [`LayerFile::order`]. Returns its size.
+///
+/// # Errors
+/// If the file cannot be written.
+pub(crate) fn write_layer(
+    path: &Path,
+    layer: usize,
+    layout: &BundleLayout,
+    order: &[u32],
+    bundles: &[u8],
+    chunk_neurons: usize,
+    compression: chunk::Compression,
+) -> Result<u64> {
+    use rayon::prelude::*;
+    let n_chunks = order.len().div_ceil(chunk_neurons);
+    let tables = order.len() * 4 + n_chunks * ENTRY_BYTES;
+    let data_offset = ((HEADER_BYTES + tables) as u64).next_multiple_of(DATA_ALIGN);
+    let chunks: Vec<_> = bundles
+        .par_chunks(chunk_neurons * layout.bundle_bytes())
+        .map(|raw| (raw.len() / layout.bundle_bytes(), chunk::encode(compression, raw)))
+        .collect();
+    let mut offset = data_offset;
+    let mut meta = Vec::with_capacity(HEADER_BYTES - 8 + tables);
+    let file_bytes = data_offset + chunks.iter().map(|(_, (_, stored))| stored.len() as u64).sum::<u64>();
+    meta.extend_from_slice(MAGIC);
+    for v in [
+        VERSION,
+        layer as u32,
+        order.len() as u32,
+        layout.hidden_size() as u32,
+        layout.encoding().id(),
+        chunk_neurons as u32,
+        n_chunks as u32,
+        layout.bundle_bytes() as u32,
+    ] {
+        meta.extend_from_slice(&v.to_le_bytes());
+    }
+    for v in [data_offset, file_bytes, 0, 0] {
+        meta.extend_from_slice(&v.to_le_bytes());
+    }
+    debug_assert_eq!(meta.len(), HEADER_BYTES - 8);
+    for id in order {
+        meta.extend_from_slice(&id.to_le_bytes());
+    }
+    for (n, (codec, stored)) in &chunks {
+        meta.extend_from_slice(&offset.to_le_bytes());
+        for v in [stored.len() as u32, codec.id(), *n as u32, 0] {
+            meta.extend_from_slice(&v.to_le_bytes());
+        }
+        meta.extend_from_slice(&xxh3_64(stored).to_le_bytes());
+        offset += stored.len() as u64;
+    }
+    let checksum = xxh3_64(&meta);
+    let (head, rest) = meta.split_at(HEADER_BYTES - 8);
+    let write = || -> std::io::Result<()> {
+        let mut file = std::io::BufWriter::with_capacity(1 << 20, File::create(path)?);
+        file.write_all(head)?;
+        file.write_all(&checksum.to_le_bytes())?;
+        file.write_all(rest)?;
+        file.seek(SeekFrom::Start(data_offset))?;
+        for (_, (_, stored)) in &chunks {
+            file.write_all(stored)?;
+        }
+        let file = file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        file.set_len(file_bytes)?;
+        file.sync_all()
+    };
+    write().map_err(io(path))?;
+    Ok(file_bytes)
+}

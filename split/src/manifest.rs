@@ -1,0 +1,163 @@
+//! `manifest.json`: what is in a split directory and what it was made from.
+
+use crate::error::{Result, corrupt, io};
+use crate::tensor_file::TensorFileEntry;
+use crate::Error;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use thermocline_datasets::ModelConfig;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// The version that is written and the newest that is read.
+pub const FORMAT_VERSION: u32 = 1;
+/// No manifest is larger: a million tensors would not need it.
+const MAX_MANIFEST_BYTES: u64 = 64 << 20;
+
+/// What a split was made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// The checkpoint's file or folder name, for people.
+    pub model: String,
+    /// The checkpoint's digest.
+    pub model_digest: String,
+    /// Storage type of its feed-forward weights (`BF16`, `Q4_1`, ...), for people.
+    pub ffn_dtype: String,
+    /// Digest of the corpus that it was calibrated on.
+    pub corpus_digest: String,
+    /// Tokens that it was calibrated on.
+    pub n_tokens: u64,
+}
+
+/// How the weights are encoded and packed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Packing {
+    /// Encoding of the feed-forward bundles.
+    pub ffn_encoding: String,
+    /// Encoding of embedding, attention and head.
+    pub resident_encoding: String,
+    /// Neurons in a chunk.
+    pub chunk_neurons: usize,
+    /// `frequency`, `coactivation` or `random`.
+    pub order: String,
+    /// Rank of the low-rank predictor.
+    pub predictor_rank: usize,
+    /// Share of a layer's neurons that counted as active in the statistics; 0 if they are the non-zero ones.
+    pub active_share: f64,
+}
+
+/// One layer file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerEntry {
+    /// File name in the split directory.
+    pub file: String,
+    /// Its size.
+    pub file_bytes: u64,
+}
+
+/// A small file that is kept as it was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlainFile {
+    /// File name in the split directory.
+    pub file: String,
+    /// XXH3-128 of its contents, in hexadecimal.
+    pub checksum: String,
+}
+
+/// The whole manifest. Its file is exactly the pretty-printed JSON of this value: any other byte is an error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Always `thermocline-split`.
+    pub format: String,
+    /// [`FORMAT_VERSION`].
+    pub version: u32,
+    /// What the split was made from.
+    pub source: Source,
+    /// The model's shape.
+    pub config: ModelConfig,
+    /// How it is packed.
+    pub packing: Packing,
+    /// One file a layer.
+    pub layers: Vec<LayerEntry>,
+    /// Embedding, attention, norms, head.
+    pub resident: TensorFileEntry,
+    /// The predictors.
+    pub predictors: TensorFileEntry,
+    /// Per-neuron statistics and the trace that `plan` replays.
+    pub statistics: TensorFileEntry,
+    /// Tokenizer, chat template.
+    pub files: Vec<PlainFile>,
+    /// XXH3-128 of the manifest with this field empty, in hexadecimal.
+    pub checksum: String,
+}
+
+impl Manifest {
+    fn to_json(&self) -> String {
+        let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
+        text.push('\n');
+        text
+    }
+
+    fn expected_checksum(&self) -> String {
+        let bare = Manifest { checksum: String::new(), ..self.clone() };
+        format!("{:032x}", xxh3_128(bare.to_json().as_bytes()))
+    }
+
+    /// Fills in the checksum and writes `dir/manifest.json`.
+    pub(crate) fn write(mut self, dir: &Path) -> Result<Self> {
+        self.checksum = self.expected_checksum();
+        let path = dir.join("manifest.json");
+        std::fs::write(&path, self.to_json()).map_err(io(&path))?;
+        Ok(self)
+    }
+
+    /// Reads and checks `dir/manifest.json`.
+    ///
+    /// # Errors
+    /// If it is missing, damaged in any bit, or of a version that is not supported.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join("manifest.json");
+        let bytes = std::fs::metadata(&path).map_err(io(&path))?.len();
+        if bytes > MAX_MANIFEST_BYTES {
+            return Err(corrupt(&path, "size", format!("{bytes} bytes; at most {MAX_MANIFEST_BYTES} are read")));
+        }
+        let text = std::fs::read(&path).map_err(io(&path))?;
+        // The version is looked at first: a newer manifest may have fields that are unknown here.
+        #[derive(Deserialize)]
+        struct Head {
+            format: String,
+            version: u64,
+        }
+        let head: Head = serde_json::from_slice(&text).map_err(|e| corrupt(&path, "json", e.to_string()))?;
+        if head.format != "thermocline-split" {
+            return Err(corrupt(&path, "format", format!("{:?} is not a split", head.format)));
+        }
+        if head.version != u64::from(FORMAT_VERSION) {
+            return Err(Error::UnsupportedVersion { path, got: head.version, max: FORMAT_VERSION.into() });
+        }
+        let manifest: Self = serde_json::from_slice(&text).map_err(|e| corrupt(&path, "json", e.to_string()))?;
+        if manifest.expected_checksum() != manifest.checksum || manifest.to_json().as_bytes() != text {
+            return Err(corrupt(&path, "checksum", "the manifest is damaged; fetch or make the split again"));
+        }
+        let names = manifest.layers.iter().map(|l| &l.file).chain(manifest.files.iter().map(|f| &f.file)).chain([
+            &manifest.resident.file,
+            &manifest.predictors.file,
+            &manifest.statistics.file,
+        ]);
+        for name in names {
+            let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
+            if name.starts_with('/') || name.contains('\\') || !name.split('/').all(plain) {
+                return Err(corrupt(&path, "file", format!("{name:?} is outside the split directory")));
+            }
+        }
+        if manifest.layers.len() != manifest.config.n_layers {
+            let got = manifest.layers.len();
+            return Err(corrupt(&path, "layers", format!("{got} files for {} layers", manifest.config.n_layers)));
+        }
+        Ok(manifest)
+    }
+}

@@ -1,0 +1,104 @@
+//! A split directory, opened and checked.
+
+use crate::error::{Result, corrupt, io};
+use crate::{LayerFile, Manifest, TensorFile};
+use std::path::{Path, PathBuf};
+use xxhash_rust::xxh3::xxh3_128;
+
+/// An open split: every file's structure is checked, every index is in memory, no weights are.
+#[derive(Debug)]
+pub struct Split {
+    dir: PathBuf,
+    manifest: Manifest,
+    layers: Vec<LayerFile>,
+    resident: TensorFile,
+    predictors: TensorFile,
+    statistics: TensorFile,
+}
+
+impl Split {
+    /// Opens a split directory.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged, or does not belong to the others.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let manifest = Manifest::read(dir)?;
+        let mut layers = Vec::with_capacity(manifest.layers.len());
+        for (l, entry) in manifest.layers.iter().enumerate() {
+            let path = dir.join(&entry.file);
+            let file = LayerFile::open(&path)?;
+            let c = &manifest.config;
+            let fits = file.layer() == l
+                && file.file_bytes() == entry.file_bytes
+                && file.order().len() == c.intermediate_size
+                && file.layout().hidden_size() == c.hidden_size
+                && file.layout().encoding().name() == manifest.packing.ffn_encoding;
+            if !fits {
+                return Err(corrupt(&path, "header", "does not fit the manifest: files of two splits are mixed"));
+            }
+            layers.push(file);
+        }
+        let resident = TensorFile::open(dir, &manifest.resident)?;
+        let predictors = TensorFile::open(dir, &manifest.predictors)?;
+        let statistics = TensorFile::open(dir, &manifest.statistics)?;
+        Ok(Self { dir: dir.to_owned(), manifest, layers, resident, predictors, statistics })
+    }
+
+    /// Where it lies.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What is in it.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The layer files.
+    pub fn layers(&self) -> &[LayerFile] {
+        &self.layers
+    }
+
+    /// Embedding, attention, norms and head.
+    pub fn resident(&self) -> &TensorFile {
+        &self.resident
+    }
+
+    /// The predictors' factors.
+    pub fn predictors(&self) -> &TensorFile {
+        &self.predictors
+    }
+
+    /// Per-neuron statistics and the trace.
+    pub fn statistics(&self) -> &TensorFile {
+        &self.statistics
+    }
+
+    /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.
+    pub fn dense_bytes(&self) -> u64 {
+        let bundles: usize = self.layers.iter().map(|l| l.order().len() * l.layout().bundle_bytes()).sum();
+        bundles as u64 + self.resident.tensors().iter().map(|t| t.bytes).sum::<u64>()
+    }
+
+    /// A small file kept from the checkpoint, checked; `None` if the split has none of that name.
+    ///
+    /// # Errors
+    /// If it cannot be read or is not what was written.
+    pub fn plain_file(&self, name: &str) -> Result<Option<String>> {
+        let Some(entry) = self.manifest.files.iter().find(|f| f.file == name) else { return Ok(None) };
+        let path = self.dir.join(name);
+        let text = std::fs::read_to_string(&path).map_err(io(&path))?;
+        if format!("{:032x}", xxh3_128(text.as_bytes())) != entry.checksum {
+            return Err(corrupt(&path, "checksum", "not the file that this split was made with"));
+        }
+        Ok(Some(text))
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// If it is missing or not what was written.
+    pub fn tokenizer_json(&self) -> Result<String> {
+        self.plain_file("tokenizer.json")?.ok_or_else(|| corrupt(&self.dir, "tokenizer.json", "the split has none"))
+    }
+}

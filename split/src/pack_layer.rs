@@ -1,0 +1,180 @@
+//! Encodes one layer: bundles in split order, predictor factors, statistics.
+
+use crate::build::{SplitOptions, rates};
+use crate::error::Result;
+use crate::manifest::Packing;
+use crate::order::OrderKind;
+use crate::Error;
+use rayon::prelude::*;
+use thermocline_calibrate::{LayerStatistics, predictor};
+use thermocline_datasets::Checkpoint;
+use thermocline_kernels::{BundleLayout, Encoding, pack};
+
+/// Rows of a matrix that are in memory as f32 at a time.
+const BLOCK_ROWS: usize = 4096;
+
+/// One layer's contribution to the split; everything but the bundles also becomes a resumable part file.
+#[derive(Debug, Default)]
+pub(crate) struct PackedLayer {
+    /// Checkpoint number of the neuron at each place.
+    pub order: Vec<u32>,
+    /// `[ffn]` bundles in that order.
+    pub bundles: Vec<u8>,
+    /// q8 rows `[rank, hidden]`.
+    pub predictor_input: Vec<u8>,
+    /// q8 rows `[2 * ffn, rank]`: gate row, up row, for each neuron in split order.
+    pub predictor_gate_up: Vec<u8>,
+    /// f32 `[ffn]`: length of each neuron's down column.
+    pub down_norm: Vec<u8>,
+    /// f32 `[ffn]`.
+    pub activation_rate: Vec<u8>,
+    /// f32 `[ffn]`: mean of `(|h| * ||d||)^2`.
+    pub energy: Vec<u8>,
+    /// Bitmaps `[n_samples, ceil(ffn / 8)]` in split order.
+    pub trace: Vec<u8>,
+}
+
+impl PackedLayer {
+    /// What goes into a part file, in file order.
+    pub(crate) fn parts(&self) -> [&Vec<u8>; 6] {
+        [
+            &self.predictor_input,
+            &self.predictor_gate_up,
+            &self.down_norm,
+            &self.activation_rate,
+            &self.energy,
+            &self.trace,
+        ]
+    }
+
+    /// The same, to be filled in.
+    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 6] {
+        [
+            &mut self.predictor_input,
+            &mut self.predictor_gate_up,
+            &mut self.down_norm,
+            &mut self.activation_rate,
+            &mut self.energy,
+            &mut self.trace,
+        ]
+    }
+}
+
+/// Encodes layer `l`.
+pub(crate) fn pack_layer(
+    checkpoint: &dyn Checkpoint,
+    l: usize,
+    statistics: &LayerStatistics,
+    layout: &BundleLayout,
+    kind: OrderKind,
+    options: &SplitOptions,
+    packing: &Packing,
+) -> Result<PackedLayer> {
+    let name = |p: &str| format!("model.layers.{l}.mlp.{p}_proj.weight");
+    let (gate, up) = (checkpoint.load(&name("gate"))?, checkpoint.load(&name("up"))?);
+    let hidden = layout.hidden_size();
+    let ffn = gate.len() / hidden;
+    let down = transpose(&checkpoint.load(&name("down"))?, hidden, ffn);
+    let rates = rates(statistics, packing);
+    let order = kind.order(&rates, &statistics.active, packing.chunk_neurons);
+
+    let importance: Option<Vec<f32>> =
+        options.weighted_scales.then(|| statistics.ffn_input_mean_square.iter().map(|&v| v as f32).collect());
+    let mut bundles = vec![0u8; ffn * layout.bundle_bytes()];
+    bundles.par_chunks_mut(layout.bundle_bytes()).zip(&order).try_for_each(|(bundle, &id)| {
+        let mut row = vec![0u8; layout.encoding().row_stride(hidden)];
+        let range = id as usize * hidden..(id as usize + 1) * hidden;
+        // A down column adds to every output alike: no channel of it counts more than another.
+        let sources = [(&gate, importance.as_deref(), "gate"), (&up, importance.as_deref(), "up"), (&down, None, "down")];
+        for (which, (matrix, importance, proj)) in sources.into_iter().enumerate() {
+            pack(layout.encoding(), &matrix[range.clone()], importance, &mut row)
+                .map_err(|source| Error::Pack { tensor: name(proj), row: id as usize, source })?;
+            layout.set_row(bundle, which, &row);
+        }
+        Ok::<(), Error>(())
+    })?;
+
+    let norms: Vec<f32> = down.chunks_exact(hidden).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
+    let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
+        what: "the profile has no second moments; calibrate again without --no-second-moment".to_owned(),
+    })?;
+    let fitted = predictor::fit_low_rank(moment, &gate, &up, &norms, packing.predictor_rank)?;
+    let rank = packing.predictor_rank;
+    let mut gate_up = Vec::with_capacity(2 * ffn * rank);
+    for &id in &order {
+        let range = id as usize * rank..(id as usize + 1) * rank;
+        gate_up.extend_from_slice(&fitted.a_gate[range.clone()]);
+        gate_up.extend_from_slice(&fitted.a_up[range]);
+    }
+    let floats = |values: &dyn Fn(usize) -> f32| order.iter().flat_map(|&id| values(id as usize).to_le_bytes()).collect();
+    Ok(PackedLayer {
+        predictor_input: pack_rows(&format!("predictors.{l}.input"), &fitted.b, hidden, Encoding::Q8, None)?,
+        predictor_gate_up: pack_rows(&format!("predictors.{l}.gate_up"), &gate_up, rank, Encoding::Q8, None)?,
+        down_norm: floats(&|id| norms[id]),
+        activation_rate: floats(&|id| rates[id] as f32),
+        energy: floats(&|id| statistics.energy[id] as f32),
+        trace: reorder_bits(statistics, &order),
+        order,
+        bundles,
+    })
+}
+
+/// `[rows, columns]` to `[columns, rows]`.
+fn transpose(m: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let mut out = vec![0.0; m.len()];
+    out.par_chunks_mut(rows).enumerate().for_each(|(c, out)| {
+        for (r, o) in out.iter_mut().enumerate() {
+            *o = m[r * columns + c];
+        }
+    });
+    out
+}
+
+fn reorder_bits(statistics: &LayerStatistics, order: &[u32]) -> Vec<u8> {
+    let active = &statistics.active;
+    let width = order.len().div_ceil(8);
+    let mut out = vec![0u8; active.n_rows() * width];
+    out.par_chunks_mut(width).enumerate().for_each(|(row, bits)| {
+        for (place, &id) in order.iter().enumerate() {
+            bits[place / 8] |= u8::from(active.get(row, id as usize)) << (place % 8);
+        }
+    });
+    out
+}
+
+/// Encodes a matrix in memory, row-major `[_, columns]`.
+fn pack_rows(
+    name: &str,
+    m: &[f32],
+    columns: usize,
+    encoding: Encoding,
+    importance: Option<&[f32]>,
+) -> Result<Vec<u8>> {
+    let stride = encoding.row_stride(columns);
+    let mut out = vec![0u8; m.len() / columns * stride];
+    out.par_chunks_mut(stride).zip(m.par_chunks(columns)).enumerate().try_for_each(|(row, (out, values))| {
+        pack(encoding, values, importance, out).map_err(|source| Error::Pack { tensor: name.to_owned(), row, source })
+    })?;
+    Ok(out)
+}
+
+/// Encodes a checkpoint's matrix block by block.
+pub(crate) fn pack_matrix(
+    checkpoint: &dyn Checkpoint,
+    name: &str,
+    rows: usize,
+    columns: usize,
+    encoding: Encoding,
+    importance: Option<&[f32]>,
+) -> Result<Vec<u8>> {
+    let mut out = Vec::with_capacity(rows * encoding.row_stride(columns));
+    for first in (0..rows).step_by(BLOCK_ROWS) {
+        let block = checkpoint.load_rows(name, first..(first + BLOCK_ROWS).min(rows))?;
+        let packed = pack_rows(name, &block, columns, encoding, importance).map_err(|e| match e {
+            Error::Pack { tensor, row, source } => Error::Pack { tensor, row: row + first, source },
+            other => other,
+        })?;
+        out.extend_from_slice(&packed);
+    }
+    Ok(out)
+}

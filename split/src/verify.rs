@@ -1,0 +1,135 @@
+//! Proof of a split against the checkpoint that it was made from.
+
+use crate::error::Result;
+use crate::{Error, Split, SplitCheckpoint};
+use serde::Serialize;
+use thermocline_datasets::{Checkpoint, SourceDtype};
+
+/// Rows compared at a time.
+const BLOCK_ROWS: usize = 4096;
+
+/// One tensor, compared.
+#[derive(Debug, Clone, Serialize)]
+pub struct TensorReport {
+    /// Canonical name.
+    pub name: String,
+    /// Storage type in the checkpoint.
+    pub source: String,
+    /// Storage type in the split.
+    pub stored: String,
+    /// Whether every value is equal, bit for bit.
+    pub exact: bool,
+    /// Square root of (squared error / squared values), 0 if exact.
+    pub relative_error: f64,
+    /// Largest absolute difference.
+    pub largest_error: f32,
+    /// Row-major index of the first value of the checkpoint that is not finite.
+    pub first_not_finite: Option<u64>,
+}
+
+/// All tensors, compared.
+#[derive(Debug, Clone, Serialize)]
+pub struct VerifyReport {
+    /// One entry a tensor.
+    pub tensors: Vec<TensorReport>,
+    /// Tensors that must be exact (stored in a type that holds their source's values) and are not.
+    pub violations: Vec<String>,
+    /// Weights compared.
+    pub n_weights: u64,
+    /// Chunks whose checksums were checked (each also decoded).
+    pub n_chunks: u64,
+}
+
+/// Compares every tensor of `split` with `checkpoint`, and so reads every chunk. bf16 of a bf16 source, and f32 of
+/// anything, must be exact; for every other pair the error is reported.
+///
+/// # Errors
+/// If the split was made from another model, or either cannot be read.
+pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize, usize)) -> Result<VerifyReport> {
+    let (got, expected) = (split.manifest().source.model_digest.clone(), checkpoint.digest()?);
+    if got != expected {
+        return Err(Error::WrongSource { path: split.dir().to_owned(), got, expected });
+    }
+    // Everything that the comparison of weights below does not read: predictors, statistics, tokenizer.
+    for file in [split.predictors(), split.statistics(), split.resident()] {
+        for tensor in file.tensors() {
+            file.read(&tensor.name)?;
+        }
+    }
+    for file in &split.manifest().files {
+        split.plain_file(&file.file)?;
+    }
+    let n_chunks = split.layers().iter().map(|l| l.index().len() as u64).sum();
+    let stored = SplitCheckpoint::new(split);
+    let names = in_layer_order(checkpoint.names());
+    let mut report = VerifyReport { tensors: Vec::new(), violations: Vec::new(), n_weights: 0, n_chunks };
+    for (i, name) in names.iter().enumerate() {
+        progress(i, names.len());
+        let tensor = compare(&stored, checkpoint, name, &mut report.n_weights)?;
+        let holds = tensor.stored == "F32" || (tensor.stored == "BF16" && tensor.source == "BF16");
+        if holds && !tensor.exact {
+            report.violations.push(name.clone());
+        }
+        report.tensors.push(tensor);
+    }
+    progress(names.len(), names.len());
+    Ok(report)
+}
+
+/// Layer by layer, so that each layer's bundles are read once.
+fn in_layer_order(mut names: Vec<String>) -> Vec<String> {
+    names.sort_by_cached_key(|n| (n.split('.').nth(2).and_then(|l| l.parse::<usize>().ok()), n.clone()));
+    names
+}
+
+fn compare(a: &SplitCheckpoint, b: &dyn Checkpoint, name: &str, n_weights: &mut u64) -> Result<TensorReport> {
+    let missing = |c: &dyn Checkpoint| thermocline_datasets::Error::MissingTensor {
+        path: c.path().to_owned(),
+        name: name.to_owned(),
+    };
+    let stored = a.info(name).ok_or_else(|| missing(a))?;
+    let source = b.info(name).ok_or_else(|| missing(b))?;
+    if stored.shape != source.shape {
+        let what = format!("{name}: shape {:?} in the split, {:?} in the checkpoint", stored.shape, source.shape);
+        return Err(Error::Settings { what });
+    }
+    let rows = source.shape[0];
+    let (mut error, mut size, mut largest, mut exact) = (0.0f64, 0.0f64, 0.0f32, true);
+    let (mut first_not_finite, mut at) = (None, 0u64);
+    for first in (0..rows).step_by(BLOCK_ROWS) {
+        let range = first..(first + BLOCK_ROWS).min(rows);
+        let (got, want) = (a.load_rows(name, range.clone())?, b.load_rows(name, range)?);
+        for (g, w) in got.iter().zip(&want) {
+            if !w.is_finite() && first_not_finite.is_none() {
+                first_not_finite = Some(at);
+            }
+            exact &= g.to_bits() == w.to_bits();
+            let difference = g - w;
+            error += f64::from(difference) * f64::from(difference);
+            size += f64::from(*w) * f64::from(*w);
+            largest = largest.max(difference.abs());
+            at += 1;
+        }
+    }
+    *n_weights += at;
+    Ok(TensorReport {
+        name: name.to_owned(),
+        source: dtype_name(&source.dtype),
+        stored: dtype_name(&stored.dtype),
+        exact,
+        relative_error: if exact { 0.0 } else { (error / size.max(f64::MIN_POSITIVE)).sqrt() },
+        largest_error: largest,
+        first_not_finite,
+    })
+}
+
+/// The name that people know a storage type by.
+pub(crate) fn dtype_name(dtype: &SourceDtype) -> String {
+    match dtype {
+        SourceDtype::F32 => "F32".to_owned(),
+        SourceDtype::F16 => "F16".to_owned(),
+        SourceDtype::Bf16 => "BF16".to_owned(),
+        SourceDtype::Quantized(name) => (*name).to_owned(),
+        _ => "unknown".to_owned(),
+    }
+}
