@@ -86,5 +86,20 @@ pub trait Checkpoint: Send + Sync {
 /// If it is neither, is damaged, or needs an architecture or type that is not supported. Everything that can be
 /// checked without reading the tensors' bytes is checked here.
 pub fn open_checkpoint(path: &Path) -> Result<Box<dyn Checkpoint>> {
-    Err(crate::Error::Unsupported { path: path.to_owned(), what: "checkpoint".into(), help: String::new() })
+    let metadata = std::fs::metadata(path).map_err(|source| crate::Error::Io { path: path.to_owned(), source })?;
+    if metadata.is_dir() {
+        return Ok(Box::new(crate::huggingface::FolderCheckpoint::open(path)?));
+    }
+    let unsupported = |what: &str, help: &str| {
+        Err(crate::Error::Unsupported { path: path.to_owned(), what: what.into(), help: help.into() })
+    };
+    match path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase).as_deref() {
+        Some("safetensors" | "json") => {
+            unsupported("a single file of a model folder", "give the folder that holds config.json and the weights")
+        }
+        Some("bin" | "pt" | "pth" | "pkl" | "ckpt") => {
+            unsupported("a pickled checkpoint", crate::huggingface::PICKLE_HELP)
+        }
+        _ => Ok(Box::new(crate::gguf::GgufCheckpoint::open(path)?)),
+    }
 }

@@ -1,0 +1,176 @@
+use crate::{
+    Result,
+    dense::{
+        attention::{Attention, AttentionInputs},
+        linear::{Linear, load_checked, tensor, with_values},
+        norm::rms_norm,
+    },
+    error::check_len,
+};
+use rayon::prelude::*;
+use thermocline_datasets::{Activation, Checkpoint, ModelConfig};
+
+/// What the neurons of a layer did for a batch of tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Activations {
+    /// `h = act(g . x) * (u . x)`, `[n_tokens, intermediate_size]`.
+    pub h: Vec<f32>,
+    /// Tokens.
+    pub n_tokens: usize,
+    /// Neurons.
+    pub intermediate_size: usize,
+}
+
+/// One decoder layer's weights as f32, about
+/// `4 * hidden_size * (3 * intermediate_size + 2 * (n_heads + n_kv_heads) * head_dim)` bytes.
+pub struct DenseLayer {
+    attention: Attention,
+    attention_norm: Vec<f32>,
+    ffn_norm: Vec<f32>,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    activation: Activation,
+    eps: f32,
+}
+
+impl DenseLayer {
+    /// Loads layer `index`.
+    ///
+    /// # Errors
+    /// If a tensor is missing, unreadable or of another shape than the configuration says.
+    pub fn load(checkpoint: &dyn Checkpoint, index: usize) -> Result<Self> {
+        let config: &ModelConfig = checkpoint.config();
+        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+        let prefix = format!("model.layers.{index}.");
+        let vector = |name: &str| load_checked(checkpoint, &format!("{prefix}{name}.weight"), hidden);
+        let mlp = |name: &str, shape| Linear::load(checkpoint, &format!("{prefix}mlp.{name}_proj"), shape, false);
+        Ok(DenseLayer {
+            attention: Attention::load(checkpoint, &prefix, config)?,
+            attention_norm: vector("input_layernorm")?,
+            ffn_norm: vector("post_attention_layernorm")?,
+            gate: mlp("gate", [ffn, hidden])?,
+            up: mlp("up", [ffn, hidden])?,
+            down: mlp("down", [hidden, ffn])?,
+            activation: config.activation,
+            eps: config.rms_norm_eps,
+        })
+    }
+
+    /// The attention half: `x + attention(norm(x))`, `[n_windows * window_len, hidden_size]`.
+    /// Positions start at 0 in each window and see their own window only.
+    ///
+    /// # Errors
+    /// If `x` has another length.
+    pub fn attention(&self, x: &[f32], n_windows: usize, window_len: usize) -> Result<Vec<f32>> {
+        self.attention_observed(x, n_windows, window_len, |_| ())
+    }
+
+    /// As [`DenseLayer::attention`], and shows what the projections read.
+    ///
+    /// # Errors
+    /// If `x` has another length.
+    pub fn attention_observed(
+        &self,
+        x: &[f32],
+        n_windows: usize,
+        window_len: usize,
+        observe: impl FnOnce(AttentionInputs<'_>),
+    ) -> Result<Vec<f32>> {
+        let (n, hidden) = (n_windows * window_len, self.hidden_size());
+        check_len("attention input", x.len(), n * hidden)?;
+        let normed = tensor(rms_norm(x, &self.attention_norm, self.eps), &[n, hidden])?;
+        let mixed = self.attention.mix(&normed, n_windows, window_len)?;
+        with_values(&normed, |qkv| with_values(&mixed, |output| observe(AttentionInputs { qkv, output })))??;
+        let mut out = x.to_vec();
+        with_values(&self.attention.project(&mixed)?, |delta| add(&mut out, delta))?;
+        Ok(out)
+    }
+
+    /// The normalised input of the feed-forward half, `[n_tokens, hidden_size]`.
+    ///
+    /// # Errors
+    /// If `x` is not a whole number of rows.
+    pub fn ffn_input(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let hidden = self.hidden_size();
+        check_len("feed-forward input", x.len(), x.len() / hidden * hidden)?;
+        Ok(rms_norm(x, &self.ffn_norm, self.eps))
+    }
+
+    /// Activations for `input` (of [`DenseLayer::ffn_input`]), `[n_tokens, hidden_size]`.
+    ///
+    /// # Errors
+    /// If `input` is not a whole number of rows.
+    pub fn neurons(&self, input: &[f32]) -> Result<Activations> {
+        let (hidden, ffn) = (self.hidden_size(), self.intermediate_size());
+        let n_tokens = input.len() / hidden;
+        check_len("neurons' input", input.len(), n_tokens * hidden)?;
+        let input = tensor(input.to_vec(), &[n_tokens, hidden])?;
+        let (gate, up) = (self.gate.forward(&input)?, self.up.forward(&input)?);
+        let mut h = vec![0.0f32; n_tokens * ffn];
+        with_values(&gate, |gate| {
+            with_values(&up, |up| {
+                let rows = gate.par_chunks(ffn).zip(up.par_chunks(ffn));
+                h.par_chunks_mut(ffn).zip(rows).for_each(|(h, (gate, up))| {
+                    for ((h, &gate), &up) in h.iter_mut().zip(gate).zip(up) {
+                        *h = self.activation.apply(gate, up);
+                    }
+                });
+            })
+        })??;
+        Ok(Activations { h, n_tokens, intermediate_size: ffn })
+    }
+
+    /// Adds the feed-forward output `h [n_tokens, intermediate_size]` times `down_proj` to `x [n_tokens, hidden_size]`.
+    ///
+    /// # Errors
+    /// If `h` and `x` have different numbers of rows.
+    pub fn ffn_output(&self, x: &mut [f32], h: Vec<f32>) -> Result<()> {
+        let n_tokens = x.len() / self.hidden_size();
+        check_len("activations", h.len(), n_tokens * self.intermediate_size())?;
+        let h = tensor(h, &[n_tokens, self.intermediate_size()])?;
+        with_values(&self.down.forward(&h)?, |delta| add(x, delta))
+    }
+
+    /// `||d_i||` of every neuron: the norms of the columns of `down_proj`, `[intermediate_size]`.
+    ///
+    /// # Errors
+    /// None in practice; candle's accessors are fallible.
+    pub fn down_norms(&self) -> Result<Vec<f32>> {
+        let ffn = self.intermediate_size();
+        self.down.with_weight(|weight| {
+            let mut squares = vec![0.0f64; ffn];
+            for row in weight.chunks_exact(ffn) {
+                squares.iter_mut().zip(row).for_each(|(sum, &w)| *sum += f64::from(w) * f64::from(w));
+            }
+            squares.into_iter().map(|sum| sum.sqrt() as f32).collect()
+        })
+    }
+
+    /// `gate_proj` and `up_proj`, row-major `[intermediate_size, hidden_size]` each.
+    ///
+    /// # Errors
+    /// None in practice; candle's accessors are fallible.
+    pub fn with_gate_up<T>(&self, read: impl FnOnce(&[f32], &[f32]) -> T) -> Result<T> {
+        self.gate.with_weight(|gate| self.up.with_weight(|up| read(gate, up)))?
+    }
+
+    /// The nonlinearity.
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
+
+    /// Width of the residual stream.
+    pub fn hidden_size(&self) -> usize {
+        self.gate.n_in()
+    }
+
+    /// Neurons.
+    pub fn intermediate_size(&self) -> usize {
+        self.gate.n_out()
+    }
+}
+
+fn add(x: &mut [f32], delta: &[f32]) {
+    x.iter_mut().zip(delta).for_each(|(x, d)| *x += d);
+}

@@ -1,0 +1,171 @@
+//! One layer's statistics as integers: the form that is stored, and that shards are merged in.
+
+use super::{
+    fixed::triangle_len,
+    histogram::HISTOGRAM_BINS,
+    overlap::{N_SETS, Overlap},
+};
+use crate::settings::{OVERLAP_LAGS, Settings, TOP_SHARES};
+use thermocline_datasets::ModelConfig;
+
+/// Element types of the statistics file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dtype {
+    U8,
+    U32,
+    F32,
+    U64,
+    I64,
+}
+
+impl Dtype {
+    pub(crate) fn n_bytes(self) -> usize {
+        match self {
+            Dtype::U8 => 1,
+            Dtype::U32 | Dtype::F32 => 4,
+            Dtype::U64 | Dtype::I64 => 8,
+        }
+    }
+}
+
+/// One tensor of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Section {
+    pub(crate) name: &'static str,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl Section {
+    pub(crate) fn n_bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.n_bytes()
+    }
+}
+
+/// The tensors of a layer in the order of its file: wide elements first, so that all of them are aligned.
+/// Fixed-point sums are `[n, 2]` u64: low half, high half of a two's complement i128.
+pub(crate) fn sections(config: &ModelConfig, settings: &Settings, n_samples: usize) -> Vec<Section> {
+    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+    let section = |name, dtype, shape: &[usize]| Section { name, dtype, shape: shape.to_vec() };
+    let moment = if settings.second_moment { triangle_len(hidden) } else { 0 };
+    vec![
+        section("abs_sum", Dtype::U64, &[ffn, 2]),
+        section("square_sum", Dtype::U64, &[ffn, 2]),
+        section("ffn_input_square_sum", Dtype::U64, &[hidden, 2]),
+        section("qkv_input_square_sum", Dtype::U64, &[hidden, 2]),
+        section("attention_output_square_sum", Dtype::U64, &[config.n_heads * config.head_dim, 2]),
+        section("overlap", Dtype::U64, &[N_SETS, OVERLAP_LAGS.len(), 2]),
+        section("ffn_input_second_moment", Dtype::I64, &[moment]),
+        section("nonzero", Dtype::U32, &[ffn]),
+        section("top", Dtype::U32, &[TOP_SHARES.len(), ffn]),
+        section("histogram", Dtype::U32, &[ffn, HISTOGRAM_BINS]),
+        section("down_norm", Dtype::F32, &[ffn]),
+        section("active", Dtype::U8, &[n_samples, ffn.div_ceil(8)]),
+        section("active_top10", Dtype::U8, &[n_samples, ffn.div_ceil(8)]),
+    ]
+}
+
+/// The values of [`sections`], in its order.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(crate) struct LayerSums {
+    pub(crate) abs: Vec<i128>,
+    pub(crate) square: Vec<i128>,
+    pub(crate) ffn_input_square: Vec<i128>,
+    pub(crate) qkv_input_square: Vec<i128>,
+    pub(crate) attention_output_square: Vec<i128>,
+    pub(crate) overlap: Overlap,
+    pub(crate) ffn_input_second_moment: Vec<i64>,
+    pub(crate) nonzero: Vec<u32>,
+    pub(crate) top: Vec<u32>,
+    pub(crate) histogram: Vec<u32>,
+    pub(crate) down_norm: Vec<f32>,
+    pub(crate) active: Vec<u8>,
+    pub(crate) active_top10: Vec<u8>,
+}
+
+impl LayerSums {
+    /// The bytes of the layer's sections, one after the other, little-endian.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        let sums =
+            [&self.abs, &self.square, &self.ffn_input_square, &self.qkv_input_square, &self.attention_output_square];
+        // A little-endian i128 is its low half followed by its high half.
+        sums.into_iter().flatten().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        self.overlap.as_flattened().as_flattened().iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        self.ffn_input_second_moment.iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        for counts in [&self.nonzero, &self.top, &self.histogram] {
+            counts.iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        }
+        self.down_norm.iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        out.extend_from_slice(&self.active);
+        out.extend_from_slice(&self.active_top10);
+        out
+    }
+
+    /// The inverse of [`LayerSums::encode`] for bytes of `sections`; `None` if there are too few.
+    pub(crate) fn decode(bytes: &[u8], sections: &[Section]) -> Option<Self> {
+        let mut rest = bytes;
+        let mut next = sections.iter();
+        let mut take = || {
+            let (head, tail) = rest.split_at_checked(next.next()?.n_bytes())?;
+            rest = tail;
+            Some(head)
+        };
+        let sums = |bytes: &[u8]| numbers(bytes, i128::from_le_bytes);
+        let counts = |bytes: &[u8]| numbers(bytes, u32::from_le_bytes);
+        let mut out = LayerSums {
+            abs: sums(take()?),
+            square: sums(take()?),
+            ffn_input_square: sums(take()?),
+            qkv_input_square: sums(take()?),
+            attention_output_square: sums(take()?),
+            ..LayerSums::default()
+        };
+        let overlap = numbers(take()?, u64::from_le_bytes);
+        out.overlap.as_flattened_mut().as_flattened_mut().iter_mut().zip(overlap).for_each(|(to, v)| *to = v);
+        out.ffn_input_second_moment = numbers(take()?, i64::from_le_bytes);
+        out.nonzero = counts(take()?);
+        out.top = counts(take()?);
+        out.histogram = counts(take()?);
+        out.down_norm = numbers(take()?, f32::from_le_bytes);
+        out.active = take()?.to_vec();
+        out.active_top10 = take()?.to_vec();
+        Some(out)
+    }
+
+    /// Adds the statistics of windows that come later in the corpus; the name of the first that does not fit.
+    pub(crate) fn merge(&mut self, later: &LayerSums) -> Result<(), &'static str> {
+        let same_bits = |a: &[f32], b: &[f32]| a.iter().map(|v| v.to_bits()).eq(b.iter().map(|v| v.to_bits()));
+        if !same_bits(&self.down_norm, &later.down_norm) {
+            return Err("down_norm differs");
+        }
+        add(&mut self.abs, &later.abs, i128::checked_add)?;
+        add(&mut self.square, &later.square, i128::checked_add)?;
+        add(&mut self.ffn_input_square, &later.ffn_input_square, i128::checked_add)?;
+        add(&mut self.qkv_input_square, &later.qkv_input_square, i128::checked_add)?;
+        add(&mut self.attention_output_square, &later.attention_output_square, i128::checked_add)?;
+        let overlap = later.overlap.as_flattened().as_flattened();
+        add(self.overlap.as_flattened_mut().as_flattened_mut(), overlap, u64::checked_add)?;
+        add(&mut self.ffn_input_second_moment, &later.ffn_input_second_moment, i64::checked_add)?;
+        add(&mut self.nonzero, &later.nonzero, u32::checked_add)?;
+        add(&mut self.top, &later.top, u32::checked_add)?;
+        add(&mut self.histogram, &later.histogram, u32::checked_add)?;
+        self.active.extend_from_slice(&later.active);
+        self.active_top10.extend_from_slice(&later.active_top10);
+        Ok(())
+    }
+}
+
+fn numbers<const N: usize, T>(bytes: &[u8], from: impl Fn([u8; N]) -> T) -> Vec<T> {
+    bytes.as_chunks::<N>().0.iter().map(|chunk| from(*chunk)).collect()
+}
+
+fn add<T: Copy>(to: &mut [T], from: &[T], sum: impl Fn(T, T) -> Option<T>) -> Result<(), &'static str> {
+    if to.len() != from.len() {
+        return Err("lengths differ");
+    }
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = sum(*to, from).ok_or("a sum overflows")?;
+    }
+    Ok(())
+}

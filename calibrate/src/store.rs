@@ -1,0 +1,163 @@
+//! `statistics.safetensors`: all layers' sections behind one header.
+//!
+//! Tensors are named `layers.N.<section>`; `sample_tokens [n_samples]` (u64) holds the sampled tokens' places in the
+//! corpus. Wide elements come first, so that every tensor is aligned. The bytes depend on the statistics only: a
+//! merged profile's file is identical to one run's.
+
+use crate::{
+    Error, Result, Settings,
+    error::AtPath,
+    statistics::{Dtype, LayerSums, Section, sections},
+};
+use serde_json::{Map, Value, json};
+use std::{
+    fs::File,
+    io::{BufWriter, Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+use thermocline_datasets::ModelConfig;
+
+/// Where a tensor lies in the data part.
+struct Placed {
+    name: String,
+    section: Section,
+    /// Layer and byte offset in the layer's file; `None` for `sample_tokens`.
+    source: Option<(usize, usize)>,
+    start: u64,
+}
+
+/// All tensors in file order.
+fn layout(config: &ModelConfig, settings: &Settings, n_samples: usize) -> Vec<Placed> {
+    let samples = Section { name: "sample_tokens", dtype: Dtype::U64, shape: vec![n_samples] };
+    let mut out = vec![Placed { name: samples.name.to_owned(), section: samples, source: None, start: 0 }];
+    for width in [8, 4, 1] {
+        for layer in 0..config.n_layers {
+            let mut offset = 0;
+            for section in sections(config, settings, n_samples) {
+                let (n_bytes, name) = (section.n_bytes(), format!("layers.{layer}.{}", section.name));
+                if section.dtype.n_bytes() == width {
+                    out.push(Placed { name, section, source: Some((layer, offset)), start: 0 });
+                }
+                offset += n_bytes;
+            }
+        }
+    }
+    let mut start = 0;
+    for placed in &mut out {
+        placed.start = start;
+        start += placed.section.n_bytes() as u64;
+    }
+    out
+}
+
+/// Length prefix and JSON, padded with spaces to a multiple of 8.
+fn header(layout: &[Placed]) -> Vec<u8> {
+    let entries = layout.iter().map(|placed| {
+        let dtype = match placed.section.dtype {
+            Dtype::U8 => "U8",
+            Dtype::U32 => "U32",
+            Dtype::F32 => "F32",
+            Dtype::U64 => "U64",
+            Dtype::I64 => "I64",
+        };
+        let end = placed.start + placed.section.n_bytes() as u64;
+        let entry = json!({"dtype": dtype, "shape": placed.section.shape, "data_offsets": [placed.start, end]});
+        (placed.name.clone(), entry)
+    });
+    let mut text = Value::Object(entries.collect::<Map<_, _>>()).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut out = (text.len() as u64).to_le_bytes().to_vec();
+    out.append(&mut text);
+    out
+}
+
+/// Writes the file; `layer_path` names each layer's encoded sums.
+pub(crate) fn write(
+    path: &Path,
+    config: &ModelConfig,
+    settings: &Settings,
+    sample_tokens: &[u64],
+    layer_path: impl Fn(usize) -> PathBuf,
+) -> Result<()> {
+    let layout = layout(config, settings, sample_tokens.len());
+    let mut out = BufWriter::new(File::create(path).at(path)?);
+    out.write_all(&header(&layout)).at(path)?;
+    for placed in &layout {
+        match placed.source {
+            None => out.write_all(bytemuck::cast_slice(sample_tokens)).at(path)?,
+            Some((layer, offset)) => {
+                let from = layer_path(layer);
+                let mut file = File::open(&from).at(&from)?;
+                file.seek(SeekFrom::Start(offset as u64)).at(&from)?;
+                let n_bytes = placed.section.n_bytes() as u64;
+                let copied = std::io::copy(&mut file.take(n_bytes), &mut out).at(path)?;
+                if copied != n_bytes {
+                    let reason = format!("{copied} bytes, expected {n_bytes}");
+                    return Err(Error::Corrupt { path: from, field: placed.name.clone(), reason });
+                }
+            }
+        }
+    }
+    out.flush().at(path)
+}
+
+/// An open statistics file whose header is exactly what the configuration and the settings demand.
+pub(crate) struct StatisticsFile {
+    path: PathBuf,
+    layout: Vec<Placed>,
+    data_start: u64,
+    config: ModelConfig,
+    settings: Settings,
+    n_samples: usize,
+}
+
+impl StatisticsFile {
+    pub(crate) fn open(path: PathBuf, config: &ModelConfig, settings: &Settings, n_samples: usize) -> Result<Self> {
+        let corrupt = |field: &str, reason: String| Error::Corrupt { path: path.clone(), field: field.into(), reason };
+        let layout = layout(config, settings, n_samples);
+        let expected = header(&layout);
+        let mut file = File::open(&path).at(&path)?;
+        let data_bytes = layout.last().map_or(0, |last| last.start + last.section.n_bytes() as u64);
+        let (got, len) = (file.metadata().at(&path)?.len(), expected.len() as u64 + data_bytes);
+        if got != len {
+            return Err(corrupt("length", format!("{got} bytes, expected {len}")));
+        }
+        let mut found = vec![0u8; expected.len()];
+        file.read_exact(&mut found).at(&path)?;
+        if found != expected {
+            return Err(corrupt("header", "tensors are not those that profile.json demands".to_owned()));
+        }
+        let (config, settings) = (config.clone(), settings.clone());
+        Ok(StatisticsFile { path, layout, data_start: expected.len() as u64, config, settings, n_samples })
+    }
+
+    fn read(&self, file: &mut File, placed: &Placed) -> Result<Vec<u8>> {
+        file.seek(SeekFrom::Start(self.data_start + placed.start)).at(&self.path)?;
+        let mut bytes = vec![0u8; placed.section.n_bytes()];
+        file.read_exact(&mut bytes).at(&self.path)?;
+        Ok(bytes)
+    }
+
+    pub(crate) fn sample_tokens(&self) -> Result<Vec<u64>> {
+        let mut file = File::open(&self.path).at(&self.path)?;
+        let Some(first) = self.layout.first() else { return Ok(Vec::new()) };
+        let bytes = self.read(&mut file, first)?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|chunk| u64::from_le_bytes(*chunk)).collect())
+    }
+
+    /// One layer's sums.
+    pub(crate) fn layer(&self, layer: usize) -> Result<LayerSums> {
+        let mut file = File::open(&self.path).at(&self.path)?;
+        let mut bytes = Vec::new();
+        // File order within a layer is the sections' order, because both put wide elements first.
+        for placed in self.layout.iter().filter(|placed| placed.source.is_some_and(|(l, _)| l == layer)) {
+            bytes.append(&mut self.read(&mut file, placed)?);
+        }
+        let sections = sections(&self.config, &self.settings, self.n_samples);
+        LayerSums::decode(&bytes, &sections).ok_or_else(|| Error::Corrupt {
+            path: self.path.clone(),
+            field: format!("layers.{layer}"),
+            reason: format!("no such layer; the model has {}", self.config.n_layers),
+        })
+    }
+}

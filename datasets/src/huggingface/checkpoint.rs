@@ -1,0 +1,179 @@
+use super::{SafetensorsEntry, config_json, json, parse_header, shards};
+use crate::store::{SourceFile, StoredTensor, TensorStore};
+use crate::{Checkpoint, Error, ModelConfig, Result, TensorInfo, digest};
+use serde_json::Value;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Files beside the weights that decide what a model says.
+const SIDE_FILES: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+];
+
+/// A model in a Hugging Face folder.
+#[derive(Debug)]
+pub struct FolderCheckpoint {
+    config: ModelConfig,
+    store: TensorStore,
+    chat_template: Option<String>,
+}
+
+impl FolderCheckpoint {
+    /// Opens a folder and checks everything but the tensors' bytes.
+    ///
+    /// # Errors
+    /// If a file is missing or damaged, the files disagree, or something is needed that is not supported.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let tokenizer_config = optional_json(&folder.join("tokenizer_config.json"))?;
+        let adds_bos = tokenizer_config.get("add_bos_token").and_then(Value::as_bool).unwrap_or(true);
+        let config_path = folder.join("config.json");
+        if config_path.symlink_metadata().is_err() {
+            return Err(json::corrupt(folder, "config.json", "the file is missing"));
+        }
+        let shards = shards::find(folder)?;
+        let mut config = config_json::read(&config_path, adds_bos)?;
+        let mut files = Vec::new();
+        let mut tensors = BTreeMap::new();
+        let mut found_in: HashMap<String, String> = HashMap::new();
+        for (number, name) in shards.files.iter().enumerate() {
+            let file = SourceFile::open(&folder.join(name))?;
+            for entry in parse_header(&file.file, &file.path, file.len)? {
+                if let Some(before) = found_in.insert(entry.name.clone(), name.clone()) {
+                    let reason = format!("the tensor is also in {before}");
+                    return Err(json::corrupt(&file.path, &entry.name, reason));
+                }
+                tensors.insert(entry.name.clone(), (number, entry));
+            }
+            files.push(file);
+        }
+        if let Some((index, placed)) = &shards.index {
+            for (tensor, file) in placed {
+                let found = found_in.get(tensor);
+                if found != Some(file) {
+                    let found = found.map_or("in no file".to_owned(), |f| format!("in {f}"));
+                    return Err(json::corrupt(index, tensor, format!("is placed in {file}, but it is {found}")));
+                }
+            }
+        }
+        tie_by_absence(&mut config, &tensors);
+        check_layer_count(&config_path, &config, tensors.keys())?;
+        let tensors = needed_tensors(&config, &files, tensors)?;
+        let mut store = TensorStore { path: folder.to_owned(), files, tensors };
+        store.keep_needed(&config, &config_path.display().to_string())?;
+        let chat_template = chat_template(folder, &tokenizer_config)?;
+        Ok(Self { config, store, chat_template })
+    }
+}
+
+/// Older files say nothing about tying and leave the head out.
+fn tie_by_absence(config: &mut ModelConfig, tensors: &BTreeMap<String, (usize, SafetensorsEntry)>) {
+    if !tensors.contains_key("lm_head.weight") && tensors.contains_key("model.embed_tokens.weight") {
+        config.tie_word_embeddings = true;
+    }
+}
+
+fn check_layer_count<'a>(path: &Path, config: &ModelConfig, names: impl Iterator<Item = &'a String>) -> Result<()> {
+    for name in names {
+        let index = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        if index.is_some_and(|i| i >= config.n_layers) {
+            let reason = format!("{}, but there is a tensor {name}", config.n_layers);
+            return Err(json::corrupt(path, "num_hidden_layers", reason));
+        }
+    }
+    Ok(())
+}
+
+/// Tensors of a readable type, and a refusal if one that is needed is of another type.
+fn needed_tensors(
+    config: &ModelConfig,
+    files: &[SourceFile],
+    mut found: BTreeMap<String, (usize, SafetensorsEntry)>,
+) -> Result<BTreeMap<String, StoredTensor>> {
+    let mut tensors = BTreeMap::new();
+    for spec in crate::architectures::tensors(config) {
+        let Some((file, entry)) = found.remove(&spec.name) else { continue };
+        let kind = entry.dtype.map_err(|dtype| Error::Unsupported {
+            path: files.get(file).map(|f| f.path.clone()).unwrap_or_default(),
+            what: format!("the dtype {dtype} of tensor {}", spec.name),
+            help: "convert the model to F32, F16 or BF16".into(),
+        })?;
+        let SafetensorsEntry { shape, offset, n_bytes, .. } = entry;
+        tensors.insert(spec.name, StoredTensor { file, shape, kind, offset, n_bytes, interleaved: None });
+    }
+    Ok(tensors)
+}
+
+fn optional_json(path: &Path) -> Result<Value> {
+    if !path.exists() {
+        return Ok(Value::Null);
+    }
+    json::parse(&json::read(path)?, path, "json")
+}
+
+/// The template: a file of its own in newer folders, else a key of the tokenizer's settings, where it may be a list
+/// of named ones.
+fn chat_template(folder: &Path, tokenizer_config: &Value) -> Result<Option<String>> {
+    let own = folder.join("chat_template.jinja");
+    if own.exists() {
+        return std::fs::read_to_string(&own).map(Some).map_err(|source| Error::Io { path: own, source });
+    }
+    Ok(match tokenizer_config.get("chat_template") {
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(Value::Array(named)) => named
+            .iter()
+            .find(|t| t.get("name").and_then(Value::as_str) == Some("default"))
+            .and_then(|t| t.get("template")?.as_str().map(str::to_owned)),
+        _ => None,
+    })
+}
+
+impl Checkpoint for FolderCheckpoint {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn path(&self) -> &Path {
+        &self.store.path
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.store.names()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.store.info(name)
+    }
+
+    fn load_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        self.store.load_rows(name, rows)
+    }
+
+    fn digest(&self) -> Result<String> {
+        let side = SIDE_FILES.iter().map(|name| self.store.path.join(name)).filter(|path| path.exists());
+        let weights = self.store.files.iter().map(|file| file.path.clone());
+        let named = |path: PathBuf| {
+            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            (name, path)
+        };
+        digest::digest_files(side.chain(weights).map(named).collect())
+    }
+
+    fn tokenizer_json(&self) -> Result<String> {
+        let path = self.store.path.join("tokenizer.json");
+        if !path.exists() {
+            let reason = format!("{} is missing; save the model's fast tokenizer there", path.display());
+            return Err(Error::Tokenizer { reason });
+        }
+        json::read(&path)
+    }
+
+    fn chat_template(&self) -> Option<String> {
+        self.chat_template.clone()
+    }
+}
