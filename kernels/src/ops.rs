@@ -73,3 +73,15 @@ pub fn from_f16(x: &[f16], out: &mut [f32]) {
     use half::slice::HalfFloatSliceExt;
     x.convert_to_f32_slice(out);
 }
+
+/// A sum over all bytes taken as u64 words: reads memory as fast as it can be read, for bandwidth measurements.
+pub fn sum_bytes(bytes: &[u8]) -> f32 {
+    let (_, words, _) = bytemuck::pod_align_to::<u8, [u64; 8]>(bytes);
+    let mut lanes = [0u64; 8];
+    for line in words {
+        for (l, w) in lanes.iter_mut().zip(line) {
+            *l = l.wrapping_add(*w);
+        }
+    }
+    lanes.iter().fold(0u64, |a, b| a.wrapping_add(*b)) as f32
+}

@@ -1,1 +1,45 @@
-//! Thermocline: runtime.
+//! The runtime: plans what goes where for a memory budget, and turns tokens into tokens.
+//!
+//! | concept | where |
+//! | --- | --- |
+//! | what goes where, and the expected speed | [`Plan`], [`PlanRequest`], [`Hardware`] |
+//! | tokens in, logits out | [`Engine`] |
+//! | logits in, token out | [`Sampler`] |
+//! | a prompt answered, with its account | [`generate`], [`RunReport`] |
+//! | measured speed beside the planned one | [`bench()`] |
+//!
+//! A token's way: [`Engine::forward`] -> `engine::attend` -> `predictor` -> `layer_ffn` (hot prefix, cache, disk) ->
+//! `ffn` (one neuron at a time, through the kernels crate).
+
+#![forbid(unsafe_code)]
+
+mod account;
+mod attention;
+mod bench;
+pub mod budget;
+mod cache;
+mod engine;
+mod error;
+mod fetch;
+mod ffn;
+mod generate;
+pub mod hardware;
+mod kv;
+mod layer_ffn;
+mod matrix;
+mod plan;
+mod predictor;
+mod prefill;
+mod replay;
+mod sampler;
+mod stream;
+
+pub use account::{Account, TierBytes};
+pub use bench::{BenchReport, BenchSettings, Timing, bench};
+pub use engine::{Engine, Logits};
+pub use error::{Error, Result};
+pub use generate::{FinishReason, GenerateSettings, RunReport, generate};
+pub use hardware::{Hardware, StagingShape};
+pub use plan::{FixedBytes, Mode, Plan, PlanRequest, Prediction};
+pub use predictor::top_k;
+pub use sampler::{Sampler, SamplerSettings};

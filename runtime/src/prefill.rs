@@ -11,23 +11,47 @@ pub(crate) const PIECE: usize = 256;
 /// Tokens that one task multiplies.
 const TASK_TOKENS: usize = 32;
 
-/// `out[t, :] = W x[t, :]`: `x` is `[n, columns]`, `out` is `[n, rows]`.
-pub(crate) fn project(pool: &mut Pool, w: MatrixRef<'_>, x: &[f32], out: &mut [f32]) {
-    let mut decoded = vec![0.0; PIECE.min(w.rows) * w.columns];
-    for first in (0..w.rows).step_by(PIECE) {
-        let n_rows = PIECE.min(w.rows - first);
-        pool.for_each_chunk(&mut decoded[..n_rows * w.columns], w.columns, |r, out| {
-            unpack(w.encoding, w.row(first + r), out);
-        });
-        pool.for_each_chunk(out, TASK_TOKENS * w.rows, |task, out| {
-            let n = out.len() / w.rows;
-            let x = &x[task * TASK_TOKENS * w.columns..][..n * w.columns];
-            let mut piece = vec![0.0; n * n_rows];
-            matmul(n, n_rows, w.columns, x, &decoded, &mut piece, false);
-            for (out, piece) in out.chunks_exact_mut(w.rows).zip(piece.chunks_exact(n_rows)) {
-                out[first..first + n_rows].copy_from_slice(piece);
+/// A matrix times a batch, fed with rows in ascending order: `out[t, r] = W[r, :] x[t, :]`.
+#[derive(Debug)]
+pub(crate) struct MatrixBatch {
+    rows: usize,
+    decoded: Vec<f32>,
+    filled: usize,
+    done: usize,
+}
+
+impl MatrixBatch {
+    /// For a matrix of `rows` by `columns`.
+    pub(crate) fn new(rows: usize, columns: usize) -> Self {
+        Self { rows, decoded: vec![0.0; PIECE.min(rows) * columns], filled: 0, done: 0 }
+    }
+
+    /// Takes the next rows; multiplies whenever a piece is complete. `x` is `[n, columns]`, `out` is `[n, rows]`.
+    pub(crate) fn add(&mut self, pool: &mut Pool, w: MatrixRef<'_>, x: &[f32], out: &mut [f32]) {
+        let mut next = 0;
+        while next < w.rows {
+            let piece = PIECE.min(self.rows - self.done);
+            let n = (piece - self.filled).min(w.rows - next);
+            let decoded = &mut self.decoded[self.filled * w.columns..(self.filled + n) * w.columns];
+            pool.for_each_chunk(decoded, w.columns, |r, out| unpack(w.encoding, w.row(next + r), out));
+            next += n;
+            self.filled += n;
+            if self.filled < piece {
+                return;
             }
-        });
+            let (first, decoded) = (self.done, &self.decoded);
+            pool.for_each_chunk(out, TASK_TOKENS * self.rows, |task, out| {
+                let n = out.len() / self.rows;
+                let x = &x[task * TASK_TOKENS * w.columns..][..n * w.columns];
+                let mut product = vec![0.0; n * piece];
+                matmul(n, piece, w.columns, x, decoded, &mut product, false);
+                for (out, product) in out.chunks_exact_mut(self.rows).zip(product.chunks_exact(piece)) {
+                    out[first..first + piece].copy_from_slice(product);
+                }
+            });
+            self.done += piece;
+            self.filled = 0;
+        }
     }
 }
 
@@ -54,6 +78,11 @@ impl FfnBatch {
     /// Memory of the decoded piece.
     pub(crate) fn bytes(layout: &BundleLayout, n_neurons: usize) -> u64 {
         (3 * 4 * PIECE.min(n_neurons) * layout.hidden_size()) as u64
+    }
+
+    /// Forgets a layer that was broken off.
+    pub(crate) fn reset(&mut self) {
+        (self.filled, self.done) = (0, 0);
     }
 
     /// Takes the next bundles; multiplies whenever a piece is complete. `x` and `y` are `[n, hidden]`, `y += FFN(x)`.

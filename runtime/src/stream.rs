@@ -19,11 +19,6 @@ impl Stream {
         Self { runs, next: 0, in_flight: VecDeque::new(), reserve }
     }
 
-    /// Bytes that one pass reads.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.runs.iter().map(|r| r.len as u64).sum()
-    }
-
     /// Starts reads while buffers are free.
     pub(crate) fn pump(&mut self, fetcher: &Fetcher) {
         while !self.runs.is_empty() && fetcher.n_free() > self.reserve {

@@ -98,7 +98,14 @@ pub(crate) fn pack_layer(
     let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
         what: "the profile has no second moments; calibrate again without --no-second-moment".to_owned(),
     })?;
-    let fitted = predictor::fit_low_rank(moment, &gate, &up, &norms, packing.predictor_rank)?;
+    let fitted = predictor::fit_low_rank(
+        moment,
+        &gate,
+        &up,
+        &norms,
+        checkpoint.config().activation,
+        packing.predictor_rank,
+    )?;
     let rank = packing.predictor_rank;
     let mut gate_up = Vec::with_capacity(2 * ffn * rank);
     for &id in &order {

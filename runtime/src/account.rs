@@ -1,0 +1,55 @@
+//! What a run cost: bytes by tier, hits, times.
+
+use serde::Serialize;
+use std::time::Duration;
+
+/// Bytes of weights that were read, by where they lay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct TierBytes {
+    /// Device memory (no GPU engine in this version: always 0).
+    pub device: u64,
+    /// Cache slots that hold cold neurons of late.
+    pub cache: u64,
+    /// Weights and predictors that stay in RAM.
+    pub host: u64,
+    /// Read from disk (whole chunks, read-ahead that was not used included).
+    pub disk: u64,
+}
+
+impl TierBytes {
+    /// The mean over `n` tokens.
+    pub(crate) fn per_token(self, n: u64) -> Self {
+        let n = n.max(1);
+        Self { device: self.device / n, cache: self.cache / n, host: self.host / n, disk: self.disk / n }
+    }
+
+    pub(crate) fn minus(self, other: Self) -> Self {
+        Self {
+            device: self.device - other.device,
+            cache: self.cache - other.cache,
+            host: self.host - other.host,
+            disk: self.disk - other.disk,
+        }
+    }
+}
+
+/// Counters of an engine since it was loaded.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Account {
+    /// Bytes read.
+    pub bytes: TierBytes,
+    /// Cold neurons that were found in the cache.
+    pub cache_hits: u64,
+    /// Cold neurons that were not.
+    pub cache_misses: u64,
+    /// Neurons that were computed.
+    pub neurons_computed: u64,
+    /// Neurons that there were.
+    pub neurons_total: u64,
+    /// Chunks that a prediction fetched one layer early, and how many of those were needed.
+    pub chunks_foreseen: u64,
+    /// As above.
+    pub chunks_foreseen_used: u64,
+    /// Time spent waiting for the disk.
+    pub disk_wait: Duration,
+}

@@ -1,0 +1,132 @@
+//! Measured speed, beside the planned one.
+
+use crate::account::TierBytes;
+use crate::engine::{Engine, Logits};
+use crate::generate::{measure_speeds, prefill};
+use crate::hardware::{Hardware, peak_rss_bytes};
+use crate::plan::{Plan, Prediction};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::time::Instant;
+
+/// What to measure.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct BenchSettings {
+    /// Tokens of the prompt.
+    pub n_prompt: usize,
+    /// Tokens that are generated.
+    pub n_gen: usize,
+    /// Repetitions; one more comes first and is not counted.
+    pub repetitions: usize,
+}
+
+/// Tokens a second over the repetitions.
+#[derive(Debug, Clone, Serialize)]
+pub struct Timing {
+    /// One number a repetition.
+    pub runs: Vec<f64>,
+    /// Their median.
+    pub median: f64,
+    /// Standard deviation over mean.
+    pub spread: f64,
+}
+
+impl Timing {
+    fn new(runs: Vec<f64>) -> Self {
+        let mut sorted = runs.clone();
+        sorted.sort_by(f64::total_cmp);
+        let n = runs.len().max(1) as f64;
+        let mean = runs.iter().sum::<f64>() / n;
+        let variance = runs.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / n;
+        Self { median: sorted.get(sorted.len() / 2).copied().unwrap_or(0.0), spread: variance.sqrt() / mean, runs }
+    }
+}
+
+/// What was measured and what was planned.
+#[derive(Debug, Clone, Serialize)]
+pub struct BenchReport {
+    /// What was measured.
+    pub settings: BenchSettings,
+    /// This machine.
+    pub hardware: Hardware,
+    /// What lay where.
+    pub plan: Plan,
+    /// Prompt tokens a second.
+    pub prompt_tok_s: Timing,
+    /// Generated tokens a second.
+    pub decode_tok_s: Timing,
+    /// What `plan` expected of decoding.
+    pub predicted: Prediction,
+    /// Bytes per decoded token, by tier.
+    pub bytes_per_token: TierBytes,
+    /// Decode speed as a share of what these bytes at the measured RAM and disk speeds allow.
+    pub limit_share: f64,
+    /// Streamed runs only: decode speed over (disk speed / disk bytes per token).
+    pub disk_limit_share: Option<f64>,
+    /// Largest resident set of the process, the measurement of RAM speed included.
+    pub peak_rss_bytes: u64,
+}
+
+/// Measures prompt and decode speed. Tokens are arbitrary but fixed (a linear congruence over the vocabulary), so that
+/// sparse mode sees changing inputs; nothing is sampled.
+///
+/// # Errors
+/// If prompt and generation do not fit in the context, or the disk fails.
+pub fn bench(
+    engine: &mut Engine,
+    settings: BenchSettings,
+    kernel_bytes_per_second: f64,
+    progress: &dyn Fn(usize, usize),
+) -> Result<BenchReport> {
+    let needed = settings.n_prompt + settings.n_gen;
+    let context = engine.plan().request.context;
+    if needed > context {
+        return Err(Error::PromptTooLong { prompt_tokens: needed, context });
+    }
+    let vocab = engine.split().manifest().config.vocab_size as u64;
+    let token = |i: usize| ((i as u64 * 7919 + 13) % vocab) as u32;
+    let prompt: Vec<u32> = (0..settings.n_prompt.max(1)).map(token).collect();
+    let (mut prompts, mut decodes) = (Vec::new(), Vec::new());
+    let mut bytes = TierBytes::default();
+    for repetition in 0..=settings.repetitions {
+        progress(repetition, settings.repetitions + 1);
+        engine.clear();
+        let begin = Instant::now();
+        prefill(engine, &prompt)?;
+        let prompt_seconds = begin.elapsed().as_secs_f64();
+        let before = engine.account();
+        let begin = Instant::now();
+        for i in 0..settings.n_gen {
+            engine.forward(&[token(settings.n_prompt + i)], Logits::Last)?;
+        }
+        let decode_seconds = begin.elapsed().as_secs_f64();
+        if repetition > 0 {
+            prompts.push(prompt.len() as f64 / prompt_seconds);
+            decodes.push(settings.n_gen as f64 / decode_seconds);
+            bytes = engine.account().bytes.minus(before.bytes).per_token(settings.n_gen as u64);
+        }
+    }
+    progress(settings.repetitions + 1, settings.repetitions + 1);
+    let speeds = measure_speeds(engine)?;
+    let hardware = Hardware {
+        n_threads: engine.plan().request.n_threads,
+        ram_bytes_per_second: speeds.ram,
+        kernel_bytes_per_second,
+        disk_bytes_per_second: speeds.disk.unwrap_or(f64::INFINITY),
+    };
+    let decode_tok_s = Timing::new(decodes);
+    let disk_limit = speeds.disk.map(|d| d / bytes.disk.max(1) as f64);
+    let ram_limit = speeds.ram / (bytes.host + bytes.cache).max(1) as f64;
+    Ok(BenchReport {
+        settings,
+        hardware,
+        plan: engine.plan().clone(),
+        prompt_tok_s: Timing::new(prompts),
+        predicted: engine.plan().predict(&hardware),
+        bytes_per_token: bytes,
+        limit_share: decode_tok_s.median / disk_limit.unwrap_or(f64::INFINITY).min(ram_limit),
+        disk_limit_share: disk_limit.map(|limit| decode_tok_s.median / limit),
+        decode_tok_s,
+        peak_rss_bytes: peak_rss_bytes(),
+    })
+}

@@ -1,0 +1,411 @@
+//! The token engine: tokens in, logits out.
+
+use crate::account::Account;
+use crate::attention::{Rope, attend_batch, attend_one};
+use crate::cache::NeuronCache;
+use crate::fetch::{DirectFile, Fetcher};
+use crate::ffn::FfnSums;
+use crate::kv::KvCache;
+use crate::layer_ffn::{Foreseen, LayerFfn};
+use crate::matrix::{Compute, Disk, Matrix};
+use crate::plan::{Mode, Plan, decoded_bytes};
+use crate::predictor::{Predictor, top_k};
+use crate::prefill::FfnBatch;
+use crate::stream::Stream;
+use crate::{Error, Result};
+use std::sync::Arc;
+use thermocline_datasets::ModelConfig;
+use thermocline_kernels::{Kernels, Pool, ops};
+use thermocline_split::{Split, TensorEntry};
+
+/// Norms and biases of one layer.
+#[derive(Debug)]
+struct LayerVectors {
+    input_norm: Vec<f32>,
+    ffn_norm: Vec<f32>,
+    /// q, k, v, if the family has them.
+    biases: Option<[Vec<f32>; 3]>,
+}
+
+/// A loaded model with one sequence's state.
+pub struct Engine {
+    split: Arc<Split>,
+    config: ModelConfig,
+    plan: Plan,
+    compute: Compute,
+    vectors: Vec<LayerVectors>,
+    final_norm: Vec<f32>,
+    embedding: Matrix,
+    /// `None` if the embedding is the head.
+    lm_head: Option<Matrix>,
+    /// q, k, v, o of each layer.
+    attention: Vec<[Matrix; 4]>,
+    ffn: Vec<LayerFfn>,
+    predictors: Vec<Predictor>,
+    cache: NeuronCache,
+    fetcher: Option<Fetcher>,
+    /// Everything that is not in memory, in the order in which a dense pass uses it.
+    dense_stream: Stream,
+    /// The same without neurons, for sparse passes.
+    sparse_stream: Stream,
+    last_pass_was_sparse: bool,
+    kv: KvCache,
+    rope: Rope,
+    sums: FfnSums,
+    batch: FfnBatch,
+    account: Account,
+}
+
+/// Which positions' logits a forward pass returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// The last token's, `[vocab]`.
+    Last,
+    /// Every token's, `[n_tokens, vocab]`.
+    All,
+}
+
+impl Engine {
+    /// Loads what `plan` keeps in memory. `progress(done, total)` counts layers.
+    ///
+    /// # Errors
+    /// If a file cannot be read or is damaged.
+    pub fn load(split: Split, plan: Plan, progress: &dyn Fn(usize, usize)) -> Result<Self> {
+        let split = Arc::new(split);
+        let config = split.manifest().config.clone();
+        let run_bytes = plan.staging.run_bytes;
+        let decoded = decoded_bytes(&split, run_bytes);
+        let resident = split.resident();
+        let resident_file = Arc::new(DirectFile::open(resident.path())?);
+        let entries: Vec<&TensorEntry> = resident.tensors().iter().filter(|t| t.format.encoding().is_some()).collect();
+        let matrix = |name: &str, shape: (usize, usize)| -> Result<Matrix> {
+            let entry = resident.entry(name)?;
+            if (entry.rows, entry.columns) != shape {
+                return Err(misfit(&split, name, format!("[{}, {}], expected {shape:?}", entry.rows, entry.columns)));
+            }
+            let rows = entries.iter().zip(&plan.pinned_rows).find(|(e, _)| e.name == name).map_or(0, |(_, &r)| r);
+            Matrix::load(resident, entry, rows, run_bytes)
+        };
+        let vector = |name: &str, n: usize| -> Result<Vec<f32>> {
+            let v = resident.read_f32(name)?;
+            if v.len() == n { Ok(v) } else { Err(misfit(&split, name, format!("{} values, expected {n}", v.len()))) }
+        };
+        let (hidden, q_width) = (config.hidden_size, config.n_heads * config.head_dim);
+        let kv_width = config.n_kv_heads * config.head_dim;
+        let mut vectors = Vec::with_capacity(config.n_layers);
+        let mut attention = Vec::with_capacity(config.n_layers);
+        let mut ffn = Vec::with_capacity(config.n_layers);
+        let mut predictors = Vec::new();
+        for l in 0..config.n_layers {
+            progress(l, config.n_layers);
+            let name = |rest: &str| format!("model.layers.{l}.{rest}");
+            let biases = if config.qkv_bias {
+                Some([
+                    vector(&name("self_attn.q_proj.bias"), q_width)?,
+                    vector(&name("self_attn.k_proj.bias"), kv_width)?,
+                    vector(&name("self_attn.v_proj.bias"), kv_width)?,
+                ])
+            } else {
+                None
+            };
+            vectors.push(LayerVectors {
+                input_norm: vector(&name("input_layernorm.weight"), hidden)?,
+                ffn_norm: vector(&name("post_attention_layernorm.weight"), hidden)?,
+                biases,
+            });
+            attention.push([
+                matrix(&name("self_attn.q_proj.weight"), (q_width, hidden))?,
+                matrix(&name("self_attn.k_proj.weight"), (kv_width, hidden))?,
+                matrix(&name("self_attn.v_proj.weight"), (kv_width, hidden))?,
+                matrix(&name("self_attn.o_proj.weight"), (hidden, q_width))?,
+            ]);
+            ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], run_bytes, decoded)?);
+            if matches!(plan.request.mode, Mode::Sparse { .. }) {
+                predictors.push(Predictor::load(&split, l)?);
+            }
+        }
+        let vocab = (config.vocab_size, hidden);
+        let embedding = matrix("model.embed_tokens.weight", vocab)?;
+        let lm_head = if config.tie_word_embeddings { None } else { Some(matrix("lm_head.weight", vocab)?) };
+        let final_norm = vector("model.norm.weight", hidden)?;
+        progress(config.n_layers, config.n_layers);
+
+        let (mut dense, mut sparse) = (Vec::new(), Vec::new());
+        for (matrices, neurons) in attention.iter().zip(&ffn) {
+            for m in matrices {
+                dense.extend(m.runs(&resident_file));
+                sparse.extend(m.runs(&resident_file));
+            }
+            dense.extend(neurons.cold_runs());
+        }
+        let head = lm_head.as_ref().unwrap_or(&embedding);
+        dense.extend(head.runs(&resident_file));
+        sparse.extend(head.runs(&resident_file));
+        let staging = plan.staging;
+        let fetcher = plan.streams().then(|| Fetcher::new(staging.n_readers, staging.n_buffers, run_bytes, decoded));
+        let layout = *split.layers()[0].layout();
+        let (bundle, n) = (layout.bundle_bytes(), config.intermediate_size);
+        Ok(Self {
+            compute: Compute { kernels: Kernels::detect(), pool: Pool::new(plan.request.n_threads) },
+            vectors,
+            final_norm,
+            embedding,
+            lm_head,
+            attention,
+            ffn,
+            predictors,
+            cache: NeuronCache::new(plan.cache_slots, bundle, config.n_layers, n),
+            fetcher,
+            dense_stream: Stream::new(dense, 0),
+            sparse_stream: Stream::new(sparse, staging.n_buffers / 2),
+            last_pass_was_sparse: false,
+            kv: KvCache::new(&config, plan.request.context),
+            rope: Rope::new(&config, plan.request.context),
+            sums: FfnSums::new(layout, config.activation, n),
+            batch: FfnBatch::new(layout, config.activation, n),
+            account: Account::default(),
+            plan,
+            config,
+            split,
+        })
+    }
+
+    /// What is where.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The split that it was loaded from.
+    pub fn split(&self) -> &Split {
+        &self.split
+    }
+
+    /// What it cost so far.
+    pub fn account(&self) -> Account {
+        self.account
+    }
+
+    /// Tokens in the context.
+    pub fn len(&self) -> usize {
+        self.kv.len()
+    }
+
+    /// Whether the context is empty.
+    pub fn is_empty(&self) -> bool {
+        self.kv.len() == 0
+    }
+
+    /// Whether reads from disk bypass the page cache; if not, the budget bounds this process but not the system.
+    pub fn reads_are_direct(&self) -> bool {
+        self.ffn.iter().all(LayerFfn::is_direct)
+    }
+
+    /// Weights in memory read by all threads, in bytes a second: this machine's RAM speed, now.
+    pub fn measure_ram_speed(&mut self) -> f64 {
+        let largest = self.ffn.iter().map(LayerFfn::hot_bytes).max_by_key(|b| b.len()).unwrap_or_default();
+        // A layer alone would fit in the last-level cache: what counts is a pass over all of them.
+        let total: usize = self.ffn.iter().map(|f| f.hot_bytes().len()).sum();
+        if total < 64 << 20 || largest.is_empty() {
+            return crate::hardware::ram_speed(&mut self.compute.pool, &vec![1u8; 64 << 20]);
+        }
+        let mut best = f64::INFINITY;
+        for _ in 0..4 {
+            let begin = std::time::Instant::now();
+            for layer in &self.ffn {
+                let bytes = layer.hot_bytes();
+                let mut sums = vec![0.0f32; bytes.len().div_ceil(1 << 16)];
+                self.compute.pool.for_each_chunk(&mut sums, 1, |i, sum| {
+                    sum[0] = ops::sum_bytes(&bytes[i << 16..((i + 1) << 16).min(bytes.len())]);
+                });
+            }
+            best = best.min(begin.elapsed().as_secs_f64());
+        }
+        total as f64 / best
+    }
+
+    /// Forgets the sequence.
+    pub fn clear(&mut self) {
+        self.kv.clear();
+    }
+
+    /// Appends `tokens` to the sequence and returns logits. One token is decoded, several are prefilled (densely, in
+    /// either mode).
+    ///
+    /// # Errors
+    /// If the context is full, a token is not in the vocabulary, or the disk fails; the sequence is then as before.
+    pub fn forward(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<f32>> {
+        if tokens.len() > self.kv.capacity() - self.kv.len() {
+            let prompt_tokens = self.kv.len() + tokens.len();
+            return Err(Error::PromptTooLong { prompt_tokens, context: self.kv.capacity() });
+        }
+        let result = self.pass(tokens, logits);
+        if result.is_err() {
+            if let Some(fetcher) = &self.fetcher {
+                self.dense_stream.rewind(fetcher);
+                self.sparse_stream.rewind(fetcher);
+            }
+            self.batch.reset();
+        }
+        result
+    }
+
+    fn pass(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<f32>> {
+        let (n, hidden, past) = (tokens.len(), self.config.hidden_size, self.kv.len());
+        let active_share = match self.plan.request.mode {
+            Mode::Sparse { active } if n == 1 => Some(active),
+            _ => None,
+        };
+        self.switch_stream(active_share.is_some());
+        let mut x = vec![0.0; n * hidden];
+        for (&token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
+            self.embed(token, x)?;
+        }
+        let k = active_share.map_or(0, |s| ((s * self.config.intermediate_size as f32).round() as usize).max(1));
+        let mut foreseen = Foreseen::default();
+        let mut scores = vec![0.0; self.config.intermediate_size];
+        let mut active = Vec::with_capacity(k);
+        let mut normed = vec![0.0; n * hidden];
+        for l in 0..self.config.n_layers {
+            if let Err(e) = self.attend(l, n, past, &mut x, &mut normed) {
+                if let Some(fetcher) = &self.fetcher {
+                    foreseen.discard(fetcher);
+                }
+                return Err(e);
+            }
+            self.norm(&x, &self.vectors[l].ffn_norm, &mut normed);
+            let streaming = if active_share.is_some() { &mut self.sparse_stream } else { &mut self.dense_stream };
+            let mut disk = self.fetcher.as_ref().map(|fetcher| Disk { fetcher, stream: streaming });
+            let (compute, account) = (&mut self.compute, &mut self.account);
+            if n > 1 {
+                self.ffn[l].batch(compute, disk.as_mut(), account, &mut self.batch, &normed, &mut x)?;
+                continue;
+            }
+            self.sums.clear();
+            if active_share.is_none() {
+                self.ffn[l].exact(compute, disk.as_mut(), account, &mut self.sums, &normed)?;
+            } else {
+                self.predictors[l].scores(&compute.kernels, &mut compute.pool, &normed, &mut scores);
+                account.bytes.host += self.predictors[l].bytes();
+                top_k(&scores, k, &mut active);
+                let current = std::mem::take(&mut foreseen);
+                if let (Some(fetcher), Some(next)) = (&self.fetcher, self.predictors.get(l + 1)) {
+                    // The residual stream changes little from layer to layer: the next layer's predictor, fed with
+                    // this layer's input, tells most of what it will ask for while there is time to read it.
+                    let mut ahead = vec![0.0; hidden];
+                    ops::rms_norm(&x, &self.vectors[l + 1].ffn_norm, self.config.rms_norm_eps, &mut ahead);
+                    let mut guess = Vec::with_capacity(k);
+                    next.scores(&compute.kernels, &mut compute.pool, &ahead, &mut scores);
+                    account.bytes.host += next.bytes();
+                    top_k(&scores, k, &mut guess);
+                    foreseen = self.ffn[l + 1].foresee(fetcher, &self.cache, account, &guess);
+                }
+                let (sums, cache) = (&mut self.sums, &mut self.cache);
+                let fetcher = self.fetcher.as_ref();
+                let done = self.ffn[l].sparse(compute, fetcher, account, sums, cache, current, &active, &normed);
+                if let Err(e) = done {
+                    if let Some(fetcher) = fetcher {
+                        foreseen.discard(fetcher);
+                    }
+                    return Err(e);
+                }
+            }
+            self.sums.finish(&mut x);
+        }
+        let out = self.head(&x, logits)?;
+        self.kv.advance(n);
+        Ok(out)
+    }
+
+    /// Reading ahead follows the kind of pass; what the other kind had asked for is dropped.
+    fn switch_stream(&mut self, sparse: bool) {
+        let Some(fetcher) = &self.fetcher else { return };
+        if sparse != self.last_pass_was_sparse {
+            self.dense_stream.rewind(fetcher);
+            self.sparse_stream.rewind(fetcher);
+            self.last_pass_was_sparse = sparse;
+        }
+        if sparse { self.sparse_stream.pump(fetcher) } else { self.dense_stream.pump(fetcher) }
+    }
+
+    fn embed(&mut self, token: u32, out: &mut [f32]) -> Result<()> {
+        let row = token as usize;
+        if row >= self.config.vocab_size {
+            let reason = format!("token {token} of a vocabulary of {}", self.config.vocab_size);
+            return Err(Error::Setting { flag: "prompt", reason });
+        }
+        let entry = &self.embedding.entry;
+        let row_bytes = entry.row_bytes() as u64;
+        if self.embedding.pinned_row(row, out) {
+            self.account.bytes.host += row_bytes;
+            return Ok(());
+        }
+        self.account.bytes.disk += row_bytes;
+        let bytes = self.split.resident().read_rows(entry, row, 1)?;
+        if let Some(encoding) = entry.format.encoding() {
+            let row = thermocline_kernels::RowRef::from_matrix_row(encoding, entry.columns, &bytes);
+            thermocline_kernels::unpack(encoding, row, out);
+        }
+        Ok(())
+    }
+
+    fn norm(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
+        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+            ops::rms_norm(x, weight, self.config.rms_norm_eps, out);
+        }
+    }
+
+    /// `x += attention(norm(x))`.
+    fn attend(&mut self, l: usize, n: usize, past: usize, x: &mut [f32], normed: &mut [f32]) -> Result<()> {
+        self.norm(x, &self.vectors[l].input_norm, normed);
+        let c = &self.config;
+        let (q_width, kv_width) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
+        let stream = if self.last_pass_was_sparse { &mut self.sparse_stream } else { &mut self.dense_stream };
+        let mut disk = self.fetcher.as_ref().map(|fetcher| Disk { fetcher, stream });
+        let [mut q, mut k, mut v] = [q_width, kv_width, kv_width].map(|width| vec![0.0; n * width]);
+        for (i, out) in [&mut q, &mut k, &mut v].into_iter().enumerate() {
+            let matrix = &self.attention[l][i];
+            matrix.apply(&mut self.compute, disk.as_mut(), &mut self.account, n, normed, out)?;
+            if let Some(biases) = &self.vectors[l].biases {
+                for row in out.chunks_exact_mut(biases[i].len()) {
+                    ops::axpy(1.0, &biases[i], row);
+                }
+            }
+        }
+        for t in 0..n {
+            self.rope.turn(&mut q[t * q_width..(t + 1) * q_width], past + t);
+            let key = &mut k[t * kv_width..(t + 1) * kv_width];
+            self.rope.turn(key, past + t);
+            self.kv.write(l, false, past + t, key);
+            self.kv.write(l, true, past + t, &v[t * kv_width..(t + 1) * kv_width]);
+        }
+        let mut mixed = vec![0.0; n * q_width];
+        let pool = &mut self.compute.pool;
+        if n == 1 {
+            attend_one(c, pool, &self.kv, l, past + 1, &q, &mut mixed);
+        } else {
+            attend_batch(c, pool, &self.kv, l, past, n, &q, &mut mixed);
+        }
+        self.attention[l][3].apply(&mut self.compute, disk.as_mut(), &mut self.account, n, &mixed, normed)?;
+        ops::axpy(1.0, normed, x);
+        Ok(())
+    }
+
+    fn head(&mut self, x: &[f32], logits: Logits) -> Result<Vec<f32>> {
+        let (hidden, vocab) = (self.config.hidden_size, self.config.vocab_size);
+        let x = if logits == Logits::Last { &x[x.len() - hidden..] } else { x };
+        let mut normed = vec![0.0; x.len()];
+        self.norm(x, &self.final_norm, &mut normed);
+        let n = x.len() / hidden;
+        let mut out = vec![0.0; n * vocab];
+        let stream = if self.last_pass_was_sparse { &mut self.sparse_stream } else { &mut self.dense_stream };
+        let mut disk = self.fetcher.as_ref().map(|fetcher| Disk { fetcher, stream });
+        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        head.apply(&mut self.compute, disk.as_mut(), &mut self.account, n, &normed, &mut out)?;
+        Ok(out)
+    }
+}
+
+fn misfit(split: &Split, name: &str, reason: String) -> Error {
+    let path = split.resident().path().to_owned();
+    thermocline_split::Error::Corrupt { path, field: name.to_owned(), reason }.into()
+}

@@ -1,0 +1,190 @@
+//! One prompt, answered.
+
+use crate::account::TierBytes;
+use crate::engine::{Engine, Logits};
+use crate::hardware::peak_rss_bytes;
+use crate::plan::Mode;
+use crate::sampler::{Sampler, SamplerSettings};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::time::{Duration, Instant};
+
+/// How long and how to choose.
+#[derive(Debug, Clone)]
+pub struct GenerateSettings {
+    /// Tokens to generate, at most.
+    pub n_predict: usize,
+    /// How tokens are chosen.
+    pub sampler: SamplerSettings,
+    /// Tokens that end the answer; they are part of it.
+    pub stop: Vec<u32>,
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FinishReason {
+    /// A stop token.
+    Stop,
+    /// `n_predict` tokens, or the context was full.
+    Length,
+    /// The caller asked for it.
+    Interrupted,
+}
+
+/// What a generation was and cost. Times are wall time.
+#[derive(Debug, Clone, Serialize)]
+pub struct RunReport {
+    /// The tokens generated.
+    pub tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// How neurons were chosen in decoding; the prompt is always computed densely.
+    pub mode: Mode,
+    /// Prompt tokens a second.
+    pub prompt_tok_s: f64,
+    /// Generated tokens a second, the first (which the prompt's pass yields) left out.
+    pub decode_tok_s: f64,
+    /// Seconds to the first token.
+    pub ttft_s: f64,
+    /// Bytes of weights read per decoded token, by tier.
+    pub bytes_per_token: TierBytes,
+    /// Share of the needed cold neurons that the cache held; `null` if none were needed.
+    pub cache_hit_rate: Option<f64>,
+    /// Share of the neurons that were computed.
+    pub computed_share: f64,
+    /// Share of the chunks read one layer early that were then needed; `null` if none were.
+    pub foreseen_used: Option<f64>,
+    /// Share of the decode time spent waiting for the disk.
+    pub disk_wait_share: f64,
+    /// RAM speed used for the limit.
+    pub ram_bytes_per_second: f64,
+    /// Disk speed used for the limit; `null` if nothing is streamed.
+    pub disk_bytes_per_second: Option<f64>,
+    /// Decode speed as a share of what these bytes at these speeds allow (RAM and disk at the same time).
+    pub limit_share: f64,
+    /// What the limit is.
+    pub limit: &'static str,
+    /// Largest resident set of the process so far.
+    pub peak_rss_bytes: u64,
+    /// Bytes read per decoded token over time: (token number, bytes by tier), for plots.
+    pub timeline: Vec<(usize, TierBytes)>,
+}
+
+/// Speeds against which a run is judged.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Speeds {
+    pub ram: f64,
+    pub disk: Option<f64>,
+}
+
+/// Measures RAM, and the disk if the engine streams.
+pub(crate) fn measure_speeds(engine: &mut Engine) -> Result<Speeds> {
+    let ram = engine.measure_ram_speed();
+    let disk = if engine.plan().streams() {
+        let files = engine.split().layers().iter().map(thermocline_split::LayerFile::path);
+        Some(crate::hardware::disk_speed(files, &engine.plan().staging)?)
+    } else {
+        None
+    };
+    Ok(Speeds { ram, disk })
+}
+
+/// Answers `prompt` (token ids; the engine's context is cleared first). `on_token` gets each token as it comes and
+/// returns whether to go on.
+///
+/// # Errors
+/// If the prompt does not fit in the context, a setting is out of range, or the disk fails.
+pub fn generate(
+    engine: &mut Engine,
+    prompt: &[u32],
+    settings: &GenerateSettings,
+    on_token: &mut dyn FnMut(u32) -> bool,
+) -> Result<RunReport> {
+    if prompt.is_empty() {
+        return Err(Error::Setting { flag: "-p", reason: "the prompt has no tokens".to_owned() });
+    }
+    let context = engine.plan().request.context;
+    if prompt.len() > context {
+        return Err(Error::PromptTooLong { prompt_tokens: prompt.len(), context });
+    }
+    let mut sampler = Sampler::new(settings.sampler)?;
+    prompt.iter().for_each(|&t| sampler.accept(t));
+    engine.clear();
+    let begin = Instant::now();
+    let logits = prefill(engine, prompt)?;
+    let ttft = begin.elapsed();
+    let before = engine.account();
+    let mut last = before;
+    let mut timeline = Vec::new();
+    let (mut tokens, mut logits) = (Vec::new(), logits);
+    let decode = Instant::now();
+    let mut decode_time = Duration::ZERO;
+    let finish_reason = loop {
+        if tokens.len() >= settings.n_predict {
+            break FinishReason::Length;
+        }
+        let token = sampler.sample(&logits);
+        tokens.push(token);
+        if !on_token(token) {
+            break FinishReason::Interrupted;
+        }
+        if settings.stop.contains(&token) {
+            break FinishReason::Stop;
+        }
+        if tokens.len() >= settings.n_predict || engine.len() >= context {
+            break FinishReason::Length;
+        }
+        logits = engine.forward(&[token], Logits::Last)?;
+        decode_time = decode.elapsed();
+        let now = engine.account();
+        timeline.push((tokens.len(), now.bytes.minus(last.bytes)));
+        last = now;
+    };
+    let n_decoded = timeline.len() as u64;
+    let bytes = last.bytes.minus(before.bytes);
+    let speeds = measure_speeds(engine)?;
+    let (ram_seconds, disk_seconds) =
+        ((bytes.host + bytes.cache) as f64 / speeds.ram, speeds.disk.map_or(0.0, |d| bytes.disk as f64 / d));
+    let seconds = decode_time.as_secs_f64();
+    let (hits, misses) = (last.cache_hits - before.cache_hits, last.cache_misses - before.cache_misses);
+    let ratio = |a: u64, b: u64| (b > 0).then(|| a as f64 / b as f64);
+    Ok(RunReport {
+        tokens,
+        prompt_tokens: prompt.len(),
+        finish_reason,
+        mode: engine.plan().request.mode,
+        prompt_tok_s: prompt.len() as f64 / ttft.as_secs_f64(),
+        decode_tok_s: if seconds > 0.0 { n_decoded as f64 / seconds } else { 0.0 },
+        ttft_s: ttft.as_secs_f64(),
+        bytes_per_token: bytes.per_token(n_decoded),
+        cache_hit_rate: ratio(hits, hits + misses),
+        computed_share: ratio(
+            last.neurons_computed - before.neurons_computed,
+            last.neurons_total - before.neurons_total,
+        )
+        .unwrap_or(0.0),
+        foreseen_used: ratio(
+            last.chunks_foreseen_used - before.chunks_foreseen_used,
+            last.chunks_foreseen - before.chunks_foreseen,
+        ),
+        disk_wait_share: if seconds > 0.0 { (last.disk_wait - before.disk_wait).as_secs_f64() / seconds } else { 0.0 },
+        ram_bytes_per_second: speeds.ram,
+        disk_bytes_per_second: speeds.disk,
+        limit_share: if seconds > 0.0 { ram_seconds.max(disk_seconds) / seconds } else { 0.0 },
+        limit: if disk_seconds > ram_seconds { "disk" } else { "ram" },
+        peak_rss_bytes: peak_rss_bytes(),
+        timeline,
+    })
+}
+
+/// Computes the prompt in batches and returns the last token's logits.
+pub(crate) fn prefill(engine: &mut Engine, prompt: &[u32]) -> Result<Vec<f32>> {
+    let mut logits = Vec::new();
+    for batch in prompt.chunks(engine.plan().request.batch.max(1)) {
+        logits = engine.forward(batch, Logits::Last)?;
+    }
+    Ok(logits)
+}

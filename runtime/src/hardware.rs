@@ -1,0 +1,141 @@
+//! What this machine can do, measured.
+
+use crate::fetch::{DirectFile, Fetcher, Run};
+use crate::Result;
+use serde::Serialize;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, Pool, ops};
+
+/// Bytes of a memory measurement: several times any desktop's last-level cache.
+const MEMORY_PROBE_BYTES: usize = 256 << 20;
+/// Bytes of a disk measurement, at most.
+const DISK_PROBE_BYTES: u64 = 256 << 20;
+
+/// Speeds that bound a token's time.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Hardware {
+    /// Threads that compute.
+    pub n_threads: usize,
+    /// Reading RAM with all of them.
+    pub ram_bytes_per_second: f64,
+    /// The same while decoding bundles of the split's encoding and multiplying.
+    pub kernel_bytes_per_second: f64,
+    /// Reading the split's own files past the page cache, with the runtime's readers.
+    pub disk_bytes_per_second: f64,
+}
+
+impl Hardware {
+    /// Measures everything for one split: RAM and kernel for about a quarter second each, then the disk.
+    ///
+    /// # Errors
+    /// If a layer file cannot be read.
+    pub fn measure(split: &thermocline_split::Split, n_threads: usize) -> Result<Self> {
+        let mut pool = Pool::new(n_threads);
+        let memory = AlignedBuf::zeroed(MEMORY_PROBE_BYTES);
+        let files = split.layers().iter().map(thermocline_split::LayerFile::path);
+        Ok(Self {
+            n_threads,
+            ram_bytes_per_second: ram_speed(&mut pool, &memory),
+            kernel_bytes_per_second: kernel_speed(&mut pool, &memory, split.layers()[0].layout()),
+            disk_bytes_per_second: disk_speed(files, &StagingShape::default())?,
+        })
+    }
+}
+
+/// Size and number of the buffers between disk and computation, and who fills them.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct StagingShape {
+    /// Bytes on disk of one run of chunks, at most.
+    pub run_bytes: usize,
+    /// Runs that can be on their way at once.
+    pub n_buffers: usize,
+    /// Threads that read.
+    pub n_readers: usize,
+}
+
+impl Default for StagingShape {
+    fn default() -> Self {
+        Self { run_bytes: 512 << 10, n_buffers: 8, n_readers: 4 }
+    }
+}
+
+/// The best of several passes over `memory`.
+fn best_pass(memory: &[u8], mut pass: impl FnMut()) -> f64 {
+    let (mut best, begin) = (f64::INFINITY, Instant::now());
+    let mut passes = 0;
+    while passes < 3 || begin.elapsed() < Duration::from_millis(200) {
+        let start = Instant::now();
+        pass();
+        best = best.min(start.elapsed().as_secs_f64());
+        passes += 1;
+    }
+    memory.len() as f64 / best
+}
+
+/// Bytes a second of a plain read by all threads.
+pub fn ram_speed(pool: &mut Pool, memory: &[u8]) -> f64 {
+    let piece = 1 << 18;
+    let mut sums = vec![0.0f32; memory.len().div_ceil(piece)];
+    best_pass(memory, || pool.for_each_chunk(&mut sums, 1, |i, sum| {
+        let bytes = &memory[i * piece..((i + 1) * piece).min(memory.len())];
+        sum[0] = ops::sum_bytes(bytes);
+    }))
+}
+
+/// Bytes a second of the feed-forward kernel on bundles that lie in RAM.
+pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f64 {
+    let kernels = Kernels::detect();
+    let n = memory.len() / layout.bundle_bytes();
+    let used = &memory[..n * layout.bundle_bytes()];
+    let x = vec![0.5f32; layout.hidden_size()];
+    let mut sums = vec![0.0f32; 64 * layout.hidden_size()];
+    let per_task = n.div_ceil(64);
+    best_pass(used, || pool.for_each_chunk(&mut sums, layout.hidden_size(), |task, y| {
+        let (from, to) = ((task * per_task).min(n), ((task + 1) * per_task).min(n));
+        for bundle in used[from * layout.bundle_bytes()..to * layout.bundle_bytes()].chunks_exact(layout.bundle_bytes()) {
+            let (g, u) = kernels.pre_activations(layout, bundle, &x);
+            kernels.axpy(layout.encoding(), layout.row(bundle, 2), g + u + 1.0, y);
+        }
+    }))
+}
+
+/// Bytes a second of reading files in runs, with the readers and buffers that a run would use. The best of three.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn disk_speed<'a>(files: impl Iterator<Item = &'a Path>, shape: &StagingShape) -> Result<f64> {
+    let mut runs = Vec::new();
+    let mut total = 0u64;
+    for path in files {
+        let file = Arc::new(DirectFile::open(path)?);
+        let mut offset = 0;
+        while offset < file.bytes() && total < DISK_PROBE_BYTES {
+            let len = shape.run_bytes.min((file.bytes() - offset) as usize);
+            runs.push(Run { file: Arc::clone(&file), offset, len, chunks: None });
+            offset += len as u64;
+            total += len as u64;
+        }
+    }
+    let fetcher = Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 0);
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let start = Instant::now();
+        let mut stream = crate::stream::Stream::new(runs.clone(), 0);
+        for _ in 0..runs.len() {
+            let staged = stream.take(&fetcher)?;
+            fetcher.release(staged);
+        }
+        best = best.min(start.elapsed().as_secs_f64());
+        stream.rewind(&fetcher);
+    }
+    Ok(total as f64 / best)
+}
+
+/// The largest resident set that this process ever had, in bytes.
+pub fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
+}

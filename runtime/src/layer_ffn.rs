@@ -1,0 +1,343 @@
+//! The neurons of one layer, from three sources: the hot prefix in memory, the cache, the disk.
+
+use crate::Result;
+use crate::account::Account;
+use crate::cache::NeuronCache;
+use crate::fetch::{DirectFile, Fetcher, LayerIndex, Run, Staged, Ticket};
+use crate::ffn::{FfnSums, Span};
+use crate::matrix::{Compute, Disk};
+use crate::prefill::FfnBatch;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+use thermocline_kernels::AlignedBuf;
+use thermocline_split::Split;
+
+/// Chunks that lie closer than this are read together: the bytes between cost less than another read.
+const GAP_BYTES: u64 = 16 << 10;
+/// Buffers that reading ahead by prediction leaves to reads that are certain.
+const LOOKAHEAD_RESERVE: usize = 4;
+
+/// One layer's neurons.
+#[derive(Debug)]
+pub(crate) struct LayerFfn {
+    index: Arc<LayerIndex>,
+    file: Arc<DirectFile>,
+    hot: AlignedBuf,
+    n_hot: usize,
+    bundle_bytes: usize,
+    n_neurons: usize,
+    run_bytes: usize,
+    decoded_bytes: usize,
+}
+
+/// Chunks that were asked for one layer early.
+#[derive(Debug, Default)]
+pub(crate) struct Foreseen {
+    runs: Vec<(Range<usize>, Ticket)>,
+}
+
+impl Foreseen {
+    /// Gives up on all of it.
+    pub(crate) fn discard(&mut self, fetcher: &Fetcher) {
+        for (_, ticket) in self.runs.drain(..) {
+            fetcher.discard(ticket);
+        }
+    }
+}
+
+impl LayerFfn {
+    /// Reads the hot prefix.
+    pub(crate) fn load(
+        split: &Arc<Split>,
+        layer: usize,
+        n_hot: usize,
+        run_bytes: usize,
+        decoded_bytes: usize,
+    ) -> Result<Self> {
+        let index = Arc::new(LayerIndex { split: Arc::clone(split), layer });
+        let file = index.file();
+        let (bundle_bytes, n_neurons) = (file.layout().bundle_bytes(), file.order().len());
+        let mut hot = AlignedBuf::zeroed(n_hot * bundle_bytes);
+        // A piece at a time: the decoder's buffers must not add a second copy of the layer to the peak.
+        let chunks = n_hot.div_ceil(file.chunk_neurons());
+        file.read_chunks(0..chunks, &mut hot[..n_hot * bundle_bytes])?;
+        let direct = Arc::new(DirectFile::open(file.path())?);
+        Ok(Self { file: direct, hot, n_hot, bundle_bytes, n_neurons, run_bytes, decoded_bytes, index })
+    }
+
+    /// Whether reads bypass the page cache.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.file.is_direct()
+    }
+
+    /// The hot bundles.
+    pub(crate) fn hot_bytes(&self) -> &[u8] {
+        &self.hot[..self.n_hot * self.bundle_bytes]
+    }
+
+    /// All cold chunks, in runs that fit a buffer.
+    pub(crate) fn cold_runs(&self) -> Vec<Run> {
+        let n_chunks = self.index.file().index().len();
+        let mut runs = Vec::new();
+        let mut start = self.n_hot.div_ceil(self.index.file().chunk_neurons());
+        while start < n_chunks {
+            let end = self.fit(start, n_chunks);
+            runs.push(self.index.run(&self.file, start..end));
+            start = end;
+        }
+        runs
+    }
+
+    /// The end of the longest run from chunk `start` that fits a buffer.
+    fn fit(&self, start: usize, limit: usize) -> usize {
+        let index = self.index.file().index();
+        let (mut stored, mut end) = (0, start);
+        while end < limit {
+            stored += index[end].stored_bytes as usize;
+            let decoded = self.index.bundle_bytes(start..end + 1);
+            if end > start && (stored > self.run_bytes || (self.decoded_bytes > 0 && decoded > self.decoded_bytes)) {
+                break;
+            }
+            end += 1;
+        }
+        end
+    }
+
+    /// `y += FFN(x)` for one token, every neuron.
+    pub(crate) fn exact(
+        &self,
+        compute: &mut Compute,
+        mut disk: Option<&mut Disk<'_>>,
+        account: &mut Account,
+        sums: &mut FfnSums,
+        x: &[f32],
+    ) -> Result<()> {
+        account.bytes.host += self.hot_bytes().len() as u64;
+        account.neurons_computed += self.n_neurons as u64;
+        account.neurons_total += self.n_neurons as u64;
+        sums.add(&compute.kernels, &mut compute.pool, x, Span::Contiguous { first: 0, bytes: self.hot_bytes() });
+        let mut first = self.n_hot;
+        while first < self.n_neurons {
+            let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
+            let staged = self.take(disk, account)?;
+            sums.add(&compute.kernels, &mut compute.pool, x, Span::Contiguous { first, bytes: staged.bytes() });
+            first += staged.bytes().len() / self.bundle_bytes;
+            disk.fetcher.release(staged);
+        }
+        Ok(())
+    }
+
+    /// `y += FFN(x)` for a batch of tokens, every neuron.
+    pub(crate) fn batch(
+        &self,
+        compute: &mut Compute,
+        mut disk: Option<&mut Disk<'_>>,
+        account: &mut Account,
+        batch: &mut FfnBatch,
+        x: &[f32],
+        y: &mut [f32],
+    ) -> Result<()> {
+        account.bytes.host += self.hot_bytes().len() as u64;
+        batch.add(&mut compute.pool, x, self.hot_bytes(), y);
+        let mut first = self.n_hot;
+        while first < self.n_neurons {
+            let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
+            let staged = self.take(disk, account)?;
+            batch.add(&mut compute.pool, x, staged.bytes(), y);
+            first += staged.bytes().len() / self.bundle_bytes;
+            disk.fetcher.release(staged);
+        }
+        Ok(())
+    }
+
+    fn take(&self, disk: &mut Disk<'_>, account: &mut Account) -> Result<Staged> {
+        let begin = Instant::now();
+        let staged = disk.stream.take(disk.fetcher)?;
+        account.disk_wait += begin.elapsed();
+        account.bytes.disk += staged.bytes().len() as u64;
+        Ok(staged)
+    }
+
+    /// Cold chunks that hold at least one of `active` (ascending) and none of whose needed neurons could be skipped.
+    fn missing_chunks(&self, layer: usize, active: &[u32], cache: &NeuronCache) -> Vec<usize> {
+        let chunk_neurons = self.index.file().chunk_neurons();
+        let mut chunks = Vec::new();
+        for &n in active {
+            let n = n as usize;
+            let chunk = n / chunk_neurons;
+            if n >= self.n_hot && chunks.last() != Some(&chunk) && !cache.contains(layer, n) {
+                chunks.push(chunk);
+            }
+        }
+        chunks
+    }
+
+    /// Joins near chunks to runs that fit a buffer.
+    fn runs_of(&self, chunks: &[usize]) -> Vec<Range<usize>> {
+        let index = self.index.file().index();
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for &c in chunks {
+            if let Some(last) = runs.last_mut() {
+                let gap: u64 = index[last.end..c].iter().map(|e| u64::from(e.stored_bytes)).sum();
+                if gap <= GAP_BYTES && self.fit(last.start, c + 1) == c + 1 {
+                    last.end = c + 1;
+                    continue;
+                }
+            }
+            runs.push(c..c + 1);
+        }
+        runs
+    }
+
+    /// Starts reading what `active`, a guess made one layer early, will need, as far as buffers are free.
+    pub(crate) fn foresee(
+        &self,
+        fetcher: &Fetcher,
+        cache: &NeuronCache,
+        account: &mut Account,
+        active: &[u32],
+    ) -> Foreseen {
+        let mut foreseen = Foreseen::default();
+        for run in self.runs_of(&self.missing_chunks(self.index.layer, active, cache)) {
+            if fetcher.n_free() <= LOOKAHEAD_RESERVE {
+                break;
+            }
+            let Some(ticket) = fetcher.try_submit(&self.index.run(&self.file, run.clone())) else { break };
+            account.chunks_foreseen += run.len() as u64;
+            foreseen.runs.push((run, ticket));
+        }
+        foreseen
+    }
+
+    /// `y += FFN(x)` for one token, only the neurons in `active` (ascending).
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn sparse(
+        &self,
+        compute: &mut Compute,
+        fetcher: Option<&Fetcher>,
+        account: &mut Account,
+        sums: &mut FfnSums,
+        cache: &mut NeuronCache,
+        mut foreseen: Foreseen,
+        active: &[u32],
+        x: &[f32],
+    ) -> Result<()> {
+        let layer = self.index.layer;
+        account.neurons_computed += active.len() as u64;
+        account.neurons_total += self.n_neurons as u64;
+        let missing = self.missing_chunks(layer, active, cache);
+        let Some(fetcher) = fetcher.filter(|_| !missing.is_empty() || !foreseen.runs.is_empty()) else {
+            self.add_span(compute, account, sums, cache, None, active, x);
+            return Ok(());
+        };
+        // What was foreseen and is needed comes first in line; the rest is asked for now, in order.
+        let covered = |c: usize, runs: &[(Range<usize>, Ticket)]| runs.iter().any(|(r, _)| r.contains(&c));
+        let (useful, useless): (Vec<_>, Vec<_>) =
+            foreseen.runs.drain(..).partition(|(r, _)| missing.iter().any(|c| r.contains(c)));
+        let late: Vec<usize> = missing.iter().copied().filter(|&c| !covered(c, &useful)).collect();
+        account.chunks_foreseen_used += (missing.len() - late.len()) as u64;
+        let mut runs: Vec<(Range<usize>, Option<Ticket>)> =
+            useful.into_iter().map(|(r, t)| (r, Some(t))).collect();
+        runs.extend(self.runs_of(&late).into_iter().map(|r| (r, None)));
+        runs.sort_by_key(|(r, _)| r.start);
+
+        let chunk_neurons = self.index.file().chunk_neurons();
+        let (mut rest, mut submitted) = (active, 0);
+        for r in 0..runs.len() {
+            // Keep as many reads under way as there are buffers, in the order in which they are used.
+            submitted = submitted.max(r);
+            while submitted < runs.len() {
+                let (range, ticket) = &mut runs[submitted];
+                if ticket.is_none() {
+                    *ticket = fetcher.try_submit(&self.index.run(&self.file, range.clone()));
+                    if ticket.is_none() {
+                        break;
+                    }
+                }
+                submitted += 1;
+            }
+            let (range, ticket) = runs[r].clone();
+            let begin = Instant::now();
+            let ticket = match ticket {
+                Some(ticket) => ticket,
+                None => loop {
+                    if let Some(ticket) = fetcher.try_submit(&self.index.run(&self.file, range.clone())) {
+                        break ticket;
+                    }
+                    std::thread::yield_now();
+                },
+            };
+            let staged = match fetcher.wait(ticket) {
+                Ok(staged) => staged,
+                Err(e) => {
+                    runs[r + 1..].iter().filter_map(|(_, t)| *t).for_each(|t| fetcher.discard(t));
+                    useless.into_iter().for_each(|(_, t)| fetcher.discard(t));
+                    return Err(e);
+                }
+            };
+            account.disk_wait += begin.elapsed();
+            account.bytes.disk += staged.bytes().len() as u64;
+            // Everything before the next run's first neuron can be computed now.
+            let frontier = runs.get(r + 1).map_or(self.n_neurons, |(next, _)| next.start * chunk_neurons);
+            let (now, later) = rest.split_at(rest.partition_point(|&n| (n as usize) < frontier));
+            rest = later;
+            let first = range.start * chunk_neurons;
+            self.add_span(compute, account, sums, cache, Some((first, staged.bytes())), now, x);
+            fetcher.release(staged);
+        }
+        if !rest.is_empty() {
+            self.add_span(compute, account, sums, cache, None, rest, x);
+        }
+        for (_, ticket) in useless {
+            let staged = fetcher.wait(ticket)?;
+            account.bytes.disk += staged.bytes().len() as u64;
+            fetcher.release(staged);
+        }
+        Ok(())
+    }
+
+    /// Computes neurons that are hot, cached, or in `staged` (first neuron, bundles); caches those from the disk.
+    #[allow(clippy::too_many_arguments)]
+    fn add_span(
+        &self,
+        compute: &mut Compute,
+        account: &mut Account,
+        sums: &mut FfnSums,
+        cache: &mut NeuronCache,
+        staged: Option<(usize, &[u8])>,
+        active: &[u32],
+        x: &[f32],
+    ) {
+        let (layer, bytes) = (self.index.layer, self.bundle_bytes);
+        let mut from_disk = Vec::new();
+        let mut list: Vec<(u32, &[u8])> = Vec::with_capacity(active.len());
+        let mut hits = 0;
+        for &n in active {
+            let at = n as usize;
+            let bundle = if at < self.n_hot {
+                &self.hot[at * bytes..(at + 1) * bytes]
+            } else if let Some(bundle) = cache.get(layer, at) {
+                hits += 1;
+                bundle
+            } else {
+                from_disk.push(n);
+                let (first, staged) = staged.unwrap_or((0, &[]));
+                &staged[(at - first) * bytes..(at - first + 1) * bytes]
+            };
+            list.push((n, bundle));
+        }
+        sums.add(&compute.kernels, &mut compute.pool, x, Span::Listed(&list));
+        account.cache_hits += hits;
+        account.bytes.cache += hits * bytes as u64;
+        account.bytes.host += (active.len() as u64 - hits - from_disk.len() as u64) * bytes as u64;
+        account.cache_misses += from_disk.len() as u64;
+        active.iter().filter(|&&n| n as usize >= self.n_hot).for_each(|&n| cache.touch(layer, n as usize));
+        if let Some((first, staged)) = staged {
+            for n in from_disk {
+                let at = n as usize - first;
+                cache.insert(layer, n as usize, &staged[at * bytes..(at + 1) * bytes]);
+            }
+        }
+    }
+}

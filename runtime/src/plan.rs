@@ -1,0 +1,370 @@
+//! What goes where for a budget, and how fast that should be.
+
+use crate::attention::{Rope, batch_scratch_bytes};
+use crate::budget::format_bytes;
+use crate::cache::NeuronCache;
+use crate::ffn::FfnSums;
+use crate::fetch::Fetcher;
+use crate::hardware::{Hardware, StagingShape};
+use crate::kv::KvCache;
+use crate::prefill::{FfnBatch, PIECE};
+use crate::replay::{Replayed, Trace};
+use crate::{Error, Result};
+use serde::Serialize;
+use thermocline_split::{Codec, Format, Split, TensorEntry};
+
+/// How neurons are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(tag = "mode", rename_all = "lowercase")]
+pub enum Mode {
+    /// Every neuron that is not provably zero: the dense model's own output.
+    Exact,
+    /// The predicted top share.
+    Sparse {
+        /// Share of each layer's neurons that are computed, above 0 and at most 1.
+        active: f32,
+    },
+}
+
+/// What is to be planned.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct PlanRequest {
+    /// How neurons are chosen.
+    pub mode: Mode,
+    /// Bytes that weights, caches and buffers may take; `None`: whatever the model needs.
+    pub ram_budget_bytes: Option<u64>,
+    /// Tokens of context.
+    pub context: usize,
+    /// Prompt tokens that are computed at once.
+    pub batch: usize,
+    /// Threads that compute.
+    pub n_threads: usize,
+}
+
+/// Memory that is taken whatever the division of the weights.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct FixedBytes {
+    /// Norms and biases.
+    pub vectors: u64,
+    /// Predictors, in sparse mode.
+    pub predictors: u64,
+    /// Keys and values.
+    pub kv_cache: u64,
+    /// Activations, logits, sums, decoded pieces.
+    pub scratch: u64,
+    /// Buffers between disk and computation, if anything is streamed.
+    pub staging: u64,
+}
+
+impl FixedBytes {
+    fn total(&self) -> u64 {
+        self.vectors + self.predictors + self.kv_cache + self.scratch + self.staging
+    }
+}
+
+/// The division of a model between memory and disk.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// What was asked for.
+    pub request: PlanRequest,
+    /// Memory besides weights.
+    pub fixed: FixedBytes,
+    /// Rows in memory of each embedding, attention and head matrix, in file order.
+    #[serde(skip)]
+    pub pinned_rows: Vec<usize>,
+    /// Bytes of them.
+    pub pinned_bytes: u64,
+    /// Neurons in memory of each layer: a prefix of the split order.
+    pub hot_neurons: Vec<usize>,
+    /// Bytes of them.
+    pub hot_bytes: u64,
+    /// Slots for cold neurons of late.
+    pub cache_slots: usize,
+    /// Bytes of them.
+    pub cache_bytes: u64,
+    /// All of the above.
+    pub total_bytes: u64,
+    /// All weights of the model as encoded here.
+    pub dense_bytes: u64,
+    /// Buffers between disk and computation.
+    pub staging: StagingShape,
+    /// Bytes that a decoded token is expected to read.
+    pub ram_bytes_per_token: u64,
+    /// As above.
+    pub disk_bytes_per_token: u64,
+    /// Share of the cold neurons that the cache is expected to hold.
+    pub cache_hit_rate: f64,
+}
+
+/// A speed and where it comes from.
+#[derive(Debug, Clone, Serialize)]
+pub struct Prediction {
+    /// Decode speed.
+    pub tok_s: f64,
+    /// The physical limit: the same with RAM at its full speed.
+    pub limit_tok_s: f64,
+    /// `ram`, `kernel` or `disk`.
+    pub bottleneck: &'static str,
+    /// The formula, with its numbers.
+    pub formula: String,
+}
+
+impl Plan {
+    /// Divides `split` for `request`.
+    ///
+    /// In exact mode every byte is read once a token, so any division is as good as another: matrices first, then an
+    /// equal prefix of every layer. In sparse mode matrices (read by every token) come first, then neurons by their
+    /// activation rate over all layers, and the rest of the budget is divided between this hot prefix and the cache
+    /// by replaying the split's trace.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotFit`] if the budget cannot hold what must be in memory.
+    pub fn new(split: &Split, request: PlanRequest) -> Result<Self> {
+        check(&request)?;
+        let config = &split.manifest().config;
+        let layout = *split.layers()[0].layout();
+        let (bundle, n) = (layout.bundle_bytes() as u64, config.intermediate_size);
+        let matrices: Vec<&TensorEntry> =
+            split.resident().tensors().iter().filter(|t| t.format.encoding().is_some()).collect();
+        let matrix_bytes: u64 = matrices.iter().map(|t| t.bytes).sum();
+        let all_hot = (config.n_layers * n) as u64 * bundle;
+        let mut fixed = fixed_bytes(split, &request);
+        let budget = request.ram_budget_bytes.unwrap_or(u64::MAX);
+        let mut staging = StagingShape::default();
+        let mut pinned_rows: Vec<usize> = matrices.iter().map(|t| t.rows).collect();
+        let mut hot = vec![n; config.n_layers];
+        let mut cache_slots = 0;
+        let mut replayed = None;
+        if fixed.total().saturating_add(matrix_bytes).saturating_add(all_hot) > budget {
+            staging = staging_shape(split, &matrices, budget)?;
+            fixed.staging = staging_bytes(split, &staging);
+            let mut left = budget.checked_sub(fixed.total()).ok_or_else(|| does_not_fit(budget, &fixed))?;
+            // The head last: its rows can be divided, and an untied embedding is read one row a token.
+            let tied = config.tie_word_embeddings;
+            for ((rows, t), i) in pinned_rows.iter_mut().zip(&matrices).zip(0..) {
+                let later = i == 0 || t.name == "lm_head.weight";
+                *rows = if later { 0 } else { take_rows(t, &mut left) };
+            }
+            let head = if tied { 0 } else { matrices.len() - 1 };
+            pinned_rows[head] = take_rows(matrices[head], &mut left);
+            match request.mode {
+                Mode::Exact => {
+                    let each = (left / bundle) as usize / config.n_layers;
+                    hot = split.layers().iter().map(|f| whole_chunks(each.min(n), f.chunk_neurons(), n)).collect();
+                }
+                Mode::Sparse { .. } => {
+                    let trace = Trace::load(split)?;
+                    let best = divide(split, &trace, left)?;
+                    (hot, cache_slots) = (best.0, best.1);
+                    replayed = Some(best.2);
+                }
+            }
+        }
+        let pinned_bytes = matrices.iter().zip(&pinned_rows).map(|(t, &r)| (r * t.row_bytes()) as u64).sum();
+        let hot_bytes = hot.iter().sum::<usize>() as u64 * bundle;
+        let cache_bytes = NeuronCache::bytes(cache_slots, bundle as usize, config.n_layers, n);
+        let mut plan = Self {
+            request,
+            total_bytes: fixed.total() + pinned_bytes + hot_bytes + cache_bytes,
+            fixed,
+            pinned_rows,
+            pinned_bytes,
+            hot_neurons: hot,
+            hot_bytes,
+            cache_slots,
+            cache_bytes,
+            dense_bytes: split.dense_bytes(),
+            staging,
+            ram_bytes_per_token: 0,
+            disk_bytes_per_token: 0,
+            cache_hit_rate: 0.0,
+        };
+        plan.expect_bytes(split, &matrices, replayed);
+        Ok(plan)
+    }
+
+    /// Whether anything is read from disk after loading.
+    pub fn streams(&self) -> bool {
+        self.fixed.staging > 0
+    }
+
+    fn expect_bytes(&mut self, split: &Split, matrices: &[&TensorEntry], replayed: Option<Replayed>) {
+        let config = &split.manifest().config;
+        let bundle = split.layers()[0].layout().bundle_bytes() as f64;
+        // An untied embedding costs one row a token.
+        let read = |t: &TensorEntry| config.tie_word_embeddings || t.name != "model.embed_tokens.weight";
+        let mut disk: f64 = 0.0;
+        let mut ram = self.fixed.predictors as f64;
+        for (t, &rows) in matrices.iter().zip(&self.pinned_rows).filter(|(t, _)| read(t)) {
+            ram += (rows * t.row_bytes()) as f64;
+            disk += ((t.rows - rows) * t.row_bytes()) as f64;
+        }
+        let total = (config.n_layers * config.intermediate_size) as f64;
+        match (self.request.mode, replayed) {
+            (Mode::Exact, _) => {
+                ram += self.hot_bytes as f64;
+                for (file, &hot) in split.layers().iter().zip(&self.hot_neurons) {
+                    let cold = &file.index()[hot.div_ceil(file.chunk_neurons())..];
+                    disk += cold.iter().map(|e| f64::from(e.stored_bytes)).sum::<f64>();
+                }
+            }
+            (Mode::Sparse { active }, None) => ram += f64::from(active) * total * bundle,
+            (Mode::Sparse { active }, Some(r)) => {
+                // The trace holds the profile's active share; another share is scaled.
+                let scale = if r.active > 0.0 { f64::from(active) * total / r.active } else { 0.0 };
+                ram += scale * (r.hot + r.cached) * bundle;
+                disk += (scale * r.disk_bytes).min((total - self.hot_neurons.iter().sum::<usize>() as f64) * bundle);
+                self.cache_hit_rate = if r.active > r.hot { r.cached / (r.active - r.hot) } else { 0.0 };
+            }
+        }
+        (self.ram_bytes_per_token, self.disk_bytes_per_token) = (ram as u64, disk as u64);
+    }
+
+    /// Expected decode speed on a machine. RAM and disk are read at the same time; the slower one sets the pace.
+    pub fn predict(&self, hardware: &Hardware) -> Prediction {
+        let (ram, disk) = (self.ram_bytes_per_token as f64, self.disk_bytes_per_token as f64);
+        // Streamed bytes pass through memory and kernel as well.
+        let kernel_seconds = (ram + disk) / hardware.kernel_bytes_per_second.min(hardware.ram_bytes_per_second);
+        let disk_seconds = disk / hardware.disk_bytes_per_second;
+        let limit = (ram / hardware.ram_bytes_per_second).max(disk_seconds);
+        let bottleneck = if disk_seconds > kernel_seconds {
+            "disk"
+        } else if hardware.kernel_bytes_per_second < hardware.ram_bytes_per_second {
+            "kernel"
+        } else {
+            "ram"
+        };
+        let gb = 1e9;
+        let formula = format!(
+            "tok/s = 1 / max(({:.1} MB ram + {:.1} MB disk) / {:.1} GB/s kernel, {:.1} MB disk / {:.2} GB/s)",
+            ram / 1e6,
+            disk / 1e6,
+            hardware.kernel_bytes_per_second.min(hardware.ram_bytes_per_second) / gb,
+            disk / 1e6,
+            hardware.disk_bytes_per_second / gb,
+        );
+        Prediction { tok_s: 1.0 / kernel_seconds.max(disk_seconds), limit_tok_s: 1.0 / limit, bottleneck, formula }
+    }
+}
+
+fn check(request: &PlanRequest) -> Result<()> {
+    let bad = |flag, reason: String| Err(Error::Setting { flag, reason });
+    if let Mode::Sparse { active } = request.mode
+        && !(active > 0.0 && active <= 1.0)
+    {
+        return bad("--active", format!("{active} is not above 0 and at most 1"));
+    }
+    if request.context == 0 || request.context > 1 << 24 {
+        return bad("-c", format!("a context of {} tokens", request.context));
+    }
+    if request.n_threads == 0 || request.n_threads > 1024 {
+        return bad("-t", format!("{} threads", request.n_threads));
+    }
+    Ok(())
+}
+
+fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
+    let config = &split.manifest().config;
+    let layout = *split.layers()[0].layout();
+    let (hidden, ffn, batch) = (config.hidden_size, config.intermediate_size, request.batch.min(request.context));
+    let vectors = split.resident().tensors().iter().filter(|t| t.format == Format::F32).map(|t| t.bytes).sum();
+    let predictors = match request.mode {
+        Mode::Exact => 0,
+        Mode::Sparse { .. } => split.predictors().tensors().iter().map(|t| t.bytes).sum(),
+    };
+    let width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.n_heads * config.head_dim;
+    let widest = hidden.max(config.n_heads * config.head_dim);
+    let activations = 4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 8 * ffn;
+    // A matrix piece and its products, or a feed-forward piece and its gate and up products.
+    let pieces = 4 * PIECE * widest + 4 * request.n_threads * 2 * 32 * PIECE;
+    let scratch = activations as u64
+        + pieces as u64
+        + FfnBatch::bytes(&layout, ffn)
+        + FfnSums::new(layout, config.activation, ffn).bytes()
+        + Rope::bytes(config, request.context)
+        + batch_scratch_bytes(config, batch, request.context, request.n_threads);
+    FixedBytes { vectors, predictors, kv_cache: KvCache::bytes(config, request.context), scratch, staging: 0 }
+}
+
+/// Rows of `t` that `left` bytes hold.
+fn take_rows(t: &TensorEntry, left: &mut u64) -> usize {
+    let rows = ((*left / t.row_bytes() as u64) as usize).min(t.rows);
+    *left -= (rows * t.row_bytes()) as u64;
+    rows
+}
+
+/// A prefix that ends between chunks.
+fn whole_chunks(neurons: usize, chunk_neurons: usize, n: usize) -> usize {
+    if neurons == n { n } else { neurons / chunk_neurons * chunk_neurons }
+}
+
+fn does_not_fit(budget_bytes: u64, fixed: &FixedBytes) -> Error {
+    let what = format!(
+        "norms {}, predictors {}, keys and values {}, scratch {}, disk buffers {}",
+        format_bytes(fixed.vectors),
+        format_bytes(fixed.predictors),
+        format_bytes(fixed.kv_cache),
+        format_bytes(fixed.scratch),
+        format_bytes(fixed.staging)
+    );
+    Error::DoesNotFit { budget_bytes, needed_bytes: fixed.total(), what }
+}
+
+/// Buffers of half a megabyte, or less if they would take more than an eighth of the budget; never less than the
+/// largest chunk or row.
+fn staging_shape(split: &Split, matrices: &[&TensorEntry], budget: u64) -> Result<StagingShape> {
+    let mut shape = StagingShape::default();
+    let chunks = split.layers().iter().flat_map(|f| f.index()).map(|e| e.stored_bytes as usize);
+    let rows = matrices.iter().map(|t| t.row_bytes());
+    let least = chunks.chain(rows).max().unwrap_or(0).max(16 << 10);
+    while shape.run_bytes / 2 >= least && staging_bytes(split, &shape) > budget / 8 {
+        shape.run_bytes /= 2;
+    }
+    shape.run_bytes = shape.run_bytes.max(least);
+    Ok(shape)
+}
+
+fn staging_bytes(split: &Split, shape: &StagingShape) -> u64 {
+    Fetcher::buffer_bytes(shape.n_buffers, shape.run_bytes, decoded_bytes(split, shape.run_bytes))
+}
+
+/// Room for the decoded bundles of one run; none if no chunk is compressed. Runs are cut by this size too.
+pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
+    let compressed = split.layers().iter().flat_map(|f| f.index()).any(|e| e.codec == Codec::Zstd);
+    let largest = split.layers().iter().map(|f| f.chunk_neurons() * f.layout().bundle_bytes()).max().unwrap_or(0);
+    if compressed { (2 * run_bytes).max(largest) } else { 0 }
+}
+
+/// Divides `left` bytes between hot prefix and cache: the division whose replay reads the fewest bytes from disk.
+fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize, Replayed)> {
+    let config = &split.manifest().config;
+    let (n, bundle) = (config.intermediate_size, split.layers()[0].layout().bundle_bytes() as u64);
+    let mut rates = Vec::with_capacity(config.n_layers * n);
+    for l in 0..config.n_layers {
+        let rate = split.statistics().read_f32(&format!("layers.{l}.activation_rate"))?;
+        rates.extend(rate.into_iter().map(|r| (r, l)));
+    }
+    rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let mut best: Option<(Vec<usize>, usize, Replayed)> = None;
+    for quarters in 0..=4u64 {
+        let hot_budget = left / 4 * quarters;
+        let mut hot = vec![0usize; config.n_layers];
+        for (_, l) in rates.iter().take((hot_budget / bundle) as usize) {
+            hot[*l] += 1;
+        }
+        for (h, file) in hot.iter_mut().zip(split.layers()) {
+            *h = whole_chunks(*h, file.chunk_neurons(), n);
+        }
+        let used = hot.iter().sum::<usize>() as u64 * bundle;
+        let tables = NeuronCache::bytes(1, bundle as usize, config.n_layers, n);
+        let cold = config.n_layers * n - hot.iter().sum::<usize>();
+        let slots = ((left - used).saturating_sub(tables) / (bundle + 5)) as usize;
+        // What is left after rounding is no cache: less than a token's worth of slots only costs copies.
+        let slots = if slots < cold / 100 { 0 } else { slots.min(cold) };
+        let replayed = trace.replay(split, &hot, slots);
+        if best.as_ref().is_none_or(|b| replayed.disk_bytes < b.2.disk_bytes) {
+            best = Some((hot, slots, replayed));
+        }
+    }
+    Ok(best.unwrap_or((vec![0; config.n_layers], 0, Replayed::default())))
+}

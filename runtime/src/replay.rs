@@ -1,0 +1,83 @@
+//! The trace in a split, replayed against a division of memory between hot prefix and cache.
+
+use crate::Result;
+use thermocline_split::Split;
+
+/// Active neurons of consecutive sampled tokens, by layer, in split order.
+#[derive(Debug)]
+pub(crate) struct Trace {
+    /// `[n_layers]` bitmaps `[n_tokens, ceil(n_neurons / 8)]`.
+    layers: Vec<Vec<u8>>,
+    n_tokens: usize,
+    n_neurons: usize,
+}
+
+/// What a replay saw, per token.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Replayed {
+    pub active: f64,
+    pub hot: f64,
+    pub cached: f64,
+    /// Bytes of the chunks that hold at least one active neuron that is neither hot nor cached.
+    pub disk_bytes: f64,
+}
+
+impl Trace {
+    pub(crate) fn load(split: &Split) -> Result<Self> {
+        let config = &split.manifest().config;
+        let file = split.statistics();
+        let n_tokens = file.entry("trace.token")?.rows;
+        let width = config.intermediate_size.div_ceil(8);
+        let mut layers = Vec::with_capacity(config.n_layers);
+        for l in 0..config.n_layers {
+            let name = format!("layers.{l}.trace");
+            let bits = file.read(&name)?;
+            if bits.len() != n_tokens * width {
+                return Err(thermocline_split::Error::Corrupt {
+                    path: file.path().to_owned(),
+                    field: name,
+                    reason: format!("{} bytes for {n_tokens} tokens", bits.len()),
+                }
+                .into());
+            }
+            layers.push(bits);
+        }
+        Ok(Self { layers, n_tokens, n_neurons: config.intermediate_size })
+    }
+
+    /// Replays with the first `hot[l]` neurons of each layer in memory and `n_slots` cache slots (CLOCK, as the
+    /// runtime's). The first quarter of the tokens warms the cache and is not counted.
+    pub(crate) fn replay(&self, split: &Split, hot: &[usize], n_slots: usize) -> Replayed {
+        let mut cache = crate::cache::NeuronCache::new(n_slots, 0, self.layers.len(), self.n_neurons);
+        let width = self.n_neurons.div_ceil(8);
+        let warm_up = self.n_tokens / 4;
+        let mut sum = Replayed::default();
+        for token in 0..self.n_tokens {
+            let counted = if token >= warm_up { 1.0 } else { 0.0 };
+            for (l, (bits, file)) in self.layers.iter().zip(split.layers()).enumerate() {
+                let (index, chunk_neurons) = (file.index(), file.chunk_neurons());
+                let mut last_chunk = usize::MAX;
+                let row = &bits[token * width..(token + 1) * width];
+                let ones = row.iter().enumerate().flat_map(|(i, b)| (0..8).filter(move |j| b >> j & 1 == 1).map(move |j| i * 8 + j));
+                for n in ones {
+                    sum.active += counted;
+                    if n < hot[l] {
+                        sum.hot += counted;
+                    } else if cache.contains(l, n) {
+                        cache.touch(l, n);
+                        sum.cached += counted;
+                    } else {
+                        let chunk = n / chunk_neurons;
+                        if chunk != last_chunk {
+                            sum.disk_bytes += counted * f64::from(index[chunk].stored_bytes);
+                            last_chunk = chunk;
+                        }
+                        cache.insert(l, n, &[]);
+                    }
+                }
+            }
+        }
+        let n = (self.n_tokens - warm_up).max(1) as f64;
+        Replayed { active: sum.active / n, hot: sum.hot / n, cached: sum.cached / n, disk_bytes: sum.disk_bytes / n }
+    }
+}
