@@ -8,6 +8,7 @@
 //! | GGUF files | [`gguf`] |
 //! | Hugging Face folders | [`huggingface`] |
 //! | text to tokens and back | [`Tokenizer`], [`DecodeStream`] |
+//! | texts, by path or glob, as token windows | [`Corpus`] |
 //! | tiny models for tests | [`mod@write`] |
 //! | failures, with file and field | [`Error`] |
 
@@ -16,6 +17,7 @@
 pub mod architectures;
 mod checkpoint;
 mod config;
+pub mod corpus;
 pub mod dequant;
 mod digest;
 mod error;
@@ -28,5 +30,6 @@ pub mod write;
 
 pub use checkpoint::{Checkpoint, SourceDtype, TensorInfo, open_checkpoint};
 pub use config::{Activation, Architecture, ModelConfig};
+pub use corpus::Corpus;
 pub use error::{Error, Result};
 pub use tokenizer::{DecodeStream, Tokenizer};
