@@ -7,6 +7,7 @@
 //! | what each family of decoders needs | [`architectures`] |
 //! | GGUF files | [`gguf`] |
 //! | Hugging Face folders | [`huggingface`] |
+//! | text to tokens and back | [`Tokenizer`], [`DecodeStream`] |
 //! | tiny models for tests | [`mod@write`] |
 //! | failures, with file and field | [`Error`] |
 
@@ -28,3 +29,4 @@ pub mod write;
 pub use checkpoint::{Checkpoint, SourceDtype, TensorInfo, open_checkpoint};
 pub use config::{Activation, Architecture, ModelConfig};
 pub use error::{Error, Result};
+pub use tokenizer::{DecodeStream, Tokenizer};

@@ -8,6 +8,7 @@ mod shards;
 
 pub use checkpoint::FolderCheckpoint;
 pub use header::{MAX_HEADER_BYTES, SafetensorsEntry, parse_header};
+pub(crate) use json::check_depth as check_json_depth;
 
 /// How to make a folder that can be read from pickles, which run code when they are loaded.
 pub(crate) const PICKLE_HELP: &str = "pickles can run code when they are opened; save the model again as safetensors: \

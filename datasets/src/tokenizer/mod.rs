@@ -1,8 +1,82 @@
-//! Tokenizers.
+//! Tokenizers: `tokenizer.json` as it comes with a model, or built from GGUF metadata.
 
-use crate::gguf::metadata::Metadata;
+mod byte_level;
+mod from_gguf;
+mod sentence_piece;
+mod stream;
+
+pub(crate) use from_gguf::from_gguf;
+pub use stream::DecodeStream;
+
+use crate::huggingface::check_json_depth;
 use crate::{Error, Result};
+use std::path::Path;
 
-pub(crate) fn from_gguf(_metadata: &Metadata<'_>) -> Result<String> {
-    Err(Error::Tokenizer { reason: "not built yet".into() })
+/// Tokens that stand between documents, most usual first.
+const SEPARATORS: [&str; 5] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<|eot_id|>", "<|im_end|>"];
+
+/// Text to token ids and back.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+}
+
+impl Tokenizer {
+    /// Loads the text of a `tokenizer.json`. Truncation and padding that it may ask for are switched off: a text is
+    /// never cut in silence.
+    ///
+    /// # Errors
+    /// If the text is no tokenizer, or one of a kind that is not supported.
+    pub fn from_json(text: &str) -> Result<Self> {
+        check_json_depth(text.as_bytes(), Path::new("tokenizer.json"), "json")?;
+        let mut inner: tokenizers::Tokenizer = text.parse().map_err(failed)?;
+        inner.with_truncation(None).map_err(failed)?.with_padding(None);
+        Ok(Self { inner })
+    }
+
+    /// Token ids of a text. `add_special` adds what the model expects around a text (its beginning token, if any);
+    /// special tokens that are written out in the text are recognised either way.
+    ///
+    /// # Errors
+    /// If the tokenizer refuses the text.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        Ok(self.inner.encode_fast(text, add_special).map_err(failed)?.get_ids().to_vec())
+    }
+
+    /// The text of token ids, without special tokens. Bytes that are no UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// If the tokenizer fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(failed)
+    }
+
+    /// A decoder for tokens that come one at a time.
+    pub fn decode_stream(&self) -> DecodeStream<'_> {
+        DecodeStream::new(self)
+    }
+
+    /// Number of tokens, special ones included. A model's vocabulary may be padded beyond it.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The id of a token by its exact text.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The text of a token, special ones too.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The token that stands between documents in training texts, if the vocabulary has a usual one.
+    pub fn document_separator(&self) -> Option<u32> {
+        SEPARATORS.iter().find_map(|token| self.token_to_id(token))
+    }
+}
+
+fn failed(error: tokenizers::Error) -> Error {
+    Error::Tokenizer { reason: error.to_string() }
 }
