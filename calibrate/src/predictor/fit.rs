@@ -15,7 +15,7 @@ use thermocline_datasets::Activation;
 /// Added to C's eigenvalues, as a share of their mean: directions that never occurred are not to be divided by zero.
 const RIDGE: f64 = 1e-6;
 
-/// Fits a predictor of `rank` (at most `hidden_size`) from the feed-forward input's second moment
+/// Fits a predictor of `rank` (at least 1, at most `hidden_size`) from the feed-forward input's second moment
 /// `[hidden_size, hidden_size]`, `gate` and `up` `[intermediate_size, hidden_size]` and `down_norm`
 /// `[intermediate_size]`. One fit serves all smaller ranks: [`LowRank::truncated`].
 ///
@@ -36,7 +36,7 @@ pub fn fit_low_rank(
     check_len("second moment", second_moment.len(), hidden * hidden)?;
     check_len("gate", gate.len(), ffn * hidden)?;
     check_len("up", up.len(), ffn * hidden)?;
-    let rank = rank.min(hidden);
+    let rank = rank.clamp(1, hidden.max(1));
 
     let moment = Mat::from_fn(hidden, hidden, |i, j| second_moment[(i, j)]);
     let (values, vectors) = eigen(moment.as_ref())?;
@@ -62,14 +62,22 @@ pub fn fit_low_rank(
     let top = Mat::from_fn(hidden, rank, |i, j| directions[(i, hidden - 1 - j)]);
     let inverse_root = Mat::from_fn(hidden, hidden, |i, j| vectors[(i, j)] / roots[j]);
     let b = &inverse_root * &top;
+    let (a_gate, a_up) = (&gate * &top, &up * &top);
     let rows = |m: &Mat<f64>| (0..ffn).flat_map(|i| (0..rank).map(move |j| m[(i, j)] as f32)).collect();
+    // What a row of a keeps of its projection's mean square is its own squared length.
+    let residual = |rms: &[f64], a: &Mat<f64>| {
+        let kept = row_norms(a.as_ref());
+        rms.iter().zip(kept).map(|(rms, kept)| (rms * rms - kept * kept).max(0.0).sqrt() as f32).collect()
+    };
     Ok(LowRank {
         rank,
         hidden_size: hidden,
         intermediate_size: ffn,
         b: (0..rank).flat_map(|j| (0..hidden).map(move |i| (i, j))).map(|(i, j)| b[(i, j)] as f32).collect(),
-        a_gate: rows(&(&gate * &top)),
-        a_up: rows(&(&up * &top)),
+        gate_residual: residual(&gate_rms, &a_gate),
+        up_residual: residual(&up_rms, &a_up),
+        a_gate: rows(&a_gate),
+        a_up: rows(&a_up),
     })
 }
 
