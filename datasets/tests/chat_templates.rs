@@ -61,7 +61,6 @@ fn peak_rss_bytes() -> u64 {
 }
 
 #[test]
-#[ignore = "operators are not counted yet"]
 fn hostile_templates_end_and_stay_small() {
     for template in [
         // Endless.

@@ -5,6 +5,7 @@
 
 mod budget;
 mod json;
+mod lexer;
 mod methods;
 mod operators;
 
@@ -60,7 +61,7 @@ impl ChatTemplate {
             let reason = format!("{} bytes, at most {MAX_TEMPLATE_BYTES}", source.len());
             return Err(Error::Template { reason });
         }
-        let source = operators::guard(source);
+        let source = operators::guard(source).map_err(|reason| Error::Template { reason })?;
         let template = Self { source, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned() };
         template.in_thread(0, |environment| environment.template_from_str(&template.source).map(|_| String::new()))?;
         Ok(template)
