@@ -9,12 +9,14 @@
 //! | Hugging Face folders | [`huggingface`] |
 //! | text to tokens and back | [`Tokenizer`], [`DecodeStream`] |
 //! | texts, by path or glob, as token windows | [`Corpus`] |
+//! | messages to a prompt | [`ChatTemplate`] |
 //! | tiny models for tests | [`mod@write`] |
 //! | failures, with file and field | [`Error`] |
 
 #![forbid(unsafe_code)]
 
 pub mod architectures;
+pub mod chat;
 mod checkpoint;
 mod config;
 pub mod corpus;
@@ -28,6 +30,7 @@ mod store;
 mod tokenizer;
 pub mod write;
 
+pub use chat::{ChatMessage, ChatTemplate};
 pub use checkpoint::{Checkpoint, SourceDtype, TensorInfo, open_checkpoint};
 pub use config::{Activation, Architecture, ModelConfig};
 pub use corpus::Corpus;

@@ -104,6 +104,9 @@ impl<'a> Metadata<'a> {
                 return Err(self.corrupt(&key("attention.head_count"), reason));
             }
         };
+        if head_dim == 0 {
+            return Err(self.corrupt(&key("attention.key_length"), "0, expected at least 2"));
+        }
         for other in ["attention.value_length", "rope.dimension_count"] {
             if let Some(got) = self.size(&key(other))?
                 && got != head_dim
