@@ -1,1 +1,1 @@
-//! Thermocline: analysis.
+//! Evaluation, tables, plots and the report.

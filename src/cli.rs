@@ -1,0 +1,380 @@
+//! Every flag of every verb, with its help; what they mean is in `verb/`.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use thermocline_kernels::Encoding;
+use thermocline_runtime::budget::parse_budget;
+
+/// Runs language models that do not fit in memory: hot neurons stay, cold ones are read when they are needed.
+///
+/// The usual order: calibrate a model over a corpus, split it with that profile, run the split.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Calibrate, split, run, evaluate and report on a small model, in under three minutes
+    #[cfg(feature = "analysis")]
+    Demo(Demo),
+    /// Answer a prompt with a split model
+    Run(Run),
+    /// Profile how often each neuron fires over a corpus
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+    Calibrate(Calibrate),
+    /// Pack a model hot-first, with the help of a profile
+    Split(Split),
+    /// Show what fits where for a budget, and how fast that should be
+    Plan(PlanArgs),
+    /// Prove a split against the checkpoint that it was made from
+    Verify(Verify),
+    /// Measure perplexity, KL divergence and recall on a text
+    #[cfg(feature = "analysis")]
+    Eval(Eval),
+    /// Measure prompt and generation speed, beside the planned ones
+    Bench(Bench),
+    /// Draw one offline HTML page from a split or profile, evaluations and runs
+    #[cfg(feature = "analysis")]
+    Report(Report),
+    /// Show what is inside a split, a profile or a checkpoint
+    Inspect(Inspect),
+    /// Show what this machine can do, and what is missing
+    Doctor(Doctor),
+    /// Print a completion script for a shell
+    Completions(Completions),
+}
+
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// Model to use [default: datasets/models/smollm2/model.gguf]
+    #[arg(short, long, env = "THERMOCLINE_MODEL")]
+    pub model: Option<PathBuf>,
+    /// Text to calibrate and evaluate on [default: a passage that is built in]
+    #[arg(long)]
+    pub corpus: Option<String>,
+    /// Folder for everything that is made
+    #[arg(short, long, default_value = "thermocline-demo")]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub threads: Threads,
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Threads {
+    /// Threads that compute [default: all cores]
+    #[arg(short = 't', long, env = "THERMOCLINE_THREADS")]
+    pub threads: Option<usize>,
+}
+
+impl Threads {
+    pub fn count(self) -> usize {
+        self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ModeName {
+    /// Every neuron that is not provably zero: the dense model's output
+    Exact,
+    /// The predicted top share of the neurons
+    Sparse,
+}
+
+/// What decides the plan.
+#[derive(Debug, Clone, Args)]
+pub struct Placement {
+    /// Split directory
+    #[arg(short, long, value_name = "SPLIT", env = "THERMOCLINE_MODEL")]
+    pub model: PathBuf,
+    /// How neurons are chosen
+    #[arg(long, value_enum, default_value = "exact", env = "THERMOCLINE_MODE")]
+    pub mode: ModeName,
+    /// Share of each layer's neurons that sparse mode computes
+    #[arg(long, default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
+    pub active: f32,
+    /// RAM for weights, caches and buffers: 8 (GiB), 64MiB, auto
+    #[arg(long, default_value = "auto", value_parser = parse_budget, env = "THERMOCLINE_RAM_BUDGET")]
+    pub ram_budget: std::option::Option<u64>,
+    /// VRAM; this build has no GPU engine and accepts only auto or 0
+    #[arg(long, default_value = "auto", env = "THERMOCLINE_VRAM_BUDGET")]
+    pub vram_budget: String,
+    /// Context length in tokens, prompt included
+    #[arg(short = 'c', long, env = "THERMOCLINE_CTX_SIZE")]
+    pub ctx_size: Option<usize>,
+    #[command(flatten)]
+    pub threads: Threads,
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    #[command(flatten)]
+    pub placement: Placement,
+    /// Prompt
+    #[arg(short, long, required_unless_present = "file")]
+    pub prompt: Option<String>,
+    /// File with the prompt
+    #[arg(short, long, conflicts_with = "prompt")]
+    pub file: Option<PathBuf>,
+    /// Tokens to generate
+    #[arg(short = 'n', long, default_value_t = 128)]
+    pub predict: usize,
+    /// Put the prompt through the model's chat template, as a user's message
+    #[arg(long)]
+    pub chat: bool,
+    /// System message, with --chat
+    #[arg(long, requires = "chat")]
+    pub system: Option<String>,
+    /// Go on after the model ends its answer
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Seed of the sampler
+    #[arg(short, long, default_value_t = 0, env = "THERMOCLINE_SEED")]
+    pub seed: u64,
+    /// Temperature; 0 is greedy
+    #[arg(long, default_value_t = 0.8)]
+    pub temp: f32,
+    /// Keep the k likeliest tokens; 0 keeps all
+    #[arg(long, default_value_t = 40)]
+    pub top_k: usize,
+    /// Keep the likeliest tokens that make up this probability
+    #[arg(long, default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Keep tokens at least this times as likely as the likeliest
+    #[arg(long, default_value_t = 0.05)]
+    pub min_p: f32,
+    /// Penalty on tokens of late; 1 is off
+    #[arg(long, default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    /// Refuse to run a model whose weights do not all match their checksums
+    #[arg(long)]
+    pub check_tensors: bool,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Calibrate {
+    #[command(subcommand)]
+    pub merge: Option<CalibrateVerb>,
+    /// Checkpoint: a .gguf file or a Hugging Face folder
+    #[arg(short, long, required = true, env = "THERMOCLINE_MODEL")]
+    pub model: Option<PathBuf>,
+    /// Texts: plain text, .jsonl, .parquet; paths or globs
+    #[arg(long, required = true, num_args = 1..)]
+    pub corpus: Vec<String>,
+    /// Field of JSON lines or column of Parquet files
+    #[arg(long)]
+    pub column: Option<String>,
+    /// Tokens to calibrate on
+    #[arg(long, default_value_t = 65_536)]
+    pub tokens: usize,
+    /// Tokens in a window (attention sees one window)
+    #[arg(long, default_value_t = 512)]
+    pub window: usize,
+    /// Profile directory to write
+    #[arg(short, long, required = true)]
+    pub output: Option<PathBuf>,
+    /// Continue an interrupted run
+    #[arg(long)]
+    pub resume: bool,
+    /// Do only part i (from 0) of n, to be merged later
+    #[arg(long, value_name = "i/n", value_parser = parse_shard)]
+    pub shard: Option<(usize, usize)>,
+    #[command(flatten)]
+    pub threads: Threads,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CalibrateVerb {
+    /// Put shards together; the result is the same as one run's, byte for byte
+    Merge {
+        /// Profiles of all shards
+        #[arg(required = true)]
+        profiles: Vec<PathBuf>,
+        /// Profile directory to write
+        #[arg(short, long)]
+        output: PathBuf,
+    },
+}
+
+fn parse_shard(text: &str) -> Result<(usize, usize), String> {
+    let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    parts.filter(|(i, n)| i < n).ok_or_else(|| format!("{text:?}: expected i/n with i from 0 to n-1"))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OrderName {
+    /// What reads least, measured on the profile
+    Auto,
+    /// By activation rate
+    Frequency,
+    /// By co-activation cluster
+    Coactivation,
+    /// Shuffled, to compare with
+    Random,
+}
+
+#[derive(Debug, Args)]
+pub struct Split {
+    /// Checkpoint: a .gguf file or a Hugging Face folder
+    #[arg(short, long, env = "THERMOCLINE_MODEL")]
+    pub model: PathBuf,
+    /// Profile of that checkpoint
+    #[arg(long)]
+    pub profile: PathBuf,
+    /// Split directory to write
+    #[arg(short, long)]
+    pub output: PathBuf,
+    /// Encoding of the neurons: bf16, q8, q4
+    #[arg(long, default_value = "q4")]
+    pub encoding: Encoding,
+    /// Encoding of embedding, attention and head [default: q8, or bf16 with --encoding bf16]
+    #[arg(long)]
+    pub resident_encoding: Option<Encoding>,
+    /// Order of the neurons
+    #[arg(long, value_enum, default_value = "auto")]
+    pub order: OrderName,
+    /// Neurons in a chunk [default: what reads fastest, from a cost model]
+    #[arg(long)]
+    pub chunk_neurons: Option<usize>,
+    /// zstd level of the chunks that it shrinks; 0 stores all as they are
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i32).range(0..=22))]
+    pub zstd_level: i32,
+    /// Rank of the predictor, a multiple of 32 [default: a ninth of the hidden size]
+    #[arg(long)]
+    pub predictor_rank: Option<usize>,
+    /// Fit scales to plain squared error, without the profile's input moments
+    #[arg(long)]
+    pub plain_scales: bool,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub placement: Placement,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Split directory
+    pub split: PathBuf,
+    /// Checkpoint that it was made from
+    #[arg(short, long, env = "THERMOCLINE_MODEL")]
+    pub model: PathBuf,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[cfg(feature = "analysis")]
+pub enum MaskName {
+    /// All neurons
+    Dense,
+    /// All neurons that are not zero
+    Exact,
+    /// The true top share by |h| * ||d|| (needs h, so it is no way to run)
+    Oracle,
+    /// The predicted top share
+    Predicted,
+}
+
+#[cfg(feature = "analysis")]
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// Split directory, or a checkpoint (dense, exact and oracle only)
+    #[arg(short, long, env = "THERMOCLINE_MODEL")]
+    pub model: PathBuf,
+    /// Text, tokenised whole and without special tokens
+    #[arg(long)]
+    pub text: PathBuf,
+    /// Tokens in a window
+    #[arg(long, default_value_t = 1024)]
+    pub ctx: usize,
+    /// Windows, from the start of the text, not overlapping
+    #[arg(long, default_value_t = 8)]
+    pub windows: usize,
+    /// Which neurons are computed, at every position
+    #[arg(long, value_enum, default_value = "dense")]
+    pub mask: MaskName,
+    /// Shares for oracle and predicted
+    #[arg(long, default_value = "0.3", value_delimiter = ',')]
+    pub active: Vec<f64>,
+    #[command(flatten)]
+    pub threads: Threads,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Bench {
+    #[command(flatten)]
+    pub placement: Placement,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 128)]
+    pub n_prompt: usize,
+    /// Tokens to generate
+    #[arg(long, default_value_t = 64)]
+    pub n_gen: usize,
+    /// Repetitions, after one that is not counted
+    #[arg(short, long, default_value_t = 5)]
+    pub repetitions: usize,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(feature = "analysis")]
+#[derive(Debug, Args)]
+pub struct Report {
+    /// Split and profile directories, and JSON files of run, eval and bench
+    #[arg(required = true)]
+    pub inputs: Vec<PathBuf>,
+    /// Page to write
+    #[arg(short, long, default_value = "report.html")]
+    pub output: PathBuf,
+    /// Also write every plot as a PNG into this folder
+    #[arg(long)]
+    pub png: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// Split or profile directory, .gguf file or Hugging Face folder
+    pub path: PathBuf,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Folder whose disk is measured
+    #[arg(long, default_value = ".")]
+    pub dir: PathBuf,
+    #[command(flatten)]
+    pub threads: Threads,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// Shell
+    pub shell: clap_complete::Shell,
+}

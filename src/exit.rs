@@ -1,0 +1,118 @@
+//! Errors for people, and the exit codes that scripts rely on:
+//! 0 done, 1 failed at run time, 2 usage, 3 does not fit, 4 corrupt or foreign model.
+
+use std::process::ExitCode;
+use thermocline_calibrate::Error as CalibrateError;
+use thermocline_datasets::Error as DatasetsError;
+use thermocline_runtime::Error as RuntimeError;
+use thermocline_split::Error as SplitError;
+
+/// An argument that clap cannot judge but that is wrong all the same.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Prints the error with its causes and returns its code.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    if error.chain().any(|e| e.downcast_ref::<std::io::Error>().is_some_and(is_broken_pipe)) {
+        return ExitCode::SUCCESS;
+    }
+    // Typed errors carry their cause in their text already; only our own context is added in front.
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    eprintln!("error: {text}");
+    ExitCode::from(code(error))
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(|e| {
+        if e.is::<Usage>() {
+            return Some(2);
+        }
+        if let Some(e) = e.downcast_ref::<DatasetsError>() {
+            return Some(datasets(e));
+        }
+        if let Some(e) = e.downcast_ref::<CalibrateError>() {
+            return Some(calibrate(e));
+        }
+        if let Some(e) = e.downcast_ref::<SplitError>() {
+            return Some(split(e));
+        }
+        e.downcast_ref::<RuntimeError>().map(runtime)
+    })
+    .unwrap_or(1)
+}
+
+fn datasets(error: &DatasetsError) -> u8 {
+    match error {
+        DatasetsError::Corrupt { .. }
+        | DatasetsError::UnsupportedVersion { .. }
+        | DatasetsError::Unsupported { .. }
+        | DatasetsError::MissingTensor { .. }
+        | DatasetsError::Tokenizer { .. }
+        | DatasetsError::Template { .. } => 4,
+        _ => 1,
+    }
+}
+
+fn calibrate(error: &CalibrateError) -> u8 {
+    match error {
+        CalibrateError::Setting { .. } => 2,
+        CalibrateError::Corrupt { .. } | CalibrateError::UnsupportedVersion { .. } => 4,
+        CalibrateError::Checkpoint(e) => datasets(e),
+        _ => 1,
+    }
+}
+
+fn split(error: &SplitError) -> u8 {
+    match error {
+        SplitError::Settings { .. } => 2,
+        SplitError::Corrupt { .. }
+        | SplitError::CorruptChunk { .. }
+        | SplitError::UnsupportedVersion { .. }
+        | SplitError::WrongSource { .. }
+        | SplitError::Pack { .. } => 4,
+        SplitError::Checkpoint(e) => datasets(e),
+        SplitError::Profile(e) => calibrate(e),
+        _ => 1,
+    }
+}
+
+fn runtime(error: &RuntimeError) -> u8 {
+    match error {
+        RuntimeError::DoesNotFit { .. } => 3,
+        RuntimeError::Setting { .. } | RuntimeError::PromptTooLong { .. } => 2,
+        RuntimeError::Split(e) => split(e),
+        RuntimeError::Text(e) => datasets(e),
+        _ => 1,
+    }
+}
+
+fn is_broken_pipe(e: &std::io::Error) -> bool {
+    e.kind() == std::io::ErrorKind::BrokenPipe
+}
+
+/// `thermocline ... | head` ends quietly: a print to a closed pipe panics in the standard library, and that one panic
+/// is a normal end.
+pub fn quiet_on_broken_pipe() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let text = info.payload().downcast_ref::<String>().map(String::as_str).unwrap_or_default();
+        if text.contains("Broken pipe") {
+            std::process::exit(0);
+        }
+        default(info);
+    }));
+}

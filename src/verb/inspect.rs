@@ -1,0 +1,85 @@
+//! `inspect`: what is inside a split, a profile or a checkpoint.
+
+use crate::cli::Inspect;
+use crate::output;
+use serde_json::{Value, json};
+use std::path::Path;
+use thermocline_calibrate::Profile;
+use thermocline_datasets::open_checkpoint;
+use thermocline_split::{Codec, Split};
+
+pub fn inspect(args: &Inspect) -> anyhow::Result<()> {
+    let path = &args.path;
+    let value = if path.join("manifest.json").exists() {
+        split(path)?
+    } else if path.join("profile.json").exists() {
+        let profile = Profile::open(path)?;
+        json!({"kind": "profile", "path": path, "profile": profile.meta()})
+    } else {
+        checkpoint(path)?
+    };
+    if args.json {
+        return output::json(&value);
+    }
+    print(&value, 0);
+    Ok(())
+}
+
+fn split(path: &Path) -> anyhow::Result<Value> {
+    let split = Split::open(path)?;
+    let m = split.manifest();
+    let layers: Vec<Value> = split
+        .layers()
+        .iter()
+        .map(|l| {
+            let compressed = l.index().iter().filter(|e| e.codec == Codec::Zstd).count();
+            json!({
+                "layer": l.layer(), "file_bytes": l.file_bytes(), "chunks": l.index().len(),
+                "compressed_chunks": compressed, "neurons": l.order().len(), "bundle_bytes": l.layout().bundle_bytes(),
+                "hottest_neurons": l.order().iter().take(4).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    Ok(json!({
+        "kind": "split", "path": path, "format_version": m.version, "source": m.source, "config": m.config,
+        "packing": m.packing, "dense_bytes": split.dense_bytes(), "resident_bytes": m.resident.file_bytes,
+        "predictor_bytes": m.predictors.file_bytes, "statistics_bytes": m.statistics.file_bytes, "layers": layers,
+    }))
+}
+
+fn checkpoint(path: &Path) -> anyhow::Result<Value> {
+    let checkpoint = open_checkpoint(path)?;
+    let names = checkpoint.names();
+    let tensors: Vec<Value> = names
+        .iter()
+        .filter_map(|n| checkpoint.info(n).map(|i| (n, i)))
+        .map(|(n, i)| json!({"name": n, "shape": i.shape, "dtype": format!("{:?}", i.dtype), "bytes": i.n_bytes}))
+        .collect();
+    Ok(json!({"kind": "checkpoint", "path": path, "config": checkpoint.config(), "tensors": tensors}))
+}
+
+/// Nested keys, indented; a list of objects as one line each.
+fn print(value: &Value, indent: usize) {
+    let Value::Object(map) = value else { return };
+    for (key, value) in map {
+        match value {
+            Value::Object(_) => {
+                println!("{:indent$}{key}", "");
+                print(value, indent + 2);
+            }
+            Value::Array(items) if items.iter().any(Value::is_object) => {
+                println!("{:indent$}{key}", "");
+                for item in items {
+                    let Value::Object(fields) = item else { continue };
+                    let fields: Vec<String> = fields.iter().map(|(k, v)| format!("{k} {}", plain(v))).collect();
+                    println!("{:indent$}  {}", "", fields.join("  "));
+                }
+            }
+            other => println!("{:indent$}{key:<22} {}", "", plain(other)),
+        }
+    }
+}
+
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}

@@ -1,0 +1,40 @@
+//! One file a verb: arguments to library calls, results to text.
+
+mod bench;
+mod calibrate;
+mod completions;
+#[cfg(feature = "analysis")]
+mod demo;
+mod doctor;
+#[cfg(feature = "analysis")]
+mod eval;
+mod inspect;
+mod plan;
+#[cfg(feature = "analysis")]
+mod report;
+mod run;
+mod split;
+mod verify;
+
+use crate::cli::Verb;
+
+/// Runs one verb.
+pub fn dispatch(verb: Verb) -> anyhow::Result<()> {
+    match verb {
+        #[cfg(feature = "analysis")]
+        Verb::Demo(args) => demo::demo(&args),
+        Verb::Run(args) => run::run(&args),
+        Verb::Calibrate(args) => calibrate::calibrate(&args),
+        Verb::Split(args) => split::split(&args),
+        Verb::Plan(args) => plan::plan(&args),
+        Verb::Verify(args) => verify::verify(&args),
+        #[cfg(feature = "analysis")]
+        Verb::Eval(args) => eval::eval(&args),
+        Verb::Bench(args) => bench::bench(&args),
+        #[cfg(feature = "analysis")]
+        Verb::Report(args) => report::report(&args),
+        Verb::Inspect(args) => inspect::inspect(&args),
+        Verb::Doctor(args) => doctor::doctor(&args),
+        Verb::Completions(args) => completions::completions(&args),
+    }
+}

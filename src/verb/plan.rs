@@ -1,0 +1,47 @@
+//! `plan`: what fits where, and how fast that should be, before anything is loaded.
+
+use crate::cli::PlanArgs;
+use crate::output;
+use serde::Serialize;
+use thermocline_runtime::budget::format_bytes;
+use thermocline_runtime::{Hardware, Plan, Prediction};
+use thermocline_split::Split;
+
+/// What `plan --json` prints.
+#[derive(Serialize)]
+struct Output {
+    plan: Plan,
+    hardware: Hardware,
+    predicted: Prediction,
+}
+
+pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
+    let split = Split::open(&args.placement.model)?;
+    let plan = Plan::new(&split, super::run::request(&args.placement, 512, 128)?)?;
+    let hardware = Hardware::measure(&split, plan.request.n_threads)?;
+    let predicted = plan.predict(&hardware);
+    if args.json {
+        return output::json(&Output { plan, hardware, predicted });
+    }
+    print(&plan);
+    println!("expected per token: {} from RAM, {} from disk", format_bytes(plan.ram_bytes_per_token), format_bytes(plan.disk_bytes_per_token));
+    println!("expected speed     {:.1} tok/s, bound by the {} ({:.1} tok/s at the physical limit)", predicted.tok_s, predicted.bottleneck, predicted.limit_tok_s);
+    println!("                   {}", predicted.formula);
+    Ok(())
+}
+
+/// The tiers as a table.
+pub fn print(plan: &Plan) {
+    let row = |name: &str, bytes: u64, what: String| println!("  {name:<18} {:>10}  {what}", format_bytes(bytes));
+    let budget = plan.request.ram_budget_bytes.map_or("auto".to_owned(), format_bytes);
+    println!("RAM budget {budget}; all weights {}", format_bytes(plan.dense_bytes));
+    row("matrices", plan.pinned_bytes, "embedding, attention, head".to_owned());
+    let (hot, layers) = (plan.hot_neurons.iter().sum::<usize>(), plan.hot_neurons.len());
+    row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
+    row("neuron cache", plan.cache_bytes, format!("{} slots, {:.0} % of the cold ones expected there", plan.cache_slots, 100.0 * plan.cache_hit_rate));
+    row("predictors", plan.fixed.predictors, String::new());
+    row("keys and values", plan.fixed.kv_cache, format!("{} tokens", plan.request.context));
+    row("norms, scratch", plan.fixed.vectors + plan.fixed.scratch, String::new());
+    row("disk buffers", plan.fixed.staging, String::new());
+    row("total", plan.total_bytes, String::new());
+}

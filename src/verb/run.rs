@@ -1,0 +1,185 @@
+//! `run`: a prompt in, an answer out, and what it cost.
+
+use crate::cli::{ModeName, Placement, Run};
+use crate::exit::Usage;
+use crate::output::{self, Progress};
+use anyhow::Context;
+use serde::Serialize;
+use std::io::Write;
+use thermocline_datasets::{ChatTemplate, Message, Tokenizer};
+use thermocline_runtime::budget::format_bytes;
+use thermocline_runtime::{Engine, GenerateSettings, Mode, Plan, PlanRequest, RunReport, SamplerSettings, generate};
+use thermocline_split::Split;
+
+/// Prompt tokens that are computed at once: enough to amortise decoding the weights, small enough for small budgets.
+const BATCH: usize = 128;
+
+/// What `run --json` prints.
+#[derive(Serialize)]
+struct Output<'a> {
+    text: &'a str,
+    #[serde(flatten)]
+    report: &'a RunReport,
+    plan: &'a Plan,
+}
+
+pub fn run(args: &Run) -> anyhow::Result<()> {
+    let split = Split::open(&args.placement.model)?;
+    let tokenizer = Tokenizer::from_json(&split.tokenizer_json()?)?;
+    let text = prompt(args)?;
+    let text = if args.chat { chat(args, &split, &text)? } else { text };
+    let config = &split.manifest().config;
+    // The tokenizer adds what its model wants in front of a text; a chat template has written it already.
+    let prompt = tokenizer.encode(&text, !args.chat)?;
+    let stop = if args.ignore_eos { Vec::new() } else { config.eos_token_ids.clone() };
+    if args.check_tensors {
+        check_tensors(&split)?;
+    }
+    let wanted = (prompt.len() + args.predict).max(64);
+    let mut engine = load(split, &args.placement, wanted, BATCH, args.json)?;
+    warn(&engine, args.json);
+    let settings = GenerateSettings {
+        n_predict: args.predict,
+        sampler: SamplerSettings {
+            temperature: args.temp,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            repeat_penalty: args.repeat_penalty,
+            seed: args.seed,
+            ..SamplerSettings::default()
+        },
+        stop,
+    };
+    let mut stream = tokenizer.decode_stream();
+    let mut answer = String::new();
+    let eos = config_eos(&engine);
+    let mut on_token = |token: u32| {
+        if !eos.contains(&token)
+            && let Some(piece) = stream.push(token)
+        {
+            if !args.json {
+                print!("{piece}");
+                let _ = std::io::stdout().flush();
+            }
+            answer.push_str(&piece);
+        }
+        true
+    };
+    let report = generate(&mut engine, &prompt, &settings, &mut on_token)?;
+    if let Some(rest) = stream.finish() {
+        if !args.json {
+            print!("{rest}");
+        }
+        answer.push_str(&rest);
+    }
+    if args.json {
+        return output::json(&Output { text: &answer, report: &report, plan: engine.plan() });
+    }
+    println!("\n");
+    println!("{}", account(&report));
+    Ok(())
+}
+
+fn config_eos(engine: &Engine) -> Vec<u32> {
+    engine.split().manifest().config.eos_token_ids.clone()
+}
+
+fn prompt(args: &Run) -> anyhow::Result<String> {
+    match (&args.prompt, &args.file) {
+        (Some(prompt), _) => Ok(prompt.clone()),
+        (None, Some(path)) => std::fs::read_to_string(path).with_context(|| format!("{}", path.display())),
+        (None, None) => Err(Usage("run needs -p or -f".to_owned()).into()),
+    }
+}
+
+fn chat(args: &Run, split: &Split, text: &str) -> anyhow::Result<String> {
+    let template = split.plain_file("chat_template.jinja")?.ok_or_else(|| {
+        Usage("this model has no chat template; leave --chat out".to_owned())
+    })?;
+    let mut messages = Vec::new();
+    if let Some(system) = &args.system {
+        messages.push(Message { role: "system".to_owned(), content: system.clone() });
+    }
+    messages.push(Message { role: "user".to_owned(), content: text.to_owned() });
+    Ok(ChatTemplate::new(&template)?.render(&messages, true)?)
+}
+
+fn check_tensors(split: &Split) -> anyhow::Result<()> {
+    for layer in split.layers() {
+        let mut bundles = vec![0; layer.order().len() * layer.layout().bundle_bytes()];
+        layer.read_chunks(0..layer.index().len(), &mut bundles)?;
+    }
+    for tensor in split.resident().tensors() {
+        split.resident().read(&tensor.name)?;
+    }
+    Ok(())
+}
+
+/// Plans and loads, with a progress bar. `wanted` is the context if none is given.
+pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: bool) -> anyhow::Result<Engine> {
+    let plan = Plan::new(&split, request(args, wanted, batch)?)?;
+    let progress = Progress::new("load", quiet);
+    let on_layer = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
+    let engine = Engine::load(split, plan, &on_layer);
+    progress.finish();
+    Ok(engine?)
+}
+
+/// What the flags ask for.
+pub fn request(args: &Placement, wanted: usize, batch: usize) -> anyhow::Result<PlanRequest> {
+    if !matches!(args.vram_budget.as_str(), "auto" | "0") {
+        let text = "--vram-budget: this build runs on the CPU only; leave it out, or give 0, and use --ram-budget";
+        return Err(Usage(text.to_owned()).into());
+    }
+    Ok(PlanRequest {
+        mode: match args.mode {
+            ModeName::Exact => Mode::Exact,
+            ModeName::Sparse => Mode::Sparse { active: args.active },
+        },
+        ram_budget_bytes: args.ram_budget,
+        context: args.ctx_size.unwrap_or(wanted),
+        batch,
+        n_threads: args.threads.count(),
+    })
+}
+
+/// What a user must know before believing the figures.
+fn warn(engine: &Engine, quiet: bool) {
+    if quiet {
+        return;
+    }
+    if engine.plan().streams() && !engine.reads_are_direct() {
+        eprintln!("warning: this file system has no direct reads; the page cache holds weights beyond --ram-budget");
+    }
+    let trained = engine.split().manifest().config.max_context;
+    if engine.plan().request.context > trained {
+        eprintln!("warning: -c is above the {trained} tokens that the model was trained for");
+    }
+}
+
+/// The line that every run ends with.
+pub fn account(r: &RunReport) -> String {
+    let b = &r.bytes_per_token;
+    let hits = r.cache_hit_rate.map_or(String::new(), |h| format!(", cache hits {:.0} %", 100.0 * h));
+    format!(
+        "{} tokens at {:.1} tok/s (prompt {} at {:.0} tok/s); per token: RAM {}, cache {}, disk {}{hits}; \
+         {:.0} % of the {} limit; peak memory {}",
+        r.tokens.len(),
+        r.decode_tok_s,
+        r.prompt_tokens,
+        r.prompt_tok_s,
+        format_bytes(b.host),
+        format_bytes(b.cache),
+        format_bytes(b.disk),
+        100.0 * r.limit_share,
+        r.limit,
+        format_bytes(r.peak_rss_bytes)
+    )
+}
+
+/// Bounds the thread pool of the batched matrix products in calibration and evaluation.
+pub fn limit_threads(n: usize) {
+    // Fails only if the pool is there already, which is then of the size asked for first.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
+}

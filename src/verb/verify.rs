@@ -1,0 +1,51 @@
+//! `verify`: every tensor of a split against its checkpoint.
+
+use crate::cli::Verify;
+use crate::output::{self, Progress};
+use std::collections::BTreeMap;
+use thermocline_datasets::open_checkpoint;
+use thermocline_split::{Split, TensorReport, VerifyReport};
+
+pub fn verify(args: &Verify) -> anyhow::Result<()> {
+    let checkpoint = open_checkpoint(&args.model)?;
+    let split = Split::open(&args.split)?;
+    let progress = Progress::new("verify", args.json);
+    let on_tensor = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("{done}/{total}"));
+    let report = thermocline_split::verify(split, checkpoint.as_ref(), &on_tensor);
+    progress.finish();
+    let report = report?;
+    if args.json {
+        output::json(&report)?;
+    } else {
+        print(&report);
+    }
+    if !report.violations.is_empty() {
+        let (n, first) = (report.violations.len(), &report.violations[0]);
+        let field = first.clone();
+        let reason = format!("{n} tensors that must be exact are not; the first is {first}");
+        return Err(thermocline_split::Error::Corrupt { path: args.split.clone(), field, reason }.into());
+    }
+    Ok(())
+}
+
+fn print(report: &VerifyReport) {
+    // Tensors of one kind together: layers.N is dropped from the name.
+    let mut kinds: BTreeMap<String, Vec<&TensorReport>> = BTreeMap::new();
+    for t in &report.tensors {
+        let kind: Vec<&str> = t.name.split('.').filter(|p| p.parse::<usize>().is_err()).collect();
+        kinds.entry(kind.join(".")).or_default().push(t);
+    }
+    println!("{:<44} {:>4}  {:>6} -> {:<6} {:>10}  {:>10}", "tensors", "n", "source", "stored", "relative", "largest");
+    for (kind, tensors) in &kinds {
+        let (first, n) = (tensors[0], tensors.len());
+        let error = tensors.iter().map(|t| t.relative_error).fold(0.0, f64::max);
+        let largest = tensors.iter().map(|t| t.largest_error).fold(0.0, f32::max);
+        let exact = tensors.iter().all(|t| t.exact);
+        let error = if exact { "exact".to_owned() } else { format!("{error:.2e}") };
+        println!("{kind:<44} {n:>4}  {:>6} -> {:<6} {error:>10}  {largest:>10.2e}", first.source, first.stored);
+    }
+    for t in report.tensors.iter().filter(|t| t.first_not_finite.is_some()) {
+        println!("warning: {} has a value that is not finite at index {}", t.name, t.first_not_finite.unwrap_or(0));
+    }
+    println!("{} weights and {} chunks checked, {} violations", report.n_weights, report.n_chunks, report.violations.len());
+}
