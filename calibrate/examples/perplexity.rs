@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let logits = head.logits(rows)?;
         for (row, logits) in logits.chunks(head.vocab_size()).enumerate() {
             let position = batch * POSITIONS + row;
-            if (position + 1) % WINDOW_LEN == 0 {
+            if (position + 1).is_multiple_of(WINDOW_LEN) {
                 continue;
             }
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
