@@ -16,6 +16,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut tokens = text::tokens(checkpoint.as_ref(), Path::new(text))?;
     tokens.truncate(n_tokens.parse()?);
     let settings = Settings::default();
+    // The tokenizer's working memory is not the run's: forget the peak so far.
+    std::fs::write("/proc/self/clear_refs", "5").ok();
+    let before = status("VmRSS");
     let start = Instant::now();
     let mut report = |event: Event| {
         if let Event::Progress { layer, tokens_done: 0, .. } = event {
@@ -33,7 +36,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         meta.flops / meta.seconds / 1e9,
         memory_bound_bytes(&meta.config, &settings) >> 20,
     );
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    status.lines().filter(|line| line.starts_with("VmHWM")).for_each(|line| println!("{line}"));
+    println!("resident before {before}, peak {}", status("VmHWM"));
     Ok(())
+}
+
+/// A field of Linux' account of this process.
+fn status(field: &str) -> String {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    line.map_or_else(String::new, |value| value.trim_start_matches(':').trim().to_owned())
 }

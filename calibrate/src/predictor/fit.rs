@@ -105,29 +105,32 @@ fn row_norms(matrix: MatRef<'_, f64>) -> Vec<f64> {
 /// Root mean squares of `dh/du` and `dh/dg` if `g` and `u` were independent normal variables of these widths: how far
 /// an error in `u` and in `g` is carried into `h`.
 fn rms_of_activation(activation: Activation, gate_rms: f64, up_rms: f64) -> (f64, f64) {
-    let (value, slope): (fn(f64) -> f64, fn(f64) -> f64) = match activation {
-        Activation::Silu => (
-            |z| z / (1.0 + (-z).exp()),
-            |z| {
-                let s = 1.0 / (1.0 + (-z).exp());
-                s * (1.0 + z * (1.0 - s))
-            },
-        ),
-        Activation::Relu | Activation::Drelu => (|z| z.max(0.0), |z| if z > 0.0 { 1.0 } else { 0.0 }),
-    };
     // A Riemann sum over +-4 standard deviations is exact enough for weights.
     let (mut mass, mut value_sum, mut slope_sum) = (0.0, 0.0, 0.0);
     for step in -16..=16 {
         let z = f64::from(step) / 4.0;
         let density = (-0.5 * z * z).exp();
         mass += density;
-        value_sum += density * value(z * gate_rms).powi(2);
-        slope_sum += density * slope(z * gate_rms).powi(2);
+        let (value, slope) = value_and_slope(activation, z * gate_rms);
+        value_sum += density * value * value;
+        slope_sum += density * slope * slope;
     }
     ((value_sum / mass).sqrt(), up_rms * (slope_sum / mass).sqrt())
 }
 
+/// The gate's nonlinearity and its derivative.
+fn value_and_slope(activation: Activation, gate: f64) -> (f64, f64) {
+    match activation {
+        Activation::Silu => {
+            let sigmoid = 1.0 / (1.0 + (-gate).exp());
+            (gate * sigmoid, sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+        }
+        Activation::Relu | Activation::Drelu => (gate.max(0.0), if gate > 0.0 { 1.0 } else { 0.0 }),
+    }
+}
+
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::predictor::energy_recall;
