@@ -71,7 +71,7 @@ fn calibrate(error: &CalibrateError) -> u8 {
     match error {
         CalibrateError::Setting { .. } => 2,
         CalibrateError::Corrupt { .. } | CalibrateError::UnsupportedVersion { .. } => 4,
-        CalibrateError::Checkpoint(e) => datasets(e),
+        CalibrateError::Model(e) => datasets(e),
         _ => 1,
     }
 }

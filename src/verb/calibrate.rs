@@ -83,7 +83,7 @@ pub fn profile(
             let done = layer as u64 * tokens_total + tokens_done;
             progress.set(done, n_layers as u64 * tokens_total, format!("layer {}/{n_layers}", layer + 1));
         }
-        other => progress.note(&other.to_string()),
+        Event::Notice(line) => progress.note(&line),
     };
     let options = RunOptions { resume, shard };
     let profile = thermocline_calibrate::calibrate(checkpoint, tokens, &settings, &options, output, &mut on_event);

@@ -6,7 +6,7 @@ use crate::output::{self, Progress};
 use anyhow::Context;
 use serde::Serialize;
 use std::io::Write;
-use thermocline_datasets::{ChatTemplate, Message, Tokenizer};
+use thermocline_datasets::{ChatMessage, ChatTemplate, Tokenizer};
 use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::{Engine, GenerateSettings, Mode, Plan, PlanRequest, RunReport, SamplerSettings, generate};
 use thermocline_split::Split;
@@ -27,7 +27,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     let split = Split::open(&args.placement.model)?;
     let tokenizer = Tokenizer::from_json(&split.tokenizer_json()?)?;
     let text = prompt(args)?;
-    let text = if args.chat { chat(args, &split, &text)? } else { text };
+    let text = if args.chat { chat(args, &split, &tokenizer, &text)? } else { text };
     let config = &split.manifest().config;
     // The tokenizer adds what its model wants in front of a text; a chat template has written it already.
     let prompt = tokenizer.encode(&text, !args.chat)?;
@@ -93,16 +93,19 @@ fn prompt(args: &Run) -> anyhow::Result<String> {
     }
 }
 
-fn chat(args: &Run, split: &Split, text: &str) -> anyhow::Result<String> {
+fn chat(args: &Run, split: &Split, tokenizer: &Tokenizer, text: &str) -> anyhow::Result<String> {
     let template = split.plain_file("chat_template.jinja")?.ok_or_else(|| {
         Usage("this model has no chat template; leave --chat out".to_owned())
     })?;
     let mut messages = Vec::new();
     if let Some(system) = &args.system {
-        messages.push(Message { role: "system".to_owned(), content: system.clone() });
+        messages.push(ChatMessage::new("system", system));
     }
-    messages.push(Message { role: "user".to_owned(), content: text.to_owned() });
-    Ok(ChatTemplate::new(&template)?.render(&messages, true)?)
+    messages.push(ChatMessage::new("user", text));
+    let config = &split.manifest().config;
+    let name = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id)).unwrap_or_default();
+    let (bos, eos) = (name(config.bos_token_id), name(config.eos_token_ids.first().copied()));
+    Ok(ChatTemplate::new(&template, &bos, &eos)?.render(&messages, true)?)
 }
 
 fn check_tensors(split: &Split) -> anyhow::Result<()> {
