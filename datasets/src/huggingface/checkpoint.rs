@@ -62,7 +62,6 @@ impl FolderCheckpoint {
                 }
             }
         }
-        tie_by_absence(&mut config, &tensors);
         check_layer_count(&config_path, &config, tensors.keys())?;
         let tensors = needed_tensors(&config, &files, tensors)?;
         let mut store = TensorStore { path: folder.to_owned(), files, tensors };
@@ -84,13 +83,6 @@ fn add_generation_ends(folder: &Path, config: &mut ModelConfig) -> Result<()> {
     config.eos_token_ids.sort_unstable();
     config.eos_token_ids.dedup();
     Ok(())
-}
-
-/// Older files say nothing about tying and leave the head out.
-fn tie_by_absence(config: &mut ModelConfig, tensors: &BTreeMap<String, (usize, SafetensorsEntry)>) {
-    if !tensors.contains_key("lm_head.weight") && tensors.contains_key("model.embed_tokens.weight") {
-        config.tie_word_embeddings = true;
-    }
 }
 
 fn check_layer_count<'a>(path: &Path, config: &ModelConfig, names: impl Iterator<Item = &'a String>) -> Result<()> {
