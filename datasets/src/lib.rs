@@ -16,17 +16,24 @@
 #![forbid(unsafe_code)]
 
 pub mod architectures;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 pub mod chat;
 mod checkpoint;
 mod config;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 pub mod corpus;
 pub mod dequant;
 mod digest;
 mod error;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 pub mod gguf;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 pub mod huggingface;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod limits;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod store;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod tokenizer;
 pub mod write;
 

@@ -117,16 +117,22 @@ impl TensorStore {
             return read_rows(file, name, tensor, rows);
         };
         // Whole heads are read and their rows put back in order, then the range is cut out.
-        let (first, last) = (rows.start / head_dim, rows.end.div_ceil(head_dim));
+        let (first, last) = (rows.start.checked_div(head_dim).unwrap_or(0), rows.end.div_ceil(head_dim));
         let read = first.saturating_mul(head_dim)..last.saturating_mul(head_dim).min(n_rows);
         let stored = read_rows(file, name, tensor, read.clone())?;
         let columns = columns(tensor);
         let mut out = Vec::with_capacity(rows.len().saturating_mul(columns));
         for row in rows {
             let local = row.saturating_sub(read.start);
-            let (head, within) = (local / head_dim * head_dim, local % head_dim);
-            let half = head_dim / 2;
-            let from = if within < half { head + 2 * within } else { head + 2 * (within - half) + 1 };
+            let within = local.checked_rem(head_dim).unwrap_or(0);
+            let head = local.saturating_sub(within);
+            // Row `i` of the first half of a head is stored at `2 i`, of the second half at `2 i + 1`.
+            let half = head_dim.div_euclid(2);
+            let place = match within.checked_sub(half) {
+                None => within.saturating_mul(2),
+                Some(i) => i.saturating_mul(2).saturating_add(1),
+            };
+            let from = head.saturating_add(place);
             let start = from.saturating_mul(columns);
             out.extend(stored.get(start..start.saturating_add(columns)).unwrap_or_default());
         }
@@ -148,7 +154,7 @@ fn read_rows(file: &SourceFile, name: &str, tensor: &StoredTensor, rows: Range<u
     let columns = columns(tensor);
     let start = rows.start.checked_mul(columns).ok_or_else(overflow)?;
     let end = rows.end.checked_mul(columns).ok_or_else(overflow)?;
-    let blocks = start / block_len..end.div_ceil(block_len);
+    let blocks = start.checked_div(block_len).unwrap_or(0)..end.div_ceil(block_len);
     let n_bytes = blocks.len().checked_mul(block_bytes).ok_or_else(overflow)?;
     let within = (blocks.start as u64).checked_mul(block_bytes as u64).ok_or_else(overflow)?;
     if within.saturating_add(n_bytes as u64) > tensor.n_bytes {
@@ -160,11 +166,11 @@ fn read_rows(file: &SourceFile, name: &str, tensor: &StoredTensor, rows: Range<u
     if !dequantize(tensor.kind, &bytes, &mut values) {
         return Err(bad("the data is no whole number of blocks"));
     }
-    let skipped = start - blocks.start * block_len;
+    let skipped = start.saturating_sub(blocks.start.saturating_mul(block_len));
     if skipped > 0 {
         values.drain(..skipped);
     }
-    values.truncate(end - start);
+    values.truncate(end.saturating_sub(start));
     Ok(values)
 }
 

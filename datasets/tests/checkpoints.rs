@@ -71,3 +71,28 @@ fn digests_follow_contents_and_not_places() {
     write_tiny_safetensors(b.path(), &TinyModel::default(), 2).expect("written");
     assert_ne!(digest(a.path()), digest(b.path()));
 }
+
+#[test]
+fn ends_of_turns_come_from_every_place_that_names_them() {
+    let dir = tempfile::tempdir().expect("folder");
+    write_tiny_safetensors(dir.path(), &TinyModel::default(), 1).expect("written");
+    let settings = dir.path().join("generation_config.json");
+    std::fs::write(&settings, "{\"eos_token_id\": [2, 7]}").expect("written");
+    assert_eq!(open_checkpoint(dir.path()).expect("opened").config().eos_token_ids, [0, 2, 7]);
+    std::fs::write(&settings, "{\"eos_token_id\": 300}").expect("written");
+    let error = open_checkpoint(dir.path()).err().expect("refused").to_string();
+    assert!(error.contains("generation_config.json") && error.contains("300"), "{error}");
+}
+
+#[test]
+fn a_word_that_looks_like_an_end_is_none() {
+    use thermocline_datasets::gguf::{Array, Value};
+    let mut file = thermocline_datasets::write::tiny_gguf(&TinyModel::default(), 1, TinyGgufType::F32);
+    let mut tokens = thermocline_datasets::write::tiny_tokens(&TinyModel::default());
+    tokens[299] = "</s>".to_owned();
+    file.set("tokenizer.ggml.tokens", Value::Array(Array::String(tokens)));
+    let dir = tempfile::tempdir().expect("folder");
+    let path = dir.path().join("model.gguf");
+    std::fs::write(&path, file.to_bytes()).expect("written");
+    assert_eq!(open_checkpoint(&path).expect("opened").config().eos_token_ids, [0, 2]);
+}

@@ -100,3 +100,21 @@ fn what_cannot_be_read_is_named() {
     let error = one.token_windows(&tokenizer(), 100, 1000).expect_err("too short").to_string();
     assert!(error.contains("fewer than one window"), "{error}");
 }
+
+#[cfg(feature = "analysis")]
+#[test]
+fn parquet_columns_are_read_by_name() {
+    use polars::prelude::{Column, DataFrame, ParquetWriter};
+    let dir = tempfile::tempdir().expect("folder");
+    let path = dir.path().join("a.parquet");
+    let texts = Column::new("body".into(), ["one", "", "two"]);
+    let numbers = Column::new("n".into(), [1i64, 2, 3]);
+    let mut table = DataFrame::new(3, vec![texts, numbers]).expect("table");
+    ParquetWriter::new(std::fs::File::create(&path).expect("created")).finish(&mut table).expect("written");
+    let open = |column| Corpus::open(&[path.display().to_string()], column).expect("opened");
+    assert_eq!(documents(&open(Some("body"))).expect("read"), ["one", "two"]);
+    for (column, part) in [(None, "no column \"text\" (it has: body, n)"), (Some("n"), "is no text")] {
+        let error = documents(&open(column)).expect_err("refused").to_string();
+        assert!(error.contains("a.parquet") && error.contains(part), "{error}");
+    }
+}

@@ -116,6 +116,8 @@ fn configurations() {
     assert_corrupt("ffn", set("intermediate_size", json!(64)), &both);
     let Err(Error::MissingTensor { name, .. }) = set("num_hidden_layers", json!(2)) else { panic!("accepted") };
     assert!(name.starts_with("model.layers.1."), "{name}");
+    let Err(Error::MissingTensor { name, .. }) = set("tie_word_embeddings", json!(false)) else { panic!("accepted") };
+    assert_eq!(name, "lm_head.weight");
     let doubled = tiny_config_json(&model).to_string().replacen('{', "{\"hidden_size\": 16,", 1);
     std::fs::write(dir.path().join("config.json"), doubled).expect("written");
     assert_corrupt("repeated key", open_checkpoint(dir.path()), &["config.json", "hidden_size"]);

@@ -156,14 +156,14 @@ fn shapes_and_places_of_tensors() {
         }),
         "x: rows of 33",
     );
-    assert_corrupt("unknown type", &with(|f| f.tensors[0].2 = 999), "unknown tensor type 999");
-    let error = open(&with(|f| f.tensors[0].2 = 23)).expect_err("foreign type");
+    assert_corrupt("unknown type", &with(|f| f.tensors[0].kind = 999), "unknown tensor type 999");
+    let error = open(&with(|f| f.tensors[0].kind = 23)).expect_err("foreign type");
     assert!(matches!(&error, Error::Unsupported { what, .. } if what.contains("IQ4_XS")), "{error:?}");
     let last = tiny().tensors.len() - 1;
-    assert_corrupt("past the end", &with(|f| f.tensors[last].4 = Some(1 << 40)), "past the file");
-    assert_corrupt("end of the world", &with(|f| f.tensors[last].4 = Some(u64::MAX - 31)), "past the file");
-    assert_corrupt("overlap", &with(|f| f.tensors[last].4 = Some(0)), "overlaps");
-    assert_corrupt("unaligned", &with(|f| f.tensors[last].4 = Some(8)), "alignment");
+    assert_corrupt("past the end", &with(|f| f.tensors[last].forged_offset = Some(1 << 40)), "past the file");
+    assert_corrupt("end of the world", &with(|f| f.tensors[last].forged_offset = Some(u64::MAX - 31)), "past the file");
+    assert_corrupt("overlap", &with(|f| f.tensors[last].forged_offset = Some(0)), "overlaps");
+    assert_corrupt("unaligned", &with(|f| f.tensors[last].forged_offset = Some(8)), "alignment");
     let mut short = tiny().to_bytes();
     short.truncate(short.len() - 64);
     assert_corrupt("cut short", &short, "past the file");
@@ -180,7 +180,7 @@ fn repeated_names() {
     );
     assert_corrupt(
         "tensor",
-        &with(|f| f.tensors[1].0 = f.tensors[0].0.clone()),
+        &with(|f| f.tensors[1].name = f.tensors[0].name.clone()),
         "token_embd.weight: the tensor occurs",
     );
 }
@@ -236,9 +236,9 @@ fn configurations_that_make_no_sense() {
         }),
         "tokenizer.ggml.tokens: 1 tokens",
     );
-    let renamed = with(|f| f.tensors.iter_mut().for_each(|t| t.0 = t.0.replace("blk.0.attn_v", "blk.7.attn_v")));
+    let renamed = with(|f| f.tensors.iter_mut().for_each(|t| t.name = t.name.replace("blk.0.attn_v", "blk.7.attn_v")));
     assert_corrupt("a layer too many", &renamed, "blk.7");
-    let error = open(&with(|f| f.tensors.retain(|t| !t.0.contains("ffn_up")))).expect_err("missing tensor");
+    let error = open(&with(|f| f.tensors.retain(|t| !t.name.contains("ffn_up")))).expect_err("missing tensor");
     assert!(
         matches!(&error, Error::MissingTensor { name, .. } if name == "model.layers.0.mlp.up_proj.weight"),
         "{error}"
@@ -302,7 +302,7 @@ fn a_million_tensors_take_linear_time() {
     let mut file = GgufBuilder { alignment: 8, ..GgufBuilder::default() };
     file.meta("general.alignment", 8u32);
     for i in 0..1_000_000 {
-        file.tensors.push((format!("t{i}"), vec![2], 0, vec![0; 8], None));
+        file.tensor(&format!("t{i}"), &[2], GgmlType::F32, vec![0; 8]);
     }
     let bytes = file.to_bytes();
     let start = std::time::Instant::now();

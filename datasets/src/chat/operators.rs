@@ -134,7 +134,8 @@ fn group(tokens: Vec<String>) -> String {
     let mut after_is = false;
     for token in tokens {
         // `is not` belongs to its operand: tests bind like filters.
-        if is_loose(&token) && !(after_is && token == "not" || after_is && token == "in") {
+        let is_test = after_is && matches!(token.as_str(), "not" | "in");
+        if is_loose(&token) && !is_test {
             out.push_str(&level(&chain, 0));
             chain.clear();
             out.push_str(&token);

@@ -117,7 +117,7 @@ fn alignment<R: Read>(reader: &FieldReader<'_, R>, metadata: &BTreeMap<String, V
         Some(Value::U32(v)) => u64::from(*v),
         Some(other) => return Err(reader.corrupt(key, format!("is a {}, expected uint32", other.type_name()))),
     };
-    if !alignment.is_power_of_two() || alignment < 8 || alignment > MAX_ALIGNMENT {
+    if !alignment.is_power_of_two() || !(8..=MAX_ALIGNMENT).contains(&alignment) {
         let reason = format!("{alignment}, expected a power of two from 8 to {MAX_ALIGNMENT}");
         return Err(reader.corrupt(key, reason));
     }

@@ -220,7 +220,13 @@ impl<'a> Metadata<'a> {
             ids.extend(self.token_id(key)?);
         }
         let tokens = self.strings("tokenizer.ggml.tokens")?.unwrap_or_default();
-        let ends = tokens.iter().enumerate().filter(|(_, t)| END_TOKENS.contains(&t.as_str()));
+        // Only as a control or user-defined token: `</s>` can be an ordinary piece of text in a vocabulary.
+        let is_special = |id: usize| match self.get("tokenizer.ggml.token_type") {
+            Some(Value::Array(Array::I32(kinds))) => matches!(kinds.get(id), Some(3 | 4)),
+            Some(Value::Array(Array::U32(kinds))) => matches!(kinds.get(id), Some(3 | 4)),
+            _ => true,
+        };
+        let ends = tokens.iter().enumerate().filter(|(id, t)| END_TOKENS.contains(&t.as_str()) && is_special(*id));
         ids.extend(ends.filter_map(|(id, _)| u32::try_from(id).ok()));
         ids.sort_unstable();
         ids.dedup();

@@ -72,7 +72,7 @@ impl<'a, R: Read> FieldReader<'a, R> {
     /// A count of things that take at least `min_bytes` each: more than the rest of the file can hold is refused.
     pub fn count(&mut self, field: &str, min_bytes: u64) -> Result<usize> {
         let n = self.u64(field)?;
-        let limit = self.remaining() / min_bytes.max(1);
+        let limit = self.remaining().checked_div(min_bytes).unwrap_or(0);
         if n > limit {
             return Err(self.corrupt(field, format!("{n} is more than the rest of the file can hold ({limit})")));
         }

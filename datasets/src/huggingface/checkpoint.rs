@@ -38,6 +38,7 @@ impl FolderCheckpoint {
         }
         let shards = shards::find(folder)?;
         let mut config = config_json::read(&config_path, adds_bos)?;
+        add_generation_ends(folder, &mut config)?;
         let mut files = Vec::new();
         let mut tensors = BTreeMap::new();
         let mut found_in: HashMap<String, String> = HashMap::new();
@@ -61,7 +62,6 @@ impl FolderCheckpoint {
                 }
             }
         }
-        tie_by_absence(&mut config, &tensors);
         check_layer_count(&config_path, &config, tensors.keys())?;
         let tensors = needed_tensors(&config, &files, tensors)?;
         let mut store = TensorStore { path: folder.to_owned(), files, tensors };
@@ -71,11 +71,18 @@ impl FolderCheckpoint {
     }
 }
 
-/// Older files say nothing about tying and leave the head out.
-fn tie_by_absence(config: &mut ModelConfig, tensors: &BTreeMap<String, (usize, SafetensorsEntry)>) {
-    if !tensors.contains_key("lm_head.weight") && tensors.contains_key("model.embed_tokens.weight") {
-        config.tie_word_embeddings = true;
+/// Chat models list the tokens that end a turn in `generation_config.json` only.
+fn add_generation_ends(folder: &Path, config: &mut ModelConfig) -> Result<()> {
+    let path = folder.join("generation_config.json");
+    let ids = config_json::token_ids(optional_json(&path)?.get("eos_token_id"), &path, "eos_token_id")?;
+    if let Some(id) = ids.iter().find(|id| **id as usize >= config.vocab_size) {
+        let reason = format!("{id} is not below the vocabulary's {}", config.vocab_size);
+        return Err(json::corrupt(&path, "eos_token_id", reason));
     }
+    config.eos_token_ids.extend(ids);
+    config.eos_token_ids.sort_unstable();
+    config.eos_token_ids.dedup();
+    Ok(())
 }
 
 fn check_layer_count<'a>(path: &Path, config: &ModelConfig, names: impl Iterator<Item = &'a String>) -> Result<()> {

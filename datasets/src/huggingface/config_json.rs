@@ -136,7 +136,7 @@ fn rope_theta(raw: &RawConfig, path: &Path) -> Result<f32> {
 }
 
 /// One id or a list of them, sorted.
-fn token_ids(value: Option<&Value>, path: &Path, field: &str) -> Result<Vec<u32>> {
+pub fn token_ids(value: Option<&Value>, path: &Path, field: &str) -> Result<Vec<u32>> {
     let one = |v: &Value| {
         let id = v.as_u64().and_then(|n| u32::try_from(n).ok());
         id.ok_or_else(|| json::corrupt(path, field, format!("{v}, expected a token id")))

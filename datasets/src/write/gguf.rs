@@ -27,9 +27,23 @@ pub struct GgufBuilder {
     pub forged_counts: Option<(u64, u64)>,
     /// Metadata, in order.
     pub metadata: Vec<(String, Value)>,
-    /// Tensors: name, dimensions (fastest first, as GGUF has them), type number, data, and an offset to write
-    /// instead of the true one.
-    pub tensors: Vec<(String, Vec<u64>, u32, Vec<u8>, Option<u64>)>,
+    /// Tensors, in order.
+    pub tensors: Vec<RawGgufTensor>,
+}
+
+/// A tensor as [`GgufBuilder`] writes it.
+#[derive(Debug, Clone)]
+pub struct RawGgufTensor {
+    /// Its name in the file.
+    pub name: String,
+    /// Its dimensions, fastest first, as the format has them.
+    pub dims: Vec<u64>,
+    /// The number of its type.
+    pub kind: u32,
+    /// Its data.
+    pub data: Vec<u8>,
+    /// An offset to write instead of the true one.
+    pub forged_offset: Option<u64>,
 }
 
 impl Default for GgufBuilder {
@@ -53,7 +67,8 @@ impl GgufBuilder {
 
     /// Adds a tensor of a known type.
     pub fn tensor(&mut self, name: &str, dims: &[u64], kind: GgmlType, data: Vec<u8>) -> &mut Self {
-        self.tensors.push((name.to_owned(), dims.to_vec(), kind.id(), data, None));
+        let (name, dims) = (name.to_owned(), dims.to_vec());
+        self.tensors.push(RawGgufTensor { name, dims, kind: kind.id(), data, forged_offset: None });
         self
     }
 
@@ -69,12 +84,12 @@ impl GgufBuilder {
             put_value(&mut out, value);
         }
         let mut data = Vec::new();
-        for (name, dims, kind, bytes, offset) in &self.tensors {
+        for RawGgufTensor { name, dims, kind, data: bytes, forged_offset } in &self.tensors {
             put_string(&mut out, name);
             out.extend((dims.len() as u32).to_le_bytes());
             dims.iter().for_each(|d| out.extend(d.to_le_bytes()));
             out.extend(kind.to_le_bytes());
-            out.extend(offset.unwrap_or(data.len() as u64).to_le_bytes());
+            out.extend(forged_offset.unwrap_or(data.len() as u64).to_le_bytes());
             data.extend(bytes);
             pad(&mut data, self.alignment);
         }

@@ -11,7 +11,7 @@ mod vocabulary;
 mod weights;
 
 pub use folder::{tiny_config_json, write_tiny_safetensors};
-pub use gguf::{GgufBuilder, TinyGgufType, quantize_q8_0, tiny_gguf, write_tiny_gguf};
+pub use gguf::{GgufBuilder, RawGgufTensor, TinyGgufType, quantize_q8_0, tiny_gguf, write_tiny_gguf};
 pub use vocabulary::{tiny_merges, tiny_tokenizer_json, tiny_tokens};
 pub use weights::{TinyTensor, tiny_tensors};
 
