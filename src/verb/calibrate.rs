@@ -84,6 +84,7 @@ pub fn profile(
             progress.set(done, n_layers as u64 * tokens_total, format!("layer {}/{n_layers}", layer + 1));
         }
         Event::Notice(line) => progress.note(&line),
+        _ => {}
     };
     let options = RunOptions { resume, shard };
     let profile = thermocline_calibrate::calibrate(checkpoint, tokens, &settings, &options, output, &mut on_event);
