@@ -1,11 +1,13 @@
 //! Which neurons a token needs, from the layer's input alone.
 
 use crate::Result;
+use thermocline_calibrate::predictor::expected_magnitude;
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Encoding, Kernels, MatrixRef, Pool, gemv};
 use thermocline_split::Split;
 
-/// The low-rank predictor of one layer: `z = B x`, then `|act(a_gate . z) * (a_up . z)| * ||d||` for every neuron.
+/// The low-rank predictor of one layer: `z = B x`, then for every neuron the expected `|h| * ||d||` given
+/// `a_gate . z`, `a_up . z` and what these leave out.
 /// Fitted by truncated SVD of gate and up rows in the metric of the input covariance (calibrate, `predictor`).
 #[derive(Debug)]
 pub(crate) struct Predictor {
@@ -14,6 +16,7 @@ pub(crate) struct Predictor {
     activation: Activation,
     input: Vec<u8>,
     gate_up: Vec<u8>,
+    residual: Vec<f32>,
     down_norm: Vec<f32>,
 }
 
@@ -29,10 +32,11 @@ impl Predictor {
             && input.columns == config.hidden_size
             && (gate_up.rows, gate_up.columns) == (2 * config.intermediate_size, rank);
         let down_norm = file.read_f32(&name("down_norm"))?;
-        if !fits || down_norm.len() != config.intermediate_size {
+        let residual = file.read_f32(&name("residual"))?;
+        if !fits || down_norm.len() != config.intermediate_size || residual.len() != 2 * config.intermediate_size {
             return Err(thermocline_split::Error::Corrupt {
                 path: file.path().to_owned(),
-                field: name("input, gate_up, down_norm"),
+                field: name("input, gate_up, residual, down_norm"),
                 reason: "shapes do not fit the model".to_owned(),
             }
             .into());
@@ -43,13 +47,14 @@ impl Predictor {
             activation: config.activation,
             input: file.read(&name("input"))?,
             gate_up: file.read(&name("gate_up"))?,
+            residual,
             down_norm,
         })
     }
 
     /// Bytes that every token reads.
     pub(crate) fn bytes(&self) -> u64 {
-        (self.input.len() + self.gate_up.len() + 4 * self.down_norm.len()) as u64
+        (self.input.len() + self.gate_up.len() + 12 * self.down_norm.len()) as u64
     }
 
     /// Scores of all neurons for the normalised input `x`, into `scores` `[ffn]`. A score that is not a number counts
@@ -66,12 +71,13 @@ impl Predictor {
             columns: self.rank,
             data: &self.gate_up,
         };
+        let (gate_sd, up_sd) = self.residual.split_at(self.down_norm.len());
         pool.for_each_chunk(scores, 128, |task, scores| {
             let first = task * 128;
             for (i, score) in scores.iter_mut().enumerate() {
                 let n = first + i;
                 let [g, u] = kernels.dots(Encoding::Q8, [rows.row(2 * n), rows.row(2 * n + 1)], &z);
-                let s = self.activation.apply(g, u).abs() * self.down_norm[n];
+                let s = expected_magnitude(self.activation, g, u, gate_sd[n], up_sd[n]) * self.down_norm[n];
                 *score = if s.is_nan() { 0.0 } else { s };
             }
         });

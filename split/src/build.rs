@@ -297,6 +297,7 @@ fn assemble_parts(
     for l in 0..config.n_layers {
         predictors.push((format!("predictors.{l}.input"), Format::Q8, rank, config.hidden_size));
         predictors.push((format!("predictors.{l}.gate_up"), Format::Q8, 2 * ffn, rank));
+        predictors.push((format!("predictors.{l}.residual"), Format::F32, 2, ffn));
         predictors.push((format!("predictors.{l}.down_norm"), Format::F32, 1, ffn));
         statistics.push((format!("layers.{l}.activation_rate"), Format::F32, 1, ffn));
         statistics.push((format!("layers.{l}.energy"), Format::F32, 1, ffn));
@@ -310,6 +311,7 @@ fn assemble_parts(
         let part: PackedLayer = partial.read_part(l)?;
         predictors.write(&format!("predictors.{l}.input"), &part.predictor_input)?;
         predictors.write(&format!("predictors.{l}.gate_up"), &part.predictor_gate_up)?;
+        predictors.write(&format!("predictors.{l}.residual"), &part.predictor_residual)?;
         predictors.write(&format!("predictors.{l}.down_norm"), &part.down_norm)?;
         statistics.write(&format!("layers.{l}.activation_rate"), &part.activation_rate)?;
         statistics.write(&format!("layers.{l}.energy"), &part.energy)?;

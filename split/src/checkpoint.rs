@@ -57,11 +57,7 @@ impl SplitCheckpoint {
         let file = &self.split.layers()[layer];
         let mut bundles = vec![0; file.order().len() * file.layout().bundle_bytes()];
         file.read_chunks(0..file.index().len(), &mut bundles)?;
-        let mut place = vec![0u32; file.order().len()];
-        for (p, &id) in file.order().iter().enumerate() {
-            place[id as usize] = p as u32;
-        }
-        let decoded = Arc::new(DecodedLayer { layer, bundles, place });
+        let decoded = Arc::new(DecodedLayer { layer, bundles, place: file.places() });
         *held = Some(Arc::clone(&decoded));
         Ok(decoded)
     }

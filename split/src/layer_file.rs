@@ -143,6 +143,13 @@ impl LayerFile {
         &self.order
     }
 
+    /// The inverse of [`LayerFile::order`]: the place of each of the checkpoint's neurons.
+    pub fn places(&self) -> Vec<u32> {
+        let mut place = vec![0; self.order.len()];
+        self.order.iter().enumerate().for_each(|(p, &id)| place[id as usize] = p as u32);
+        place
+    }
+
     /// Every chunk, in order.
     pub fn index(&self) -> &[ChunkEntry] {
         &self.index

@@ -1,8 +1,10 @@
 //! A split directory, opened and checked.
 
 use crate::error::{Result, corrupt, io};
-use crate::{LayerFile, Manifest, TensorFile};
+use crate::{LayerFile, Manifest, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
+use thermocline_calibrate::predictor::LowRank;
+use thermocline_kernels::{RowRef, unpack};
 use xxhash_rust::xxh3::xxh3_128;
 
 /// An open split: every file's structure is checked, every index is in memory, no weights are.
@@ -72,6 +74,52 @@ impl Split {
     /// Per-neuron statistics and the trace.
     pub fn statistics(&self) -> &TensorFile {
         &self.statistics
+    }
+
+    /// The predictor of one layer, decoded, and the lengths of the down columns `[intermediate_size]`; both in the
+    /// checkpoint's order of neurons, as [`crate::SplitCheckpoint`] gives the weights.
+    ///
+    /// # Errors
+    /// If the predictor cannot be read or does not fit the model.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn predictor(&self, layer: usize) -> Result<(LowRank, Vec<f32>)> {
+        let name = |part: &str| format!("predictors.{layer}.{part}");
+        let file = &self.predictors;
+        let (input, gate_up) = (file.entry(&name("input"))?, file.entry(&name("gate_up"))?);
+        let (rank, hidden, ffn) = (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
+        let (residual, norms) = (file.read_f32(&name("residual"))?, file.read_f32(&name("down_norm"))?);
+        if input.columns != hidden
+            || (gate_up.rows, gate_up.columns) != (2 * ffn, rank)
+            || (residual.len(), norms.len()) != (2 * ffn, ffn)
+        {
+            return Err(corrupt(file.path(), name("input, gate_up, residual"), "shapes do not fit the model"));
+        }
+        let place = self.layers[layer].places();
+        let place_of = |id: usize| place[id] as usize;
+        let decode = |entry: &TensorEntry| -> Result<Vec<f32>> {
+            let encoding = entry.format.encoding().ok_or_else(|| corrupt(file.path(), &entry.name, "not encoded"))?;
+            let bytes = file.read(&entry.name)?;
+            let mut out = vec![0.0; entry.rows * entry.columns];
+            for (row, out) in bytes.chunks_exact(entry.row_bytes()).zip(out.chunks_exact_mut(entry.columns)) {
+                unpack(encoding, RowRef::from_matrix_row(encoding, entry.columns, row), out);
+            }
+            Ok(out)
+        };
+        let (b, rows) = (decode(input)?, decode(gate_up)?);
+        let row = |id: usize, which: usize| &rows[(2 * place_of(id) + which) * rank..][..rank];
+        let fitted = LowRank {
+            rank,
+            hidden_size: hidden,
+            intermediate_size: ffn,
+            b,
+            a_gate: (0..ffn).flat_map(|id| row(id, 0)).copied().collect(),
+            a_up: (0..ffn).flat_map(|id| row(id, 1)).copied().collect(),
+            gate_residual: (0..ffn).map(|id| residual[place_of(id)]).collect(),
+            up_residual: (0..ffn).map(|id| residual[ffn + place_of(id)]).collect(),
+        };
+        Ok((fitted, (0..ffn).map(|id| norms[place_of(id)]).collect()))
     }
 
     /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.

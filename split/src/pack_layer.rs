@@ -24,6 +24,8 @@ pub(crate) struct PackedLayer {
     pub predictor_input: Vec<u8>,
     /// q8 rows `[2 * ffn, rank]`: gate row, up row, for each neuron in split order.
     pub predictor_gate_up: Vec<u8>,
+    /// f32 `[2, ffn]`: what gate and up predictions leave out, root mean square.
+    pub predictor_residual: Vec<u8>,
     /// f32 `[ffn]`: length of each neuron's down column.
     pub down_norm: Vec<u8>,
     /// f32 `[ffn]`.
@@ -36,10 +38,11 @@ pub(crate) struct PackedLayer {
 
 impl PackedLayer {
     /// What goes into a part file, in file order.
-    pub(crate) fn parts(&self) -> [&Vec<u8>; 6] {
+    pub(crate) fn parts(&self) -> [&Vec<u8>; 7] {
         [
             &self.predictor_input,
             &self.predictor_gate_up,
+            &self.predictor_residual,
             &self.down_norm,
             &self.activation_rate,
             &self.energy,
@@ -48,10 +51,11 @@ impl PackedLayer {
     }
 
     /// The same, to be filled in.
-    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 6] {
+    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 7] {
         [
             &mut self.predictor_input,
             &mut self.predictor_gate_up,
+            &mut self.predictor_residual,
             &mut self.down_norm,
             &mut self.activation_rate,
             &mut self.energy,
@@ -113,10 +117,14 @@ pub(crate) fn pack_layer(
         gate_up.extend_from_slice(&fitted.a_gate[range.clone()]);
         gate_up.extend_from_slice(&fitted.a_up[range]);
     }
-    let floats = |values: &dyn Fn(usize) -> f32| order.iter().flat_map(|&id| values(id as usize).to_le_bytes()).collect();
+    let floats = |values: &dyn Fn(usize) -> f32| -> Vec<u8> {
+        order.iter().flat_map(|&id| values(id as usize).to_le_bytes()).collect()
+    };
+    let residuals = [floats(&|id| fitted.gate_residual[id]), floats(&|id| fitted.up_residual[id])];
     Ok(PackedLayer {
         predictor_input: pack_rows(&format!("predictors.{l}.input"), &fitted.b, hidden, Encoding::Q8, None)?,
         predictor_gate_up: pack_rows(&format!("predictors.{l}.gate_up"), &gate_up, rank, Encoding::Q8, None)?,
+        predictor_residual: residuals.concat(),
         down_norm: floats(&|id| norms[id]),
         activation_rate: floats(&|id| rates[id] as f32),
         energy: floats(&|id| statistics.energy[id] as f32),

@@ -92,24 +92,27 @@ impl LowRank {
         Ok(out)
     }
 
-    /// Root of the expected `h^2`.
     fn neuron(&self, activation: Activation, neuron: usize, gate: f32, up: f32) -> f32 {
-        let (gate_sd, up_sd) = (self.gate_residual[neuron], self.up_residual[neuron]);
-        let up_square = match activation {
-            Activation::Silu | Activation::Relu => up * up + up_sd * up_sd,
-            Activation::Drelu => relu_square(up, up_sd),
-        };
-        let gate_square = match activation {
-            Activation::Silu => silu_square(gate, gate_sd),
-            Activation::Relu | Activation::Drelu => relu_square(gate, gate_sd),
-        };
-        (gate_square * up_square).sqrt()
+        expected_magnitude(activation, gate, up, self.gate_residual[neuron], self.up_residual[neuron])
     }
 
     /// Weights, of all three matrices and the two residuals.
     pub fn n_weights(&self) -> usize {
         self.b.len() + self.a_gate.len() + self.a_up.len() + 2 * self.intermediate_size
     }
+}
+
+/// Root of the expected `h^2` if gate and up are normal with means `gate` and `up` and these standard deviations.
+pub fn expected_magnitude(activation: Activation, gate: f32, up: f32, gate_sd: f32, up_sd: f32) -> f32 {
+    let up_square = match activation {
+        Activation::Silu | Activation::Relu => up * up + up_sd * up_sd,
+        Activation::Drelu => relu_square(up, up_sd),
+    };
+    let gate_square = match activation {
+        Activation::Silu => silu_square(gate, gate_sd),
+        Activation::Relu | Activation::Drelu => relu_square(gate, gate_sd),
+    };
+    (gate_square * up_square).sqrt()
 }
 
 /// `E[silu(v)^2]` for `v ~ N(mean, sd^2)`, to first order in the noise.

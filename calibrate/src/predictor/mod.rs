@@ -10,5 +10,5 @@ mod low_rank;
 mod recall;
 
 pub use fit::fit_low_rank;
-pub use low_rank::LowRank;
+pub use low_rank::{LowRank, expected_magnitude};
 pub use recall::energy_recall;
