@@ -200,24 +200,23 @@ impl Engine {
         self.ffn.iter().all(LayerFfn::is_direct)
     }
 
-    /// Weights in memory read by all threads, in bytes a second: this machine's RAM speed, now.
+    /// Weights in memory read by all threads, in bytes a second: this machine's RAM speed for these weights (the
+    /// last-level cache's, where they fit in it). Nothing is allocated for it: the budget holds while measuring.
     pub fn measure_ram_speed(&mut self) -> f64 {
-        let largest = self.ffn.iter().map(LayerFfn::hot_bytes).max_by_key(|b| b.len()).unwrap_or_default();
-        // A layer alone would fit in the last-level cache: what counts is a pass over all of them.
-        let total: usize = self.ffn.iter().map(|f| f.hot_bytes().len()).sum();
-        if total < 64 << 20 || largest.is_empty() {
-            return crate::hardware::ram_speed(&mut self.compute.pool, &vec![1u8; 64 << 20]);
-        }
+        const PIECE: usize = 64 << 10;
+        let matrices = self.attention.iter().flatten().chain([&self.embedding]).chain(&self.lm_head);
+        let held = self.ffn.iter().map(LayerFfn::hot_bytes).chain(matrices.map(Matrix::pinned_bytes));
+        let pieces: Vec<&[u8]> = held.flat_map(|bytes| bytes.chunks(PIECE)).collect();
+        let total: usize = pieces.iter().map(|p| p.len()).sum();
+        let mut sums = vec![0.0f32; pieces.len()];
         let mut best = f64::INFINITY;
-        for _ in 0..4 {
+        for _ in 0..5 {
             let begin = std::time::Instant::now();
-            for layer in &self.ffn {
-                let bytes = layer.hot_bytes();
-                let mut sums = vec![0.0f32; bytes.len().div_ceil(1 << 16)];
-                self.compute.pool.for_each_chunk(&mut sums, 1, |i, sum| {
-                    sum[0] = ops::sum_bytes(&bytes[i << 16..((i + 1) << 16).min(bytes.len())]);
-                });
-            }
+            self.compute.pool.for_each_chunk(&mut sums, 4, |i, sums| {
+                for (sum, piece) in sums.iter_mut().zip(&pieces[i * 4..]) {
+                    *sum = ops::sum_bytes(piece);
+                }
+            });
             best = best.min(begin.elapsed().as_secs_f64());
         }
         total as f64 / best

@@ -59,6 +59,11 @@ impl Matrix {
         Ok(Self { entry: entry.clone(), encoding, pinned, pinned_rows, streamed })
     }
 
+    /// What is in memory.
+    pub(crate) fn pinned_bytes(&self) -> &[u8] {
+        &self.pinned[..self.pinned_rows * self.entry.row_bytes()]
+    }
+
     /// The runs that one use of the matrix takes from the stream.
     pub(crate) fn runs(&self, file: &Arc<DirectFile>) -> impl Iterator<Item = Run> + '_ {
         let row_bytes = self.entry.row_bytes();
