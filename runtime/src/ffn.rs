@@ -4,7 +4,7 @@
 //! same to the last bit for any number of threads and for any division of the neurons between memory and disk.
 
 use thermocline_datasets::Activation;
-use thermocline_kernels::{BundleLayout, Kernels, Pool};
+use thermocline_kernels::{BundleLayout, Kernels, PREFETCH_BYTES, Pool};
 
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
 const BLOCKS: usize = 24;
@@ -60,6 +60,8 @@ impl FfnSums {
         if first == end {
             return;
         }
+        // Scattered bundles, and the several streams of one bundle, defeat the hardware prefetcher.
+        let ahead = PREFETCH_BYTES.div_ceil(bundle_bytes);
         let block_neurons = self.block_neurons;
         let (first_block, end_block) = (first / block_neurons, end.div_ceil(block_neurons));
         let partials = &mut self.partials[first_block * self.hidden_size..end_block * self.hidden_size];
@@ -79,14 +81,16 @@ impl FfnSums {
                 Span::Contiguous { bytes, .. } => {
                     let (from, to) = (start.max(first), (start + block_neurons).min(end));
                     let mine = &bytes[(from - first) * bundle_bytes..(to - first) * bundle_bytes];
-                    mine.chunks_exact(bundle_bytes).for_each(|bundle| one(bundle, None));
+                    for (i, bundle) in mine.chunks_exact(bundle_bytes).enumerate() {
+                        let next = (i + ahead) * bundle_bytes;
+                        one(bundle, mine.get(next..next + bundle_bytes));
+                    }
                 }
                 Span::Listed(list) => {
                     let from = list.partition_point(|(id, _)| (*id as usize) < start);
                     let to = list.partition_point(|(id, _)| (*id as usize) < start + block_neurons);
                     for i in from..to {
-                        // Scattered bundles defeat the hardware prefetcher: ask for the one after the next.
-                        one(list[i].1, list.get(i + 2).map(|next| next.1));
+                        one(list[i].1, list.get(i + ahead).map(|next| next.1));
                     }
                 }
             }

@@ -3,8 +3,11 @@
 use crate::Result;
 use thermocline_calibrate::predictor::expected_magnitude;
 use thermocline_datasets::Activation;
-use thermocline_kernels::{Encoding, Kernels, MatrixRef, Pool, gemv};
-use thermocline_split::Split;
+use thermocline_kernels::{Encoding, GROUP, Kernels, MatrixRef, Pool, RowRef, gemv};
+use thermocline_split::{Split, TensorEntry};
+
+/// Neurons that one task scores: their sums stay in the first-level cache.
+const TASK_NEURONS: usize = 256;
 
 /// The low-rank predictor of one layer: `z = B x`, then for every neuron the expected `|h| * ||d||` given
 /// `a_gate . z`, `a_up . z` and what these leave out.
@@ -14,10 +17,12 @@ pub(crate) struct Predictor {
     rank: usize,
     hidden_size: usize,
     activation: Activation,
+    /// q8 `[rank, hidden]`.
     input: Vec<u8>,
-    gate_up: Vec<u8>,
-    residual: Vec<f32>,
-    down_norm: Vec<f32>,
+    /// q8 `[rank, ffn rounded up]`: gate, up.
+    factors: [Vec<u8>; 2],
+    /// `[5, ffn]`: lengths of gate and up rows, their residuals, lengths of the down columns.
+    neurons: Vec<f32>,
 }
 
 impl Predictor {
@@ -25,18 +30,18 @@ impl Predictor {
         let name = |part: &str| format!("predictors.{layer}.{part}");
         let file = split.predictors();
         let config = &split.manifest().config;
-        let (input, gate_up) = (file.entry(&name("input"))?, file.entry(&name("gate_up"))?);
-        let rank = input.rows;
-        let fits = input.format.encoding() == Some(Encoding::Q8)
-            && gate_up.format.encoding() == Some(Encoding::Q8)
-            && input.columns == config.hidden_size
-            && (gate_up.rows, gate_up.columns) == (2 * config.intermediate_size, rank);
-        let down_norm = file.read_f32(&name("down_norm"))?;
-        let residual = file.read_f32(&name("residual"))?;
-        if !fits || down_norm.len() != config.intermediate_size || residual.len() != 2 * config.intermediate_size {
+        let ffn = config.intermediate_size;
+        let (input, gate, up) = (file.entry(&name("input"))?, file.entry(&name("gate"))?, file.entry(&name("up"))?);
+        let q8 = |t: &TensorEntry, rows, columns| {
+            t.format.encoding() == Some(Encoding::Q8) && (t.rows, t.columns) == (rows, columns)
+        };
+        let (rank, columns) = (input.rows, ffn.next_multiple_of(GROUP));
+        let neurons = file.read_f32(&name("neurons"))?;
+        let fits = q8(input, rank, config.hidden_size) && q8(gate, rank, columns) && q8(up, rank, columns);
+        if !fits || neurons.len() != 5 * ffn {
             return Err(thermocline_split::Error::Corrupt {
                 path: file.path().to_owned(),
-                field: name("input, gate_up, residual, down_norm"),
+                field: name("input, gate, up, neurons"),
                 reason: "shapes do not fit the model".to_owned(),
             }
             .into());
@@ -46,15 +51,14 @@ impl Predictor {
             hidden_size: config.hidden_size,
             activation: config.activation,
             input: file.read(&name("input"))?,
-            gate_up: file.read(&name("gate_up"))?,
-            residual,
-            down_norm,
+            factors: [file.read(&name("gate"))?, file.read(&name("up"))?],
+            neurons,
         })
     }
 
     /// Bytes that every token reads.
     pub(crate) fn bytes(&self) -> u64 {
-        (self.input.len() + self.gate_up.len() + 12 * self.down_norm.len()) as u64
+        (self.input.len() + self.factors[0].len() + self.factors[1].len() + 4 * self.neurons.len()) as u64
     }
 
     /// Scores of all neurons for the normalised input `x`, into `scores` `[ffn]`. A score that is not a number counts
@@ -64,20 +68,25 @@ impl Predictor {
         let input =
             MatrixRef { encoding: Encoding::Q8, rows: self.rank, columns: self.hidden_size, data: &self.input };
         gemv(kernels, pool, input, x, &mut z);
-        let stride = Encoding::Q8.row_stride(self.rank);
-        let rows = MatrixRef {
-            encoding: Encoding::Q8,
-            rows: self.gate_up.len() / stride,
-            columns: self.rank,
-            data: &self.gate_up,
-        };
-        let (gate_sd, up_sd) = self.residual.split_at(self.down_norm.len());
-        pool.for_each_chunk(scores, 128, |task, scores| {
-            let first = task * 128;
+        let ffn = scores.len();
+        let columns = ffn.next_multiple_of(GROUP);
+        let stride = Encoding::Q8.row_stride(columns);
+        pool.for_each_chunk(scores, TASK_NEURONS, |task, scores| {
+            let first = task * TASK_NEURONS;
+            let n = scores.len().next_multiple_of(GROUP);
+            let [mut gate, mut up] = [[0.0; TASK_NEURONS]; 2];
+            for (factor, sums) in self.factors.iter().zip([&mut gate, &mut up]) {
+                for (row, &z) in factor.chunks_exact(stride).zip(&z) {
+                    let (codes, scales) = row.split_at(columns);
+                    let part = RowRef { codes: &codes[first..first + n], scales: &scales[first / GROUP * 2..] };
+                    kernels.axpy(Encoding::Q8, part, z, &mut sums[..n]);
+                }
+            }
+            let of = |which: usize| &self.neurons[which * ffn + first..][..scores.len()];
+            let [gate_length, up_length, gate_sd, up_sd, norm] = [of(0), of(1), of(2), of(3), of(4)];
             for (i, score) in scores.iter_mut().enumerate() {
-                let n = first + i;
-                let [g, u] = kernels.dots(Encoding::Q8, [rows.row(2 * n), rows.row(2 * n + 1)], &z);
-                let s = expected_magnitude(self.activation, g, u, gate_sd[n], up_sd[n]) * self.down_norm[n];
+                let (g, u) = (gate[i] * gate_length[i], up[i] * up_length[i]);
+                let s = expected_magnitude(self.activation, g, u, gate_sd[i], up_sd[i]) * norm[i];
                 *score = if s.is_nan() { 0.0 } else { s };
             }
         });

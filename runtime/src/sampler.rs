@@ -76,17 +76,24 @@ impl Sampler {
     /// The next token.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
         let s = self.settings;
+        if s.repeat_penalty == 1.0 {
+            return self.choose(logits);
+        }
         let mut logits = logits.to_vec();
         let mut penalised: Vec<u32> =
             self.recent[self.recent.len().saturating_sub(s.repeat_last_n)..].to_vec();
         penalised.sort_unstable();
         penalised.dedup();
-        for &t in penalised.iter().filter(|_| s.repeat_penalty != 1.0) {
+        for &t in &penalised {
             if let Some(l) = logits.get_mut(t as usize) {
                 *l = if *l > 0.0 { *l / s.repeat_penalty } else { *l * s.repeat_penalty };
             }
         }
-        let token = if s.temperature == 0.0 { greedy(&logits) } else { self.draw(&logits) };
+        self.choose(&logits)
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> u32 {
+        let token = if self.settings.temperature == 0.0 { greedy(logits) } else { self.draw(logits) };
         self.recent.push(token);
         token
     }
@@ -134,15 +141,11 @@ impl Sampler {
     }
 }
 
-/// The first of the largest.
+/// The first of the largest; the first token if there is none.
 fn greedy(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, l) in logits.iter().enumerate() {
-        if *l > logits[best] || logits[best].is_nan() {
-            best = i;
-        }
-    }
-    best as u32
+    // The maximum first, which vectorises, then its place.
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&l| l == max).unwrap_or(0) as u32
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::{ActiveSet, Profile};
 use thermocline_datasets::Checkpoint;
-use thermocline_kernels::{BundleLayout, Encoding};
+use thermocline_kernels::{BundleLayout, Encoding, GROUP};
 use xxhash_rust::xxh3::xxh3_128;
 
 /// Tokens of trace, at most, that a split carries for `plan` and `report`.
@@ -296,9 +296,10 @@ fn assemble_parts(
     let mut statistics = vec![("trace.token".to_owned(), Format::U8, n_trace, 8)];
     for l in 0..config.n_layers {
         predictors.push((format!("predictors.{l}.input"), Format::Q8, rank, config.hidden_size));
-        predictors.push((format!("predictors.{l}.gate_up"), Format::Q8, 2 * ffn, rank));
-        predictors.push((format!("predictors.{l}.residual"), Format::F32, 2, ffn));
-        predictors.push((format!("predictors.{l}.down_norm"), Format::F32, 1, ffn));
+        for factor in ["gate", "up"] {
+            predictors.push((format!("predictors.{l}.{factor}"), Format::Q8, rank, ffn.next_multiple_of(GROUP)));
+        }
+        predictors.push((format!("predictors.{l}.neurons"), Format::F32, 5, ffn));
         statistics.push((format!("layers.{l}.activation_rate"), Format::F32, 1, ffn));
         statistics.push((format!("layers.{l}.energy"), Format::F32, 1, ffn));
         statistics.push((format!("layers.{l}.trace"), Format::U8, n_trace, ffn.div_ceil(8)));
@@ -310,9 +311,9 @@ fn assemble_parts(
     for l in 0..config.n_layers {
         let part: PackedLayer = partial.read_part(l)?;
         predictors.write(&format!("predictors.{l}.input"), &part.predictor_input)?;
-        predictors.write(&format!("predictors.{l}.gate_up"), &part.predictor_gate_up)?;
-        predictors.write(&format!("predictors.{l}.residual"), &part.predictor_residual)?;
-        predictors.write(&format!("predictors.{l}.down_norm"), &part.down_norm)?;
+        predictors.write(&format!("predictors.{l}.gate"), &part.predictor_gate)?;
+        predictors.write(&format!("predictors.{l}.up"), &part.predictor_up)?;
+        predictors.write(&format!("predictors.{l}.neurons"), &part.predictor_neurons)?;
         statistics.write(&format!("layers.{l}.activation_rate"), &part.activation_rate)?;
         statistics.write(&format!("layers.{l}.energy"), &part.energy)?;
         let width = ffn.div_ceil(8);

@@ -4,7 +4,7 @@ use crate::error::{Result, corrupt, io};
 use crate::{LayerFile, Manifest, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::predictor::LowRank;
-use thermocline_kernels::{RowRef, unpack};
+use thermocline_kernels::{GROUP, RowRef, unpack};
 use xxhash_rust::xxh3::xxh3_128;
 
 /// An open split: every file's structure is checked, every index is in memory, no weights are.
@@ -87,17 +87,14 @@ impl Split {
     pub fn predictor(&self, layer: usize) -> Result<(LowRank, Vec<f32>)> {
         let name = |part: &str| format!("predictors.{layer}.{part}");
         let file = &self.predictors;
-        let (input, gate_up) = (file.entry(&name("input"))?, file.entry(&name("gate_up"))?);
+        let (input, gate, up) = (file.entry(&name("input"))?, file.entry(&name("gate"))?, file.entry(&name("up"))?);
         let (rank, hidden, ffn) = (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
-        let (residual, norms) = (file.read_f32(&name("residual"))?, file.read_f32(&name("down_norm"))?);
-        if input.columns != hidden
-            || (gate_up.rows, gate_up.columns) != (2 * ffn, rank)
-            || (residual.len(), norms.len()) != (2 * ffn, ffn)
-        {
-            return Err(corrupt(file.path(), name("input, gate_up, residual"), "shapes do not fit the model"));
+        let neurons = file.read_f32(&name("neurons"))?;
+        let shape = (rank, ffn.next_multiple_of(GROUP));
+        let shapes_fit = [(gate.rows, gate.columns), (up.rows, up.columns)] == [shape, shape];
+        if input.columns != hidden || !shapes_fit || neurons.len() != 5 * ffn {
+            return Err(corrupt(file.path(), name("input, gate, up, neurons"), "shapes do not fit the model"));
         }
-        let place = self.layers[layer].places();
-        let place_of = |id: usize| place[id] as usize;
         let decode = |entry: &TensorEntry| -> Result<Vec<f32>> {
             let encoding = entry.format.encoding().ok_or_else(|| corrupt(file.path(), &entry.name, "not encoded"))?;
             let bytes = file.read(&entry.name)?;
@@ -107,19 +104,26 @@ impl Split {
             }
             Ok(out)
         };
-        let (b, rows) = (decode(input)?, decode(gate_up)?);
-        let row = |id: usize, which: usize| &rows[(2 * place_of(id) + which) * rank..][..rank];
+        let place = self.layers[layer].places();
+        let column = |which: usize| -> Vec<f32> { place.iter().map(|&p| neurons[which * ffn + p as usize]).collect() };
+        let rows = |factor: Vec<f32>, lengths: &[f32]| -> Vec<f32> {
+            let of = |(&p, &length): (&u32, &f32)| {
+                let factor = &factor;
+                (0..rank).map(move |k| factor[k * shape.1 + p as usize] * length).collect::<Vec<_>>()
+            };
+            place.iter().zip(lengths).flat_map(of).collect()
+        };
         let fitted = LowRank {
             rank,
             hidden_size: hidden,
             intermediate_size: ffn,
-            b,
-            a_gate: (0..ffn).flat_map(|id| row(id, 0)).copied().collect(),
-            a_up: (0..ffn).flat_map(|id| row(id, 1)).copied().collect(),
-            gate_residual: (0..ffn).map(|id| residual[place_of(id)]).collect(),
-            up_residual: (0..ffn).map(|id| residual[ffn + place_of(id)]).collect(),
+            b: decode(input)?,
+            a_gate: rows(decode(gate)?, &column(0)),
+            a_up: rows(decode(up)?, &column(1)),
+            gate_residual: column(2),
+            up_residual: column(3),
         };
-        Ok((fitted, (0..ffn).map(|id| norms[place_of(id)]).collect()))
+        Ok((fitted, column(4)))
     }
 
     /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.

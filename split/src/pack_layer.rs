@@ -8,7 +8,7 @@ use crate::Error;
 use rayon::prelude::*;
 use thermocline_calibrate::{LayerStatistics, predictor};
 use thermocline_datasets::Checkpoint;
-use thermocline_kernels::{BundleLayout, Encoding, pack};
+use thermocline_kernels::{BundleLayout, Encoding, GROUP, pack};
 
 /// Rows of a matrix that are in memory as f32 at a time.
 const BLOCK_ROWS: usize = 4096;
@@ -22,12 +22,13 @@ pub(crate) struct PackedLayer {
     pub bundles: Vec<u8>,
     /// q8 rows `[rank, hidden]`.
     pub predictor_input: Vec<u8>,
-    /// q8 rows `[2 * ffn, rank]`: gate row, up row, for each neuron in split order.
-    pub predictor_gate_up: Vec<u8>,
-    /// f32 `[2, ffn]`: what gate and up predictions leave out, root mean square.
-    pub predictor_residual: Vec<u8>,
-    /// f32 `[ffn]`: length of each neuron's down column.
-    pub down_norm: Vec<u8>,
+    /// q8 rows `[rank, ffn rounded up to 32]`: the gate factor, transposed, each neuron's row divided by its length.
+    pub predictor_gate: Vec<u8>,
+    /// The same for up.
+    pub predictor_up: Vec<u8>,
+    /// f32 `[5, ffn]`: lengths of the gate and up rows, what each prediction leaves out (root mean square), and the
+    /// length of the down column.
+    pub predictor_neurons: Vec<u8>,
     /// f32 `[ffn]`.
     pub activation_rate: Vec<u8>,
     /// f32 `[ffn]`: mean of `(|h| * ||d||)^2`.
@@ -41,9 +42,9 @@ impl PackedLayer {
     pub(crate) fn parts(&self) -> [&Vec<u8>; 7] {
         [
             &self.predictor_input,
-            &self.predictor_gate_up,
-            &self.predictor_residual,
-            &self.down_norm,
+            &self.predictor_gate,
+            &self.predictor_up,
+            &self.predictor_neurons,
             &self.activation_rate,
             &self.energy,
             &self.trace,
@@ -54,9 +55,9 @@ impl PackedLayer {
     pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 7] {
         [
             &mut self.predictor_input,
-            &mut self.predictor_gate_up,
-            &mut self.predictor_residual,
-            &mut self.down_norm,
+            &mut self.predictor_gate,
+            &mut self.predictor_up,
+            &mut self.predictor_neurons,
             &mut self.activation_rate,
             &mut self.energy,
             &mut self.trace,
@@ -111,27 +112,49 @@ pub(crate) fn pack_layer(
         packing.predictor_rank,
     )?;
     let rank = packing.predictor_rank;
-    let mut gate_up = Vec::with_capacity(2 * ffn * rank);
-    for &id in &order {
-        let range = id as usize * rank..(id as usize + 1) * rank;
-        gate_up.extend_from_slice(&fitted.a_gate[range.clone()]);
-        gate_up.extend_from_slice(&fitted.a_up[range]);
-    }
+    let (gate_lengths, gate_factor) = transposed(&fitted.a_gate, &order, rank);
+    let (up_lengths, up_factor) = transposed(&fitted.a_up, &order, rank);
     let floats = |values: &dyn Fn(usize) -> f32| -> Vec<u8> {
         order.iter().flat_map(|&id| values(id as usize).to_le_bytes()).collect()
     };
-    let residuals = [floats(&|id| fitted.gate_residual[id]), floats(&|id| fitted.up_residual[id])];
+    let neurons = [
+        gate_lengths,
+        up_lengths,
+        floats(&|id| fitted.gate_residual[id]),
+        floats(&|id| fitted.up_residual[id]),
+        floats(&|id| norms[id]),
+    ];
+    let columns = ffn.next_multiple_of(GROUP);
+    let pack_factor = |name: &str, m: &[f32]| pack_rows(&format!("predictors.{l}.{name}"), m, columns, Encoding::Q8, None);
     Ok(PackedLayer {
         predictor_input: pack_rows(&format!("predictors.{l}.input"), &fitted.b, hidden, Encoding::Q8, None)?,
-        predictor_gate_up: pack_rows(&format!("predictors.{l}.gate_up"), &gate_up, rank, Encoding::Q8, None)?,
-        predictor_residual: residuals.concat(),
-        down_norm: floats(&|id| norms[id]),
+        predictor_gate: pack_factor("gate", &gate_factor)?,
+        predictor_up: pack_factor("up", &up_factor)?,
+        predictor_neurons: neurons.concat(),
         activation_rate: floats(&|id| rates[id] as f32),
         energy: floats(&|id| statistics.energy[id] as f32),
         trace: reorder_bits(statistics, &order),
         order,
         bundles,
     })
+}
+
+/// A factor `[ffn, rank]` in split order, its rows divided by their lengths, as `[rank, ffn rounded up]`; and the
+/// lengths. Transposed, a token's scores are `rank` long additions instead of `ffn` short sums; rows of equal length
+/// let 32 neurons share a scale.
+fn transposed(a: &[f32], order: &[u32], rank: usize) -> (Vec<u8>, Vec<f32>) {
+    let columns = order.len().next_multiple_of(GROUP);
+    let mut out = vec![0.0; rank * columns];
+    let mut lengths = Vec::with_capacity(4 * order.len());
+    for (place, &id) in order.iter().enumerate() {
+        let row = &a[id as usize * rank..(id as usize + 1) * rank];
+        let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+        lengths.extend_from_slice(&length.to_le_bytes());
+        for (k, v) in row.iter().enumerate().filter(|_| length > 0.0) {
+            out[k * columns + place] = v / length;
+        }
+    }
+    (lengths, out)
 }
 
 /// `[rows, columns]` to `[columns, rows]`.

@@ -74,49 +74,93 @@ fn table() -> __m512 {
     _mm512_setr_ps(-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.)
 }
 
+/// Groups whose scales are widened at once: one vector.
+const SCALES: usize = 16;
+
+/// Widens up to [`SCALES`] scales. From memory each then costs nothing: the multiply takes it with a broadcast.
+///
 /// # Safety
-/// `scales` points to one f16.
+/// `scales` points to `n` f16, `n` at most [`SCALES`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn scale(scales: *const u8) -> __m512 {
-    // SAFETY: two readable bytes by contract.
-    let bits = unsafe { scales.cast::<u16>().read_unaligned() };
-    _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
+unsafe fn widen_scales(scales: *const u8, n: usize) -> [f32; SCALES] {
+    let mask = ((1u32 << n) - 1) as u16;
+    let mut out = [0.0; SCALES];
+    // SAFETY: `n` f16 are readable by contract, the masked rest is not touched; `out` holds one vector.
+    unsafe {
+        let halves = _mm256_maskz_loadu_epi16(mask, scales.cast());
+        _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(halves));
+    }
+    out
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
     let table = table();
-    let mut acc = [_mm512_setzero_ps(); N];
-    for g in 0..x.len() / GROUP {
-        // SAFETY: group g lies inside x and inside every row, by the contract of `dots`.
+    // Two sums a row: one alone would wait four cycles for its own last addition.
+    let (mut even, mut odd) = ([_mm512_setzero_ps(); N], [_mm512_setzero_ps(); N]);
+    let n_groups = x.len() / GROUP;
+    let mut first = 0;
+    while first < n_groups {
+        let n = SCALES.min(n_groups - first);
+        // SAFETY: groups `first .. first + n` lie inside x and inside every row, by the contract of `dots`.
         unsafe {
-            let (x0, x1) =
-                (_mm512_loadu_ps(x.as_ptr().add(g * GROUP)), _mm512_loadu_ps(x.as_ptr().add(g * GROUP + 16)));
-            for n in 0..N {
-                let (lo, hi) = G::decode(rows[n].codes.as_ptr().add(g * G::CODE_BYTES), table);
-                let t = _mm512_fmadd_ps(hi, x1, _mm512_mul_ps(lo, x0));
-                acc[n] = _mm512_fmadd_ps(t, scale(rows[n].scales.as_ptr().add(2 * g)), acc[n]);
+            let scales: [_; N] = std::array::from_fn(|r| widen_scales(rows[r].scales.as_ptr().add(2 * first), n));
+            for i in (0..n).step_by(2) {
+                let (g, pair) = (first + i, i + 1 < n);
+                for r in 0..N {
+                    let codes = rows[r].codes.as_ptr().add(g * G::CODE_BYTES);
+                    let p = x.as_ptr().add(g * GROUP);
+                    even[r] = add_group::<G>(codes, p, scales[r][i], table, even[r]);
+                    if pair {
+                        let (codes, p) = (codes.add(G::CODE_BYTES), p.add(GROUP));
+                        odd[r] = add_group::<G>(codes, p, scales[r][i + 1], table, odd[r]);
+                    }
+                }
             }
         }
+        first += n;
     }
-    acc.map(|a| _mm512_reduce_add_ps(a))
+    std::array::from_fn(|r| _mm512_reduce_add_ps(_mm512_add_ps(even[r], odd[r])))
+}
+
+/// `sum + scale * (codes . x)` for one group.
+///
+/// # Safety
+/// `codes` points to one group, `x` to 32 floats.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn add_group<G: Group>(codes: *const u8, x: *const f32, scale: f32, table: __m512, sum: __m512) -> __m512 {
+    // SAFETY: by this function's contract.
+    unsafe {
+        let (lo, hi) = G::decode(codes, table);
+        let t = _mm512_fmadd_ps(hi, _mm512_loadu_ps(x.add(16)), _mm512_mul_ps(lo, _mm512_loadu_ps(x)));
+        _mm512_fmadd_ps(t, _mm512_set1_ps(scale), sum)
+    }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn axpy_groups<G: Group>(row: RowRef<'_>, a: f32, y: &mut [f32]) {
-    let (table, a) = (table(), _mm512_set1_ps(a));
-    for g in 0..y.len() / GROUP {
-        // SAFETY: group g lies inside y and inside the row, by the contract of `axpy`.
+    let table = table();
+    let n_groups = y.len() / GROUP;
+    let mut first = 0;
+    while first < n_groups {
+        let n = SCALES.min(n_groups - first);
+        // SAFETY: groups `first .. first + n` lie inside y and inside the row, by the contract of `axpy`.
         unsafe {
-            let (lo, hi) = G::decode(row.codes.as_ptr().add(g * G::CODE_BYTES), table);
-            let s = _mm512_mul_ps(a, scale(row.scales.as_ptr().add(2 * g)));
-            let p = y.as_mut_ptr().add(g * GROUP);
-            _mm512_storeu_ps(p, _mm512_fmadd_ps(lo, s, _mm512_loadu_ps(p)));
-            _mm512_storeu_ps(p.add(16), _mm512_fmadd_ps(hi, s, _mm512_loadu_ps(p.add(16))));
+            let mut scales = widen_scales(row.scales.as_ptr().add(2 * first), n);
+            let scaled = _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr()), _mm512_set1_ps(a));
+            _mm512_storeu_ps(scales.as_mut_ptr(), scaled);
+            for (i, &s) in scales[..n].iter().enumerate() {
+                let (lo, hi) = G::decode(row.codes.as_ptr().add((first + i) * G::CODE_BYTES), table);
+                let (s, p) = (_mm512_set1_ps(s), y.as_mut_ptr().add((first + i) * GROUP));
+                _mm512_storeu_ps(p, _mm512_fmadd_ps(lo, s, _mm512_loadu_ps(p)));
+                _mm512_storeu_ps(p.add(16), _mm512_fmadd_ps(hi, s, _mm512_loadu_ps(p.add(16))));
+            }
         }
+        first += n;
     }
 }
 
@@ -133,14 +177,20 @@ fn widen(v: __m256i) -> __m512 {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
-    let mut acc = [[_mm512_setzero_ps(); 2]; N];
+    let (mut even, mut odd) = ([_mm512_setzero_ps(); N], [_mm512_setzero_ps(); N]);
     let n_full = x.len() / 16;
-    for v in 0..n_full {
-        for n in 0..N {
-            // SAFETY: vector v lies inside x and inside every row, by the contract of `dots`.
+    for v in (0..n_full).step_by(2) {
+        let pair = v + 1 < n_full;
+        for r in 0..N {
+            // SAFETY: vectors v and, if there is a pair, v + 1 lie inside x and inside every row, by the contract of
+            // `dots`.
             unsafe {
-                let w = widen(_mm256_loadu_si256(rows[n].codes.as_ptr().add(32 * v).cast()));
-                acc[n][v & 1] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x.as_ptr().add(16 * v)), acc[n][v & 1]);
+                let (codes, p) = (rows[r].codes.as_ptr().add(32 * v), x.as_ptr().add(16 * v));
+                even[r] = _mm512_fmadd_ps(widen(_mm256_loadu_si256(codes.cast())), _mm512_loadu_ps(p), even[r]);
+                if pair {
+                    let w = widen(_mm256_loadu_si256(codes.add(32).cast()));
+                    odd[r] = _mm512_fmadd_ps(w, _mm512_loadu_ps(p.add(16)), odd[r]);
+                }
             }
         }
     }
@@ -151,11 +201,11 @@ unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N
             unsafe {
                 let w = widen(_mm256_maskz_loadu_epi16(tail(rest), rows[n].codes.as_ptr().add(32 * n_full).cast()));
                 let x = _mm512_maskz_loadu_ps(tail(rest), x.as_ptr().add(16 * n_full));
-                acc[n][0] = _mm512_fmadd_ps(w, x, acc[n][0]);
+                even[n] = _mm512_fmadd_ps(w, x, even[n]);
             }
         }
     }
-    acc.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b)))
+    std::array::from_fn(|r| _mm512_reduce_add_ps(_mm512_add_ps(even[r], odd[r])))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
