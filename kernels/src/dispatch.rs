@@ -93,16 +93,33 @@ impl Kernels {
     /// As [`Kernels::dots`].
     #[inline]
     pub fn axpy(&self, encoding: Encoding, row: RowRef<'_>, a: f32, y: &mut [f32]) {
-        check(encoding, &row, y.len());
+        self.axpys(encoding, [row], [a], y);
+    }
+
+    /// `y_j += a[n] * rows[n]_j` for all n in order: the same to the bit as `N` calls of [`Kernels::axpy`], with one
+    /// load and store of `y`.
+    ///
+    /// # Panics
+    /// As [`Kernels::dots`].
+    #[inline]
+    pub fn axpys<const N: usize>(&self, encoding: Encoding, rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
+        for row in &rows {
+            check(encoding, row, y.len());
+        }
         #[cfg(target_arch = "x86_64")]
         match self.isa {
             // SAFETY: as in `dots`.
-            Isa::Avx512 => return unsafe { crate::x86::avx512::axpy(encoding, row, a, y) },
-            // SAFETY: as in `dots`.
-            Isa::Avx2 => return unsafe { crate::x86::avx2::axpy(encoding, row, a, y) },
+            Isa::Avx512 => return unsafe { crate::x86::avx512::axpys(encoding, rows, a, y) },
+            Isa::Avx2 => {
+                for (row, a) in rows.into_iter().zip(a) {
+                    // SAFETY: as in `dots`.
+                    unsafe { crate::x86::avx2::axpy(encoding, row, a, y) };
+                }
+                return;
+            }
             Isa::Portable => {}
         }
-        reference::axpy(encoding, row, a, y);
+        rows.into_iter().zip(a).for_each(|(row, a)| reference::axpy(encoding, row, a, y));
     }
 
     /// Gate and up pre-activations of the neuron in `bundle` for the normalised input `x`.

@@ -49,6 +49,13 @@ proptest! {
                 let [one] = kernels.dots(encoding, [rows[n]], &x);
                 prop_assert_eq!(one.to_bits(), got.to_bits(), "a row's result must not depend on its neighbours");
             }
+            let (mut together, mut apart) = (x.clone(), x.clone());
+            let factors = [a, -0.5, 0.25, 1.5];
+            kernels.axpys(encoding, [rows[0], rows[1], rows[2], rows[3]], factors, &mut together);
+            rows.iter().zip(factors).for_each(|(row, a)| kernels.axpy(encoding, *row, a, &mut apart));
+            for (t, a) in together.iter().zip(&apart) {
+                prop_assert_eq!(t.to_bits(), a.to_bits(), "rows added together and one by one must agree to the bit");
+            }
             let (mut got, mut want) = (x.clone(), x.clone());
             kernels.axpy(encoding, rows[0], a, &mut got);
             reference::axpy(encoding, rows[0], a, &mut want);

@@ -67,14 +67,25 @@ impl FfnSums {
         let partials = &mut self.partials[first_block * self.hidden_size..end_block * self.hidden_size];
         pool.for_each_chunk(partials, self.hidden_size, |b, sums| {
             let start = (first_block + b) * block_neurons;
-            let mut one = |bundle: &[u8], next: Option<&[u8]>| {
+            // Neurons that fire wait until there are four: their down rows are then added in one pass over the sums,
+            // in order, with the same roundings as one by one.
+            let mut waiting: [(f32, &[u8]); 4] = [(0.0, &[]); 4];
+            let mut n_waiting = 0;
+            let mut one = |bundle, next: Option<&[u8]>| {
                 if let Some(next) = next {
                     thermocline_kernels::prefetch(next);
                 }
                 let (g, u) = kernels.pre_activations(&layout, bundle, x);
                 let h = activation.apply(g, u);
-                if h != 0.0 {
-                    kernels.axpy(encoding, layout.row(bundle, 2), h, sums);
+                if h == 0.0 {
+                    return;
+                }
+                waiting[n_waiting] = (h, bundle);
+                n_waiting += 1;
+                if n_waiting == 4 {
+                    let rows = waiting.map(|(_, bundle)| layout.row(bundle, 2));
+                    kernels.axpys(encoding, rows, waiting.map(|(h, _)| h), sums);
+                    n_waiting = 0;
                 }
             };
             match span {
@@ -93,6 +104,9 @@ impl FfnSums {
                         one(list[i].1, list.get(i + ahead).map(|next| next.1));
                     }
                 }
+            }
+            for (h, bundle) in &waiting[..n_waiting] {
+                kernels.axpy(encoding, layout.row(bundle, 2), *h, sums);
             }
         });
     }

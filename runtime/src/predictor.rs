@@ -38,7 +38,7 @@ impl Predictor {
         let (rank, columns) = (input.rows, ffn.next_multiple_of(GROUP));
         let neurons = file.read_f32(&name("neurons"))?;
         let fits = q8(input, rank, config.hidden_size) && q8(gate, rank, columns) && q8(up, rank, columns);
-        if !fits || neurons.len() != 5 * ffn {
+        if !fits || !rank.is_multiple_of(4) || neurons.len() != 5 * ffn {
             return Err(thermocline_split::Error::Corrupt {
                 path: file.path().to_owned(),
                 field: name("input, gate, up, neurons"),
@@ -76,10 +76,14 @@ impl Predictor {
             let n = scores.len().next_multiple_of(GROUP);
             let [mut gate, mut up] = [[0.0; TASK_NEURONS]; 2];
             for (factor, sums) in self.factors.iter().zip([&mut gate, &mut up]) {
-                for (row, &z) in factor.chunks_exact(stride).zip(&z) {
-                    let (codes, scales) = row.split_at(columns);
-                    let part = RowRef { codes: &codes[first..first + n], scales: &scales[first / GROUP * 2..] };
-                    kernels.axpy(Encoding::Q8, part, z, &mut sums[..n]);
+                // The rank is a multiple of 32: four rows at a time leave none over.
+                for (rows, z) in factor.chunks_exact(4 * stride).zip(z.chunks_exact(4)) {
+                    let part = |r: usize| {
+                        let (codes, scales) = rows[r * stride..(r + 1) * stride].split_at(columns);
+                        RowRef { codes: &codes[first..first + n], scales: &scales[first / GROUP * 2..] }
+                    };
+                    let parts = [part(0), part(1), part(2), part(3)];
+                    kernels.axpys(Encoding::Q8, parts, [z[0], z[1], z[2], z[3]], &mut sums[..n]);
                 }
             }
             let of = |which: usize| &self.neurons[which * ffn + first..][..scores.len()];

@@ -24,13 +24,13 @@ pub(crate) unsafe fn dots<const N: usize>(encoding: Encoding, rows: [RowRef<'_>;
 /// # Safety
 /// As [`dots`], with `y` for `x`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(crate) unsafe fn axpy(encoding: Encoding, row: RowRef<'_>, a: f32, y: &mut [f32]) {
+pub(crate) unsafe fn axpys<const N: usize>(encoding: Encoding, rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
     // SAFETY: lengths by this function's contract.
     unsafe {
         match encoding {
-            Encoding::Bf16 => axpy_bf16(row, a, y),
-            Encoding::Q8 => axpy_groups::<Q8>(row, a, y),
-            Encoding::Q4 => axpy_groups::<Q4>(row, a, y),
+            Encoding::Bf16 => rows.into_iter().zip(a).for_each(|(row, a)| axpy_bf16(row, a, y)),
+            Encoding::Q8 => axpys_groups::<N, Q8>(rows, a, y),
+            Encoding::Q4 => axpys_groups::<N, Q4>(rows, a, y),
         }
     }
 }
@@ -142,22 +142,32 @@ unsafe fn add_group<G: Group>(codes: *const u8, x: *const f32, scale: f32, table
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn axpy_groups<G: Group>(row: RowRef<'_>, a: f32, y: &mut [f32]) {
+unsafe fn axpys_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
     let table = table();
     let n_groups = y.len() / GROUP;
     let mut first = 0;
     while first < n_groups {
         let n = SCALES.min(n_groups - first);
-        // SAFETY: groups `first .. first + n` lie inside y and inside the row, by the contract of `axpy`.
+        // SAFETY: groups `first .. first + n` lie inside y and inside every row, by the contract of `axpys`.
         unsafe {
-            let mut scales = widen_scales(row.scales.as_ptr().add(2 * first), n);
-            let scaled = _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr()), _mm512_set1_ps(a));
-            _mm512_storeu_ps(scales.as_mut_ptr(), scaled);
-            for (i, &s) in scales[..n].iter().enumerate() {
-                let (lo, hi) = G::decode(row.codes.as_ptr().add((first + i) * G::CODE_BYTES), table);
-                let (s, p) = (_mm512_set1_ps(s), y.as_mut_ptr().add((first + i) * GROUP));
-                _mm512_storeu_ps(p, _mm512_fmadd_ps(lo, s, _mm512_loadu_ps(p)));
-                _mm512_storeu_ps(p.add(16), _mm512_fmadd_ps(hi, s, _mm512_loadu_ps(p.add(16))));
+            let scales: [_; N] = std::array::from_fn(|r| {
+                let mut scales = widen_scales(rows[r].scales.as_ptr().add(2 * first), n);
+                let scaled = _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr()), _mm512_set1_ps(a[r]));
+                _mm512_storeu_ps(scales.as_mut_ptr(), scaled);
+                scales
+            });
+            for i in 0..n {
+                let g = first + i;
+                let p = y.as_mut_ptr().add(g * GROUP);
+                let (mut y0, mut y1) = (_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16)));
+                for r in 0..N {
+                    let (lo, hi) = G::decode(rows[r].codes.as_ptr().add(g * G::CODE_BYTES), table);
+                    let s = _mm512_set1_ps(scales[r][i]);
+                    y0 = _mm512_fmadd_ps(lo, s, y0);
+                    y1 = _mm512_fmadd_ps(hi, s, y1);
+                }
+                _mm512_storeu_ps(p, y0);
+                _mm512_storeu_ps(p.add(16), y1);
             }
         }
         first += n;
@@ -213,7 +223,7 @@ unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32]) {
     let a = _mm512_set1_ps(a);
     let n_full = y.len() / 16;
     for v in 0..n_full {
-        // SAFETY: vector v lies inside y and inside the row, by the contract of `axpy`.
+        // SAFETY: vector v lies inside y and inside the row, by the contract of `axpys`.
         unsafe {
             let w = widen(_mm256_loadu_si256(row.codes.as_ptr().add(32 * v).cast()));
             let p = y.as_mut_ptr().add(16 * v);
