@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle, Thread};
 
-/// Spins before a waiting thread sleeps: some tens of microseconds, longer than the serial parts of a token, shorter
+/// Spins before a waiting worker sleeps: some tens of microseconds, longer than the serial parts of a token, shorter
 /// than a disk read (readers need the cores then).
-const SPINS: u32 = 6_000;
+const SPINS_TO_PARK: u32 = 4_000;
+/// Spins before the caller, waiting for its workers, lets others run: on a busy machine one of them may be a worker.
+const SPINS_TO_YIELD: u32 = 1_000;
 
 /// A fixed set of threads that run one parallel loop at a time with about a microsecond of overhead.
 ///
@@ -93,7 +95,7 @@ impl Pool {
         let mut spins = 0u32;
         while self.shared.remaining.load(Ordering::Acquire) > 0 {
             spins += 1;
-            if spins > SPINS { thread::yield_now() } else { std::hint::spin_loop() }
+            if spins > SPINS_TO_YIELD { thread::yield_now() } else { std::hint::spin_loop() }
         }
         if let Err(panic) = mine {
             resume_unwind(panic);
@@ -164,7 +166,7 @@ fn work(shared: &Shared, index: usize) {
         let mut spins = 0u32;
         while shared.epoch.load(Ordering::Acquire) == seen {
             spins += 1;
-            if spins < SPINS {
+            if spins < SPINS_TO_PARK {
                 std::hint::spin_loop();
                 continue;
             }

@@ -20,7 +20,8 @@ struct Report {
     flops: f64,
     gflop_per_second: f64,
     memory_bound_bytes: u64,
-    peak_rss_bytes: u64,
+    /// Peak memory above what the process held before (binary, tokenizer, token ids): what the bound is for.
+    calibration_peak_bytes: u64,
 }
 
 pub fn calibrate(args: &Calibrate) -> anyhow::Result<()> {
@@ -37,6 +38,7 @@ pub fn calibrate(args: &Calibrate) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
     let corpus = Corpus::open(&args.corpus, args.column.as_deref())?;
     let tokens = corpus.token_windows(&tokenizer, args.window, args.tokens)?.concat();
+    let held_before = thermocline_runtime::hardware::peak_rss_bytes();
     let (options, shard) = (args, args.shard.map(|(index, count)| Shard { index, count }));
     let profile = profile(checkpoint.as_ref(), &tokens, args.window, options.resume, shard, output, args.json)?;
     let meta = profile.meta();
@@ -48,18 +50,18 @@ pub fn calibrate(args: &Calibrate) -> anyhow::Result<()> {
         flops: meta.flops,
         gflop_per_second: meta.flops / meta.seconds / 1e9,
         memory_bound_bytes: memory_bound_bytes(&meta.config, &settings),
-        peak_rss_bytes: thermocline_runtime::hardware::peak_rss_bytes(),
+        calibration_peak_bytes: thermocline_runtime::hardware::peak_rss_bytes().saturating_sub(held_before),
     };
     if args.json {
         return output::json(&report);
     }
     println!(
-        "{}: {} tokens in {:.1} s ({:.0} GFLOP/s), peak memory {} (bound {})",
+        "{}: {} tokens in {:.1} s ({:.0} GFLOP/s), memory {} besides the tokenizer (bound {})",
         report.profile,
         report.n_tokens,
         report.seconds,
         report.gflop_per_second,
-        format_bytes(report.peak_rss_bytes),
+        format_bytes(report.calibration_peak_bytes),
         format_bytes(report.memory_bound_bytes)
     );
     println!("next: thermocline split -m {} --profile {} -o SPLIT", model.display(), output.display());
