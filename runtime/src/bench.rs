@@ -2,7 +2,7 @@
 
 use crate::account::TierBytes;
 use crate::engine::{Engine, Logits};
-use crate::generate::{measure_speeds, prefill};
+use crate::generate::measure_speeds;
 use crate::hardware::{Hardware, peak_rss_bytes};
 use crate::plan::{Plan, Prediction};
 use crate::{Error, Result};
@@ -92,7 +92,7 @@ pub fn bench(
         progress(repetition, settings.repetitions + 1);
         engine.clear();
         let begin = Instant::now();
-        prefill(engine, &prompt)?;
+        engine.prefill(&prompt)?;
         let prompt_seconds = begin.elapsed().as_secs_f64();
         let before = engine.account();
         let begin = Instant::now();

@@ -227,17 +227,38 @@ impl Engine {
         self.kv.clear();
     }
 
-    /// Appends `tokens` to the sequence and returns logits. One token is decoded, several are prefilled (densely, in
-    /// either mode).
+    /// Appends a prompt, in batches, and returns its last token's logits. Prompts are computed densely in either mode:
+    /// they touch nearly every neuron, and a mask here would change every later token.
+    ///
+    /// # Errors
+    /// As [`Engine::forward`].
+    pub fn prefill(&mut self, prompt: &[u32]) -> Result<Vec<f32>> {
+        let mut logits = Vec::new();
+        for batch in prompt.chunks(self.plan.request.batch.max(1)) {
+            logits = self.checked_pass(batch, Logits::Last, None)?;
+        }
+        Ok(logits)
+    }
+
+    /// Appends `tokens` to the sequence and returns logits. One token is decoded, in the plan's mode; several are
+    /// computed densely, as a prompt is.
     ///
     /// # Errors
     /// If the context is full, a token is not in the vocabulary, or the disk fails; the sequence is then as before.
     pub fn forward(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<f32>> {
+        let active_share = match self.plan.request.mode {
+            Mode::Sparse { active } if tokens.len() == 1 => Some(active),
+            _ => None,
+        };
+        self.checked_pass(tokens, logits, active_share)
+    }
+
+    fn checked_pass(&mut self, tokens: &[u32], logits: Logits, active_share: Option<f32>) -> Result<Vec<f32>> {
         if tokens.len() > self.kv.capacity() - self.kv.len() {
             let prompt_tokens = self.kv.len() + tokens.len();
             return Err(Error::PromptTooLong { prompt_tokens, context: self.kv.capacity() });
         }
-        let result = self.pass(tokens, logits);
+        let result = self.pass(tokens, logits, active_share);
         if result.is_err() {
             if let Some(fetcher) = &self.fetcher {
                 self.dense_stream.rewind(fetcher);
@@ -248,12 +269,8 @@ impl Engine {
         result
     }
 
-    fn pass(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<f32>> {
+    fn pass(&mut self, tokens: &[u32], logits: Logits, active_share: Option<f32>) -> Result<Vec<f32>> {
         let (n, hidden, past) = (tokens.len(), self.config.hidden_size, self.kv.len());
-        let active_share = match self.plan.request.mode {
-            Mode::Sparse { active } if n == 1 => Some(active),
-            _ => None,
-        };
         self.switch_stream(active_share.is_some());
         let mut x = vec![0.0; n * hidden];
         for (&token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {

@@ -114,7 +114,7 @@ pub fn generate(
     prompt.iter().for_each(|&t| sampler.accept(t));
     engine.clear();
     let begin = Instant::now();
-    let logits = prefill(engine, prompt)?;
+    let logits = engine.prefill(prompt)?;
     let ttft = begin.elapsed();
     let before = engine.account();
     let mut last = before;
@@ -178,13 +178,4 @@ pub fn generate(
         peak_rss_bytes: peak_rss_bytes(),
         timeline,
     })
-}
-
-/// Computes the prompt in batches and returns the last token's logits.
-pub(crate) fn prefill(engine: &mut Engine, prompt: &[u32]) -> Result<Vec<f32>> {
-    let mut logits = Vec::new();
-    for batch in prompt.chunks(engine.plan().request.batch.max(1)) {
-        logits = engine.forward(batch, Logits::Last)?;
-    }
-    Ok(logits)
 }
