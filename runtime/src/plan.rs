@@ -341,7 +341,12 @@ fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize,
     let (n, bundle) = (config.intermediate_size, split.layers()[0].layout().bundle_bytes() as u64);
     let mut rates = Vec::with_capacity(config.n_layers * n);
     for l in 0..config.n_layers {
-        let rate = split.statistics().read_f32(&format!("layers.{l}.activation_rate"))?;
+        let name = format!("layers.{l}.activation_rate");
+        let rate = split.statistics().read_f32(&name)?;
+        if rate.len() != n {
+            let (path, reason) = (split.statistics().path().to_owned(), format!("{} rates for {n} neurons", rate.len()));
+            return Err(thermocline_split::Error::Corrupt { path, field: name, reason }.into());
+        }
         rates.extend(rate.into_iter().map(|r| (r, l)));
     }
     rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
