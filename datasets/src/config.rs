@@ -1,4 +1,6 @@
+use crate::{Result, limits};
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 
 /// A family of decoders; each differs from the others by what this crate's `architectures` folder says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,4 +76,14 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
+}
+
+impl ModelConfig {
+    /// Refuses sizes that no model has, or that do not fit each other, wherever they were read from.
+    ///
+    /// # Errors
+    /// [`crate::Error::Corrupt`] with the field, for the file `path`.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        limits::check(self, path, |field| format!("config.{field}"))
+    }
 }

@@ -60,20 +60,25 @@ impl NeuronCache {
         (slot != NONE as usize).then(|| &self.data[slot * self.bundle_bytes..(slot + 1) * self.bundle_bytes])
     }
 
-    /// Keeps a copy of a bundle that is not here yet.
+    /// Keeps a copy of a bundle that is not here yet. Neurons of the same layer with higher numbers keep their slots:
+    /// a layer is computed in ascending order, and what was in the cache when its reads were decided must still be
+    /// there when its turn comes. If they have all slots, nothing happens.
     pub(crate) fn insert(&mut self, layer: usize, neuron: usize, bundle: &[u8]) {
-        if self.owner.is_empty() || self.contains(layer, neuron) {
+        let (n_slots, id) = (self.owner.len(), layer * self.n_neurons + neuron);
+        if n_slots == 0 || self.contains(layer, neuron) {
             return;
         }
-        while std::mem::take(&mut self.used[self.hand]) {
-            self.hand = (self.hand + 1) % self.owner.len();
-        }
-        let slot = self.hand;
-        self.hand = (self.hand + 1) % self.owner.len();
+        let later = id as u32 + 1..((layer + 1) * self.n_neurons) as u32;
+        // Two rounds: one may only take the marks away.
+        let victim = (0..2 * n_slots).find_map(|_| {
+            let slot = self.hand;
+            self.hand = (self.hand + 1) % n_slots;
+            (!later.contains(&self.owner[slot]) && !std::mem::take(&mut self.used[slot])).then_some(slot)
+        });
+        let Some(slot) = victim else { return };
         if self.owner[slot] != NONE {
             self.slot_of[self.owner[slot] as usize] = NONE;
         }
-        let id = layer * self.n_neurons + neuron;
         self.owner[slot] = id as u32;
         self.slot_of[id] = slot as u32;
         self.data[slot * self.bundle_bytes..(slot + 1) * self.bundle_bytes].copy_from_slice(bundle);
@@ -101,6 +106,21 @@ mod tests {
                     }
                 }
                 prop_assert!(present <= 7);
+            }
+        }
+
+        #[test]
+        fn a_layer_never_evicts_what_it_still_needs(
+            before in proptest::collection::vec((0usize..3, 0usize..20), 0..30),
+            active in proptest::collection::btree_set(0usize..20, 1..20),
+        ) {
+            let mut cache = NeuronCache::new(7, 16, 3, 20);
+            before.into_iter().for_each(|(l, n)| cache.insert(l, n, &[0; 16]));
+            let held: Vec<usize> = active.iter().copied().filter(|&n| cache.contains(1, n)).collect();
+            for &n in &active {
+                prop_assert_eq!(cache.contains(1, n), held.contains(&n));
+                cache.touch(1, n);
+                cache.insert(1, n, &[0; 16]);
             }
         }
     }

@@ -173,14 +173,15 @@ impl LayerFfn {
         chunks
     }
 
-    /// Joins near chunks to runs that fit a buffer.
-    fn runs_of(&self, chunks: &[usize]) -> Vec<Range<usize>> {
+    /// Joins near chunks to runs that fit a buffer and do not reach across a run that is `taken`.
+    fn runs_of(&self, chunks: &[usize], taken: &[(Range<usize>, Ticket)]) -> Vec<Range<usize>> {
         let index = self.index.file().index();
         let mut runs: Vec<Range<usize>> = Vec::new();
         for &c in chunks {
             if let Some(last) = runs.last_mut() {
                 let gap: u64 = index[last.end..c].iter().map(|e| u64::from(e.stored_bytes)).sum();
-                if gap <= GAP_BYTES && self.fit(last.start, c + 1) == c + 1 {
+                let apart = taken.iter().any(|(t, _)| (last.end..c).contains(&t.start));
+                if !apart && gap <= GAP_BYTES && self.fit(last.start, c + 1) == c + 1 {
                     last.end = c + 1;
                     continue;
                 }
@@ -199,7 +200,7 @@ impl LayerFfn {
         active: &[u32],
     ) -> Foreseen {
         let mut foreseen = Foreseen::default();
-        for run in self.runs_of(&self.missing_chunks(self.index.layer, active, cache)) {
+        for run in self.runs_of(&self.missing_chunks(self.index.layer, active, cache), &[]) {
             if fetcher.n_free() <= LOOKAHEAD_RESERVE {
                 break;
             }
@@ -238,8 +239,8 @@ impl LayerFfn {
         let late: Vec<usize> = missing.iter().copied().filter(|&c| !covered(c, &useful)).collect();
         account.chunks_foreseen_used += (missing.len() - late.len()) as u64;
         let mut runs: Vec<(Range<usize>, Option<Ticket>)> =
-            useful.into_iter().map(|(r, t)| (r, Some(t))).collect();
-        runs.extend(self.runs_of(&late).into_iter().map(|r| (r, None)));
+            self.runs_of(&late, &useful).into_iter().map(|r| (r, None)).collect();
+        runs.extend(useful.into_iter().map(|(r, t)| (r, Some(t))));
         runs.sort_by_key(|(r, _)| r.start);
 
         let chunk_neurons = self.index.file().chunk_neurons();
@@ -289,12 +290,18 @@ impl LayerFfn {
         if !rest.is_empty() {
             self.add_span(compute, account, sums, cache, None, rest, x);
         }
+        // Every buffer comes back, whatever happened to one of the reads.
+        let mut result = Ok(());
         for (_, ticket) in useless {
-            let staged = fetcher.wait(ticket)?;
-            account.bytes.disk += staged.bytes().len() as u64;
-            fetcher.release(staged);
+            match fetcher.wait(ticket) {
+                Ok(staged) => {
+                    account.bytes.disk += staged.bytes().len() as u64;
+                    fetcher.release(staged);
+                }
+                Err(e) => result = Err(e),
+            }
         }
-        Ok(())
+        result
     }
 
     /// Computes neurons that are hot, cached, or in `staged` (first neuron, bundles); caches those from the disk.

@@ -44,15 +44,8 @@ impl Matrix {
         })?;
         let row_bytes = entry.row_bytes();
         let mut pinned = AlignedBuf::zeroed(pinned_rows * row_bytes);
-        if pinned_rows == entry.rows {
-            file.read_into(entry, &mut pinned[..pinned_rows * row_bytes])?;
-        } else {
-            for first in (0..pinned_rows).step_by(1024) {
-                let n = 1024.min(pinned_rows - first);
-                let rows = file.read_rows(entry, first, n)?;
-                pinned[first * row_bytes..(first + n) * row_bytes].copy_from_slice(&rows);
-            }
-        }
+        // The checksum covers the whole tensor: what will be streamed is checked now, once.
+        file.read_start(entry, &mut pinned[..pinned_rows * row_bytes])?;
         let per_run = (run_bytes / row_bytes).max(1);
         let streamed =
             (pinned_rows..entry.rows).step_by(per_run).map(|r| r..(r + per_run).min(entry.rows)).collect();

@@ -136,7 +136,7 @@ impl Plan {
         let mut cache_slots = 0;
         let mut replayed = None;
         if fixed.total().saturating_add(matrix_bytes).saturating_add(all_hot) > budget {
-            staging = staging_shape(split, &matrices, budget)?;
+            staging = staging_shape(split, &matrices, budget, budget.saturating_sub(fixed.total()));
             fixed.staging = staging_bytes(split, &staging);
             let mut left = budget.checked_sub(fixed.total()).ok_or_else(|| does_not_fit(budget, &fixed))?;
             // The head last: its rows can be divided, and an untied embedding is read one row a token.
@@ -310,18 +310,18 @@ fn does_not_fit(budget_bytes: u64, fixed: &FixedBytes) -> Error {
     Error::DoesNotFit { budget_bytes, needed_bytes: fixed.total(), what }
 }
 
-/// Buffers of half a megabyte, or less if they would take more than an eighth of the budget; never less than the
-/// largest chunk or row.
-fn staging_shape(split: &Split, matrices: &[&TensorEntry], budget: u64) -> Result<StagingShape> {
+/// Buffers of half a megabyte, or less if they would take more than an eighth of the budget or than the `left` bytes
+/// (or else a budget that can hold the least would be refused); never less than the largest chunk or row.
+fn staging_shape(split: &Split, matrices: &[&TensorEntry], budget: u64, left: u64) -> StagingShape {
     let mut shape = StagingShape::default();
     let chunks = split.layers().iter().flat_map(|f| f.index()).map(|e| e.stored_bytes as usize);
     let rows = matrices.iter().map(|t| t.row_bytes());
     let least = chunks.chain(rows).max().unwrap_or(0).max(16 << 10);
-    while shape.run_bytes / 2 >= least && staging_bytes(split, &shape) > budget / 8 {
+    while shape.run_bytes / 2 >= least && staging_bytes(split, &shape) > left.min(budget / 8) {
         shape.run_bytes /= 2;
     }
     shape.run_bytes = shape.run_bytes.max(least);
-    Ok(shape)
+    shape
 }
 
 fn staging_bytes(split: &Split, shape: &StagingShape) -> u64 {
@@ -341,7 +341,12 @@ fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize,
     let (n, bundle) = (config.intermediate_size, split.layers()[0].layout().bundle_bytes() as u64);
     let mut rates = Vec::with_capacity(config.n_layers * n);
     for l in 0..config.n_layers {
-        let rate = split.statistics().read_f32(&format!("layers.{l}.activation_rate"))?;
+        let name = format!("layers.{l}.activation_rate");
+        let rate = split.statistics().read_f32(&name)?;
+        if rate.len() != n {
+            let (path, reason) = (split.statistics().path().to_owned(), format!("{} rates for {n} neurons", rate.len()));
+            return Err(thermocline_split::Error::Corrupt { path, field: name, reason }.into());
+        }
         rates.extend(rate.into_iter().map(|r| (r, l)));
     }
     rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));

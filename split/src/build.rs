@@ -150,8 +150,8 @@ pub fn split(
             layer_file::write_layer(&path, l, &layout, ids, bundles, chunk_neurons, options.compression)?;
             partial.finish_layer(l, &packed)?;
         }
-        let file_bytes = std::fs::metadata(dir.join(&file)).map_err(io(dir))?.len();
-        layers.push(LayerEntry { file, file_bytes });
+        let written = layer_file::LayerFile::open(&dir.join(&file))?;
+        layers.push(LayerEntry { file, file_bytes: written.file_bytes(), checksum: written.checksum() });
     }
     progress(config.n_layers, config.n_layers + 1);
     let resident = write_resident(checkpoint, profile, options, dir)?;

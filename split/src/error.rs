@@ -112,3 +112,11 @@ pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
 pub(crate) fn corrupt(path: &Path, field: impl Into<String>, reason: impl Into<String>) -> Error {
     Error::Corrupt { path: path.to_owned(), field: field.into(), reason: reason.into() }
 }
+
+/// Turns a failure to open a file that the manifest lists: a missing one is damage of the split.
+pub(crate) fn listed(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
+    move |source| match source.kind() {
+        std::io::ErrorKind::NotFound => corrupt(path, "file", "missing; fetch or make the split again"),
+        _ => Error::Io { path: path.to_owned(), source },
+    }
+}

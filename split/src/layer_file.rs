@@ -1,6 +1,6 @@
 //! `layers/NNN.thm`: the bundles of one layer, in split order, in chunks. FORMAT.md describes every byte.
 
-use crate::error::{Result, corrupt, io};
+use crate::error::{Result, corrupt, io, listed};
 use crate::{Error, chunk};
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -49,6 +49,7 @@ pub struct LayerFile {
     order: Vec<u32>,
     index: Vec<ChunkEntry>,
     file_bytes: u64,
+    checksum: u64,
 }
 
 impl LayerFile {
@@ -58,7 +59,7 @@ impl LayerFile {
     /// # Errors
     /// If the file cannot be read or any of that does not hold.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(io(path))?;
+        let file = File::open(path).map_err(listed(path))?;
         let file_bytes = file.metadata().map_err(io(path))?.len();
         let mut header = [0u8; HEADER_BYTES];
         if file_bytes < HEADER_BYTES as u64 {
@@ -115,6 +116,7 @@ impl LayerFile {
             order,
             index,
             file_bytes,
+            checksum: u64_at(HEADER_BYTES - 8),
         })
     }
 
@@ -158,6 +160,11 @@ impl LayerFile {
     /// Size of the file.
     pub fn file_bytes(&self) -> u64 {
         self.file_bytes
+    }
+
+    /// Checksum of header, order and index, in hexadecimal; through the index it covers the chunks.
+    pub fn checksum(&self) -> String {
+        format!("{:016x}", self.checksum)
     }
 
     /// Reads, checks and decodes chunks `chunks` into `out` (their bundles, one behind the other).

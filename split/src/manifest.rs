@@ -4,6 +4,7 @@ use crate::error::{Result, corrupt, io};
 use crate::tensor_file::TensorFileEntry;
 use crate::Error;
 use serde::{Deserialize, Serialize};
+use std::io::ErrorKind;
 use std::path::Path;
 use thermocline_datasets::ModelConfig;
 use xxhash_rust::xxh3::xxh3_128;
@@ -55,6 +56,8 @@ pub struct LayerEntry {
     pub file: String,
     /// Its size.
     pub file_bytes: u64,
+    /// The checksum in its header, in hexadecimal: it covers header, order, and index with the chunks' checksums.
+    pub checksum: String,
 }
 
 /// A small file that is kept as it was.
@@ -121,7 +124,14 @@ impl Manifest {
     /// If it is missing, damaged in any bit, or of a version that is not supported.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("manifest.json");
-        let bytes = std::fs::metadata(&path).map_err(io(&path))?.len();
+        let bytes = match std::fs::metadata(&path) {
+            Ok(metadata) => metadata.len(),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                let reason = "no such file, so this is no split; `thermocline calibrate` and `thermocline split` make one";
+                return Err(corrupt(dir, "manifest.json", reason));
+            }
+            Err(e) => return Err(io(&path)(e)),
+        };
         if bytes > MAX_MANIFEST_BYTES {
             return Err(corrupt(&path, "size", format!("{bytes} bytes; at most {MAX_MANIFEST_BYTES} are read")));
         }
@@ -154,6 +164,7 @@ impl Manifest {
                 return Err(corrupt(&path, "file", format!("{name:?} is outside the split directory")));
             }
         }
+        manifest.config.check(&path)?;
         if manifest.layers.len() != manifest.config.n_layers {
             let got = manifest.layers.len();
             return Err(corrupt(&path, "layers", format!("{got} files for {} layers", manifest.config.n_layers)));

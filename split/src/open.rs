@@ -1,6 +1,6 @@
 //! A split directory, opened and checked.
 
-use crate::error::{Result, corrupt, io};
+use crate::error::{Result, corrupt, listed};
 use crate::{LayerFile, Manifest, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::predictor::LowRank;
@@ -32,6 +32,7 @@ impl Split {
             let c = &manifest.config;
             let fits = file.layer() == l
                 && file.file_bytes() == entry.file_bytes
+                && file.checksum() == entry.checksum
                 && file.order().len() == c.intermediate_size
                 && file.layout().hidden_size() == c.hidden_size
                 && file.layout().encoding().name() == manifest.packing.ffn_encoding;
@@ -139,7 +140,8 @@ impl Split {
     pub fn plain_file(&self, name: &str) -> Result<Option<String>> {
         let Some(entry) = self.manifest.files.iter().find(|f| f.file == name) else { return Ok(None) };
         let path = self.dir.join(name);
-        let text = std::fs::read_to_string(&path).map_err(io(&path))?;
+        let bytes = std::fs::read(&path).map_err(listed(&path))?;
+        let text = String::from_utf8(bytes).map_err(|e| corrupt(&path, "text", e.to_string()))?;
         if format!("{:032x}", xxh3_128(text.as_bytes())) != entry.checksum {
             return Err(corrupt(&path, "checksum", "not the file that this split was made with"));
         }

@@ -1,16 +1,18 @@
 //! Safetensors files of our own making, written in one pass and described, with checksums, by the manifest.
 
-use crate::error::{Result, corrupt, io};
+use crate::error::{Result, corrupt, io, listed};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use thermocline_kernels::Encoding;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// The data of a tensor file start at a multiple of this: direct reads of whole layers waste nothing.
 const DATA_ALIGN: usize = 4096;
+/// What is read at a time to check a tensor that is not kept.
+const PIECE_BYTES: usize = 256 << 10;
 
 /// What a tensor's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,7 +177,7 @@ impl TensorFile {
     /// If the file is missing, or does not fit its entry.
     pub fn open(dir: &Path, entry: &TensorFileEntry) -> Result<Self> {
         let path = dir.join(&entry.file);
-        let file = File::open(&path).map_err(io(&path))?;
+        let file = File::open(&path).map_err(listed(&path))?;
         let file_bytes = file.metadata().map_err(io(&path))?.len();
         if file_bytes != entry.file_bytes {
             return Err(corrupt(&path, "size", format!("{file_bytes} bytes, manifest says {}", entry.file_bytes)));
@@ -255,6 +257,33 @@ impl TensorFile {
         let offset = tensor.offset + (first * tensor.row_bytes()) as u64;
         self.file.read_exact_at(&mut out, offset).map_err(io(&self.path))?;
         Ok(out)
+    }
+
+    /// Reads a whole tensor, a piece at a time, checks it, and keeps its first rows: `out` holds as many whole rows as
+    /// are wanted.
+    ///
+    /// # Errors
+    /// If it cannot be read or its checksum is wrong.
+    ///
+    /// # Panics
+    /// If `out` is longer than the tensor.
+    pub fn read_start(&self, tensor: &TensorEntry, out: &mut [u8]) -> Result<()> {
+        assert!(out.len() as u64 <= tensor.bytes, "no more rows than the tensor has");
+        self.file.read_exact_at(out, tensor.offset).map_err(io(&self.path))?;
+        let mut hash = Xxh3::new();
+        hash.update(out);
+        let mut piece = vec![0; PIECE_BYTES.min(tensor.bytes as usize - out.len())];
+        let mut at = out.len() as u64;
+        while at < tensor.bytes {
+            let n = piece.len().min((tensor.bytes - at) as usize);
+            self.file.read_exact_at(&mut piece[..n], tensor.offset + at).map_err(io(&self.path))?;
+            hash.update(&piece[..n]);
+            at += n as u64;
+        }
+        if format!("{:016x}", hash.digest()) != tensor.checksum {
+            return Err(corrupt(&self.path, &tensor.name, "checksum mismatch; fetch or make the split again"));
+        }
+        Ok(())
     }
 
     /// Reads an f32 tensor.

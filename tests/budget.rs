@@ -1,0 +1,76 @@
+//! Budgets are bounds on the whole process, not on a part of it that is easy to count.
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod support;
+
+use serde_json::Value;
+use std::path::Path;
+use support::{json, llama, medium, split, text};
+
+/// What a process takes besides what the budget counts: the program's own pages, tokenizer, stacks, allocator. The
+/// first is measured, with a model of a few hundred kilobytes; this comes on top, for buffers that grow with the model
+/// but not with the budget (manifest, indices, the disk measurement's own buffers).
+const SLACK_BYTES: u64 = 6 << 20;
+
+fn run(dir: &Path, budget: &str, more: &[&str]) -> Value {
+    let given = ["run", "-m", text(dir), "-p", "the cold engine sinks below the warm layer", "-n", "12", "--temp", "0"];
+    json(&[&given, more, &["--ignore-eos", "-t", "2", "--ram-budget", budget, "--json"]].concat())
+}
+
+fn peak(answer: &Value) -> u64 {
+    answer["peak_rss_bytes"].as_u64().unwrap()
+}
+
+/// The program with next to no model.
+fn bare() -> u64 {
+    let answer = run(&split(&llama(), "bf16", &["--chunk-neurons", "8"]), "auto", &[]);
+    peak(&answer) - answer["plan"]["total_bytes"].as_u64().unwrap()
+}
+
+#[test]
+fn half_and_a_quarter_of_the_model_bound_the_process() {
+    let dir = split(&medium(), "bf16", &["--chunk-neurons", "16"]);
+    let (bare, whole) = (bare(), run(&dir, "auto", &[]));
+    let dense = whole["plan"]["dense_bytes"].as_u64().unwrap();
+    assert!(dense > 40_000_000 && peak(&whole) > dense, "the model is large enough to matter: {dense}");
+    for share in [2, 4] {
+        for mode in [&["--mode", "exact"][..], &["--mode", "sparse", "--active", "0.3"]] {
+            let budget = dense / share;
+            let answer = run(&dir, &format!("{budget}B"), mode);
+            let (peak, disk) = (peak(&answer), answer["bytes_per_token"]["disk"].as_u64().unwrap());
+            assert!(peak <= budget + bare + SLACK_BYTES, "1/{share} {mode:?}: {peak} of {budget} + {bare}");
+            assert!(disk > 0, "1/{share} {mode:?}: nothing was read from disk");
+            assert!(answer["plan"]["total_bytes"].as_u64().unwrap() <= budget);
+            if mode[1] == "exact" {
+                assert_eq!(answer["tokens"], whole["tokens"], "1/{share}");
+                // Every byte that is not in memory is read once a token.
+                let held = ["hot_bytes", "pinned_bytes"].map(|f| answer["plan"][f].as_u64().unwrap());
+                assert_eq!(disk, dense - held[0] - held[1] - norms(&answer), "1/{share}");
+            }
+        }
+    }
+}
+
+fn norms(answer: &Value) -> u64 {
+    answer["plan"]["fixed"]["vectors"].as_u64().unwrap()
+}
+
+#[test]
+fn compressed_chunks_keep_the_budget_too() {
+    let dir = split(&medium(), "bf16", &["--chunk-neurons", "16", "--zstd-level", "1"]);
+    let (bare, dense) = (bare(), run(&dir, "auto", &[])["plan"]["dense_bytes"].as_u64().unwrap());
+    let budget = dense / 4;
+    let answer = run(&dir, &format!("{budget}B"), &[]);
+    assert!(peak(&answer) <= budget + bare + SLACK_BYTES, "{} of {budget} + {bare}", peak(&answer));
+}
+
+#[test]
+fn a_cache_is_used_where_it_pays_and_fits_the_budget() {
+    let dir = split(&medium(), "q4", &["--chunk-neurons", "4", "--order", "random"]);
+    let dense = run(&dir, "auto", &[])["plan"]["dense_bytes"].as_u64().unwrap();
+    let answer = run(&dir, &format!("{}B", dense * 3 / 4), &["--mode", "sparse", "--active", "0.2"]);
+    let plan = &answer["plan"];
+    assert!(plan["cache_slots"].as_u64().unwrap() > 0 && answer["cache_hit_rate"].as_f64().unwrap() > 0.0, "{plan}");
+    assert!(plan["total_bytes"].as_u64().unwrap() <= dense * 3 / 4);
+    assert!((answer["computed_share"].as_f64().unwrap() - 0.2).abs() < 0.001);
+}
