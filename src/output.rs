@@ -5,12 +5,12 @@ use std::cell::Cell;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-/// A bar with an ETA on a terminal; in a pipe a plain line to standard error every few seconds.
+/// A bar with an ETA on a terminal; in a pipe a plain line to standard error every ten seconds, none for short work.
 pub struct Progress {
     bar: ProgressBar,
     what: &'static str,
     plain: bool,
-    last: Cell<Option<Instant>>,
+    last: Cell<Instant>,
 }
 
 impl Progress {
@@ -22,15 +22,15 @@ impl Progress {
         let style = ProgressStyle::with_template("{prefix:>10} {bar:32} {percent:>3}%  {msg}  eta {eta}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_prefix(what);
-        Self { bar, what, plain: !terminal && !quiet, last: Cell::new(None) }
+        Self { bar, what, plain: !terminal && !quiet, last: Cell::new(Instant::now()) }
     }
 
     /// `done` of `total`, in any unit; `message` says where the work is.
     pub fn set(&self, done: u64, total: u64, message: String) {
         self.bar.set_length(total);
         self.bar.set_position(done);
-        if self.plain && self.last.get().is_none_or(|t| t.elapsed() > Duration::from_secs(10)) {
-            self.last.set(Some(Instant::now()));
+        if self.plain && self.last.get().elapsed() > Duration::from_secs(10) {
+            self.last.set(Instant::now());
             eprintln!("{}: {:.0} %, {message}", self.what, 100.0 * done as f64 / total.max(1) as f64);
         }
         self.bar.set_message(message);

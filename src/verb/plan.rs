@@ -38,7 +38,11 @@ pub fn print(plan: &Plan) {
     row("matrices", plan.pinned_bytes, "embedding, attention, head".to_owned());
     let (hot, layers) = (plan.hot_neurons.iter().sum::<usize>(), plan.hot_neurons.len());
     row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
-    row("neuron cache", plan.cache_bytes, format!("{} slots, {:.0} % of the cold ones expected there", plan.cache_slots, 100.0 * plan.cache_hit_rate));
+    let expected = match plan.cache_slots {
+        0 => String::new(),
+        n => format!("{n} slots; expected to hold {:.0} % of the cold neurons that a token needs", 100.0 * plan.cache_hit_rate),
+    };
+    row("neuron cache", plan.cache_bytes, expected);
     row("predictors", plan.fixed.predictors, String::new());
     row("keys and values", plan.fixed.kv_cache, format!("{} tokens", plan.request.context));
     row("norms, scratch", plan.fixed.vectors + plan.fixed.scratch, String::new());
