@@ -134,7 +134,7 @@ fn a_write_that_fails_half_way_can_be_resumed() {
     for (args, out, blocks) in [(&splitting[..], &a, 3100), (&splitting, &a, 100), (&calibrating, &b, 900), (&calibrating, &b, 3000)] {
         let failed = with_file_limit(blocks, args);
         assert_eq!(failed.code, Some(1), "{blocks}: {}", failed.stderr);
-        assert!(failed.stderr.contains(text(folder.path())) && failed.stderr.contains("bytes"), "{}", failed.stderr);
+        assert!(failed.stderr.contains(text(folder.path())), "{}", failed.stderr);
         assert!(!out.exists() && !failed.stderr.contains("panicked"), "{}", failed.stderr);
     }
     ok(&splitting);
@@ -174,7 +174,7 @@ fn a_full_disk_says_how_much_is_needed_and_is_resumed_when_there_is_room() {
 fn streaming() -> (tempfile::TempDir, PathBuf, thermocline_runtime::Engine, Vec<u32>) {
     let (guard, dir) = support::copy(&split(&llama(), "bf16", &["--chunk-neurons", "8"]));
     let least = budget_range(&dir, Mode::Exact).0;
-    let mut engine = engine(&dir, request(Mode::Exact, Some(least), 2)).unwrap();
+    let mut engine = engine(&dir, request(Mode::Exact, Some(least), 3)).unwrap();
     let logits = engine.forward(&[5, 6, 7], Logits::Last).unwrap();
     (guard, dir.join("layers/001.thm"), engine, logits.iter().map(|l| l.to_bits()).collect())
 }

@@ -60,8 +60,13 @@ impl DirectFile {
         while got < want {
             match self.file.read_at(&mut buf[got..span], first + got as u64) {
                 Ok(0) => break,
-                // A short direct read continues at a block boundary.
-                Ok(n) => got = if got + n >= want { got + n } else { (got + n) / BLOCK as usize * BLOCK as usize },
+                Ok(n) if got + n >= want => got += n,
+                // A short direct read continues at a block boundary; less than a block is the end of a cut file.
+                Ok(n) if n < BLOCK as usize => {
+                    got += n;
+                    break;
+                }
+                Ok(n) => got = (got + n) / BLOCK as usize * BLOCK as usize,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(source) => {
                     attempts += 1;
