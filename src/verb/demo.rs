@@ -1,0 +1,7 @@
+//! `demo`.
+
+use crate::cli::Demo;
+
+pub fn demo(_args: &Demo) -> anyhow::Result<()> {
+    Ok(())
+}
