@@ -15,4 +15,4 @@ mod palette;
 
 pub use axis::Axis;
 pub use chart::{Bar, Body, Chart, HeatMap, Series};
-pub use palette::{DARK, Ink, LIGHT, N_SERIES};
+pub use palette::{DARK, Ink, LIGHT, N_SERIES, Palette};
