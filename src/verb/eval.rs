@@ -6,6 +6,7 @@ use crate::output::{self, Progress};
 use anyhow::Context;
 use serde::Serialize;
 use std::path::Path;
+use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
@@ -38,6 +39,33 @@ pub struct Output<'a> {
     command: Vec<String>,
 }
 
+impl<'a> Output<'a> {
+    pub fn new(
+        model: &Model,
+        path: &Path,
+        text: &str,
+        windows: &Windows<'_>,
+        results: &'a [Evaluation],
+        begin: Instant,
+    ) -> anyhow::Result<Self> {
+        Ok(Output {
+            first: results.first(),
+            results: if results.len() > 1 { results } else { &[] },
+            model: model.name(path),
+            model_digest: model.dense().digest()?,
+            encoding: encoding(model),
+            text: text.to_owned(),
+            ctx: windows.ctx(),
+            windows: windows.len(),
+            masked_positions: POSITIONS,
+            interval: INTERVAL,
+            seconds: begin.elapsed().as_secs_f64(),
+            version: env!("CARGO_PKG_VERSION"),
+            command: std::env::args().skip(1).collect(),
+        })
+    }
+}
+
 /// A split or a checkpoint, seen as a dense model.
 pub enum Model {
     Checkpoint(Box<dyn Checkpoint>),
@@ -59,6 +87,12 @@ impl Model {
         }
     }
 
+    /// The folder's name, where the file is called as it is in every folder.
+    fn name(&self, path: &Path) -> String {
+        let folder = path.parent().filter(|_| name(path) == "model.gguf").map(name).filter(|n| !n.is_empty());
+        folder.unwrap_or_else(|| name(path))
+    }
+
     fn split(&self) -> Option<&Split> {
         match self {
             Model::Checkpoint(_) => None,
@@ -68,7 +102,7 @@ impl Model {
 }
 
 pub fn eval(args: &Eval) -> anyhow::Result<()> {
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     super::run::limit_threads(args.threads.count());
     let masks = masks(args.mask, &args.active);
     let model = Model::open(&args.model)?;
@@ -79,25 +113,11 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
         EngineName::Batch => batch(&model, &windows, &masks, args.json)?,
         EngineName::Decode => decode(args, &windows, &masks)?,
     };
-    let dense = model.dense();
     if args.json {
-        return output::json(&Output {
-            first: results.first(),
-            results: if results.len() > 1 { &results } else { &[] },
-            model: name(&args.model),
-            model_digest: dense.digest()?,
-            encoding: encoding(&model),
-            text: name(&args.text),
-            ctx: windows.ctx(),
-            windows: windows.len(),
-            masked_positions: POSITIONS,
-            interval: INTERVAL,
-            seconds: begin.elapsed().as_secs_f64(),
-            version: env!("CARGO_PKG_VERSION"),
-            command: std::env::args().skip(1).collect(),
-        });
+        return output::json(&Output::new(&model, &args.model, &name(&args.text), &windows, &results, begin)?);
     }
-    println!("{} ({}), {}: {} windows of {}", name(&args.model), encoding(&model), name(&args.text), windows.len(), windows.ctx());
+    let (model_name, text) = (model.name(&args.model), name(&args.text));
+    println!("{model_name} ({}), {text}: {} windows of {}", encoding(&model), windows.len(), windows.ctx());
     table(&results);
     println!("masks at {POSITIONS}; +- is the 95 % interval: {INTERVAL}");
     Ok(())
