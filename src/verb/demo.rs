@@ -30,7 +30,8 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
     let begin = Instant::now();
     let model = args.model.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_MODEL));
     if args.model.is_none() && !model.exists() {
-        let text = format!("{DEFAULT_MODEL} is not there; run `datasets/fetch-models.sh smollm2`, or give a model with -m");
+        let text =
+            format!("{DEFAULT_MODEL} is not there; run `datasets/fetch-models.sh smollm2`, or give a model with -m");
         return Err(Usage(text).into());
     }
     let dir = &args.output;
@@ -43,7 +44,12 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
     let (calibration, evaluation) = divide(&text);
     let checkpoint = open_checkpoint(&model).with_context(|| "cannot open the model")?;
     let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
-    let paths = Paths { profile: dir.join("profile"), split: dir.join("split"), report: dir.join("report.html") };
+    let name = super::eval::model_name(&model);
+    let paths = Paths {
+        profile: dir.join(format!("{name}-profile")),
+        split: dir.join(format!("{name}-q4")),
+        report: dir.join("report.html"),
+    };
 
     prepare(checkpoint.as_ref(), &tokenizer, calibration, &paths)?;
     let mut results = runs(args.threads, &tokenizer, dir, &paths.split)?;
@@ -100,7 +106,11 @@ fn prepare(checkpoint: &dyn Checkpoint, tokenizer: &Tokenizer, text: &str, paths
     let options = super::split::defaults(checkpoint, Encoding::Q4);
     let report = super::split::make(checkpoint, &profile, &options, &paths.split, false)?;
     let size = format_bytes(report.bytes);
-    said("split", step, &format!("q4, {size}, {} order, {} neurons a chunk", report.order.name(), report.chunk_neurons));
+    said(
+        "split",
+        step,
+        &format!("q4, {size}, {} order, {} neurons a chunk", report.order.name(), report.chunk_neurons),
+    );
     Ok(())
 }
 
@@ -132,12 +142,15 @@ fn run(placement: &Placement, tokenizer: &Tokenizer, dir: &Path, name: &str) -> 
     let settings = GenerateSettings { n_predict: N_PREDICT, sampler, stop: Vec::new() };
     let report = generate(&mut engine, &prompt, &settings, &mut |_| true)?;
     let text = tokenizer.decode(&report.tokens)?;
-    said(name, step, &super::run::account(&report));
-    println!("{:12}{}\u{2026}", "", first_words(&text));
+    // The peak is the whole demo's, calibration included: it would say nothing about this run.
+    let account = super::run::account(&report);
+    said(name, step, account.split("; peak memory").next().unwrap_or(&account));
+    println!("{:27}{}\u{2026}", "", first_words(&text));
     let mut value = serde_json::to_value(&report)?;
     if let Value::Object(fields) = &mut value {
         fields.insert("text".to_owned(), text.into());
         fields.insert("plan".to_owned(), serde_json::to_value(engine.plan())?);
+        fields.insert("peak_rss_bytes".to_owned(), Value::Null);
     }
     let total_bytes = engine.plan().total_bytes;
     Ok((save(dir, name, &value)?, total_bytes))
@@ -172,5 +185,5 @@ fn save(dir: &Path, name: &str, value: &Value) -> anyhow::Result<PathBuf> {
 
 /// One line a step.
 fn said(what: &str, since: Instant, text: &str) {
-    println!("{what:<12}{:>5.1} s  {text}", since.elapsed().as_secs_f64());
+    println!("{what:<20}{:>5.1} s  {text}", since.elapsed().as_secs_f64());
 }

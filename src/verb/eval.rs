@@ -51,7 +51,7 @@ impl<'a> Output<'a> {
         Ok(Output {
             first: results.first(),
             results: if results.len() > 1 { results } else { &[] },
-            model: model.name(path),
+            model: model_name(path),
             model_digest: model.dense().digest()?,
             encoding: encoding(model),
             text: text.to_owned(),
@@ -87,12 +87,6 @@ impl Model {
         }
     }
 
-    /// The folder's name, where the file is called as it is in every folder.
-    fn name(&self, path: &Path) -> String {
-        let folder = path.parent().filter(|_| name(path) == "model.gguf").map(name).filter(|n| !n.is_empty());
-        folder.unwrap_or_else(|| name(path))
-    }
-
     fn split(&self) -> Option<&Split> {
         match self {
             Model::Checkpoint(_) => None,
@@ -116,7 +110,7 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     if args.json {
         return output::json(&Output::new(&model, &args.model, &name(&args.text), &windows, &results, begin)?);
     }
-    let (model_name, text) = (model.name(&args.model), name(&args.text));
+    let (model_name, text) = (model_name(&args.model), name(&args.text));
     println!("{model_name} ({}), {text}: {} windows of {}", encoding(&model), windows.len(), windows.ctx());
     table(&results);
     println!("masks at {POSITIONS}; +- is the 95 % interval: {INTERVAL}");
@@ -182,6 +176,12 @@ pub fn usage(error: Error) -> anyhow::Error {
 /// The last part of a path: records are compared across machines.
 pub fn name(path: &Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+/// The folder's name, where the file is called as it is in every folder.
+pub fn model_name(path: &Path) -> String {
+    let folder = path.parent().filter(|_| name(path) == "model.gguf").map(name).filter(|n| !n.is_empty());
+    folder.unwrap_or_else(|| name(path))
 }
 
 fn encoding(model: &Model) -> String {

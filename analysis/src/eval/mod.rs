@@ -75,7 +75,13 @@ pub struct Evaluation {
 
 impl Evaluation {
     /// Puts the scores of one mask together with those of the dense model.
-    fn new(mask: Mask, windows: &Windows<'_>, scores: TokenScores, dense: Option<&[f32]>, tally: &[Tally]) -> Result<Self> {
+    fn new(
+        mask: Mask,
+        windows: &Windows<'_>,
+        scores: TokenScores,
+        dense: Option<&[f32]>,
+        tally: &[Tally],
+    ) -> Result<Self> {
         if let Some(position) = scores.losses.iter().position(|l| !l.is_finite()) {
             return Err(Error::NotFinite { mask: mask.name(), position });
         }

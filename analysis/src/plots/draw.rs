@@ -65,7 +65,7 @@ impl Frame {
 /// Where `v` lies between two ends, from 0 to 1; a little beyond is allowed, far beyond is cut.
 fn share(v: f64, (from, to): (f64, f64)) -> f64 {
     let width = to - from;
-    if width > 0.0 { ((v - from) / width).clamp(-0.02, 1.02) } else { 0.5 }
+    if width == 0.0 || width.is_nan() { 0.5 } else { ((v - from) / width).clamp(-0.02, 1.02) }
 }
 
 impl<DB: DrawingBackend> Canvas<'_, DB> {
@@ -121,18 +121,14 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
     fn heat(&self, chart: &Chart, map: &HeatMap) -> Outcome<DB> {
         let bottom = SIZE.1 as i32 - BOTTOM;
         let n = map.n.max(1) as f64;
-        let frame = Frame {
-            left: LEFT + 130,
-            right: LEFT + 130 + (bottom - TOP),
-            top: TOP,
-            bottom,
-            x: (0.0, n),
-            y: (n, 0.0),
-        };
+        let frame =
+            Frame { left: LEFT + 130, right: LEFT + 130 + (bottom - TOP), top: TOP, bottom, x: (0.0, n), y: (n, 0.0) };
         for (i, value) in map.values.iter().enumerate() {
             let Some(value) = value else { continue };
             let (row, column) = ((i / map.n) as f64, (i % map.n) as f64);
-            let corners = [frame.at(column, row), frame.at(column + 1.0, row + 1.0)];
+            // One pixel more than its share, so that no gap shows where edges are rounded.
+            let (right, bottom) = frame.at(column + 1.0, row + 1.0);
+            let corners = [frame.at(column, row), (right + 1, bottom + 1)];
             self.area.draw(&Rectangle::new(corners, self.fill(Ink::Diverging(value / map.limit))))?;
         }
         self.scale_x(&chart.x, &frame)?;
@@ -146,7 +142,7 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
         for i in 0..STEPS {
             let y = |i: i32| frame.bottom - height * i / STEPS;
             let t = 2.0 * f64::from(i) / f64::from(STEPS - 1) - 1.0;
-            let corners = [(left, y(i + 1)), (left + 16, y(i))];
+            let corners = [(left, y(i + 1)), (left + 16, y(i) + 1)];
             self.area.draw(&Rectangle::new(corners, self.fill(Ink::Diverging(t))))?;
         }
         for (t, y) in [(-1.0, frame.bottom), (0.0, (frame.top + frame.bottom) / 2), (1.0, frame.top)] {

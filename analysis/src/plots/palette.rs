@@ -53,9 +53,10 @@ impl Palette {
             Ink::Series(i) => self.series[i % N_SERIES],
             // Both ends keep away from black and white, so that they show on either background.
             Ink::Ordered(t) => between(&[[88, 80, 190], [38, 150, 160], [110, 190, 80], [236, 172, 48]], t),
-            Ink::Diverging(t) => {
-                between(&[[28, 92, 160], [120, 170, 210], [226, 228, 230], [230, 150, 90], [176, 58, 20]], (t + 1.0) / 2.0)
-            }
+            Ink::Diverging(t) => between(
+                &[[28, 92, 160], [120, 170, 210], [226, 228, 230], [230, 150, 90], [176, 58, 20]],
+                (t + 1.0) / 2.0,
+            ),
         };
         RGBColor(r, g, b)
     }

@@ -138,7 +138,7 @@ fn results_table(evals: &[EvalFile]) -> Result<Table> {
         text("neurons", &|f, _| f.encoding.clone()),
         text("text", &|f, _| format!("{}, {} x {}", f.text, f.windows, f.ctx)),
         text("mask", &|_, r| if r.engine == "decode" { format!("{}, decoded", r.mask) } else { r.mask.clone() }),
-        number("active", &|r| r.active),
+        text("active", &|_, r| r.active.map_or("\u{2013}".to_owned(), percent)),
         number("perplexity", &|r| Some(r.perplexity)),
         text("95 %", &|_, r| format!("{:.1}\u{2013}{:.1}", r.perplexity_ci95[0], r.perplexity_ci95[1])),
         number("of dense", &|r| r.perplexity_ratio),
@@ -179,10 +179,15 @@ pub(crate) fn recall(evals: &[EvalFile]) -> Section {
         Some((label, low))
     });
     if let Some((label, low)) = worst.min_by(|a, b| a.1.energy_recall.total_cmp(&b.1.energy_recall)) {
-        let series = shown.iter().enumerate().map(|(i, (label, r))| {
+        // A colour a share, dashed for oracles, so that each prediction is seen beside the best there is.
+        let mut shares: Vec<f64> = shown.iter().filter_map(|(_, r)| r.active).collect();
+        shares.sort_by(f64::total_cmp);
+        shares.dedup();
+        let series = shown.iter().map(|(label, r)| {
             let points = r.layers.iter().map(|l| (l.layer as f64, 100.0 * l.energy_recall)).collect();
-            let series = Series::new(label.clone(), points, Ink::Series(i % N_SERIES));
-            if r.mask == "predicted" { series.marked() } else { series }
+            let share = shares.iter().position(|s| Some(*s) == r.active).unwrap_or(0);
+            let series = Series::new(label.clone(), points, Ink::Series(share % N_SERIES));
+            if r.mask == "predicted" { series.marked() } else { series.dashed() }
         });
         let reading = format!(
             "Energy, the sum of (|h| \u{b7} ||d||)\u{b2}, is what accuracy follows: {label} keeps least of it in layer \

@@ -35,7 +35,7 @@ fn variables(palette: &crate::plots::Palette) -> String {
 }
 
 const STYLE: &str = "\
-body{background:var(--background);color:var(--text);font:15px/1.5 system-ui,sans-serif;max-width:56rem;\
+body{background:var(--background);color:var(--text);font:15px/1.5 system-ui,sans-serif;max-width:62rem;\
 margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin:0 0 .2rem}
 h2{font-size:1.25rem;margin:2.6rem 0 .6rem;border-bottom:1px solid var(--grid);padding-bottom:.2rem}
@@ -44,9 +44,9 @@ figure{margin:1.2rem 0}
 figure svg{width:100%;height:auto;display:block}
 figcaption{margin:.3rem 0 0;opacity:.85}
 .scroll{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:.3rem;opacity:.85}
-th,td{padding:.18rem .7rem .18rem 0;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
+th,td{padding:.18rem .6rem .18rem 0;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
 th.text,td.text{text-align:left}
 th{font-weight:600;vertical-align:bottom;white-space:normal}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1.2rem;margin:1rem 0}

@@ -86,8 +86,8 @@ pub struct RunFile {
     pub limit_share: f64,
     /// Which limit.
     pub limit: String,
-    /// Largest resident set.
-    pub peak_rss_bytes: u64,
+    /// Largest resident set, if the process did nothing else.
+    pub peak_rss_bytes: Option<u64>,
     /// (token, bytes).
     pub timeline: Vec<(usize, Tiers)>,
     /// The plan, as it was printed.

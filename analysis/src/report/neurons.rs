@@ -24,6 +24,8 @@ pub struct Neurons {
     pub layers: Vec<LayerFigures>,
     /// Which layer [`Neurons::lift`] is of.
     pub heat_layer: usize,
+    /// What counts as active there: the smallest set that was sampled says most.
+    pub lift_means: String,
     /// `log2 P(i and j) / (P(i) P(j))` of the layer's hottest neurons, hottest first, `[n, n]`; `None` on the diagonal.
     pub lift: Vec<Option<f64>>,
 }
@@ -73,8 +75,10 @@ impl Neurons {
         for l in 0..config.n_layers {
             let statistics = profile.layer(l)?;
             let rates = statistics.activation_rate(set);
-            if l == heat_layer {
+            if l == heat_layer && set == ActiveSet::Nonzero {
                 lift = lifts(&rates, &statistics.active);
+            } else if l == heat_layer {
+                lift = lifts(&statistics.activation_rate(ActiveSet::Top(0)), &statistics.active_top10);
             }
             layers.push(LayerFigures::new(rates, statistics.overlap(set)));
         }
@@ -92,6 +96,7 @@ impl Neurons {
             active_means: active_means(config, meta.settings.active_share),
             layers,
             heat_layer,
+            lift_means: if set == ActiveSet::Nonzero { "not zero" } else { "top 10 %" }.to_owned(),
             lift,
         })
     }
@@ -134,6 +139,10 @@ impl Neurons {
             active_means: active_means(&m.config, packing.active_share),
             layers,
             heat_layer,
+            lift_means: match active_set(&m.config, packing.active_share) {
+                ActiveSet::Nonzero => "not zero".to_owned(),
+                ActiveSet::Top(_) => format!("top {:.0} %", 100.0 * packing.active_share),
+            },
             lift,
         })
     }
@@ -167,7 +176,9 @@ fn active_set(config: &ModelConfig, share: f64) -> ActiveSet {
 fn active_means(config: &ModelConfig, share: f64) -> String {
     match active_set(config, share) {
         ActiveSet::Nonzero => "not zero".to_owned(),
-        ActiveSet::Top(_) => format!("among the largest {:.0} % of |h| \u{b7} ||d|| of its layer at that token", 100.0 * share),
+        ActiveSet::Top(_) => {
+            format!("among the largest {:.0} % of |h| \u{b7} ||d|| of its layer at that token", 100.0 * share)
+        }
     }
 }
 

@@ -40,7 +40,9 @@ fn rate_curves(n: &Neurons) -> Figure {
     let points = |layer: &LayerFigures| {
         let len = layer.rates.len();
         let at = |i: usize| (i * len.saturating_sub(1)) / POINTS;
-        (0..=POINTS).map(|i| (100.0 * i as f64 / POINTS as f64, 100.0 * layer.rates.get(at(i)).unwrap_or(&0.0))).collect()
+        (0..=POINTS)
+            .map(|i| (100.0 * i as f64 / POINTS as f64, 100.0 * layer.rates.get(at(i)).unwrap_or(&0.0)))
+            .collect()
     };
     let hottest = mean(n.layers.iter().map(|l| l.rates.first().copied().unwrap_or(0.0))).unwrap_or(0.0);
     let median = |l: &LayerFigures| l.rates.get(l.rates.len() / 2).copied().unwrap_or(0.0);
@@ -131,9 +133,10 @@ fn lift_map(n: &Neurons) -> Figure {
     let median = sizes.get(sizes.len() / 2).copied().unwrap_or(0.0);
     let count = n.n_lift();
     let reading = format!(
-        "Half of the pairs among the {count} hottest neurons of layer {} fire together within a factor {:.2} of what \
-         their rates alone would give; the colours end at a factor {:.1}.",
+        "Half of the pairs among the {count} hottest neurons of layer {} (active: {}) fire together within a factor \
+         {:.2} of what their rates alone would give; the colours end at a factor {:.1}.",
         n.heat_layer,
+        n.lift_means,
         median.exp2(),
         limit.exp2()
     );
@@ -156,7 +159,8 @@ fn lift_map(n: &Neurons) -> Figure {
 /// How much of a token's set was active shortly before.
 pub(crate) fn overlap(neurons: &[Neurons]) -> Section {
     let mut section = Section::new("overlap", "Temporal overlap", MISSING);
-    section.figures = neurons.iter().filter(|n| n.layers.iter().any(|l| l.overlap[0].is_some())).map(overlap_lines).collect();
+    section.figures =
+        neurons.iter().filter(|n| n.layers.iter().any(|l| l.overlap[0].is_some())).map(overlap_lines).collect();
     section
 }
 

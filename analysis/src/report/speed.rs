@@ -29,7 +29,9 @@ fn bytes_over_time(run: &RunFile) -> Figure {
         Series::new(*name, points, Ink::Series(i))
     });
     let body = Body::Lines(series.collect());
-    let hits = run.cache_hit_rate.map_or(String::new(), |h| format!(", {} of the cold neurons came from the cache", percent(h)));
+    let hits = run
+        .cache_hit_rate
+        .map_or(String::new(), |h| format!(", {} of the cold neurons came from the cache", percent(h)));
     let b = &run.bytes_per_token;
     let reading = format!(
         "{}: {:.1} tok/s with {:.1} MB from RAM and {:.1} MB from disk per token{hits}; {} of the {} limit.",
@@ -90,14 +92,15 @@ fn runs_table(runs: &[RunFile]) -> Result<Table> {
         number("cache hits", &|r| r.cache_hit_rate),
         number("neurons computed", &|r| Some(r.computed_share)),
         number("of the limit", &|r| Some(r.limit_share)),
-        number("peak memory, MB", &|r| Some(megabytes(r.peak_rss_bytes))),
+        number("peak memory, MB", &|r| r.peak_rss_bytes.map(megabytes)),
     ];
     Table::new("runs; the prompt is always computed densely", columns)
 }
 
 /// Planned against measured speed.
 pub(crate) fn benches(benches: &[BenchFile]) -> Result<Section> {
-    let mut section = Section::new("bench", "Planned and measured speed", "thermocline bench -m SPLIT --json > bench.json");
+    let mut section =
+        Section::new("bench", "Planned and measured speed", "thermocline bench -m SPLIT --json > bench.json");
     section.figures = benches.iter().map(planned_and_measured).collect();
     if !benches.is_empty() {
         section.tables.push(bench_table(benches)?);
