@@ -288,8 +288,19 @@ pub enum MaskName {
     Exact,
     /// The true top share by |h| * ||d|| (needs h, so it is no way to run)
     Oracle,
+    /// The true top share by |h| alone, to compare with figures from elsewhere
+    OracleH,
     /// The predicted top share
     Predicted,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[cfg(feature = "analysis")]
+pub enum EngineName {
+    /// The dense forward, all positions of a window at once, masks applied to each
+    Batch,
+    /// The token engine with the split's own kernels, one token at a time (dense, exact and predicted only)
+    Decode,
 }
 
 #[cfg(feature = "analysis")]
@@ -313,6 +324,9 @@ pub struct Eval {
     /// Shares for oracle and predicted
     #[arg(long, default_value = "0.3", value_delimiter = ',')]
     pub active: Vec<f64>,
+    /// What computes
+    #[arg(long, value_enum, default_value = "batch")]
+    pub engine: EngineName,
     #[command(flatten)]
     pub threads: Threads,
     /// Print one JSON value and nothing else

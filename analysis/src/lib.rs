@@ -1,1 +1,17 @@
-//! Evaluation, tables, plots and the report.
+//! How good a split is, and how to show it.
+//!
+//! | concept | where |
+//! | --- | --- |
+//! | perplexity, KL divergence and recall under a mask | [`eval`] |
+//! | charts as plain data, drawn as SVG or PNG | [`plots`] |
+//! | one offline HTML page | [`report`] |
+//! | failures | [`Error`] |
+
+#![forbid(unsafe_code)]
+
+mod error;
+pub mod eval;
+pub mod plots;
+pub mod report;
+
+pub use error::{Error, Result};

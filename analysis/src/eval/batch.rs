@@ -1,0 +1,137 @@
+//! All masks in one pass over the layers, through calibrate's dense forward.
+
+use super::likelihood::{TokenScores, add};
+use super::quality::Tally;
+use super::{Evaluation, Mask, Windows};
+use crate::{Error, Result};
+use thermocline_calibrate::dense::{DenseLayer, Embedding, Head};
+use thermocline_calibrate::predictor::LowRank;
+use thermocline_datasets::Checkpoint;
+use thermocline_split::Split;
+
+/// Bytes of one stream's logits that are held at once.
+const LOGIT_BYTES: usize = 32 << 20;
+
+/// Hidden states of all positions under one mask, `[n_tokens, hidden_size]`, and what it lost, per layer.
+struct Stream {
+    mask: Mask,
+    x: Vec<f32>,
+    tally: Vec<Tally>,
+}
+
+/// Runs `model` over `windows` once densely and once under each of `masks`, layer by layer, and compares.
+///
+/// `split` has the predictors for [`Mask::Predicted`]; its neurons must be in `model`'s order, as they are if `model`
+/// is the [`thermocline_split::SplitCheckpoint`] of the same split. Memory: one layer as f32, one window's activations,
+/// and `4 * n_tokens * hidden_size` bytes for each mask and the dense reference. `progress(done, total)` counts layers
+/// times streams.
+///
+/// # Errors
+/// If a mask needs a split and there is none, a share is not in (0, 1], a tensor cannot be read, or the outputs are not
+/// finite.
+pub fn evaluate(
+    model: &dyn Checkpoint,
+    split: Option<&Split>,
+    windows: &Windows<'_>,
+    masks: &[Mask],
+    progress: &dyn Fn(usize, usize),
+) -> Result<Vec<Evaluation>> {
+    masks.iter().try_for_each(|mask| mask.check())?;
+    if split.is_none() && masks.iter().any(|m| matches!(m, Mask::Predicted(_))) {
+        let reason = "predicted needs a split, which has the predictors; -m names a checkpoint".to_owned();
+        return Err(Error::Setting { flag: "--mask", reason });
+    }
+    let config = model.config();
+    let x = Embedding::load(model)?.rows(windows.tokens())?;
+    let mut dense = Stream { mask: Mask::Dense, x, tally: Vec::new() };
+    // The dense mask is the reference itself; every other one gets its own stream.
+    let own = masks.iter().filter(|m| **m != Mask::Dense);
+    let mut masked: Vec<Stream> = own.map(|&mask| Stream { mask, x: dense.x.clone(), tally: Vec::new() }).collect();
+    let total = config.n_layers * (1 + masked.len());
+    for index in 0..config.n_layers {
+        let layer = DenseLayer::load(model, index)?;
+        let predictor = split.filter(|_| masks.iter().any(|m| matches!(m, Mask::Predicted(_))));
+        let predictor = predictor.map(|s| s.predictor(index)).transpose()?;
+        let down_norm = layer.down_norms()?;
+        let mut done = index * (1 + masked.len());
+        for stream in std::iter::once(&mut dense).chain(&mut masked) {
+            progress(done, total);
+            stream.advance(&layer, &down_norm, predictor.as_ref(), windows.ctx())?;
+            done += 1;
+        }
+    }
+    progress(total, total);
+    compare(model, windows, masks, dense, masked)
+}
+
+impl Stream {
+    /// One layer, window by window.
+    fn advance(
+        &mut self,
+        layer: &DenseLayer,
+        down_norm: &[f32],
+        predictor: Option<&(LowRank, Vec<f32>)>,
+        ctx: usize,
+    ) -> Result<()> {
+        let mut tally = Tally::default();
+        for window in self.x.chunks_exact_mut(ctx * layer.hidden_size()) {
+            let mut next = layer.attention(window, 1, ctx)?;
+            let input = layer.ffn_input(&next)?;
+            let mut neurons = layer.neurons(&input)?;
+            if self.mask == Mask::Dense {
+                tally = tally + Tally::whole(ctx, layer.intermediate_size());
+            } else {
+                let scores = match (self.mask, predictor) {
+                    (Mask::Predicted(_), Some((low_rank, norms))) => {
+                        Some(low_rank.scores(&input, layer.activation(), norms)?)
+                    }
+                    _ => None,
+                };
+                tally = tally + self.mask.apply(&mut neurons.h, down_norm, scores.as_deref());
+            }
+            layer.ffn_output(&mut next, neurons.h)?;
+            window.copy_from_slice(&next);
+        }
+        self.tally.push(tally);
+        Ok(())
+    }
+}
+
+/// Logits of every stream at the same few positions at a time, so that no more than those are ever held.
+fn compare(
+    model: &dyn Checkpoint,
+    windows: &Windows<'_>,
+    masks: &[Mask],
+    dense: Stream,
+    masked: Vec<Stream>,
+) -> Result<Vec<Evaluation>> {
+    let (head, hidden) = (Head::load(model)?, model.config().hidden_size);
+    let positions = (LOGIT_BYTES / 4 / head.vocab_size().max(1)).clamp(1, 256);
+    let mut of_dense = TokenScores::default();
+    let mut scores = vec![TokenScores::default(); masked.len()];
+    for start in (0..windows.tokens().len()).step_by(positions) {
+        let end = (start + positions).min(windows.tokens().len());
+        let targets: Vec<Option<u32>> = (start..end).map(|p| windows.next(p)).collect();
+        let reference = head.logits(&dense.x[start * hidden..end * hidden])?;
+        add(&mut of_dense, &reference, &reference, head.vocab_size(), &targets);
+        for (stream, scores) in masked.iter().zip(&mut scores) {
+            let logits = head.logits(&stream.x[start * hidden..end * hidden])?;
+            add(scores, &reference, &logits, head.vocab_size(), &targets);
+        }
+    }
+    let losses = of_dense.losses.clone();
+    let mut rest = masked.iter().zip(scores);
+    let mut out = Vec::with_capacity(masks.len());
+    for &mask in masks {
+        let (stream, scores) = match mask {
+            Mask::Dense => (&dense, of_dense.clone()),
+            // One stream was made for each of the other masks, in this order.
+            _ => match rest.next() {
+                Some(found) => found,
+                None => continue,
+            },
+        };
+        out.push(Evaluation::new(mask, windows, scores, Some(&losses), &stream.tally)?);
+    }
+    Ok(out)
+}

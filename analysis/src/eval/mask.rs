@@ -1,0 +1,148 @@
+use super::quality::{Tally, compare};
+use crate::{Error, Result};
+use rayon::prelude::*;
+use thermocline_runtime::top_k;
+
+/// Which neurons of every layer are computed, at every position.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Mask {
+    /// All.
+    Dense,
+    /// All but those whose activation is exactly zero: the same output as [`Mask::Dense`].
+    Exact,
+    /// The given share with the largest |h| * ||d||. It needs h of all neurons, so it is no way to run, but the best
+    /// that a predictor can hope for.
+    Oracle(f64),
+    /// The given share with the largest |h|, whatever the length of the down column.
+    OracleH(f64),
+    /// The given share that the split's predictor scores highest: what the runtime's sparse mode computes.
+    Predicted(f64),
+}
+
+/// Neurons in a share of a layer: rounded, at least one (the runtime's rule).
+pub fn active_count(share: f64, intermediate_size: usize) -> usize {
+    // In f32, as the runtime does it, so that both round alike.
+    ((share as f32 * intermediate_size as f32).round() as usize).clamp(1, intermediate_size.max(1))
+}
+
+impl Mask {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mask::Dense => "dense",
+            Mask::Exact => "exact",
+            Mask::Oracle(_) => "oracle",
+            Mask::OracleH(_) => "oracle-h",
+            Mask::Predicted(_) => "predicted",
+        }
+    }
+
+    /// The share that it keeps, if it is given one.
+    pub fn active(self) -> Option<f64> {
+        match self {
+            Mask::Dense | Mask::Exact => None,
+            Mask::Oracle(share) | Mask::OracleH(share) | Mask::Predicted(share) => Some(share),
+        }
+    }
+
+    pub(crate) fn check(self) -> Result<()> {
+        match self.active() {
+            Some(share) if !(share > 0.0 && share <= 1.0) => {
+                Err(Error::Setting { flag: "--active", reason: format!("{share} is not above 0 and at most 1") })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost.
+    /// `scores`, of the same shape, are the predictor's; `down_norm [intermediate_size]`.
+    pub(crate) fn apply(self, h: &mut [f32], down_norm: &[f32], scores: Option<&[f32]>) -> Tally {
+        let ffn = down_norm.len();
+        let rows = h.par_chunks_mut(ffn).enumerate();
+        let tallies: Vec<Tally> = rows
+            .map(|(token, h)| {
+                let weight: Vec<f32> = h.iter().zip(down_norm).map(|(h, d)| h.abs() * d).collect();
+                let scores = scores.map(|s| &s[token * ffn..(token + 1) * ffn]);
+                let mut kept = Vec::new();
+                self.choose(h, &weight, scores, &mut kept);
+                let tally = compare(&weight, &kept);
+                zero_others(h, &kept);
+                tally
+            })
+            .collect();
+        // Summed in order: a parallel sum would differ in the last digits from run to run.
+        tallies.into_iter().fold(Tally::default(), |sum, t| sum + t)
+    }
+
+    /// The neurons that are kept of one token, ascending.
+    fn choose(self, h: &[f32], weight: &[f32], scores: Option<&[f32]>, kept: &mut Vec<u32>) {
+        let n = h.len();
+        match self {
+            Mask::Dense => kept.extend(0..n as u32),
+            Mask::Exact => kept.extend(h.iter().zip(0..).filter(|(h, _)| **h != 0.0).map(|(_, i)| i)),
+            Mask::Oracle(share) => top_k(weight, active_count(share, n), kept),
+            Mask::OracleH(share) => {
+                let magnitude: Vec<f32> = h.iter().map(|h| h.abs()).collect();
+                top_k(&magnitude, active_count(share, n), kept);
+            }
+            Mask::Predicted(share) => {
+                // As in the runtime: a score that is not a number counts as zero.
+                let clean = |s: &f32| if s.is_nan() { 0.0 } else { *s };
+                let scores: Vec<f32> = scores.unwrap_or(weight).iter().map(clean).collect();
+                top_k(&scores, active_count(share, n), kept);
+            }
+        }
+    }
+}
+
+/// `kept` is ascending.
+fn zero_others(h: &mut [f32], kept: &[u32]) {
+    let mut from = 0;
+    for &i in kept {
+        h[from..i as usize].fill(0.0);
+        from = i as usize + 1;
+    }
+    h[from..].fill(0.0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn oracle_keeps_the_largest_products() {
+        let mut h = [1.0, -3.0, 0.0, 2.0, -2.0, 0.5, 0.0, 4.0];
+        let tally = Mask::Oracle(0.5).apply(&mut h, &[1.0, 1.0, 1.0, 10.0], None);
+        assert_eq!(h, [0.0, -3.0, 0.0, 2.0, -2.0, 0.0, 0.0, 4.0]);
+        let quality = tally.quality(0);
+        assert_eq!((quality.recall, quality.computed_share, quality.energy_recall_of_oracle), (1.0, 0.5, 1.0));
+        let shares = [(9.0 + 400.0) / (1.0 + 9.0 + 400.0), (4.0 + 1600.0) / (4.0 + 0.25 + 1600.0)];
+        assert!((quality.energy_recall - (shares[0] + shares[1]) / 2.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn magnitude_alone_ignores_the_norms() {
+        let mut h = [1.0, -3.0, 2.0, 0.5];
+        Mask::OracleH(0.25).apply(&mut h, &[1.0, 1.0, 1.0, 100.0], None);
+        assert_eq!(h, [0.0, -3.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn exact_changes_nothing_and_counts_zeros() {
+        let mut h = [0.0, -0.0, 2.0, -1.0];
+        let quality = Mask::Exact.apply(&mut h, &[1.0; 4], None).quality(0);
+        assert_eq!(h, [0.0, 0.0, 2.0, -1.0]);
+        assert_eq!((quality.recall, quality.precision, quality.computed_share), (1.0, 1.0, 0.5));
+    }
+
+    #[test]
+    fn predicted_follows_its_scores() {
+        let mut h = [5.0, 1.0, 0.0, 0.0];
+        let scores = [f32::NAN, 2.0, 3.0, 0.0];
+        let quality = Mask::Predicted(0.5).apply(&mut h, &[1.0; 4], Some(&scores)).quality(0);
+        assert_eq!(h, [0.0, 1.0, 0.0, 0.0]);
+        // Of the two neurons that are not zero one was found, and one of the two computed was needed.
+        assert_eq!((quality.recall, quality.precision), (0.5, 0.5));
+        assert!((quality.energy_recall - 1.0 / 26.0).abs() < 1e-9);
+    }
+}

@@ -1,0 +1,115 @@
+//! What a mask costs: perplexity, KL divergence from the dense model, recall.
+//!
+//! | concept | where |
+//! | --- | --- |
+//! | which neurons are computed | [`Mask`] |
+//! | the text, cut in windows | [`Windows`] |
+//! | all masks at once, through the dense forward | [`evaluate`] |
+//! | the same figure through the token engine, one token at a time | [`evaluate_decode`] |
+//! | what comes out | [`Evaluation`], [`LayerQuality`] |
+//!
+//! Masks apply at **every** position, as if each had been decoded; a run computes its prompt densely, so it is at
+//! least this good. Each mask has its own residual stream: errors of early layers reach later ones, and recall is
+//! measured on the states that the masked model really sees.
+
+mod batch;
+mod bootstrap;
+mod decode;
+mod likelihood;
+mod mask;
+mod quality;
+mod windows;
+
+pub use batch::evaluate;
+pub use decode::evaluate_decode;
+pub use mask::{Mask, active_count};
+pub use quality::LayerQuality;
+pub use windows::Windows;
+
+use crate::{Error, Result};
+use likelihood::TokenScores;
+use quality::Tally;
+use serde::{Deserialize, Serialize};
+
+/// What one mask did to a model on a text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// `dense`, `exact`, `oracle`, `oracle-h` or `predicted`.
+    pub mask: String,
+    /// Share of each layer's neurons that the mask keeps, where it has one.
+    pub active: Option<f64>,
+    /// `batch` (dense forward, mask applied to all positions) or `decode` (token engine).
+    pub engine: String,
+    /// `exp` of the mean cross-entropy of tokens 2..ctx of each window.
+    pub perplexity: f64,
+    /// 95 % interval from a bootstrap over blocks of 64 neighbouring tokens: how much this text may mislead.
+    pub perplexity_ci95: [f64; 2],
+    /// The same with all neurons.
+    pub perplexity_dense: Option<f64>,
+    /// `perplexity / perplexity_dense`.
+    pub perplexity_ratio: Option<f64>,
+    /// 95 % interval of the ratio, from the same blocks for both: much narrower than the perplexities' own.
+    pub perplexity_ratio_ci95: Option<[f64; 2]>,
+    /// Mean over positions of KL(dense || masked), in nats per token.
+    pub kl: Option<f64>,
+    /// Share of positions where the likeliest token is the dense model's.
+    pub top1_agreement: Option<f64>,
+    /// Mean over layers of [`LayerQuality::recall`].
+    pub recall: Option<f64>,
+    /// Mean over layers of [`LayerQuality::precision`].
+    pub precision: Option<f64>,
+    /// Mean over layers of [`LayerQuality::energy_recall`].
+    pub energy_recall: Option<f64>,
+    /// Mean over layers of [`LayerQuality::energy_recall_of_oracle`].
+    pub energy_recall_of_oracle: Option<f64>,
+    /// Share of all neurons that were computed.
+    pub computed_share: Option<f64>,
+    /// Tokens whose probability was taken: windows * (ctx - 1).
+    pub tokens: usize,
+    /// Layer by layer; empty if the engine does not tell.
+    pub layers: Vec<LayerQuality>,
+    /// Cross-entropy of each of the tokens, in nats.
+    #[serde(skip)]
+    pub losses: Vec<f32>,
+}
+
+impl Evaluation {
+    /// Puts the scores of one mask together with those of the dense model.
+    fn new(
+        mask: Mask,
+        windows: &Windows<'_>,
+        scores: TokenScores,
+        dense: Option<&[f32]>,
+        tally: &[Tally],
+    ) -> Result<Self> {
+        if let Some(position) = scores.losses.iter().position(|l| !l.is_finite()) {
+            return Err(Error::NotFinite { mask: mask.name(), position });
+        }
+        let summary = bootstrap::summarise(windows, &scores.losses, dense);
+        let layers: Vec<LayerQuality> = tally.iter().enumerate().map(|(layer, t)| t.quality(layer)).collect();
+        let mean = |of: fn(&LayerQuality) -> f64| {
+            (!layers.is_empty()).then(|| layers.iter().map(of).sum::<f64>() / layers.len() as f64)
+        };
+        let n = scores.losses.len().max(1) as f64;
+        Ok(Evaluation {
+            mask: mask.name().to_owned(),
+            active: mask.active(),
+            engine: "batch".to_owned(),
+            perplexity: summary.perplexity,
+            perplexity_ci95: summary.ci95,
+            perplexity_dense: summary.dense,
+            perplexity_ratio: summary.dense.map(|dense| summary.perplexity / dense),
+            perplexity_ratio_ci95: summary.ratio_ci95,
+            kl: dense.map(|_| scores.kl_sum / n),
+            top1_agreement: dense.map(|_| scores.agreed as f64 / n),
+            recall: mean(|l| l.recall),
+            precision: mean(|l| l.precision),
+            energy_recall: mean(|l| l.energy_recall),
+            energy_recall_of_oracle: mean(|l| l.energy_recall_of_oracle),
+            computed_share: mean(|l| l.computed_share),
+            tokens: scores.losses.len(),
+            layers,
+            losses: scores.losses,
+        })
+    }
+}

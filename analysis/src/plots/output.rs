@@ -1,0 +1,52 @@
+//! A chart as SVG text or as a PNG file.
+
+use super::draw::{SIZE, draw};
+use super::palette::{LIGHT, N_SERIES, PLACEHOLDERS, hex};
+use super::{Chart, font};
+use crate::{Error, Result};
+use plotters::prelude::{BitMapBackend, IntoDrawingArea, SVGBackend};
+use std::path::Path;
+
+impl Chart {
+    /// An `<svg>` element for a page: it scales with its column, text is `currentColor`, and lines are the CSS
+    /// variables `--grid` and `--series-0` and so on, so that it follows the page's theme.
+    ///
+    /// # Errors
+    /// None in practice; the backend's calls are fallible.
+    pub fn to_svg(&self) -> Result<String> {
+        let mut svg = String::new();
+        {
+            let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+            draw(&area, self, &PLACEHOLDERS).and_then(|()| area.present()).map_err(|e| self.failed(&e))?;
+        }
+        let mut themed = svg
+            .replace(&format!("\"{}\"", hex(PLACEHOLDERS.text)), "\"currentColor\"")
+            .replace(&format!("\"{}\"", hex(PLACEHOLDERS.grid)), "\"var(--grid)\"");
+        for i in 0..N_SERIES {
+            let colour = format!("\"{}\"", hex(PLACEHOLDERS.series[i]));
+            themed = themed.replace(&colour, &format!("\"var(--series-{i})\""));
+        }
+        // Inside a page the namespace is known, and the width is the column's.
+        let (width, height) = SIZE;
+        let fixed = format!("<svg width=\"{width}\" height=\"{height}\"");
+        Ok(themed.replacen(&fixed, "<svg role=\"img\"", 1).replacen(" xmlns=\"http://www.w3.org/2000/svg\"", "", 1))
+    }
+
+    /// A PNG file, on white.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write_png(&self, path: &Path) -> Result<()> {
+        if !font::register() {
+            return Err(self.failed(&"the bundled font is damaged"));
+        }
+        let area = BitMapBackend::new(path, SIZE).into_drawing_area();
+        let colour = |[r, g, b]: [u8; 3]| plotters::style::RGBColor(r, g, b);
+        area.fill(&colour(LIGHT.background)).map_err(|e| self.failed(&e))?;
+        draw(&area, self, &LIGHT).and_then(|()| area.present()).map_err(|e| self.failed(&e))
+    }
+
+    fn failed(&self, error: &dyn std::fmt::Display) -> Error {
+        Error::Plot { plot: self.title.clone(), reason: error.to_string() }
+    }
+}

@@ -1,0 +1,206 @@
+//! Sections about what leaving neurons out costs.
+
+use super::figures::{mean, percent, short};
+use super::{EvalFile, Figure, Section, Table};
+use crate::Result;
+use crate::eval::Evaluation;
+use crate::plots::{Axis, Body, Chart, Ink, N_SERIES, Series};
+use polars::prelude::Column;
+use std::collections::BTreeMap;
+
+const MISSING: &str = "thermocline eval -m SPLIT --text FILE --mask predicted --active 0.1,0.3,0.5 --json > eval.json";
+
+/// Results of one model on one text under one kind of mask, by share.
+struct Family<'a> {
+    label: String,
+    results: Vec<(&'a EvalFile, &'a Evaluation)>,
+}
+
+fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
+    let subject = |f: &EvalFile| (f.model.clone(), f.encoding.clone(), f.text.clone(), f.ctx, f.windows);
+    let mut subjects: Vec<_> = evals.iter().map(subject).collect();
+    subjects.sort();
+    subjects.dedup();
+    let mut by_key: BTreeMap<_, Vec<(&EvalFile, &Evaluation)>> = BTreeMap::new();
+    for file in evals {
+        for result in &file.results {
+            let key = (subject(file), result.mask.clone(), result.engine.clone());
+            by_key.entry(key).or_default().push((file, result));
+        }
+    }
+    let families = by_key.into_iter().map(|((subject, mask, engine), mut results)| {
+        results.sort_by(|a, b| a.1.active.unwrap_or(1.0).total_cmp(&b.1.active.unwrap_or(1.0)));
+        let mut label = mask;
+        if engine == "decode" {
+            label.push_str(", decoded");
+        }
+        if subjects.len() > 1 {
+            label = format!("{label}, {} {}", short(&subject.0, 10), short(&subject.1, 5));
+        }
+        Family { label, results }
+    });
+    families.collect()
+}
+
+/// Perplexity and KL against the share that is computed.
+pub(crate) fn accuracy(evals: &[EvalFile]) -> Result<Section> {
+    let mut section = Section::new("accuracy", "Accuracy against active share", MISSING);
+    let families = families(evals);
+    let Some(lowest) = families.iter().flat_map(|f| &f.results).map(|r| r.1.perplexity).min_by(f64::total_cmp) else {
+        return Ok(section);
+    };
+    section.figures.push(perplexity(&families, lowest));
+    section.figures.extend(divergence(&families));
+    section.tables.push(results_table(evals)?);
+    Ok(section)
+}
+
+/// Lines over the computed share; masks without a share are level lines.
+fn over_share(families: &[Family<'_>], of: impl Fn(&Evaluation) -> Option<f64>) -> Vec<Series> {
+    let mut series = Vec::new();
+    for (i, family) in families.iter().enumerate() {
+        let point = |(_, r): &(&EvalFile, &Evaluation)| Some((100.0 * r.active?, of(r)?));
+        let points: Vec<(f64, f64)> = family.results.iter().filter_map(point).collect();
+        if !points.is_empty() {
+            series.push(Series::new(family.label.clone(), points, Ink::Series(i % N_SERIES)).marked());
+        } else if let Some(level) = family.results.first().and_then(|(_, r)| of(r)) {
+            let label = family.label.clone();
+            series.push(Series::new(label, vec![(0.0, level), (100.0, level)], Ink::Series(i % N_SERIES)).dashed());
+        }
+    }
+    series
+}
+
+fn perplexity(families: &[Family<'_>], lowest: f64) -> Figure {
+    let results: Vec<&Evaluation> = families.iter().flat_map(|f| f.results.iter().map(|r| r.1)).collect();
+    let cost = |mask: &str| {
+        let of_mask = results.iter().filter(|r| r.mask == mask && r.active.is_some());
+        let near = of_mask.min_by(|a, b| {
+            let gap = |r: &Evaluation| (r.active.unwrap_or(1.0) - 0.3).abs();
+            gap(a).total_cmp(&gap(b))
+        })?;
+        let ratio = near.perplexity_ratio?;
+        Some(format!("{} at {} active costs {:+.1} %", mask, percent(near.active?), 100.0 * (ratio - 1.0)))
+    };
+    let costs: Vec<String> = ["oracle", "predicted"].into_iter().filter_map(cost).collect();
+    let reading = if costs.is_empty() {
+        format!("The lowest perplexity measured here is {lowest:.2}.")
+    } else {
+        format!("Over the dense perplexity, {}; masks apply at every position.", costs.join(" and "))
+    };
+    let series = over_share(families, |r| Some(r.perplexity));
+    Figure::new(
+        Chart {
+            title: "Perplexity against active share".to_owned(),
+            x: Axis::new("neurons computed (% of each layer)").from_to(0.0, 100.0),
+            y: Axis::new("perplexity").log(),
+            body: Body::Lines(series),
+        },
+        reading,
+    )
+}
+
+fn divergence(families: &[Family<'_>]) -> Option<Figure> {
+    let sparse = |r: &Evaluation| r.kl.filter(|kl| r.active.is_some() && *kl > 0.0);
+    let series = over_share(families, sparse);
+    let best = families.iter().flat_map(|f| &f.results).filter(|(_, r)| sparse(r).is_some());
+    let best = best.min_by(|a, b| a.1.kl.unwrap_or(0.0).total_cmp(&b.1.kl.unwrap_or(0.0)))?.1;
+    let reading = format!(
+        "The closest to the dense model here is {} at {} active, {:.3} nats per token away, with the same likeliest \
+         token at {} of the positions.",
+        best.mask,
+        percent(best.active.unwrap_or(1.0)),
+        best.kl.unwrap_or(0.0),
+        percent(best.top1_agreement.unwrap_or(0.0))
+    );
+    Some(Figure::new(
+        Chart {
+            title: "Distance from the dense model".to_owned(),
+            x: Axis::new("neurons computed (% of each layer)").from_to(0.0, 100.0),
+            y: Axis::new("KL(dense || masked), nats per token").log(),
+            body: Body::Lines(series),
+        },
+        reading,
+    ))
+}
+
+fn results_table(evals: &[EvalFile]) -> Result<Table> {
+    let rows: Vec<(&EvalFile, &Evaluation)> =
+        evals.iter().flat_map(|f| f.results.iter().map(move |r| (f, r))).collect();
+    let text = |name: &str, of: &dyn Fn(&EvalFile, &Evaluation) -> String| {
+        Column::new(name.into(), rows.iter().map(|(f, r)| of(f, r)).collect::<Vec<String>>())
+    };
+    let number = |name: &str, of: &dyn Fn(&Evaluation) -> Option<f64>| {
+        Column::new(name.into(), rows.iter().map(|(_, r)| of(r)).collect::<Vec<Option<f64>>>())
+    };
+    let columns = vec![
+        text("model", &|f, _| f.model.clone()),
+        text("neurons", &|f, _| f.encoding.clone()),
+        text("text", &|f, _| format!("{}, {} x {}", f.text, f.windows, f.ctx)),
+        text("mask", &|_, r| if r.engine == "decode" { format!("{}, decoded", r.mask) } else { r.mask.clone() }),
+        text("active", &|_, r| r.active.map_or("\u{2013}".to_owned(), percent)),
+        number("perplexity", &|r| Some(r.perplexity)),
+        text("95 %", &|_, r| format!("{:.1}\u{2013}{:.1}", r.perplexity_ci95[0], r.perplexity_ci95[1])),
+        number("of dense", &|r| r.perplexity_ratio),
+        number("KL", &|r| r.kl),
+        number("top-1", &|r| r.top1_agreement),
+        number("recall", &|r| r.recall),
+        number("energy recall", &|r| r.energy_recall),
+    ];
+    Table::new("evaluations; masks at every position, as if each had been decoded", columns)
+}
+
+/// Recall and energy recall, layer by layer.
+pub(crate) fn recall(evals: &[EvalFile]) -> Section {
+    let mut section = Section::new("recall", "Recall by layer", MISSING);
+    let families = families(evals);
+    let shown: Vec<(String, &Evaluation)> = families
+        .iter()
+        .flat_map(|f| f.results.iter().map(move |(_, r)| (f.label.clone(), *r)))
+        .filter(|(_, r)| r.active.is_some() && !r.layers.is_empty())
+        .map(|(label, r)| (format!("{label} {}", percent(r.active.unwrap_or(1.0))), r))
+        .collect();
+    let predicted: Vec<_> = shown.iter().filter(|(_, r)| r.mask == "predicted").collect();
+    if let Some(mean_recall) = mean(predicted.iter().filter_map(|(_, r)| r.recall)) {
+        let series = predicted.iter().enumerate().map(|(i, (label, r))| {
+            let points = r.layers.iter().map(|l| (l.layer as f64, 100.0 * l.recall));
+            Series::new(label.clone(), points.collect(), Ink::Series(i % N_SERIES)).marked()
+        });
+        let body = Body::Lines(series.collect());
+        let reading = format!(
+            "The predictor finds {} of the neurons that the oracle would choose on the same states (mean over layers \
+             and shares); an oracle finds all.",
+            percent(mean_recall)
+        );
+        section.figures.push(Figure::new(by_layer("Recall of the predictor", "recall (%)", body), reading));
+    }
+    let worst = shown.iter().filter_map(|(label, r)| {
+        let low = r.layers.iter().min_by(|a, b| a.energy_recall.total_cmp(&b.energy_recall))?;
+        Some((label, low))
+    });
+    if let Some((label, low)) = worst.min_by(|a, b| a.1.energy_recall.total_cmp(&b.1.energy_recall)) {
+        // A colour a share, dashed for oracles, so that each prediction is seen beside the best there is.
+        let mut shares: Vec<f64> = shown.iter().filter_map(|(_, r)| r.active).collect();
+        shares.sort_by(f64::total_cmp);
+        shares.dedup();
+        let series = shown.iter().map(|(label, r)| {
+            let points = r.layers.iter().map(|l| (l.layer as f64, 100.0 * l.energy_recall)).collect();
+            let share = shares.iter().position(|s| Some(*s) == r.active).unwrap_or(0);
+            let series = Series::new(label.clone(), points, Ink::Series(share % N_SERIES));
+            if r.mask == "predicted" { series.marked() } else { series.dashed() }
+        });
+        let reading = format!(
+            "Energy, the sum of (|h| \u{b7} ||d||)\u{b2}, is what accuracy follows: {label} keeps least of it in layer \
+             {}, {}.",
+            low.layer,
+            percent(low.energy_recall)
+        );
+        let chart = by_layer("Energy that the chosen neurons keep", "energy recall (%)", Body::Lines(series.collect()));
+        section.figures.push(Figure::new(chart, reading));
+    }
+    section
+}
+
+fn by_layer(title: &str, y: &str, body: Body) -> Chart {
+    Chart { title: title.to_owned(), x: Axis::new("layer"), y: Axis::new(y).from_to(0.0, 100.0), body }
+}

@@ -1,0 +1,104 @@
+//! The dense forward (candle) and the token engine (own kernels) share no code between weights and logits, so where
+//! they agree both are right.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::path::Path;
+use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode};
+use thermocline_calibrate::{RunOptions, Settings, calibrate};
+use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
+use thermocline_datasets::{Activation, Architecture, open_checkpoint};
+use thermocline_kernels::Encoding;
+use thermocline_runtime::{Engine, Mode, Plan, PlanRequest};
+use thermocline_split::{Compression, Split, SplitCheckpoint, SplitOptions, split};
+
+const CTX: usize = 48;
+const WINDOWS: usize = 3;
+
+fn tokens(n: usize) -> Vec<u32> {
+    (0..n as u64).map(|i| ((i * i * 7919 + i * 104_729) % 297 + 3) as u32).collect()
+}
+
+fn make(dir: &Path, model: &TinyModel, encoding: Encoding) -> std::path::PathBuf {
+    write_tiny_safetensors(&dir.join("model"), model, 5).unwrap();
+    let checkpoint = open_checkpoint(&dir.join("model")).unwrap();
+    let settings = Settings { window_len: 64, n_samples: 128, ..Settings::default() };
+    let options = RunOptions { resume: false, shard: None };
+    let profile =
+        calibrate(checkpoint.as_ref(), &tokens(512), &settings, &options, &dir.join("profile"), &mut |_| ()).unwrap();
+    let options = SplitOptions {
+        encoding,
+        resident_encoding: encoding,
+        order: None,
+        chunk_neurons: None,
+        compression: Compression::None,
+        predictor_rank: 32,
+        weighted_scales: true,
+    };
+    split(checkpoint.as_ref(), &profile, &options, &dir.join("split"), &|_, _| ()).unwrap();
+    dir.join("split")
+}
+
+fn decode(dir: &Path, mode: Mode, windows: &Windows<'_>) -> Evaluation {
+    let split = Split::open(dir).unwrap();
+    let request = PlanRequest { mode, ram_budget_bytes: None, context: CTX, batch: 1, n_threads: 2 };
+    let plan = Plan::new(&split, request).unwrap();
+    let mut engine = Engine::load(split, plan, &|_, _| ()).unwrap();
+    evaluate_decode(&mut engine, windows, &|_, _| ()).unwrap()
+}
+
+/// Largest and mean difference of the tokens' cross-entropies.
+fn gaps(a: &Evaluation, b: &Evaluation) -> (f32, f32) {
+    assert_eq!(a.losses.len(), WINDOWS * (CTX - 1));
+    assert_eq!(a.losses.len(), b.losses.len());
+    let gaps: Vec<f32> = a.losses.iter().zip(&b.losses).map(|(a, b)| (a - b).abs()).collect();
+    (gaps.iter().copied().fold(0.0, f32::max), gaps.iter().sum::<f32>() / gaps.len() as f32)
+}
+
+fn check(model: &TinyModel, encoding: Encoding) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make(dir.path(), model, encoding);
+    let tokens = tokens(CTX * WINDOWS);
+    let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
+    let dense_model = SplitCheckpoint::open(&path).unwrap();
+    let masks = [Mask::Dense, Mask::Exact, Mask::Predicted(0.3), Mask::Oracle(0.3)];
+    let by_mask = evaluate(&dense_model, Some(dense_model.split()), &windows, &masks, &|_, _| ()).unwrap();
+
+    assert_eq!(by_mask[0].losses, by_mask[1].losses, "leaving out zeros changes nothing");
+    assert!(by_mask[0].kl.unwrap() < 1e-9 && by_mask[0].top1_agreement == Some(1.0));
+    assert!(by_mask[3].energy_recall > by_mask[2].energy_recall && by_mask[3].recall == Some(1.0));
+
+    // The engine keeps keys and values as f16 and sums in another order: a few 1e-3 nats at most.
+    let (largest, mean) = gaps(&by_mask[0], &decode(&path, Mode::Exact, &windows));
+    assert!(largest < 1e-2 && mean < 1e-3, "dense: largest gap {largest}, mean {mean}");
+
+    // Two scores that differ in the last digits can choose different neurons at the edge of the set; those weigh
+    // little, so single tokens may differ more and the mean hardly.
+    let sparse = decode(&path, Mode::Sparse { active: 0.3 }, &windows);
+    let (largest, mean) = gaps(&by_mask[2], &sparse);
+    assert!(largest < 0.2 && mean < 1e-2, "predicted: largest gap {largest}, mean {mean}");
+    let share = sparse.computed_share.unwrap();
+    assert!((share - by_mask[2].computed_share.unwrap()).abs() < 1e-6, "both compute the same number of neurons");
+    // The masks matter: without them the engines would be further apart than the tolerance.
+    assert!(gaps(&by_mask[0], &sparse).0 > 0.01);
+}
+
+#[test]
+fn silu_bf16() {
+    check(&TinyModel::default(), Encoding::Bf16);
+}
+
+#[test]
+fn silu_q4() {
+    check(&TinyModel::default(), Encoding::Q4);
+}
+
+#[test]
+fn relu_q8_with_biases() {
+    let model = TinyModel {
+        architecture: Architecture::Qwen2,
+        activation: Activation::Relu,
+        tie_word_embeddings: false,
+        ..TinyModel::default()
+    };
+    check(&model, Encoding::Q8);
+}

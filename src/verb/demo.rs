@@ -1,0 +1,189 @@
+//! `demo`: everything once, on a small model, from checkpoint to report.
+
+use crate::cli::{Demo, ModeName, Placement, Threads};
+use crate::exit::Usage;
+use anyhow::Context;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use thermocline_analysis::eval::{Mask, Windows};
+use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
+use thermocline_kernels::Encoding;
+use thermocline_runtime::budget::format_bytes;
+use thermocline_runtime::{GenerateSettings, SamplerSettings, generate};
+use thermocline_split::Split;
+
+const DEFAULT_MODEL: &str = "datasets/models/smollm2/model.gguf";
+/// A whole short novel; datasets/demo/README.md says which and under what licence.
+const BUILT_IN_TEXT: &str = include_str!("../../datasets/demo/corpus.txt");
+/// Share of the text that calibrates; the rest evaluates.
+const CALIBRATION_SHARE: f64 = 0.8;
+const CALIBRATION_TOKENS: usize = 16 << 10;
+const WINDOW: usize = 512;
+const EVAL_WINDOWS: usize = 2;
+const SHARES: [f64; 4] = [0.1, 0.3, 0.5, 0.7];
+const PROMPT: &str = "The Time Traveller smiled round at us. Then, still smiling faintly, he";
+const N_PREDICT: usize = 64;
+
+pub fn demo(args: &Demo) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    let model = args.model.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_MODEL));
+    if args.model.is_none() && !model.exists() {
+        let text =
+            format!("{DEFAULT_MODEL} is not there; run `datasets/fetch-models.sh smollm2`, or give a model with -m");
+        return Err(Usage(text).into());
+    }
+    let dir = &args.output;
+    claim(dir)?;
+    super::run::limit_threads(args.threads.count());
+    let (text, text_name) = match &args.corpus {
+        Some(path) => (fs::read_to_string(path).with_context(|| path.clone())?, super::eval::name(Path::new(path))),
+        None => (BUILT_IN_TEXT.to_owned(), "the built-in novel".to_owned()),
+    };
+    let (calibration, evaluation) = divide(&text);
+    let checkpoint = open_checkpoint(&model).with_context(|| "cannot open the model")?;
+    let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
+    let name = super::eval::model_name(&model);
+    let paths = Paths {
+        profile: dir.join(format!("{name}-profile")),
+        split: dir.join(format!("{name}-q4")),
+        report: dir.join("report.html"),
+    };
+
+    prepare(checkpoint.as_ref(), &tokenizer, calibration, &paths)?;
+    let mut results = runs(args.threads, &tokenizer, dir, &paths.split)?;
+    results.push(evaluate(&tokenizer, evaluation, &text_name, dir, &paths.split)?);
+
+    let step = Instant::now();
+    // The profile says more about neurons than the split keeps, so the split is not drawn as well.
+    results.insert(0, paths.profile.clone());
+    super::report::write(&results, &paths.report, None)?;
+    said("report", step, &format!("{} inputs", results.len()));
+    println!("{:.0} s in all; open {}", begin.elapsed().as_secs_f64(), paths.report.display());
+    Ok(())
+}
+
+struct Paths {
+    profile: PathBuf,
+    split: PathBuf,
+    report: PathBuf,
+}
+
+/// Makes the output folder; one with something in it is left alone.
+fn claim(dir: &Path) -> anyhow::Result<()> {
+    let taken = fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file();
+    if taken {
+        let path = dir.display();
+        let text = format!("{path} exists already; remove it (rm -r {path}) or choose another folder with -o");
+        return Err(Usage(text).into());
+    }
+    fs::create_dir_all(dir).with_context(|| dir.display().to_string())
+}
+
+/// The text for calibration and the text for evaluation, cut at a line's end.
+fn divide(text: &str) -> (&str, &str) {
+    let wanted = (text.len() as f64 * CALIBRATION_SHARE) as usize;
+    let cut = text.bytes().take(wanted).rposition(|b| b == b'\n').map_or(0, |at| at + 1);
+    // A text of one line: any character's end will do.
+    let cut = if cut == 0 { (0..=wanted).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0) } else { cut };
+    text.split_at(cut)
+}
+
+fn prepare(checkpoint: &dyn Checkpoint, tokenizer: &Tokenizer, text: &str, paths: &Paths) -> anyhow::Result<()> {
+    let step = Instant::now();
+    let mut tokens = tokenizer.encode(text, false)?;
+    tokens.truncate(tokens.len().min(CALIBRATION_TOKENS) / WINDOW * WINDOW);
+    if tokens.is_empty() {
+        return Err(Usage(format!("--corpus: four fifths of the text must have {WINDOW} tokens")).into());
+    }
+    let profile = super::calibrate::profile(checkpoint, &tokens, WINDOW, false, None, &paths.profile, false)?;
+    let meta = profile.meta();
+    let speed = meta.flops / meta.seconds / 1e9;
+    said("calibrate", step, &format!("{} tokens, {speed:.0} GFLOP/s", meta.n_tokens));
+
+    let step = Instant::now();
+    let options = super::split::defaults(checkpoint, Encoding::Q4);
+    let report = super::split::make(checkpoint, &profile, &options, &paths.split, false)?;
+    let size = format_bytes(report.bytes);
+    said(
+        "split",
+        step,
+        &format!("q4, {size}, {} order, {} neurons a chunk", report.order.name(), report.chunk_neurons),
+    );
+    Ok(())
+}
+
+/// Everything in RAM, half of that, and the predicted 30 % of the neurons.
+fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let placement = |mode, ram_budget| Placement {
+        model: split.to_owned(),
+        mode,
+        active: 0.3,
+        ram_budget,
+        vram_budget: "auto".to_owned(),
+        ctx_size: None,
+        threads,
+    };
+    let whole = run(&placement(ModeName::Exact, None), tokenizer, dir, "run-exact")?;
+    let half = whole.1 / 2;
+    let exact = run(&placement(ModeName::Exact, Some(half)), tokenizer, dir, "run-exact-half-ram")?;
+    let sparse = run(&placement(ModeName::Sparse, Some(half)), tokenizer, dir, "run-sparse-half-ram")?;
+    Ok(vec![whole.0, exact.0, sparse.0])
+}
+
+/// One run: its JSON file, and the bytes that its plan takes.
+fn run(placement: &Placement, tokenizer: &Tokenizer, dir: &Path, name: &str) -> anyhow::Result<(PathBuf, u64)> {
+    let step = Instant::now();
+    let prompt = tokenizer.encode(PROMPT, true)?;
+    let split = Split::open(&placement.model)?;
+    let mut engine = super::run::load(split, placement, prompt.len() + N_PREDICT, 128, false)?;
+    let sampler = SamplerSettings { temperature: 0.0, ..SamplerSettings::default() };
+    let settings = GenerateSettings { n_predict: N_PREDICT, sampler, stop: Vec::new() };
+    let report = generate(&mut engine, &prompt, &settings, &mut |_| true)?;
+    let text = tokenizer.decode(&report.tokens)?;
+    // The peak is the whole demo's, calibration included: it would say nothing about this run.
+    let account = super::run::account(&report);
+    said(name, step, account.split("; peak memory").next().unwrap_or(&account));
+    println!("{:27}{}\u{2026}", "", first_words(&text));
+    let mut value = serde_json::to_value(&report)?;
+    if let Value::Object(fields) = &mut value {
+        fields.insert("text".to_owned(), text.into());
+        fields.insert("plan".to_owned(), serde_json::to_value(engine.plan())?);
+        fields.insert("peak_rss_bytes".to_owned(), Value::Null);
+    }
+    let total_bytes = engine.plan().total_bytes;
+    Ok((save(dir, name, &value)?, total_bytes))
+}
+
+/// Enough of an answer to see that it is one.
+fn first_words(text: &str) -> String {
+    let words: Vec<&str> = text.split_whitespace().take(14).collect();
+    words.join(" ")
+}
+
+fn evaluate(tokenizer: &Tokenizer, text: &str, text_name: &str, dir: &Path, split: &Path) -> anyhow::Result<PathBuf> {
+    let step = Instant::now();
+    let tokens = tokenizer.encode(text, false)?;
+    let windows = Windows::new(&tokens, WINDOW, EVAL_WINDOWS).map_err(super::eval::usage)?;
+    let mut masks = vec![Mask::Dense];
+    masks.extend(SHARES.map(Mask::Oracle));
+    masks.extend(SHARES.map(Mask::Predicted));
+    let model = super::eval::Model::open(split)?;
+    let results = super::eval::batch(&model, &windows, &masks, false)?;
+    let output = super::eval::Output::new(&model, split, text_name, &windows, &results, step)?;
+    said("eval", step, &format!("{} tokens under {} masks", windows.tokens().len(), masks.len()));
+    super::eval::table(&results);
+    save(dir, "eval", &serde_json::to_value(output)?)
+}
+
+fn save(dir: &Path, name: &str, value: &Value) -> anyhow::Result<PathBuf> {
+    let path = dir.join(format!("{name}.json"));
+    fs::write(&path, serde_json::to_string_pretty(value)?).with_context(|| path.display().to_string())?;
+    Ok(path)
+}
+
+/// One line a step.
+fn said(what: &str, since: Instant, text: &str) {
+    println!("{what:<20}{:>5.1} s  {text}", since.elapsed().as_secs_f64());
+}

@@ -1,0 +1,216 @@
+//! `eval`: a model and a text in, perplexity, KL divergence and recall out.
+
+use crate::cli::{EngineName, Eval, MaskName};
+use crate::exit::Usage;
+use crate::output::{self, Progress};
+use anyhow::Context;
+use serde::Serialize;
+use std::path::Path;
+use std::time::Instant;
+use thermocline_analysis::Error;
+use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode};
+use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
+use thermocline_runtime::{Engine, Mode, Plan, PlanRequest};
+use thermocline_split::{Split, SplitCheckpoint};
+
+/// Where masks were applied, for people who compare figures.
+const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
+/// How intervals were made.
+const INTERVAL: &str = "bootstrap over blocks of 64 neighbouring tokens, 2000 draws";
+
+/// What `eval --json` prints: the first result's fields on top.
+#[derive(Serialize)]
+pub struct Output<'a> {
+    #[serde(flatten)]
+    first: Option<&'a Evaluation>,
+    /// All results, if there are several.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    results: &'a [Evaluation],
+    model: String,
+    model_digest: String,
+    encoding: String,
+    text: String,
+    ctx: usize,
+    windows: usize,
+    masked_positions: &'static str,
+    interval: &'static str,
+    seconds: f64,
+    version: &'static str,
+    command: Vec<String>,
+}
+
+impl<'a> Output<'a> {
+    pub fn new(
+        model: &Model,
+        path: &Path,
+        text: &str,
+        windows: &Windows<'_>,
+        results: &'a [Evaluation],
+        begin: Instant,
+    ) -> anyhow::Result<Self> {
+        Ok(Output {
+            first: results.first(),
+            results: if results.len() > 1 { results } else { &[] },
+            model: model_name(path),
+            model_digest: model.dense().digest()?,
+            encoding: encoding(model),
+            text: text.to_owned(),
+            ctx: windows.ctx(),
+            windows: windows.len(),
+            masked_positions: POSITIONS,
+            interval: INTERVAL,
+            seconds: begin.elapsed().as_secs_f64(),
+            version: env!("CARGO_PKG_VERSION"),
+            command: std::env::args().skip(1).collect(),
+        })
+    }
+}
+
+/// A split or a checkpoint, seen as a dense model.
+pub enum Model {
+    Checkpoint(Box<dyn Checkpoint>),
+    Split(SplitCheckpoint),
+}
+
+impl Model {
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        if path.join("manifest.json").exists() {
+            return Ok(Model::Split(SplitCheckpoint::open(path)?));
+        }
+        Ok(Model::Checkpoint(open_checkpoint(path)?))
+    }
+
+    fn dense(&self) -> &dyn Checkpoint {
+        match self {
+            Model::Checkpoint(checkpoint) => checkpoint.as_ref(),
+            Model::Split(split) => split,
+        }
+    }
+
+    fn split(&self) -> Option<&Split> {
+        match self {
+            Model::Checkpoint(_) => None,
+            Model::Split(split) => Some(split.split()),
+        }
+    }
+}
+
+pub fn eval(args: &Eval) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    super::run::limit_threads(args.threads.count());
+    let masks = masks(args.mask, &args.active);
+    let model = Model::open(&args.model)?;
+    let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
+    let tokens = Tokenizer::from_json(&model.dense().tokenizer_json()?)?.encode(&text, false)?;
+    let windows = Windows::new(&tokens, args.ctx, args.windows).map_err(usage)?;
+    let results = match args.engine {
+        EngineName::Batch => batch(&model, &windows, &masks, args.json)?,
+        EngineName::Decode => decode(args, &windows, &masks)?,
+    };
+    if args.json {
+        return output::json(&Output::new(&model, &args.model, &name(&args.text), &windows, &results, begin)?);
+    }
+    let (model_name, text) = (model_name(&args.model), name(&args.text));
+    println!("{model_name} ({}), {text}: {} windows of {}", encoding(&model), windows.len(), windows.ctx());
+    table(&results);
+    println!("masks at {POSITIONS}; +- is the 95 % interval: {INTERVAL}");
+    Ok(())
+}
+
+/// Evaluates with a progress bar.
+pub fn batch(model: &Model, windows: &Windows<'_>, masks: &[Mask], quiet: bool) -> anyhow::Result<Vec<Evaluation>> {
+    let progress = Progress::new("eval", quiet);
+    let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
+    let results = evaluate(model.dense(), model.split(), windows, masks, &on_step);
+    progress.finish();
+    results.map_err(usage)
+}
+
+fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<Vec<Evaluation>> {
+    let progress = Progress::new("eval", args.json);
+    let mut results = Vec::new();
+    for (i, mask) in masks.iter().enumerate() {
+        let mode = match mask {
+            Mask::Dense | Mask::Exact => Mode::Exact,
+            Mask::Predicted(active) => Mode::Sparse { active: *active as f32 },
+            Mask::Oracle(_) | Mask::OracleH(_) => {
+                let text = "--engine decode runs dense, exact and predicted; an oracle needs --engine batch";
+                return Err(Usage(text.to_owned()).into());
+            }
+        };
+        let n_threads = args.threads.count();
+        let request = PlanRequest { mode, ram_budget_bytes: None, context: windows.ctx(), batch: 1, n_threads };
+        let split = Split::open(&args.model).with_context(|| "--engine decode needs a split")?;
+        let plan = Plan::new(&split, request)?;
+        let mut engine = Engine::load(split, plan, &|_, _| ())?;
+        let on_token = |done: usize, total: usize| {
+            let (done, total) = (i * total + done, masks.len() * total);
+            progress.set(done as u64, total as u64, format!("token {done}/{total}"));
+        };
+        results.push(evaluate_decode(&mut engine, windows, &on_token).map_err(usage)?);
+    }
+    progress.finish();
+    Ok(results)
+}
+
+/// One mask a share, or one alone.
+fn masks(name: MaskName, active: &[f64]) -> Vec<Mask> {
+    let each = |of: fn(f64) -> Mask| active.iter().map(|&share| of(share)).collect();
+    match name {
+        MaskName::Dense => vec![Mask::Dense],
+        MaskName::Exact => vec![Mask::Exact],
+        MaskName::Oracle => each(Mask::Oracle),
+        MaskName::OracleH => each(Mask::OracleH),
+        MaskName::Predicted => each(Mask::Predicted),
+    }
+}
+
+/// A flag out of range is the user's to mend, and has its own exit code.
+pub fn usage(error: Error) -> anyhow::Error {
+    match error {
+        Error::Setting { .. } => Usage(error.to_string()).into(),
+        other => other.into(),
+    }
+}
+
+/// The last part of a path: records are compared across machines.
+pub fn name(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+/// The folder's name, where the file is called as it is in every folder.
+pub fn model_name(path: &Path) -> String {
+    let folder = path.parent().filter(|_| name(path) == "model.gguf").map(name).filter(|n| !n.is_empty());
+    folder.unwrap_or_else(|| name(path))
+}
+
+fn encoding(model: &Model) -> String {
+    model.split().map_or_else(|| "checkpoint".to_owned(), |s| s.manifest().packing.ffn_encoding.clone())
+}
+
+/// A line a result.
+pub fn table(results: &[Evaluation]) {
+    println!(
+        "{:>10} {:>7} {:>11} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
+        "mask", "active", "perplexity", "+-", "ratio", "+-", "KL", "top-1", "recall", "energy", "of oracle", "tokens"
+    );
+    for r in results {
+        let range = |r: [f64; 2]| format!("{:.2}..{:.2}", r[0], r[1]);
+        let or_dash = |v: Option<f64>, digits: usize| v.map_or("-".to_owned(), |v| format!("{v:.digits$}"));
+        println!(
+            "{:>10} {:>7} {:>11.3} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
+            r.mask,
+            or_dash(r.active, 2),
+            r.perplexity,
+            range(r.perplexity_ci95),
+            or_dash(r.perplexity_ratio, 3),
+            r.perplexity_ratio_ci95.map_or("-".to_owned(), |r| format!("{:.3}..{:.3}", r[0], r[1])),
+            or_dash(r.kl, 4),
+            or_dash(r.top1_agreement, 3),
+            or_dash(r.recall, 3),
+            or_dash(r.energy_recall, 3),
+            or_dash(r.energy_recall_of_oracle, 3),
+            r.tokens
+        );
+    }
+}
