@@ -375,8 +375,9 @@ mod tests {
         for cut in [0, 100, 4096, 4097, 12_000] {
             guard.as_file().set_len(cut).expect("cut");
             for _ in 0..10 {
-                let tickets: Vec<Ticket> =
-                    (0..5).map(|i| fetcher.try_submit(&run(&file, 9000 + i * 700, 9000)).expect("a free buffer")).collect();
+                let tickets: Vec<Ticket> = (0..5)
+                    .map(|i| fetcher.try_submit(&run(&file, 9000 + i * 700, 9000)).expect("a free buffer"))
+                    .collect();
                 for ticket in tickets {
                     match fetcher.wait(ticket) {
                         Err(Error::ModelChanged { expected: 9000, got, .. }) => assert!(got <= 3000, "{got}"),

@@ -89,7 +89,8 @@ impl Split {
         let name = |part: &str| format!("predictors.{layer}.{part}");
         let file = &self.predictors;
         let (input, gate_up) = (file.entry(&name("input"))?, file.entry(&name("gate_up"))?);
-        let (rank, hidden, ffn) = (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
+        let (rank, hidden, ffn) =
+            (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
         let (residual, norms) = (file.read_f32(&name("residual"))?, file.read_f32(&name("down_norm"))?);
         if input.columns != hidden
             || (gate_up.rows, gate_up.columns) != (2 * ffn, rank)
