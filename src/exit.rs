@@ -37,22 +37,24 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
 }
 
 fn code(error: &anyhow::Error) -> u8 {
-    error.chain().find_map(|e| {
-        if e.is::<Usage>() {
-            return Some(2);
-        }
-        if let Some(e) = e.downcast_ref::<DatasetsError>() {
-            return Some(datasets(e));
-        }
-        if let Some(e) = e.downcast_ref::<CalibrateError>() {
-            return Some(calibrate(e));
-        }
-        if let Some(e) = e.downcast_ref::<SplitError>() {
-            return Some(split(e));
-        }
-        e.downcast_ref::<RuntimeError>().map(runtime)
-    })
-    .unwrap_or(1)
+    error
+        .chain()
+        .find_map(|e| {
+            if e.is::<Usage>() {
+                return Some(2);
+            }
+            if let Some(e) = e.downcast_ref::<DatasetsError>() {
+                return Some(datasets(e));
+            }
+            if let Some(e) = e.downcast_ref::<CalibrateError>() {
+                return Some(calibrate(e));
+            }
+            if let Some(e) = e.downcast_ref::<SplitError>() {
+                return Some(split(e));
+            }
+            e.downcast_ref::<RuntimeError>().map(runtime)
+        })
+        .unwrap_or(1)
 }
 
 fn datasets(error: &DatasetsError) -> u8 {

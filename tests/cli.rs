@@ -17,13 +17,44 @@ fn every_verb_explains_its_flags() {
         (
             "run",
             &[
-                "-m, --model", "-p, --prompt", "-f, --file", "-n, --predict", "-c, --ctx-size", "-t, --threads",
-                "-s, --seed", "--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--ram-budget",
-                "--vram-budget", "--active", "--mode", "--json", "--chat", "--check-tensors",
+                "-m, --model",
+                "-p, --prompt",
+                "-f, --file",
+                "-n, --predict",
+                "-c, --ctx-size",
+                "-t, --threads",
+                "-s, --seed",
+                "--temp",
+                "--top-k",
+                "--top-p",
+                "--min-p",
+                "--repeat-penalty",
+                "--ram-budget",
+                "--vram-budget",
+                "--active",
+                "--mode",
+                "--json",
+                "--chat",
+                "--check-tensors",
             ],
         ),
-        ("calibrate", &["-m, --model", "--corpus", "--tokens", "--window", "-o, --output", "--resume", "--shard", "--json"]),
-        ("split", &["-m, --model", "--profile", "-o, --output", "--encoding", "--order", "--chunk-neurons", "--zstd-level", "--json"]),
+        (
+            "calibrate",
+            &["-m, --model", "--corpus", "--tokens", "--window", "-o, --output", "--resume", "--shard", "--json"],
+        ),
+        (
+            "split",
+            &[
+                "-m, --model",
+                "--profile",
+                "-o, --output",
+                "--encoding",
+                "--order",
+                "--chunk-neurons",
+                "--zstd-level",
+                "--json",
+            ],
+        ),
         ("verify", &["<SPLIT>", "-m, --model", "--json"]),
         ("plan", &["-m, --model", "--ram-budget", "--vram-budget", "--mode", "--active", "-c, --ctx-size", "--json"]),
         ("bench", &["-m, --model", "--ram-budget", "--n-prompt", "--n-gen", "-r, --repetitions", "--json"]),
@@ -99,7 +130,10 @@ fn a_gpu_that_this_build_cannot_use_is_refused_aloud() {
     let dir = tiny_split();
     for verb in [&["run", "-p", "the lake", "-n", "2"][..], &["plan"], &["bench"]] {
         let message = fails(2, &[verb, &["-m", text(&dir), "--vram-budget", "16GiB"]].concat());
-        assert!(message.contains("--vram-budget") && message.contains("CPU") && message.contains("--ram-budget"), "{message}");
+        assert!(
+            message.contains("--vram-budget") && message.contains("CPU") && message.contains("--ram-budget"),
+            "{message}"
+        );
     }
     ok(&["run", "-m", text(&dir), "-p", "the lake", "-n", "2", "--vram-budget", "0"]);
 }
@@ -114,7 +148,8 @@ fn a_prompt_longer_than_the_context_is_refused_with_both_numbers() {
 #[test]
 fn a_full_context_ends_the_answer() {
     let dir = tiny_split();
-    let args = ["run", "-m", text(&dir), "-p", "0123456789", "-c", "24", "-n", "500", "--temp", "0", "--ignore-eos", "--json"];
+    let args =
+        ["run", "-m", text(&dir), "-p", "0123456789", "-c", "24", "-n", "500", "--temp", "0", "--ignore-eos", "--json"];
     let answer = json(&args);
     assert_eq!(answer["finish_reason"], "length");
     // Ten tokens of prompt, fourteen more whose keys fit, and the one that the last of them yields.
@@ -159,7 +194,10 @@ fn settings_come_from_the_environment_and_flags_win() {
     let plan = |mode_flag: &[&str]| -> serde_json::Value {
         let mut command = thermocline();
         command.env("THERMOCLINE_MODEL", &dir).env("THERMOCLINE_MODE", "sparse").env("THERMOCLINE_ACTIVE", "0.25");
-        command.env("THERMOCLINE_RAM_BUDGET", "900KiB").env("THERMOCLINE_CTX_SIZE", "48").env("THERMOCLINE_THREADS", "1");
+        command
+            .env("THERMOCLINE_RAM_BUDGET", "900KiB")
+            .env("THERMOCLINE_CTX_SIZE", "48")
+            .env("THERMOCLINE_THREADS", "1");
         let output = command.args(["plan", "--json"]).args(mode_flag).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice(&output.stdout).unwrap()
@@ -175,7 +213,11 @@ fn settings_come_from_the_environment_and_flags_win() {
 #[test]
 fn a_reader_that_leaves_early_ends_the_program_quietly() {
     let dir = tiny_split();
-    for args in [&["inspect", text(&dir), "--json"][..], &["run", "-m", text(&dir), "-p", "a", "-n", "100", "--ignore-eos"], &["completions", "bash"]] {
+    for args in [
+        &["inspect", text(&dir), "--json"][..],
+        &["run", "-m", text(&dir), "-p", "a", "-n", "100", "--ignore-eos"],
+        &["completions", "bash"],
+    ] {
         let mut child = thermocline().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         drop(child.stdout.take());
         let ended = child.wait_with_output().unwrap();
@@ -230,7 +272,22 @@ fn corrupt_splits_exit_with_4_and_outputs_are_never_overwritten() {
     let message = fails(1, &["split", "-m", text(&model), "--profile", text(&profile), "-o", text(&dir)]);
     assert!(message.contains("exists") && message.contains("-o"), "{message}");
     let corpus = support::corpus();
-    let message = fails(1, &["calibrate", "-m", text(&model), "--corpus", text(&corpus), "--tokens", "1024", "--window", "128", "-o", text(&profile)]);
+    let message = fails(
+        1,
+        &[
+            "calibrate",
+            "-m",
+            text(&model),
+            "--corpus",
+            text(&corpus),
+            "--tokens",
+            "1024",
+            "--window",
+            "128",
+            "-o",
+            text(&profile),
+        ],
+    );
     assert!(message.contains("exists"), "{message}");
     for (flags, said) in [
         (&["--chunk-neurons", "0"][..], "--chunk-neurons"),

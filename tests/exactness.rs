@@ -203,7 +203,10 @@ fn a_full_context_is_refused_and_leaves_the_sequence_alone() {
     let dir = split(&llama(), "bf16", &["--chunk-neurons", "8"]);
     let mut engine = engine(&dir, request(Mode::Exact, None, 1)).unwrap();
     let before = engine.forward(&prompt(159), Logits::Last).unwrap();
-    assert!(matches!(engine.forward(&prompt(2), Logits::Last), Err(Error::PromptTooLong { prompt_tokens: 161, context: 160 })));
+    assert!(matches!(
+        engine.forward(&prompt(2), Logits::Last),
+        Err(Error::PromptTooLong { prompt_tokens: 161, context: 160 })
+    ));
     assert!(matches!(engine.forward(&[300], Logits::Last), Err(Error::Setting { .. })));
     assert_eq!(engine.len(), 159);
     engine.forward(&[5], Logits::Last).unwrap();
@@ -236,4 +239,18 @@ fn cache_and_lookahead_change_no_bit() {
         foreseen += account.chunks_foreseen_used;
     }
     assert!(hits > 0 && misses > 0 && foreseen > 0, "{hits} {misses} {foreseen}");
+}
+
+/// Compressed chunks, and chunks of one neuron, through buffers that hold a fraction of a layer.
+#[test]
+fn compressed_chunks_stream_to_the_same_bits() {
+    let dir = split(&medium(), "bf16", &["--chunk-neurons", "16", "--zstd-level", "1"]);
+    let expected = bits(&trajectory(&mut engine(&dir, request(Mode::Exact, None, 2)).unwrap()));
+    let (least, all) = budget_range(&dir, Mode::Exact);
+    for budget in [least, (least + all) / 2, all - 1] {
+        let mut streamed = engine(&dir, request(Mode::Exact, Some(budget), 3)).unwrap();
+        assert!(streamed.plan().streams());
+        assert!(bits(&trajectory(&mut streamed)) == expected, "{budget}");
+        assert!(streamed.account().bytes.disk > 0);
+    }
 }

@@ -7,7 +7,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use support::{BINARY, budget_range, engine, fails, files, llama, medium, model, ok, profile, request, split, text, thermocline};
+use support::{
+    BINARY, budget_range, engine, fails, files, llama, medium, model, ok, profile, request, split, text, thermocline,
+};
 use thermocline_runtime::{Error, Logits, Mode};
 
 /// Spreads kills over the time that the whole run takes.
@@ -50,7 +52,21 @@ fn killed_splits_resume_to_the_same_bytes() {
     let (model, profile, folder) = (model(&medium()), profile(&medium()), tempfile::TempDir::new().unwrap());
     let whole = split(&medium(), "q4", &["--chunk-neurons", "4", "--order", "random"]);
     let out = folder.path().join("split");
-    let args = ["split", "-m", text(&model), "--profile", text(&profile), "--encoding", "q4", "--chunk-neurons", "4", "--order", "random", "-o", text(&out)];
+    let args = [
+        "split",
+        "-m",
+        text(&model),
+        "--profile",
+        text(&profile),
+        "--encoding",
+        "q4",
+        "--chunk-neurons",
+        "4",
+        "--order",
+        "random",
+        "-o",
+        text(&out),
+    ];
     kill_until_done(&args, &out, &|dir| {
         for ((name, got), (expected_name, expected)) in files(dir).into_iter().zip(files(&whole)) {
             assert!(name == expected_name && got == expected, "{name} differs");
@@ -64,7 +80,20 @@ fn killed_calibrations_resume_to_the_same_bytes() {
     let (model, corpus, folder) = (model(&medium()), support::corpus(), tempfile::TempDir::new().unwrap());
     let whole = profile(&medium());
     let out = folder.path().join("profile");
-    let args = ["calibrate", "-m", text(&model), "--corpus", text(&corpus), "--tokens", "1024", "--window", "128", "--resume", "-o", text(&out)];
+    let args = [
+        "calibrate",
+        "-m",
+        text(&model),
+        "--corpus",
+        text(&corpus),
+        "--tokens",
+        "1024",
+        "--window",
+        "128",
+        "--resume",
+        "-o",
+        text(&out),
+    ];
     kill_until_done(&args, &out, &|dir| {
         assert_eq!(files(dir).len(), files(&whole).len());
         for ((name, got), (expected_name, expected)) in files(dir).into_iter().zip(files(&whole)) {
@@ -105,7 +134,19 @@ fn a_second_writer_is_told_that_the_output_is_locked() {
     let folder = tempfile::TempDir::new().unwrap();
     let (a, b) = (folder.path().join("split"), folder.path().join("profile"));
     let splitting = ["split", "-m", text(&model), "--profile", text(&profile), "-o", text(&a)];
-    let calibrating = ["calibrate", "-m", text(&model), "--corpus", text(&corpus), "--tokens", "1024", "--window", "128", "-o", text(&b)];
+    let calibrating = [
+        "calibrate",
+        "-m",
+        text(&model),
+        "--corpus",
+        text(&corpus),
+        "--tokens",
+        "1024",
+        "--window",
+        "128",
+        "-o",
+        text(&b),
+    ];
     for (args, work, out, said) in [
         (&splitting[..], "split.partial/identity.json", &a, "another process"),
         (&calibrating[..], "profile.work/hidden-0.f32", &b, "locked by another process"),
@@ -130,8 +171,23 @@ fn a_write_that_fails_half_way_can_be_resumed() {
     let folder = tempfile::TempDir::new().unwrap();
     let (a, b) = (folder.path().join("split"), folder.path().join("profile"));
     let splitting = ["split", "-m", text(&model), "--profile", text(&profile), "--encoding", "bf16", "-o", text(&a)];
-    let calibrating = ["calibrate", "-m", text(&model), "--corpus", text(&corpus), "--tokens", "1024", "--window", "128", "--resume", "-o", text(&b)];
-    for (args, out, blocks) in [(&splitting[..], &a, 3100), (&splitting, &a, 100), (&calibrating, &b, 900), (&calibrating, &b, 3000)] {
+    let calibrating = [
+        "calibrate",
+        "-m",
+        text(&model),
+        "--corpus",
+        text(&corpus),
+        "--tokens",
+        "1024",
+        "--window",
+        "128",
+        "--resume",
+        "-o",
+        text(&b),
+    ];
+    for (args, out, blocks) in
+        [(&splitting[..], &a, 3100), (&splitting, &a, 100), (&calibrating, &b, 900), (&calibrating, &b, 3000)]
+    {
         let failed = with_file_limit(blocks, args);
         assert_eq!(failed.code, Some(1), "{blocks}: {}", failed.stderr);
         assert!(failed.stderr.contains(text(folder.path())), "{}", failed.stderr);
@@ -141,7 +197,10 @@ fn a_write_that_fails_half_way_can_be_resumed() {
     ok(&calibrating);
     let expected = split(&medium(), "bf16", &[]);
     assert!(files(&a) == files(&expected));
-    assert!(fs::read(b.join("statistics.safetensors")).unwrap() == fs::read(profile.join("statistics.safetensors")).unwrap());
+    assert!(
+        fs::read(b.join("statistics.safetensors")).unwrap()
+            == fs::read(profile.join("statistics.safetensors")).unwrap()
+    );
 }
 
 #[test]
@@ -192,7 +251,10 @@ fn a_file_cut_while_it_is_in_use_is_an_error_and_mending_it_mends_the_engine() {
         fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(len as u64).unwrap();
         let error = first_error(&mut engine);
         let named = matches!(&error, Error::ModelChanged { path: p, .. } if *p == path);
-        assert!(named || matches!(error, Error::Split(thermocline_split::Error::CorruptChunk { layer: 1, .. })), "{error}");
+        assert!(
+            named || matches!(error, Error::Split(thermocline_split::Error::CorruptChunk { layer: 1, .. })),
+            "{error}"
+        );
         // Written in place: the engine's open file sees it. No buffer was lost, however often it failed.
         for _ in 0..20 {
             assert!(engine.forward(&[9], Logits::Last).is_err());
@@ -236,7 +298,7 @@ fn sparse_mode_survives_failed_reads_too() {
     let budget = least + (all - least) / 3;
     let mut engine = engine(&dir, request(mode, Some(budget), 2)).unwrap();
     let tokens = [5, 60, 7, 80, 9, 100];
-    let mut answer = |engine: &mut thermocline_runtime::Engine| -> Result<Vec<u32>, Error> {
+    let answer = |engine: &mut thermocline_runtime::Engine| -> Result<Vec<u32>, Error> {
         engine.clear();
         let logits: Result<Vec<_>, Error> = tokens.iter().map(|t| engine.forward(&[*t], Logits::Last)).collect();
         Ok(logits?.concat().iter().map(|l| l.to_bits()).collect())
@@ -248,7 +310,10 @@ fn sparse_mode_survives_failed_reads_too() {
         fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(200_000).unwrap();
         // Other tokens: what the cache holds is no longer read.
         let error = (0..200u32).find_map(|t| engine.forward(&[3 + t], Logits::Last).err());
-        assert!(matches!(error, Some(Error::ModelChanged { .. } | Error::Split(_) | Error::PromptTooLong { .. })), "{error:?}");
+        assert!(
+            matches!(error, Some(Error::ModelChanged { .. } | Error::Split(_) | Error::PromptTooLong { .. })),
+            "{error:?}"
+        );
         fs::write(&path, &good).unwrap();
         assert!(answer(&mut engine).unwrap() == expected);
     }

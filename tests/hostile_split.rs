@@ -7,7 +7,7 @@ mod support;
 use std::fs;
 use std::path::{Path, PathBuf};
 use support::forge::{self, Layer};
-use support::{copy, fails, json, llama, model, needed_bytes, ok, profile, qwen_relu, request, split, text};
+use support::{copy, fails, json, llama, medium, model, needed_bytes, ok, profile, qwen_relu, request, split, text};
 use thermocline_runtime::Mode;
 use thermocline_split::{Error, LayerFile, Split};
 
@@ -28,7 +28,9 @@ fn refused(dir: &Path, path: &Path, what: &str) -> Error {
 }
 
 fn refused_by_the_program(dir: &Path, named: &str) {
-    for verb in [&["run", "-p", "a", "-n", "2", "-m", text(dir)][..], &["inspect", text(dir)], &["plan", "-m", text(dir)]] {
+    for verb in
+        [&["run", "-p", "a", "-n", "2", "-m", text(dir)][..], &["inspect", text(dir)], &["plan", "-m", text(dir)]]
+    {
         let message = fails(4, verb);
         assert!(message.contains(named), "{verb:?}: {message}");
     }
@@ -96,15 +98,17 @@ fn every_file_cut_longer_or_missing_is_found() {
 
 #[test]
 fn every_damaged_chunk_is_named_by_layer_and_neurons() {
-    let compressed = split(&qwen_relu(), "bf16", &["--chunk-neurons", "24", "--zstd-level", "3"]);
-    for (dir, neurons) in [(whole(), 8), (compressed, 24)] {
+    // The tiny model compressed is smaller than the buffers of a stream.
+    let compressed = split(&medium(), "bf16", &["--chunk-neurons", "16", "--zstd-level", "1"]);
+    for (dir, made, neurons) in [(whole(), llama(), 8), (compressed, medium(), 16)] {
         let (_guard, dir) = copy(&dir);
-        let source = if neurons == 8 { model(&llama()) } else { model(&qwen_relu()) };
+        let (source, n) = (model(&made), made.model.intermediate_size / neurons);
         let resident = ["run", "-m", text(&dir), "-p", "the lake", "-n", "3", "--ignore-eos"];
         let budget = format!("{}B", needed_bytes(&resident));
-        let streamed = ["run", "-m", text(&dir), "-p", "the lake", "-n", "3", "--ignore-eos", "--ram-budget", &budget, "--json"];
+        let streamed =
+            ["run", "-m", text(&dir), "-p", "the lake", "-n", "3", "--ignore-eos", "--ram-budget", &budget, "--json"];
         assert!(json(&streamed)["bytes_per_token"]["disk"].as_u64().unwrap() > 0, "the budget streams");
-        for (layer, chunk) in [(0, 0), (0, 192 / neurons - 1), (1, 192 / neurons / 2)] {
+        for (layer, chunk) in [(0, 0), (0, n - 1), (1, n / 2)] {
             let path = dir.join(format!("layers/{layer:03}.thm"));
             let good = Layer::read(&path);
             let mut bad = Layer { bytes: good.bytes.clone() };
@@ -115,7 +119,10 @@ fn every_damaged_chunk_is_named_by_layer_and_neurons() {
             let named = format!("layer {layer}, neurons {}..{}", chunk * neurons, (chunk + 1) * neurons);
             for args in [&resident[..], &streamed, &["verify", text(&dir), "-m", text(&source)]] {
                 let message = fails(4, args);
-                assert!(message.contains(&named) && message.contains(&format!("{layer:03}.thm")), "{args:?}: {message}");
+                assert!(
+                    message.contains(&named) && message.contains(&format!("{layer:03}.thm")),
+                    "{args:?}: {message}"
+                );
             }
             good.write(&path);
         }
@@ -140,7 +147,10 @@ fn damaged_tensors_are_named() {
             let mut bad = good.clone();
             bad[(tensor.offset + tensor.bytes / 2) as usize] ^= 1;
             fs::write(file.path(), bad).unwrap();
-            for args in [&[&["run", "-m", text(&dir), "-p", "a", "-n", "2"], flags].concat()[..], &["verify", text(&dir), "-m", text(&checkpoint)]] {
+            for args in [
+                &[&["run", "-m", text(&dir), "-p", "a", "-n", "2"], flags].concat()[..],
+                &["verify", text(&dir), "-m", text(&checkpoint)],
+            ] {
                 let message = fails(4, args);
                 assert!(message.contains(tensor.name.as_str()), "{args:?}: {message}");
             }
@@ -155,7 +165,9 @@ fn forged_orders_are_no_permutations() {
     let path = dir.join("layers/000.thm");
     let good = Layer::read(&path);
     let [order, index, end] = good.tables();
-    for (at, id, said) in [(order, good.u32_at(order + 4), "twice"), (order + 8, 192, "order[2]"), (index - 4, u32::MAX, "order[191]")] {
+    for (at, id, said) in
+        [(order, good.u32_at(order + 4), "twice"), (order + 8, 192, "order[2]"), (index - 4, u32::MAX, "order[191]")]
+    {
         let mut bad = Layer { bytes: good.bytes.clone() };
         bad.put(at, &id.to_le_bytes()).seal(end).write(&path);
         assert!(refused(&dir, &path, said).to_string().contains(said));
@@ -170,19 +182,24 @@ fn forged_headers_and_indices_are_refused_before_anything_is_allocated() {
     let good = Layer::read(&path);
     let [_, index, end] = good.tables();
     let header: &[(usize, &[u32])] = &[
-        (8, &[0, 2, u32::MAX]),          // version
-        (12, &[1, u32::MAX]),            // layer
+        (8, &[0, 2, u32::MAX]),             // version
+        (12, &[1, u32::MAX]),               // layer
         (16, &[0, 191, 1 << 24, u32::MAX]), // n_neurons
-        (20, &[0, 32, 1 << 20, u32::MAX]), // hidden_size
-        (24, &[0, 2, 9, u32::MAX]),      // encoding
-        (28, &[0, 7, 193, u32::MAX]),    // chunk_neurons
-        (32, &[0, 23, u32::MAX]),        // n_chunks
-        (36, &[0, 1, u32::MAX]),         // bundle_bytes
-        (40, &[0, 80, u32::MAX]),        // data_offset
-        (48, &[0, u32::MAX]),            // file_bytes
+        (20, &[0, 32, 1 << 20, u32::MAX]),  // hidden_size
+        (24, &[0, 2, 9, u32::MAX]),         // encoding
+        (28, &[0, 7, 193, u32::MAX]),       // chunk_neurons
+        (32, &[0, 23, u32::MAX]),           // n_chunks
+        (36, &[0, 1, u32::MAX]),            // bundle_bytes
+        (40, &[0, 80, u32::MAX]),           // data_offset
+        (48, &[0, u32::MAX]),               // file_bytes
     ];
-    let entries: &[(usize, &[u32])] =
-        &[(0, &[0, 1, u32::MAX]), (4, &[u32::MAX]), (8, &[0, 1, u32::MAX]), (12, &[1, 2, u32::MAX]), (16, &[0, 9, u32::MAX])];
+    let entries: &[(usize, &[u32])] = &[
+        (0, &[0, 1, u32::MAX]),
+        (4, &[u32::MAX]),
+        (8, &[0, 1, u32::MAX]),
+        (12, &[1, 2, u32::MAX]),
+        (16, &[0, 9, u32::MAX]),
+    ];
     let entries = entries.iter().flat_map(|(at, v)| [(index + at, *v), (index + 32 * 11 + at, *v)]);
     for (at, values) in header.iter().copied().chain(entries) {
         for value in values {
@@ -210,7 +227,9 @@ fn forged_chunks_that_are_no_frames_are_found_when_they_are_read() {
     let path = dir.join("layers/000.thm");
     let good = Layer::read(&path);
     let place = good.chunk(2);
-    for (at, value) in [(place.start, 0), (place.start + 4, 0xff), (place.end - 1, 0x55), ((place.start + place.end) / 2, 0xaa)] {
+    for (at, value) in
+        [(place.start, 0), (place.start + 4, 0xff), (place.end - 1, 0x55), ((place.start + place.end) / 2, 0xaa)]
+    {
         let mut bad = Layer { bytes: good.bytes.clone() };
         bad.bytes[at] ^= value | 1;
         let end = bad.tables()[2];
@@ -236,10 +255,15 @@ fn forged_manifests_are_refused() {
         let mode = Mode::Sparse { active: 0.5 };
         let result = support::engine(&dir, request(mode, Some(800_000), 2));
         assert!(result.is_err(), "{what}: loaded");
-        let message = fails(4, &["run", "-m", text(&dir), "-p", "a", "-n", "2", "--mode", "sparse", "--ram-budget", &budget, "-t", "1"]);
+        let message = fails(
+            4,
+            &["run", "-m", text(&dir), "-p", "a", "-n", "2", "--mode", "sparse", "--ram-budget", &budget, "-t", "1"],
+        );
         assert!(message.contains(text(&dir)), "{what}: {message}");
     };
-    for name in ["../../etc/passwd", "/etc/passwd", "layers/../../x", "", ".", "layers//000.thm", "..\\x", "./layers/000.thm"] {
+    for name in
+        ["../../etc/passwd", "/etc/passwd", "layers/../../x", "", ".", "layers//000.thm", "..\\x", "./layers/000.thm"]
+    {
         forged(name, &|m| m.layers[0].file = name.to_owned());
         forged(name, &|m| m.resident.file = name.to_owned());
         forged(name, &|m| m.files[0].file = name.to_owned());

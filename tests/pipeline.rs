@@ -24,11 +24,18 @@ fn through(made: &Made, encoding: &str, more: &[&str]) -> Value {
     let proof = json(&["verify", text(&dir), "-m", text(&checkpoint), "--json"]);
     numbers(&proof, 1.0, &["n_weights", "n_chunks"]);
     assert_eq!(proof["violations"], serde_json::json!([]));
-    assert_eq!(proof["tensors"].as_array().unwrap().len(), thermocline_datasets::architectures::tensors(&made.model.config()).len());
+    assert_eq!(
+        proof["tensors"].as_array().unwrap().len(),
+        thermocline_datasets::architectures::tensors(&made.model.config()).len()
+    );
     let inside = json(&["inspect", text(&dir), "--json"]);
     assert_eq!((&inside["kind"], &inside["packing"]["ffn_encoding"]), (&"split".into(), &encoding.into()));
     assert_eq!(inside["layers"].as_array().unwrap().len(), made.model.n_layers);
-    numbers(&inside, 1.0, &["dense_bytes", "resident_bytes", "predictor_bytes", "config.hidden_size", "packing.chunk_neurons"]);
+    numbers(
+        &inside,
+        1.0,
+        &["dense_bytes", "resident_bytes", "predictor_bytes", "config.hidden_size", "packing.chunk_neurons"],
+    );
     let plan = json(&["plan", "-m", text(&dir), "-t", "2", "--json"]);
     numbers(&plan, 1.0, &["plan.total_bytes", "plan.dense_bytes", "predicted.tok_s", "hardware.ram_bytes_per_second"]);
     numbers(&plan, 0.0, &["plan.disk_bytes_per_token", "plan.hot_bytes", "plan.cache_bytes"]);
@@ -43,14 +50,19 @@ fn through(made: &Made, encoding: &str, more: &[&str]) -> Value {
 }
 
 fn answers(dir: &Path, more: &[&str]) {
-    let given = ["run", "-m", text(dir), "-p", "the lake", "-n", "12", "--temp", "0", "--ignore-eos", "-t", "2", "--json"];
+    let given =
+        ["run", "-m", text(dir), "-p", "the lake", "-n", "12", "--temp", "0", "--ignore-eos", "-t", "2", "--json"];
     let run = json(&[&given, more].concat());
     numbers(&run, 1.0, &["prompt_tokens", "peak_rss_bytes", "bytes_per_token.host", "decode_tok_s", "prompt_tok_s"]);
     numbers(&run, 0.0, &["bytes_per_token.device", "bytes_per_token.cache", "bytes_per_token.disk", "limit_share"]);
     assert_eq!((run["tokens"].as_array().unwrap().len(), &run["finish_reason"]), (12, &"length".into()));
     assert!(run["tokens"].as_array().unwrap().iter().all(|t| t.as_u64().unwrap() < 300));
     assert!(run["text"].is_string() && run["mode"]["mode"] == more[1]);
-    assert_eq!(run, { let mut same = run.clone(); same["tokens"] = run["tokens"].clone(); same });
+    assert_eq!(run, {
+        let mut same = run.clone();
+        same["tokens"] = run["tokens"].clone();
+        same
+    });
 }
 
 /// Exactness of the tensors whose names contain `part`.
@@ -144,7 +156,21 @@ fn shards_merge_to_the_whole_profile() {
     let shards: Vec<_> = (0..3).map(|i| dir.path().join(format!("shard-{i}"))).collect();
     for (i, shard) in shards.iter().enumerate() {
         let part = format!("{i}/3");
-        ok(&["calibrate", "-m", text(&model), "--corpus", text(&corpus), "--tokens", "1024", "--window", "128", "--shard", &part, "-o", text(shard)]);
+        ok(&[
+            "calibrate",
+            "-m",
+            text(&model),
+            "--corpus",
+            text(&corpus),
+            "--tokens",
+            "1024",
+            "--window",
+            "128",
+            "--shard",
+            &part,
+            "-o",
+            text(shard),
+        ]);
     }
     ok(&["calibrate", "merge", text(&shards[1]), text(&shards[2]), text(&shards[0]), "-o", text(&merged)]);
     let statistics = |dir: &Path| std::fs::read(dir.join("statistics.safetensors")).unwrap();
@@ -158,7 +184,20 @@ fn shards_merge_to_the_whole_profile() {
 fn calibrate_reports_what_it_did() {
     let dir = tempfile::TempDir::new().unwrap();
     let (model, corpus, out) = (model(&llama()), support::corpus(), dir.path().join("p"));
-    let report = json(&["calibrate", "-m", text(&model), "--corpus", text(&corpus), "--tokens", "256", "--window", "64", "-o", text(&out), "--json"]);
+    let report = json(&[
+        "calibrate",
+        "-m",
+        text(&model),
+        "--corpus",
+        text(&corpus),
+        "--tokens",
+        "256",
+        "--window",
+        "64",
+        "-o",
+        text(&out),
+        "--json",
+    ]);
     numbers(&report, 1.0, &["n_tokens", "flops", "memory_bound_bytes", "peak_rss_bytes"]);
     assert_eq!(report["n_tokens"], 256);
     assert_eq!(json(&["inspect", text(&model), "--json"])["kind"], "checkpoint");

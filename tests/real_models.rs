@@ -30,11 +30,25 @@ fn through(name: &str) {
     let folder = tempfile::TempDir::new().unwrap();
     let (profile, dir) = (folder.path().join("profile"), folder.path().join("split"));
     let corpus = support::corpus();
-    ok(&["calibrate", "-m", text(&model), "--corpus", text(&corpus), "--tokens", "512", "--window", "256", "-o", text(&profile)]);
+    ok(&[
+        "calibrate",
+        "-m",
+        text(&model),
+        "--corpus",
+        text(&corpus),
+        "--tokens",
+        "512",
+        "--window",
+        "256",
+        "-o",
+        text(&profile),
+    ]);
     ok(&["split", "-m", text(&model), "--profile", text(&profile), "--encoding", "q4", "-o", text(&dir)]);
     let proof = json(&["verify", text(&dir), "-m", text(&model), "--json"]);
     assert_eq!(proof["violations"], serde_json::json!([]));
-    for (i, prompt) in ["The lake is deepest", "fn main() {", "Water is densest at four degrees, so"].into_iter().enumerate() {
+    for (i, prompt) in
+        ["The lake is deepest", "fn main() {", "Water is densest at four degrees, so"].into_iter().enumerate()
+    {
         let whole = run(&dir, prompt, "256", "auto", &[]);
         let dense = whole["plan"]["dense_bytes"].as_u64().unwrap();
         let share = [2, 4, 2][i];
@@ -42,7 +56,8 @@ fn through(name: &str) {
         let half = run(&dir, prompt, "256", &budget, &[]);
         assert_eq!(half["tokens"].as_array().unwrap().len(), 256);
         assert_eq!(half["tokens"], whole["tokens"], "{name}: {prompt} in 1/{share}");
-        let (peak, disk) = (half["peak_rss_bytes"].as_u64().unwrap(), half["bytes_per_token"]["disk"].as_u64().unwrap());
+        let (peak, disk) =
+            (half["peak_rss_bytes"].as_u64().unwrap(), half["bytes_per_token"]["disk"].as_u64().unwrap());
         assert!(peak <= dense / share + SLACK_BYTES && disk > 0, "{name}: peak {peak} of {budget}, {disk} from disk");
         if i == 0 {
             let sparse = ["--mode", "sparse", "--active", "0.5"];

@@ -323,3 +323,70 @@ fn fill(run: &Run, mut buffer: Buffer) -> Result<Staged> {
     let range = if in_place { range } else { 0..out };
     Ok(Staged { buffer, range, decoded: !in_place })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    const LEN: usize = 64 << 10;
+
+    fn byte(i: usize) -> u8 {
+        (i * 31 + i / 251) as u8
+    }
+
+    fn file() -> (tempfile::NamedTempFile, Arc<DirectFile>) {
+        let mut file = tempfile::NamedTempFile::new_in(".").expect("a temporary file");
+        file.write_all(&(0..LEN).map(byte).collect::<Vec<u8>>()).expect("written");
+        let direct = Arc::new(DirectFile::open(file.path()).expect("opened"));
+        (file, direct)
+    }
+
+    fn run(file: &Arc<DirectFile>, offset: usize, len: usize) -> Run {
+        Run { file: Arc::clone(file), offset: offset as u64, len, chunks: None }
+    }
+
+    #[test]
+    fn concurrent_requests_each_get_their_own_bytes() {
+        let (_guard, file) = file();
+        let fetcher = Fetcher::new(4, 6, 9000, 0);
+        let place = |i: usize| (i * 7919 % (LEN - 9000), 1 + i * 613 % 9000);
+        let mut tickets = VecDeque::new();
+        for i in 0..400 {
+            let (offset, len) = place(i);
+            while let (Some((j, ticket)), true) = (tickets.front().copied(), tickets.len() == 6) {
+                let (offset, len) = place(j);
+                let staged = fetcher.wait(ticket).expect("read");
+                assert!(staged.bytes().iter().copied().eq((offset..offset + len).map(byte)), "request {j}");
+                fetcher.release(staged);
+                tickets.pop_front();
+            }
+            tickets.push_back((i, fetcher.try_submit(&run(&file, offset, len)).expect("a free buffer")));
+        }
+        assert!(fetcher.try_submit(&run(&file, 0, 1)).is_none(), "all buffers are taken");
+        tickets.into_iter().for_each(|(_, ticket)| fetcher.discard(ticket));
+        assert_eq!(fetcher.n_free(), 6);
+    }
+
+    #[test]
+    fn errors_lose_no_buffers() {
+        let (guard, file) = file();
+        let fetcher = Fetcher::new(2, 5, 9000, 0);
+        for cut in [0, 100, 4096, 4097, 12_000] {
+            guard.as_file().set_len(cut).expect("cut");
+            for _ in 0..10 {
+                let tickets: Vec<Ticket> = (0..5)
+                    .map(|i| fetcher.try_submit(&run(&file, 9000 + i * 700, 9000)).expect("a free buffer"))
+                    .collect();
+                for ticket in tickets {
+                    match fetcher.wait(ticket) {
+                        Err(Error::ModelChanged { expected: 9000, got, .. }) => assert!(got <= 3000, "{got}"),
+                        other => panic!("{cut}: {other:?}"),
+                    }
+                }
+                fetcher.recover();
+                assert_eq!(fetcher.n_free(), 5);
+            }
+        }
+    }
+}

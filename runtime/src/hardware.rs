@@ -1,7 +1,7 @@
 //! What this machine can do, measured.
 
-use crate::fetch::{DirectFile, Fetcher, Run};
 use crate::Result;
+use crate::fetch::{DirectFile, Fetcher, Run};
 use serde::Serialize;
 use std::path::Path;
 use std::sync::Arc;
@@ -78,10 +78,12 @@ fn best_pass(memory: &[u8], mut pass: impl FnMut()) -> f64 {
 pub fn ram_speed(pool: &mut Pool, memory: &[u8]) -> f64 {
     let piece = 1 << 18;
     let mut sums = vec![0.0f32; memory.len().div_ceil(piece)];
-    best_pass(memory, || pool.for_each_chunk(&mut sums, 1, |i, sum| {
-        let bytes = &memory[i * piece..((i + 1) * piece).min(memory.len())];
-        sum[0] = ops::sum_bytes(bytes);
-    }))
+    best_pass(memory, || {
+        pool.for_each_chunk(&mut sums, 1, |i, sum| {
+            let bytes = &memory[i * piece..((i + 1) * piece).min(memory.len())];
+            sum[0] = ops::sum_bytes(bytes);
+        })
+    })
 }
 
 /// Bytes a second of the feed-forward kernel on bundles that lie in RAM.
@@ -92,13 +94,17 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     let x = vec![0.5f32; layout.hidden_size()];
     let mut sums = vec![0.0f32; 64 * layout.hidden_size()];
     let per_task = n.div_ceil(64);
-    best_pass(used, || pool.for_each_chunk(&mut sums, layout.hidden_size(), |task, y| {
-        let (from, to) = ((task * per_task).min(n), ((task + 1) * per_task).min(n));
-        for bundle in used[from * layout.bundle_bytes()..to * layout.bundle_bytes()].chunks_exact(layout.bundle_bytes()) {
-            let (g, u) = kernels.pre_activations(layout, bundle, &x);
-            kernels.axpy(layout.encoding(), layout.row(bundle, 2), g + u + 1.0, y);
-        }
-    }))
+    best_pass(used, || {
+        pool.for_each_chunk(&mut sums, layout.hidden_size(), |task, y| {
+            let (from, to) = ((task * per_task).min(n), ((task + 1) * per_task).min(n));
+            for bundle in
+                used[from * layout.bundle_bytes()..to * layout.bundle_bytes()].chunks_exact(layout.bundle_bytes())
+            {
+                let (g, u) = kernels.pre_activations(layout, bundle, &x);
+                kernels.axpy(layout.encoding(), layout.row(bundle, 2), g + u + 1.0, y);
+            }
+        })
+    })
 }
 
 /// Bytes a second of reading files in runs, with the readers and buffers that a run would use. The best of three.

@@ -1,10 +1,10 @@
 //! Embedding, attention and head matrices, in memory as far as the budget goes, the rest streamed by rows.
 
+use crate::Result;
 use crate::account::Account;
 use crate::fetch::{DirectFile, Fetcher, Run};
 use crate::prefill::MatrixBatch;
 use crate::stream::Stream;
-use crate::Result;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -47,8 +47,7 @@ impl Matrix {
         // The checksum covers the whole tensor: what will be streamed is checked now, once.
         file.read_start(entry, &mut pinned[..pinned_rows * row_bytes])?;
         let per_run = (run_bytes / row_bytes).max(1);
-        let streamed =
-            (pinned_rows..entry.rows).step_by(per_run).map(|r| r..(r + per_run).min(entry.rows)).collect();
+        let streamed = (pinned_rows..entry.rows).step_by(per_run).map(|r| r..(r + per_run).min(entry.rows)).collect();
         Ok(Self { entry: entry.clone(), encoding, pinned, pinned_rows, streamed })
     }
 

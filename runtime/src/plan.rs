@@ -3,8 +3,8 @@
 use crate::attention::{Rope, batch_scratch_bytes};
 use crate::budget::format_bytes;
 use crate::cache::NeuronCache;
-use crate::ffn::FfnSums;
 use crate::fetch::Fetcher;
+use crate::ffn::FfnSums;
 use crate::hardware::{Hardware, StagingShape};
 use crate::kv::KvCache;
 use crate::prefill::{FfnBatch, PIECE};
@@ -344,7 +344,8 @@ fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize,
         let name = format!("layers.{l}.activation_rate");
         let rate = split.statistics().read_f32(&name)?;
         if rate.len() != n {
-            let (path, reason) = (split.statistics().path().to_owned(), format!("{} rates for {n} neurons", rate.len()));
+            let (path, reason) =
+                (split.statistics().path().to_owned(), format!("{} rates for {n} neurons", rate.len()));
             return Err(thermocline_split::Error::Corrupt { path, field: name, reason }.into());
         }
         rates.extend(rate.into_iter().map(|r| (r, l)));

@@ -65,8 +65,7 @@ impl Predictor {
     /// as zero: a broken predictor costs accuracy, never a crash.
     pub(crate) fn scores(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], scores: &mut [f32]) {
         let mut z = vec![0.0; self.rank];
-        let input =
-            MatrixRef { encoding: Encoding::Q8, rows: self.rank, columns: self.hidden_size, data: &self.input };
+        let input = MatrixRef { encoding: Encoding::Q8, rows: self.rank, columns: self.hidden_size, data: &self.input };
         gemv(kernels, pool, input, x, &mut z);
         let ffn = scores.len();
         let columns = ffn.next_multiple_of(GROUP);

@@ -58,7 +58,10 @@ impl Trace {
                 let (index, chunk_neurons) = (file.index(), file.chunk_neurons());
                 let mut last_chunk = usize::MAX;
                 let row = &bits[token * width..(token + 1) * width];
-                let ones = row.iter().enumerate().flat_map(|(i, b)| (0..8).filter(move |j| b >> j & 1 == 1).map(move |j| i * 8 + j));
+                let ones = row
+                    .iter()
+                    .enumerate()
+                    .flat_map(|(i, b)| (0..8).filter(move |j| b >> j & 1 == 1).map(move |j| i * 8 + j));
                 for n in ones {
                     sum.active += counted;
                     if n < hot[l] {

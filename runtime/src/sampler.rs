@@ -25,15 +25,7 @@ pub struct SamplerSettings {
 
 impl Default for SamplerSettings {
     fn default() -> Self {
-        Self {
-            temperature: 0.8,
-            top_k: 40,
-            top_p: 0.95,
-            min_p: 0.05,
-            repeat_penalty: 1.0,
-            repeat_last_n: 64,
-            seed: 0,
-        }
+        Self { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.05, repeat_penalty: 1.0, repeat_last_n: 64, seed: 0 }
     }
 }
 
@@ -80,8 +72,7 @@ impl Sampler {
             return self.choose(logits);
         }
         let mut logits = logits.to_vec();
-        let mut penalised: Vec<u32> =
-            self.recent[self.recent.len().saturating_sub(s.repeat_last_n)..].to_vec();
+        let mut penalised: Vec<u32> = self.recent[self.recent.len().saturating_sub(s.repeat_last_n)..].to_vec();
         penalised.sort_unstable();
         penalised.dedup();
         for &t in &penalised {
@@ -193,7 +184,10 @@ mod tests {
         assert_eq!((sampler.sample(&[1.0, 0.9]), sampler.sample(&[1.0, 0.9])), (0, 1));
         let settings = SamplerSettings { seed: 7, ..Default::default() };
         assert_eq!(counts(settings, &[0.1, 0.2, 0.3]), counts(settings, &[0.1, 0.2, 0.3]));
-        assert_ne!(counts(settings, &[0.1, 0.2, 0.3]), counts(SamplerSettings { seed: 8, ..settings }, &[0.1, 0.2, 0.3]));
+        assert_ne!(
+            counts(settings, &[0.1, 0.2, 0.3]),
+            counts(SamplerSettings { seed: 8, ..settings }, &[0.1, 0.2, 0.3])
+        );
     }
 
     #[test]

@@ -209,7 +209,8 @@ fn resident_matrices(checkpoint: &dyn Checkpoint) -> Vec<String> {
     let config = checkpoint.config();
     let mut names = vec!["model.embed_tokens.weight".to_owned()];
     for l in 0..config.n_layers {
-        names.extend(["q_proj", "k_proj", "v_proj", "o_proj"].map(|p| format!("model.layers.{l}.self_attn.{p}.weight")));
+        names
+            .extend(["q_proj", "k_proj", "v_proj", "o_proj"].map(|p| format!("model.layers.{l}.self_attn.{p}.weight")));
     }
     if !config.tie_word_embeddings {
         names.push("lm_head.weight".to_owned());
@@ -230,10 +231,8 @@ fn resident_vectors(checkpoint: &dyn Checkpoint) -> Vec<String> {
 }
 
 fn shape(checkpoint: &dyn Checkpoint, name: &str) -> Result<(usize, usize)> {
-    let missing = || thermocline_datasets::Error::MissingTensor {
-        path: checkpoint.path().to_owned(),
-        name: name.to_owned(),
-    };
+    let missing =
+        || thermocline_datasets::Error::MissingTensor { path: checkpoint.path().to_owned(), name: name.to_owned() };
     let info = checkpoint.info(name).ok_or_else(missing)?;
     match info.shape.as_slice() {
         [n] => Ok((1, *n)),
@@ -268,7 +267,8 @@ fn write_resident(
             _ => None,
         };
         let importance = statistics.map(|s| {
-            let squares = if name.contains("o_proj") { s.attention_output_mean_square } else { s.qkv_input_mean_square };
+            let squares =
+                if name.contains("o_proj") { s.attention_output_mean_square } else { s.qkv_input_mean_square };
             squares.into_iter().map(|v| v as f32).collect::<Vec<_>>()
         });
         let (rows, columns) = shape(checkpoint, name)?;
@@ -342,6 +342,7 @@ fn expected_bytes(checkpoint: &dyn Checkpoint, layout: &BundleLayout, options: &
         .map(|(rows, columns)| rows * options.resident_encoding.row_stride(columns))
         .sum();
     let predictors = config.n_layers
-        * (options.predictor_rank * config.hidden_size * 2 + 2 * config.intermediate_size * (options.predictor_rank * 2));
+        * (options.predictor_rank * config.hidden_size * 2
+            + 2 * config.intermediate_size * (options.predictor_rank * 2));
     ffn + resident as u64 + predictors as u64 + (16 << 20)
 }

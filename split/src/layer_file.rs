@@ -63,7 +63,11 @@ impl LayerFile {
         let file_bytes = file.metadata().map_err(io(path))?.len();
         let mut header = [0u8; HEADER_BYTES];
         if file_bytes < HEADER_BYTES as u64 {
-            return Err(corrupt(path, "header", format!("the file has {file_bytes} bytes, a header has {HEADER_BYTES}")));
+            return Err(corrupt(
+                path,
+                "header",
+                format!("the file has {file_bytes} bytes, a header has {HEADER_BYTES}"),
+            ));
         }
         file.read_exact_at(&mut header, 0).map_err(io(path))?;
         if header.first_chunk::<8>() != Some(MAGIC) {
@@ -81,7 +85,11 @@ impl LayerFile {
             return Err(corrupt(path, "n_neurons, hidden_size", format!("{n_neurons}, {hidden_size} out of range")));
         }
         if chunk_neurons == 0 || chunk_neurons > n_neurons || n_chunks != n_neurons.div_ceil(chunk_neurons) {
-            return Err(corrupt(path, "chunk_neurons", format!("{chunk_neurons} in {n_chunks} chunks for {n_neurons}")));
+            return Err(corrupt(
+                path,
+                "chunk_neurons",
+                format!("{chunk_neurons} in {n_chunks} chunks for {n_neurons}"),
+            ));
         }
         let layout = Encoding::from_id(encoding)
             .and_then(|e| BundleLayout::new(e, hidden_size as usize))
@@ -94,7 +102,8 @@ impl LayerFile {
         if expected_bytes != file_bytes {
             return Err(corrupt(path, "file_bytes", format!("{file_bytes} bytes, written with {expected_bytes}")));
         }
-        if data_offset != (HEADER_BYTES as u64 + tables as u64).next_multiple_of(DATA_ALIGN) || data_offset > file_bytes {
+        if data_offset != (HEADER_BYTES as u64 + tables as u64).next_multiple_of(DATA_ALIGN) || data_offset > file_bytes
+        {
             return Err(corrupt(path, "data_offset", format!("{data_offset} in a file of {file_bytes} bytes")));
         }
         let mut meta = vec![0u8; HEADER_BYTES - 8 + tables];
@@ -207,7 +216,11 @@ impl LayerFile {
     /// # Errors
     /// If the checksum is wrong.
     pub fn check_chunk(&self, c: usize, stored: &[u8]) -> Result<()> {
-        if self.index.get(c).is_some_and(|e| xxh3_64(stored) == e.checksum) { Ok(()) } else { Err(self.corrupt_chunk(c)) }
+        if self.index.get(c).is_some_and(|e| xxh3_64(stored) == e.checksum) {
+            Ok(())
+        } else {
+            Err(self.corrupt_chunk(c))
+        }
     }
 
     fn corrupt_chunk(&self, c: usize) -> Error {
@@ -256,7 +269,11 @@ fn read_index(
             checksum: u64_at(24),
         };
         if entry.n_neurons != left.min(chunk_neurons) {
-            return Err(corrupt(path, field("n_neurons"), format!("{}, expected {}", entry.n_neurons, left.min(chunk_neurons))));
+            return Err(corrupt(
+                path,
+                field("n_neurons"),
+                format!("{}, expected {}", entry.n_neurons, left.min(chunk_neurons)),
+            ));
         }
         left -= entry.n_neurons;
         let raw = u64::from(entry.n_neurons) * layout.bundle_bytes() as u64;

@@ -1,8 +1,8 @@
 //! `manifest.json`: what is in a split directory and what it was made from.
 
+use crate::Error;
 use crate::error::{Result, corrupt, io};
 use crate::tensor_file::TensorFileEntry;
-use crate::Error;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::Path;
@@ -127,7 +127,8 @@ impl Manifest {
         let bytes = match std::fs::metadata(&path) {
             Ok(metadata) => metadata.len(),
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                let reason = "no such file, so this is no split; `thermocline calibrate` and `thermocline split` make one";
+                let reason =
+                    "no such file, so this is no split; `thermocline calibrate` and `thermocline split` make one";
                 return Err(corrupt(dir, "manifest.json", reason));
             }
             Err(e) => return Err(io(&path)(e)),

@@ -110,8 +110,8 @@ pub fn best_chunk(layers: &[BitMatrix], bundle_bytes: usize) -> usize {
                     test.ones(row).for_each(|id| touched[place[id] / chunk] = true);
                     let reads = touched.chunk_by(|a, b| a == b).filter(|run| run[0]).count();
                     let chunks = touched.iter().filter(|t| **t).count();
-                    seconds += reads as f64 * READ_SECONDS
-                        + (chunks * chunk * bundle_bytes) as f64 / DISK_BYTES_PER_SECOND;
+                    seconds +=
+                        reads as f64 * READ_SECONDS + (chunks * chunk * bundle_bytes) as f64 / DISK_BYTES_PER_SECOND;
                 }
                 seconds
             })

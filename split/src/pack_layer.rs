@@ -1,10 +1,10 @@
 //! Encodes one layer: bundles in split order, predictor factors, statistics.
 
+use crate::Error;
 use crate::build::{SplitOptions, rates};
 use crate::error::Result;
 use crate::manifest::Packing;
 use crate::order::OrderKind;
-use crate::Error;
 use rayon::prelude::*;
 use thermocline_calibrate::{LayerStatistics, predictor};
 use thermocline_datasets::Checkpoint;
@@ -90,10 +90,14 @@ pub(crate) fn pack_layer(
         let mut row = vec![0u8; layout.encoding().row_stride(hidden)];
         let range = id as usize * hidden..(id as usize + 1) * hidden;
         // A down column adds to every output alike: no channel of it counts more than another.
-        let sources = [(&gate, importance.as_deref(), "gate"), (&up, importance.as_deref(), "up"), (&down, None, "down")];
+        let sources =
+            [(&gate, importance.as_deref(), "gate"), (&up, importance.as_deref(), "up"), (&down, None, "down")];
         for (which, (matrix, importance, proj)) in sources.into_iter().enumerate() {
-            pack(layout.encoding(), &matrix[range.clone()], importance, &mut row)
-                .map_err(|source| Error::Pack { tensor: name(proj), row: id as usize, source })?;
+            pack(layout.encoding(), &matrix[range.clone()], importance, &mut row).map_err(|source| Error::Pack {
+                tensor: name(proj),
+                row: id as usize,
+                source,
+            })?;
             layout.set_row(bundle, which, &row);
         }
         Ok::<(), Error>(())
@@ -103,14 +107,8 @@ pub(crate) fn pack_layer(
     let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
         what: "the profile has no second moments; calibrate again without --no-second-moment".to_owned(),
     })?;
-    let fitted = predictor::fit_low_rank(
-        moment,
-        &gate,
-        &up,
-        &norms,
-        checkpoint.config().activation,
-        packing.predictor_rank,
-    )?;
+    let fitted =
+        predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
     let rank = packing.predictor_rank;
     let (gate_lengths, gate_factor) = transposed(&fitted.a_gate, &order, rank);
     let (up_lengths, up_factor) = transposed(&fitted.a_up, &order, rank);
@@ -181,13 +179,7 @@ fn reorder_bits(statistics: &LayerStatistics, order: &[u32]) -> Vec<u8> {
 }
 
 /// Encodes a matrix in memory, row-major `[_, columns]`.
-fn pack_rows(
-    name: &str,
-    m: &[f32],
-    columns: usize,
-    encoding: Encoding,
-    importance: Option<&[f32]>,
-) -> Result<Vec<u8>> {
+fn pack_rows(name: &str, m: &[f32], columns: usize, encoding: Encoding, importance: Option<&[f32]>) -> Result<Vec<u8>> {
     let stride = encoding.row_stride(columns);
     let mut out = vec![0u8; m.len() / columns * stride];
     out.par_chunks_mut(stride).zip(m.par_chunks(columns)).enumerate().try_for_each(|(row, (out, values))| {

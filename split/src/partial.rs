@@ -110,7 +110,8 @@ impl Partial {
         let mut packed = PackedLayer::default();
         for field in packed.parts_mut() {
             let (len, tail) = rest.split_first_chunk::<8>().ok_or_else(|| bad("too short"))?;
-            let (body, tail) = tail.split_at_checked(u64::from_le_bytes(*len) as usize).ok_or_else(|| bad("too short"))?;
+            let (body, tail) =
+                tail.split_at_checked(u64::from_le_bytes(*len) as usize).ok_or_else(|| bad("too short"))?;
             *field = body.to_vec();
             rest = tail;
         }

@@ -53,7 +53,10 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let (p, d) = (&report.prompt_tok_s, &report.decode_tok_s);
     println!("prompt   {:>8.1} tok/s (+- {:.1} %), {} tokens", p.median, 100.0 * p.spread, settings.n_prompt);
     println!("decode   {:>8.1} tok/s (+- {:.1} %), {} tokens", d.median, 100.0 * d.spread, settings.n_gen);
-    println!("planned  {:>8.1} tok/s, bound by the {}; limit {:.1} tok/s", report.predicted.tok_s, report.predicted.bottleneck, report.predicted.limit_tok_s);
+    println!(
+        "planned  {:>8.1} tok/s, bound by the {}; limit {:.1} tok/s",
+        report.predicted.tok_s, report.predicted.bottleneck, report.predicted.limit_tok_s
+    );
     println!("         {}", report.predicted.formula);
     let b = &report.bytes_per_token;
     let disk = report.disk_limit_share.map_or(String::new(), |s| format!(", {:.0} % of the disk limit", 100.0 * s));

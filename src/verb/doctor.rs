@@ -51,8 +51,16 @@ pub fn doctor(args: &Doctor) -> anyhow::Result<()> {
     }
     let gb = 1e9;
     println!("cpu     {}, {} threads, kernels: {}", report.cpu, report.n_threads, report.isas.join(", "));
-    println!("ram     {:.1} GB, {:.1} GB available, {:.1} GB/s", report.ram_total_bytes as f64 / gb, report.ram_available_bytes as f64 / gb, report.ram_bytes_per_second / gb);
-    println!("kernel  {:.1} GB/s of q4 neurons from RAM, decoded and multiplied", report.q4_kernel_bytes_per_second / gb);
+    println!(
+        "ram     {:.1} GB, {:.1} GB available, {:.1} GB/s",
+        report.ram_total_bytes as f64 / gb,
+        report.ram_available_bytes as f64 / gb,
+        report.ram_bytes_per_second / gb
+    );
+    println!(
+        "kernel  {:.1} GB/s of q4 neurons from RAM, decoded and multiplied",
+        report.q4_kernel_bytes_per_second / gb
+    );
     println!("disk    {:.2} GB/s past the page cache, in {}", report.disk_bytes_per_second / gb, report.disk_dir);
     println!("gpu     {}", report.gpu);
     Ok(())

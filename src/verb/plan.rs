@@ -24,8 +24,15 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
         return output::json(&Output { plan, hardware, predicted });
     }
     print(&plan);
-    println!("expected per token: {} from RAM, {} from disk", format_bytes(plan.ram_bytes_per_token), format_bytes(plan.disk_bytes_per_token));
-    println!("expected speed     {:.1} tok/s, bound by the {} ({:.1} tok/s at the physical limit)", predicted.tok_s, predicted.bottleneck, predicted.limit_tok_s);
+    println!(
+        "expected per token: {} from RAM, {} from disk",
+        format_bytes(plan.ram_bytes_per_token),
+        format_bytes(plan.disk_bytes_per_token)
+    );
+    println!(
+        "expected speed     {:.1} tok/s, bound by the {} ({:.1} tok/s at the physical limit)",
+        predicted.tok_s, predicted.bottleneck, predicted.limit_tok_s
+    );
     println!("                   {}", predicted.formula);
     Ok(())
 }
@@ -40,7 +47,10 @@ pub fn print(plan: &Plan) {
     row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
     let expected = match plan.cache_slots {
         0 => String::new(),
-        n => format!("{n} slots; expected to hold {:.0} % of the cold neurons that a token needs", 100.0 * plan.cache_hit_rate),
+        n => format!(
+            "{n} slots; expected to hold {:.0} % of the cold neurons that a token needs",
+            100.0 * plan.cache_hit_rate
+        ),
     };
     row("neuron cache", plan.cache_bytes, expected);
     row("predictors", plan.fixed.predictors, String::new());

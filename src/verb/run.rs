@@ -94,9 +94,9 @@ fn prompt(args: &Run) -> anyhow::Result<String> {
 }
 
 fn chat(args: &Run, split: &Split, tokenizer: &Tokenizer, text: &str) -> anyhow::Result<String> {
-    let template = split.plain_file("chat_template.jinja")?.ok_or_else(|| {
-        Usage("this model has no chat template; leave --chat out".to_owned())
-    })?;
+    let template = split
+        .plain_file("chat_template.jinja")?
+        .ok_or_else(|| Usage("this model has no chat template; leave --chat out".to_owned()))?;
     let mut messages = Vec::new();
     if let Some(system) = &args.system {
         messages.push(ChatMessage::new("system", system));

@@ -47,5 +47,10 @@ fn print(report: &VerifyReport) {
     for t in report.tensors.iter().filter(|t| t.first_not_finite.is_some()) {
         println!("warning: {} has a value that is not finite at index {}", t.name, t.first_not_finite.unwrap_or(0));
     }
-    println!("{} weights and {} chunks checked, {} violations", report.n_weights, report.n_chunks, report.violations.len());
+    println!(
+        "{} weights and {} chunks checked, {} violations",
+        report.n_weights,
+        report.n_chunks,
+        report.violations.len()
+    );
 }
