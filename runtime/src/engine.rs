@@ -222,6 +222,19 @@ impl Engine {
         total as f64 / best
     }
 
+    /// The split's own files, read with this engine's readers and buffers, in bytes a second; `None` if everything is
+    /// in memory.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn measure_disk_speed(&mut self) -> Result<Option<f64>> {
+        let Some(fetcher) = &self.fetcher else { return Ok(None) };
+        self.dense_stream.rewind(fetcher);
+        self.sparse_stream.rewind(fetcher);
+        let files = self.split.layers().iter().map(thermocline_split::LayerFile::path);
+        crate::hardware::read_speed(files, &self.plan.staging, fetcher).map(Some)
+    }
+
     /// Forgets the sequence.
     pub fn clear(&mut self) {
         self.kv.clear();

@@ -83,12 +83,7 @@ pub(crate) struct Speeds {
 /// Measures RAM, and the disk if the engine streams.
 pub(crate) fn measure_speeds(engine: &mut Engine) -> Result<Speeds> {
     let ram = engine.measure_ram_speed();
-    let disk = if engine.plan().streams() {
-        let files = engine.split().layers().iter().map(thermocline_split::LayerFile::path);
-        Some(crate::hardware::disk_speed(files, &engine.plan().staging)?)
-    } else {
-        None
-    };
+    let disk = engine.measure_disk_speed()?;
     Ok(Speeds { ram, disk })
 }
 

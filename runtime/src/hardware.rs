@@ -107,11 +107,20 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     })
 }
 
-/// Bytes a second of reading files in runs, with the readers and buffers that a run would use. The best of three.
+/// Bytes a second of reading files in runs, with readers and buffers of their own. The best of three.
 ///
 /// # Errors
 /// If a file cannot be read.
 pub fn disk_speed<'a>(files: impl Iterator<Item = &'a Path>, shape: &StagingShape) -> Result<f64> {
+    read_speed(files, shape, &Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 0))
+}
+
+/// The same with the readers and buffers of a loaded model, all of which must be free.
+pub(crate) fn read_speed<'a>(
+    files: impl Iterator<Item = &'a Path>,
+    shape: &StagingShape,
+    fetcher: &Fetcher,
+) -> Result<f64> {
     let mut runs = Vec::new();
     let mut total = 0u64;
     for path in files {
@@ -124,17 +133,16 @@ pub fn disk_speed<'a>(files: impl Iterator<Item = &'a Path>, shape: &StagingShap
             total += len as u64;
         }
     }
-    let fetcher = Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 0);
     let mut best = f64::INFINITY;
     for _ in 0..3 {
         let start = Instant::now();
         let mut stream = crate::stream::Stream::new(runs.clone(), 0);
         for _ in 0..runs.len() {
-            let staged = stream.take(&fetcher)?;
+            let staged = stream.take(fetcher)?;
             fetcher.release(staged);
         }
         best = best.min(start.elapsed().as_secs_f64());
-        stream.rewind(&fetcher);
+        stream.rewind(fetcher);
     }
     Ok(total as f64 / best)
 }

@@ -86,6 +86,24 @@ pub fn split(
     out: &Path,
     progress: &dyn Fn(usize, usize),
 ) -> Result<SplitReport> {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    build(checkpoint, profile, options, out, progress).map_err(|error| match &error {
+        Error::Io { source, .. } if [StorageFull, QuotaExceeded, FileTooLarge].contains(&source.kind()) => {
+            let needed = BundleLayout::new(options.encoding, checkpoint.config().hidden_size)
+                .map_or(0, |layout| expected_bytes(checkpoint, &layout, options));
+            Error::DiskFull { path: out.to_owned(), needed, available: crate::partial::available_bytes(out) }
+        }
+        _ => error,
+    })
+}
+
+fn build(
+    checkpoint: &dyn Checkpoint,
+    profile: &Profile,
+    options: &SplitOptions,
+    out: &Path,
+    progress: &dyn Fn(usize, usize),
+) -> Result<SplitReport> {
     if out.exists() {
         return Err(Error::Exists { path: out.to_owned() });
     }

@@ -12,8 +12,12 @@ pub enum Error {
         /// The cause.
         source: std::io::Error,
     },
-    /// There is no room for the split; nothing is left behind.
-    #[error("{path}: disk full: the split needs {needed} bytes, {available} are free", path = .path.display())]
+    /// There is no room for the split; what was finished stays in the partial directory.
+    #[error(
+        "{path}: disk full: the split needs about {needed} bytes in all, {available} are free; \
+         make room and run the same command again, it continues",
+        path = .path.display()
+    )]
     DiskFull {
         /// Where it was to go.
         path: PathBuf,

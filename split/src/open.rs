@@ -89,7 +89,8 @@ impl Split {
         let name = |part: &str| format!("predictors.{layer}.{part}");
         let file = &self.predictors;
         let (input, gate, up) = (file.entry(&name("input"))?, file.entry(&name("gate"))?, file.entry(&name("up"))?);
-        let (rank, hidden, ffn) = (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
+        let (rank, hidden, ffn) =
+            (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
         let neurons = file.read_f32(&name("neurons"))?;
         let shape = (rank, ffn.next_multiple_of(GROUP));
         let shapes_fit = [(gate.rows, gate.columns), (up.rows, up.columns)] == [shape, shape];

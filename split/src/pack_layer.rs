@@ -123,7 +123,8 @@ pub(crate) fn pack_layer(
         floats(&|id| norms[id]),
     ];
     let columns = ffn.next_multiple_of(GROUP);
-    let pack_factor = |name: &str, m: &[f32]| pack_rows(&format!("predictors.{l}.{name}"), m, columns, Encoding::Q8, None);
+    let pack_factor =
+        |name: &str, m: &[f32]| pack_rows(&format!("predictors.{l}.{name}"), m, columns, Encoding::Q8, None);
     Ok(PackedLayer {
         predictor_input: pack_rows(&format!("predictors.{l}.input"), &fitted.b, hidden, Encoding::Q8, None)?,
         predictor_gate: pack_factor("gate", &gate_factor)?,

@@ -5,6 +5,7 @@ use crate::pack_layer::PackedLayer;
 use crate::{Error, LayerFile};
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -29,6 +30,13 @@ impl Partial {
             Err(TryLockError::WouldBlock) => return Err(Error::Locked { path: dir }),
             Err(TryLockError::Error(e)) => return Err(io(&lock_path)(e)),
         }
+        // Between opening and locking, the process that held the lock may have published the directory: the lock is
+        // then on a file that is no longer there.
+        let same = |a: fs::Metadata, b: fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+        match (lock.metadata(), fs::metadata(&lock_path)) {
+            (Ok(held), Ok(there)) if same(held, there) && !out.exists() => {}
+            _ => return Err(Error::Locked { path: dir }),
+        }
         let identity_path = dir.join("identity.json");
         if fs::read_to_string(&identity_path).ok().as_deref() != Some(identity) {
             for sub in ["layers", "parts"] {
@@ -51,8 +59,7 @@ impl Partial {
 
     /// Refuses to start what the disk cannot hold.
     pub(crate) fn check_space(&self, needed: u64) -> Result<()> {
-        let stat = rustix::fs::statvfs(&self.dir).map_err(|e| io(&self.dir)(e.into()))?;
-        let available = stat.f_bavail.saturating_mul(stat.f_frsize);
+        let available = available_bytes(&self.dir);
         let present: u64 = walk_bytes(&self.dir);
         if available.saturating_add(present) < needed {
             return Err(Error::DiskFull { path: self.dir.clone(), needed, available });
@@ -131,6 +138,12 @@ impl Partial {
         let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(parent).and_then(|d| d.sync_all()).map_err(io(parent))
     }
+}
+
+/// Bytes that are free where `path` is or will be; no limit if the system does not say.
+pub(crate) fn available_bytes(path: &Path) -> u64 {
+    let there = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
+    rustix::fs::statvfs(there).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 fn walk_bytes(dir: &Path) -> u64 {

@@ -17,6 +17,7 @@ const BATCH: usize = 128;
 /// What `run --json` prints.
 #[derive(Serialize)]
 struct Output<'a> {
+    command: Vec<String>,
     text: &'a str,
     #[serde(flatten)]
     report: &'a RunReport,
@@ -74,7 +75,12 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
         answer.push_str(&rest);
     }
     if args.json {
-        return output::json(&Output { text: &answer, report: &report, plan: engine.plan() });
+        return output::json(&Output {
+            command: std::env::args().skip(1).collect(),
+            text: &answer,
+            report: &report,
+            plan: engine.plan(),
+        });
     }
     println!("\n");
     println!("{}", account(&report));
