@@ -1,5 +1,5 @@
 //! Every variant of every row kernel against the plain loops, on random rows.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use proptest::prelude::*;
 use thermocline_kernels::{

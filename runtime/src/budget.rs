@@ -22,7 +22,7 @@ pub fn parse_budget(text: &str) -> Result<Option<u64>, String> {
     };
     let number: f64 = number.parse().map_err(|_| format!("{text:?}: expected a size such as 8GiB, 500MB or auto"))?;
     let bytes = number * scale as f64;
-    if bytes < 1.0 || bytes > 1e18 {
+    if !(1.0..=1e18).contains(&bytes) {
         return Err(format!("{text:?} is not between one byte and an exabyte"));
     }
     Ok(Some(bytes as u64))

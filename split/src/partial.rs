@@ -32,9 +32,9 @@ impl Partial {
         }
         // Between opening and locking, the process that held the lock may have published the directory: the lock is
         // then on a file that is no longer there.
-        let same = |a: fs::Metadata, b: fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+        let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
         match (lock.metadata(), fs::metadata(&lock_path)) {
-            (Ok(held), Ok(there)) if same(held, there) && !out.exists() => {}
+            (Ok(held), Ok(there)) if same(&held, &there) && !out.exists() => {}
             _ => return Err(Error::Locked { path: dir }),
         }
         let identity_path = dir.join("identity.json");

@@ -69,13 +69,13 @@ impl<'a> Output<'a> {
 /// A split or a checkpoint, seen as a dense model.
 pub enum Model {
     Checkpoint(Box<dyn Checkpoint>),
-    Split(SplitCheckpoint),
+    Split(Box<SplitCheckpoint>),
 }
 
 impl Model {
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         if path.join("manifest.json").exists() {
-            return Ok(Model::Split(SplitCheckpoint::open(path)?));
+            return Ok(Model::Split(Box::new(SplitCheckpoint::open(path)?)));
         }
         Ok(Model::Checkpoint(open_checkpoint(path)?))
     }
@@ -83,7 +83,7 @@ impl Model {
     fn dense(&self) -> &dyn Checkpoint {
         match self {
             Model::Checkpoint(checkpoint) => checkpoint.as_ref(),
-            Model::Split(split) => split,
+            Model::Split(split) => split.as_ref(),
         }
     }
 

@@ -53,11 +53,10 @@ pub fn evaluate(
         let predictor = split.filter(|_| masks.iter().any(|m| matches!(m, Mask::Predicted(_))));
         let predictor = predictor.map(|s| s.predictor(index)).transpose()?;
         let down_norm = layer.down_norms()?;
-        let mut done = index * (1 + masked.len());
-        for stream in std::iter::once(&mut dense).chain(&mut masked) {
-            progress(done, total);
+        let before = index * (1 + masked.len());
+        for (i, stream) in std::iter::once(&mut dense).chain(&mut masked).enumerate() {
+            progress(before + i, total);
             stream.advance(&layer, &down_norm, predictor.as_ref(), windows.ctx())?;
-            done += 1;
         }
     }
     progress(total, total);

@@ -98,8 +98,8 @@ impl Page {
     fn subject(&self) -> String {
         let inputs = &self.inputs;
         let names = inputs.neurons.iter().map(|n| n.name.clone()).chain(inputs.evals.iter().map(|e| e.model.clone()));
-        let names = names.chain(inputs.benches.iter().map(|b| b.model.clone()));
-        names.filter(|n| !n.is_empty()).next().unwrap_or_else(|| "runs".to_owned())
+        let mut names = names.chain(inputs.benches.iter().map(|b| b.model.clone()));
+        names.find(|n| !n.is_empty()).unwrap_or_else(|| "runs".to_owned())
     }
 
     fn header(&self, out: &mut String) {

@@ -7,9 +7,11 @@ use crate::plots::{Axis, Bar, Body, Chart, Ink, Series};
 use polars::prelude::Column;
 use serde_json::Value;
 
+/// A tier's name and its bytes.
+type Tier = (&'static str, fn(&Tiers) -> u64);
+
 /// The tiers, in the order of their speed, with a colour each.
-const TIERS: [(&str, fn(&Tiers) -> u64); 4] =
-    [("device", |t| t.device), ("cache", |t| t.cache), ("RAM", |t| t.host), ("disk", |t| t.disk)];
+const TIERS: [Tier; 4] = [("device", |t| t.device), ("cache", |t| t.cache), ("RAM", |t| t.host), ("disk", |t| t.disk)];
 
 /// Bytes by tier over time.
 pub(crate) fn runs(runs: &[RunFile]) -> Result<Section> {

@@ -124,7 +124,7 @@ fn exp(x: f32) -> f32 {
     // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
     let whole = (t + 12_582_912.0) - 12_582_912.0;
     let f = t - whole;
-    let p = 1.0 + f * (0.693_147_2 + f * (0.240_226_5 + f * (0.055_504_1 + f * 0.009_618_1)));
+    let p = 1.0 + f * (std::f32::consts::LN_2 + f * (0.240_226_5 + f * (0.055_504_1 + f * 0.009_618_1)));
     f32::from_bits(((whole as i32 + 127) << 23) as u32) * p
 }
 
