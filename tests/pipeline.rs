@@ -198,7 +198,7 @@ fn calibrate_reports_what_it_did() {
         text(&out),
         "--json",
     ]);
-    numbers(&report, 1.0, &["n_tokens", "flops", "memory_bound_bytes", "peak_rss_bytes"]);
+    numbers(&report, 1.0, &["n_tokens", "flops", "memory_bound_bytes", "calibration_peak_bytes"]);
     assert_eq!(report["n_tokens"], 256);
     assert_eq!(json(&["inspect", text(&model), "--json"])["kind"], "checkpoint");
 }
