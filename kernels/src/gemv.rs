@@ -43,7 +43,10 @@ pub fn gemv(kernels: &Kernels, pool: &mut Pool, w: MatrixRef<'_>, x: &[f32], y: 
 pub const PREFETCH_BYTES: usize = 3072;
 
 /// The rows from `first` on, one for each element of `y`, on this thread.
-fn gemv_rows(kernels: &Kernels, w: &MatrixRef<'_>, first: usize, x: &[f32], y: &mut [f32]) {
+///
+/// # Panics
+/// If a row or the input is too short.
+pub fn gemv_rows(kernels: &Kernels, w: &MatrixRef<'_>, first: usize, x: &[f32], y: &mut [f32]) {
     let stride = w.encoding.row_stride(w.columns);
     let end = (first + y.len()) * stride;
     let mut pairs = y.chunks_exact_mut(2);

@@ -29,7 +29,7 @@ pub use aligned::AlignedBuf;
 pub use bundle::BundleLayout;
 pub use dispatch::{Isa, Kernels, prefetch};
 pub use encoding::{Encoding, GROUP, RowRef};
-pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv};
+pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, pack, unpack};
 pub use pool::Pool;

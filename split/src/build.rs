@@ -3,7 +3,7 @@
 use crate::error::{Result, io};
 use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
 use crate::order::{OrderKind, OverFetch, best_chunk, best_order, over_fetch_table};
-use crate::pack_layer::{PackedLayer, pack_layer, pack_matrix};
+use crate::pack_layer::{FACTORS, PackedLayer, pack_layer, pack_matrix};
 use crate::partial::Partial;
 use crate::tensor_file::{Format, Writer};
 use crate::{Error, chunk::Compression, layer_file};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::{ActiveSet, Profile};
 use thermocline_datasets::Checkpoint;
-use thermocline_kernels::{BundleLayout, Encoding, GROUP};
+use thermocline_kernels::{BundleLayout, Encoding};
 use xxhash_rust::xxh3::xxh3_128;
 
 /// Tokens of trace, at most, that a split carries for `plan` and `report`.
@@ -314,10 +314,8 @@ fn assemble_parts(
     let mut statistics = vec![("trace.token".to_owned(), Format::U8, n_trace, 8)];
     for l in 0..config.n_layers {
         predictors.push((format!("predictors.{l}.input"), Format::Q8, rank, config.hidden_size));
-        for factor in ["gate", "up"] {
-            predictors.push((format!("predictors.{l}.{factor}"), Format::Q8, rank, ffn.next_multiple_of(GROUP)));
-        }
-        predictors.push((format!("predictors.{l}.neurons"), Format::F32, 5, ffn));
+        predictors.push((format!("predictors.{l}.factors"), FACTORS.into(), 2 * ffn, rank));
+        predictors.push((format!("predictors.{l}.neurons"), Format::F32, 3, ffn));
         statistics.push((format!("layers.{l}.activation_rate"), Format::F32, 1, ffn));
         statistics.push((format!("layers.{l}.energy"), Format::F32, 1, ffn));
         statistics.push((format!("layers.{l}.trace"), Format::U8, n_trace, ffn.div_ceil(8)));
@@ -329,8 +327,7 @@ fn assemble_parts(
     for l in 0..config.n_layers {
         let part: PackedLayer = partial.read_part(l)?;
         predictors.write(&format!("predictors.{l}.input"), &part.predictor_input)?;
-        predictors.write(&format!("predictors.{l}.gate"), &part.predictor_gate)?;
-        predictors.write(&format!("predictors.{l}.up"), &part.predictor_up)?;
+        predictors.write(&format!("predictors.{l}.factors"), &part.predictor_factors)?;
         predictors.write(&format!("predictors.{l}.neurons"), &part.predictor_neurons)?;
         statistics.write(&format!("layers.{l}.activation_rate"), &part.activation_rate)?;
         statistics.write(&format!("layers.{l}.energy"), &part.energy)?;

@@ -4,7 +4,7 @@ use crate::error::{Result, corrupt, listed};
 use crate::{LayerFile, Manifest, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::predictor::LowRank;
-use thermocline_kernels::{GROUP, RowRef, unpack};
+use thermocline_kernels::{RowRef, unpack};
 use xxhash_rust::xxh3::xxh3_128;
 
 /// An open split: every file's structure is checked, every index is in memory, no weights are.
@@ -88,14 +88,12 @@ impl Split {
     pub fn predictor(&self, layer: usize) -> Result<(LowRank, Vec<f32>)> {
         let name = |part: &str| format!("predictors.{layer}.{part}");
         let file = &self.predictors;
-        let (input, gate, up) = (file.entry(&name("input"))?, file.entry(&name("gate"))?, file.entry(&name("up"))?);
+        let (input, factors) = (file.entry(&name("input"))?, file.entry(&name("factors"))?);
         let (rank, hidden, ffn) =
             (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
         let neurons = file.read_f32(&name("neurons"))?;
-        let shape = (rank, ffn.next_multiple_of(GROUP));
-        let shapes_fit = [(gate.rows, gate.columns), (up.rows, up.columns)] == [shape, shape];
-        if input.columns != hidden || !shapes_fit || neurons.len() != 5 * ffn {
-            return Err(corrupt(file.path(), name("input, gate, up, neurons"), "shapes do not fit the model"));
+        if input.columns != hidden || (factors.rows, factors.columns) != (2 * ffn, rank) || neurons.len() != 3 * ffn {
+            return Err(corrupt(file.path(), name("input, factors, neurons"), "shapes do not fit the model"));
         }
         let decode = |entry: &TensorEntry| -> Result<Vec<f32>> {
             let encoding = entry.format.encoding().ok_or_else(|| corrupt(file.path(), &entry.name, "not encoded"))?;
@@ -108,24 +106,21 @@ impl Split {
         };
         let place = self.layers[layer].places();
         let column = |which: usize| -> Vec<f32> { place.iter().map(|&p| neurons[which * ffn + p as usize]).collect() };
-        let rows = |factor: Vec<f32>, lengths: &[f32]| -> Vec<f32> {
-            let of = |(&p, &length): (&u32, &f32)| {
-                let factor = &factor;
-                (0..rank).map(move |k| factor[k * shape.1 + p as usize] * length).collect::<Vec<_>>()
-            };
-            place.iter().zip(lengths).flat_map(of).collect()
+        let factors = decode(factors)?;
+        let rows = |which: usize| -> Vec<f32> {
+            place.iter().flat_map(|&p| &factors[(2 * p as usize + which) * rank..][..rank]).copied().collect()
         };
         let fitted = LowRank {
             rank,
             hidden_size: hidden,
             intermediate_size: ffn,
             b: decode(input)?,
-            a_gate: rows(decode(gate)?, &column(0)),
-            a_up: rows(decode(up)?, &column(1)),
-            gate_residual: column(2),
-            up_residual: column(3),
+            a_gate: rows(0),
+            a_up: rows(1),
+            gate_residual: column(0),
+            up_residual: column(1),
         };
-        Ok((fitted, column(4)))
+        Ok((fitted, column(2)))
     }
 
     /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.

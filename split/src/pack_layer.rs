@@ -6,12 +6,16 @@ use crate::error::Result;
 use crate::manifest::Packing;
 use crate::order::OrderKind;
 use rayon::prelude::*;
-use thermocline_calibrate::{LayerStatistics, predictor};
+use thermocline_calibrate::LayerStatistics;
+use thermocline_calibrate::predictor::{self, LowRank};
 use thermocline_datasets::Checkpoint;
-use thermocline_kernels::{BundleLayout, Encoding, GROUP, pack};
+use thermocline_kernels::{BundleLayout, Encoding, RowRef, pack, unpack};
 
 /// Rows of a matrix that are in memory as f32 at a time.
 const BLOCK_ROWS: usize = 4096;
+
+/// How the predictor's factors are stored: their error adds to what a low rank leaves out anyway.
+pub(crate) const FACTORS: Encoding = Encoding::Q4;
 
 /// One layer's contribution to the split; everything but the bundles also becomes a resumable part file.
 #[derive(Debug, Default)]
@@ -22,12 +26,9 @@ pub(crate) struct PackedLayer {
     pub bundles: Vec<u8>,
     /// q8 rows `[rank, hidden]`.
     pub predictor_input: Vec<u8>,
-    /// q8 rows `[rank, ffn rounded up to 32]`: the gate factor, transposed, each neuron's row divided by its length.
-    pub predictor_gate: Vec<u8>,
-    /// The same for up.
-    pub predictor_up: Vec<u8>,
-    /// f32 `[5, ffn]`: lengths of the gate and up rows, what each prediction leaves out (root mean square), and the
-    /// length of the down column.
+    /// Rows `[2 * ffn, rank]` in [`FACTORS`]: each neuron's row of the gate factor, then of the up factor.
+    pub predictor_factors: Vec<u8>,
+    /// f32 `[3, ffn]`: what the gate and the up prediction leave out (root mean square), the length of the down column.
     pub predictor_neurons: Vec<u8>,
     /// f32 `[ffn]`.
     pub activation_rate: Vec<u8>,
@@ -39,11 +40,10 @@ pub(crate) struct PackedLayer {
 
 impl PackedLayer {
     /// What goes into a part file, in file order.
-    pub(crate) fn parts(&self) -> [&Vec<u8>; 7] {
+    pub(crate) fn parts(&self) -> [&Vec<u8>; 6] {
         [
             &self.predictor_input,
-            &self.predictor_gate,
-            &self.predictor_up,
+            &self.predictor_factors,
             &self.predictor_neurons,
             &self.activation_rate,
             &self.energy,
@@ -52,11 +52,10 @@ impl PackedLayer {
     }
 
     /// The same, to be filled in.
-    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 7] {
+    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 6] {
         [
             &mut self.predictor_input,
-            &mut self.predictor_gate,
-            &mut self.predictor_up,
+            &mut self.predictor_factors,
             &mut self.predictor_neurons,
             &mut self.activation_rate,
             &mut self.energy,
@@ -109,26 +108,14 @@ pub(crate) fn pack_layer(
     })?;
     let fitted =
         predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
-    let rank = packing.predictor_rank;
-    let (gate_lengths, gate_factor) = transposed(&fitted.a_gate, &order, rank);
-    let (up_lengths, up_factor) = transposed(&fitted.a_up, &order, rank);
+    let (predictor_factors, [gate_residual, up_residual]) = pack_factors(&fitted, &order, l)?;
     let floats = |values: &dyn Fn(usize) -> f32| -> Vec<u8> {
         order.iter().flat_map(|&id| values(id as usize).to_le_bytes()).collect()
     };
-    let neurons = [
-        gate_lengths,
-        up_lengths,
-        floats(&|id| fitted.gate_residual[id]),
-        floats(&|id| fitted.up_residual[id]),
-        floats(&|id| norms[id]),
-    ];
-    let columns = ffn.next_multiple_of(GROUP);
-    let pack_factor =
-        |name: &str, m: &[f32]| pack_rows(&format!("predictors.{l}.{name}"), m, columns, Encoding::Q8, None);
+    let neurons = [gate_residual, up_residual, floats(&|id| norms[id])];
     Ok(PackedLayer {
         predictor_input: pack_rows(&format!("predictors.{l}.input"), &fitted.b, hidden, Encoding::Q8, None)?,
-        predictor_gate: pack_factor("gate", &gate_factor)?,
-        predictor_up: pack_factor("up", &up_factor)?,
+        predictor_factors,
         predictor_neurons: neurons.concat(),
         activation_rate: floats(&|id| rates[id] as f32),
         energy: floats(&|id| statistics.energy[id] as f32),
@@ -138,22 +125,34 @@ pub(crate) fn pack_layer(
     })
 }
 
-/// A factor `[ffn, rank]` in split order, its rows divided by their lengths, as `[rank, ffn rounded up]`; and the
-/// lengths. Transposed, a token's scores are `rank` long additions instead of `ffn` short sums; rows of equal length
-/// let 32 neurons share a scale.
-fn transposed(a: &[f32], order: &[u32], rank: usize) -> (Vec<u8>, Vec<f32>) {
-    let columns = order.len().next_multiple_of(GROUP);
-    let mut out = vec![0.0; rank * columns];
-    let mut lengths = Vec::with_capacity(4 * order.len());
-    for (place, &id) in order.iter().enumerate() {
-        let row = &a[id as usize * rank..(id as usize + 1) * rank];
-        let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
-        lengths.extend_from_slice(&length.to_le_bytes());
-        for (k, v) in row.iter().enumerate().filter(|_| length > 0.0) {
-            out[k * columns + place] = v / length;
+/// The factors in split order as rows `[2 * ffn, rank]`, gate and up of a neuron side by side, and what the stored
+/// predictions leave out (root mean squares, gate and up, f32 `[ffn]` each). The channels of z are uncorrelated and of
+/// unit variance, so the squared error of a row's weights is the variance that storing them adds.
+fn pack_factors(fitted: &LowRank, order: &[u32], l: usize) -> Result<(Vec<u8>, [Vec<u8>; 2])> {
+    let rank = fitted.rank;
+    let stride = FACTORS.row_stride(rank);
+    let mut rows = vec![0u8; 2 * order.len() * stride];
+    let mut residuals = vec![[0.0f32; 2]; order.len()];
+    let neurons = rows.par_chunks_exact_mut(2 * stride).zip(&mut residuals).zip(order);
+    neurons.enumerate().try_for_each(|(place, ((rows, residuals), &id))| {
+        let id = id as usize;
+        let sources = [(&fitted.a_gate, &fitted.gate_residual), (&fitted.a_up, &fitted.up_residual)];
+        let mut stored = vec![0.0; rank];
+        for (which, (row, (factor, residual))) in rows.chunks_exact_mut(stride).zip(sources).enumerate() {
+            let values = &factor[id * rank..(id + 1) * rank];
+            pack(FACTORS, values, None, row).map_err(|source| Error::Pack {
+                tensor: format!("predictors.{l}.factors"),
+                row: 2 * place + which,
+                source,
+            })?;
+            unpack(FACTORS, RowRef::from_matrix_row(FACTORS, rank, row), &mut stored);
+            let lost: f32 = values.iter().zip(&stored).map(|(v, s)| (v - s).powi(2)).sum();
+            residuals[which] = (residual[id].powi(2) + lost).sqrt();
         }
-    }
-    (lengths, out)
+        Ok::<(), Error>(())
+    })?;
+    let column = |which: usize| residuals.iter().flat_map(|r| r[which].to_le_bytes()).collect();
+    Ok((rows, [column(0), column(1)]))
 }
 
 /// `[rows, columns]` to `[columns, rows]`.
