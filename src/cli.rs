@@ -221,6 +221,16 @@ pub enum OrderName {
     Random,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ScalesName {
+    /// Least squared error, columns weighted with the profile's input moments
+    Moments,
+    /// Least squared error
+    LeastSquares,
+    /// The largest weight of a group, to compare with
+    Absmax,
+}
+
 #[derive(Debug, Args)]
 pub struct Split {
     /// Checkpoint: a .gguf file or a Hugging Face folder
@@ -250,9 +260,9 @@ pub struct Split {
     /// Rank of the predictor, a multiple of 32 [default: a ninth of the hidden size]
     #[arg(long)]
     pub predictor_rank: Option<usize>,
-    /// Fit scales to plain squared error, without the profile's input moments
-    #[arg(long)]
-    pub plain_scales: bool,
+    /// What the scales of quantised groups are fitted to
+    #[arg(long, value_enum, default_value = "moments")]
+    pub scales: ScalesName,
     /// Print one JSON value and nothing else
     #[arg(long)]
     pub json: bool,

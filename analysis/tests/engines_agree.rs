@@ -32,7 +32,7 @@ fn make(dir: &Path, model: &TinyModel, encoding: Encoding) -> std::path::PathBuf
         chunk_neurons: None,
         compression: Compression::None,
         predictor_rank: 32,
-        weighted_scales: true,
+        scales: thermocline_split::Scales::Moments,
     };
     split(checkpoint.as_ref(), &profile, &options, &dir.join("split"), &|_, _| ()).unwrap();
     dir.join("split")

@@ -30,7 +30,7 @@ fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
         chunk_neurons: None,
         compression: Compression::None,
         predictor_rank: 32,
-        weighted_scales: true,
+        scales: thermocline_split::Scales::Moments,
     };
     split(checkpoint.as_ref(), &profile, &options, &split_dir, &|_, _| ()).unwrap();
     [profile_dir, split_dir]

@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
-use thermocline_kernels::{BundleLayout, Encoding, Isa, Kernels, MatrixRef, Pool, gemv, ops, pack};
+use thermocline_kernels::{BundleLayout, Encoding, Isa, Kernels, MatrixRef, Pool, ScaleFit, gemv, ops, pack};
 
 /// 70B-wide rows, more of them than any cache holds.
 const COLUMNS: usize = 8192;
@@ -14,7 +14,7 @@ fn rows(c: &mut Criterion) {
         let n_rows = (256 << 20) / stride;
         let row: Vec<f32> = (0..COLUMNS).map(|j| ((j * 31 % 97) as f32 - 48.0) / 100.0).collect();
         let mut packed = vec![0; stride];
-        pack(encoding, &row, None, &mut packed).expect("finite weights");
+        pack(encoding, &row, ScaleFit::LeastSquares, &mut packed).expect("finite weights");
         let data = packed.repeat(n_rows);
         let w = MatrixRef { encoding, rows: n_rows, columns: COLUMNS, data: &data };
         let (x, mut y) = (vec![0.5; COLUMNS], vec![0.0; n_rows]);

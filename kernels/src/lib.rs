@@ -31,5 +31,5 @@ pub use dispatch::{Isa, Kernels, prefetch};
 pub use encoding::{Encoding, GROUP, RowRef};
 pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows};
 pub use matmul::{matmul, matmul_nn};
-pub use pack::{PackError, pack, unpack};
+pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::Pool;

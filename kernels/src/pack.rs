@@ -17,22 +17,31 @@ pub enum PackError {
     },
 }
 
+/// How the scale of a quantised group of 32 is chosen.
+#[derive(Debug, Clone, Copy)]
+pub enum ScaleFit<'a> {
+    /// The weight of largest magnitude is mapped to the end of the range.
+    Absmax,
+    /// The squared error is least.
+    LeastSquares,
+    /// The squared error is least with these weights, one non-negative number a column: usually the mean square of that
+    /// input channel over a corpus. As in the objectives of GPTQ and AWQ, but diagonal, closed-form and per group.
+    Weighted(&'a [f32]),
+}
+
 /// Encodes one row as a matrix row: codes, scales, zeros up to the end of `out`.
 ///
-/// `importance` (one non-negative number a column, usually the mean square of that input channel over a corpus)
-/// weights the squared error that the scales of the quantised encodings minimise; without it all columns count alike.
-/// Weighted least squares as in GPTQ's and AWQ's objectives, but diagonal, closed-form and per group of 32.
 /// bf16 rounds to nearest even; a value that is already bf16 keeps its bits.
 ///
 /// # Errors
 /// If a weight is not finite or too large, for `q8` and `q4`.
 ///
 /// # Panics
-/// If the encoding does not accept rows of this length, `out` is shorter than a row, or `importance` has another length.
-pub fn pack(encoding: Encoding, row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) -> Result<(), PackError> {
+/// If the encoding does not accept rows of this length, `out` is shorter than a row, or a weighted fit has another number of weights.
+pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) -> Result<(), PackError> {
     assert!(encoding.accepts(row.len()), "{encoding} cannot store rows of {}", row.len());
-    if let Some(w) = importance {
-        assert_eq!(w.len(), row.len(), "one importance a column");
+    if let ScaleFit::Weighted(w) = fit {
+        assert_eq!(w.len(), row.len(), "one weight a column");
     }
     let n_codes = encoding.code_bytes(row.len());
     let (codes, rest) = out.split_at_mut(n_codes);
@@ -45,8 +54,11 @@ pub fn pack(encoding: Encoding, row: &[f32], importance: Option<&[f32]>, out: &m
     }
     let (low, high) = if encoding == Encoding::Q4 { (-8.0, 7.0) } else { (-127.0, 127.0) };
     for (g, values) in row.chunks_exact(GROUP).enumerate() {
-        let weights = importance.map(|w| &w[g * GROUP..(g + 1) * GROUP]);
-        let scale = fit_scale(values, weights, low, high);
+        let fit = match fit {
+            ScaleFit::Weighted(w) => ScaleFit::Weighted(&w[g * GROUP..(g + 1) * GROUP]),
+            other => other,
+        };
+        let scale = fit_scale(values, fit, low, high);
         if !scale.is_finite() {
             let worst = (0..GROUP).max_by(|&a, &b| values[a].abs().total_cmp(&values[b].abs())).unwrap_or(0);
             return Err(PackError::OutOfRange { column: g * GROUP + worst, value: values[worst], encoding });
@@ -68,11 +80,11 @@ pub fn pack(encoding: Encoding, row: &[f32], importance: Option<&[f32]>, out: &m
     Ok(())
 }
 
-/// The f16 scale that minimises the weighted squared error of one group.
+/// The f16 scale of one group.
 ///
-/// For fixed codes q the best scale is sum(w v q) / sum(w q q) and lowers the error by its numerator squared over its
+/// By least squares: for fixed codes q the best scale is sum(w v q) / sum(w q q) and lowers the error by its numerator squared over its
 /// denominator; the codes come from a grid of scales around the one that maps the largest value to the end of the range.
-fn fit_scale(values: &[f32], weights: Option<&[f32]>, low: f32, high: f32) -> f16 {
+fn fit_scale(values: &[f32], fit: ScaleFit<'_>, low: f32, high: f32) -> f16 {
     let mut largest = 0.0f32;
     for &v in values {
         if !v.is_finite() {
@@ -85,6 +97,11 @@ fn fit_scale(values: &[f32], weights: Option<&[f32]>, low: f32, high: f32) -> f1
     if largest == 0.0 {
         return f16::ZERO;
     }
+    let weights = match fit {
+        ScaleFit::Absmax => return f16::from_f32(largest / low),
+        ScaleFit::LeastSquares => None,
+        ScaleFit::Weighted(w) => Some(w),
+    };
     // At 8 bits the largest weight decides; at 4 it often pays to clip it, up to about half its size.
     let steps = if high > 8.0 { -2..=2 } else { -5..=20 };
     let mut best = (f32::NEG_INFINITY, 0.0f32);

@@ -3,12 +3,13 @@
 
 use proptest::prelude::*;
 use thermocline_kernels::{
-    BundleLayout, Encoding, Isa, Kernels, Pool, RowRef, gemv, matmul, matmul_nn, pack, reference, unpack,
+    BundleLayout, Encoding, Isa, Kernels, Pool, RowRef, ScaleFit, gemv, matmul, matmul_nn, pack, reference,
+    unpack,
 };
 
 fn encoded(encoding: Encoding, row: &[f32]) -> Vec<u8> {
     let mut out = vec![0; encoding.row_stride(row.len())];
-    pack(encoding, row, None, &mut out).unwrap();
+    pack(encoding, row, ScaleFit::LeastSquares, &mut out).unwrap();
     out
 }
 
@@ -120,14 +121,16 @@ fn weighted_scales_lower_the_weighted_error() {
     let row: Vec<f32> =
         (0..64).map(|j| ((j * 37 % 61) as f32 / 30.0 - 1.0) * if j % 32 == 5 { 6.0 } else { 1.0 }).collect();
     let weights: Vec<f32> = (0..64).map(|j| if j % 32 == 5 { 1e-3 } else { 1.0 }).collect();
-    let error = |importance: Option<&[f32]>| {
+    let error = |fit: ScaleFit<'_>| {
         let mut packed = vec![0; Encoding::Q4.row_stride(64)];
-        pack(Encoding::Q4, &row, importance, &mut packed).unwrap();
+        pack(Encoding::Q4, &row, fit, &mut packed).unwrap();
         let mut back = vec![0.0; 64];
         unpack(Encoding::Q4, RowRef::from_matrix_row(Encoding::Q4, 64, &packed), &mut back);
         row.iter().zip(&back).zip(&weights).map(|((a, b), w)| w * (a - b).powi(2)).sum::<f32>()
     };
-    assert!(error(Some(&weights)) < 0.7 * error(None), "{} {}", error(Some(&weights)), error(None));
+    let [weighted, plain, absmax] = [ScaleFit::Weighted(&weights), ScaleFit::LeastSquares, ScaleFit::Absmax].map(error);
+    assert!(weighted < 0.7 * plain, "{weighted} {plain}");
+    assert!(weighted < 0.7 * absmax, "{weighted} {absmax}");
 }
 
 #[test]
@@ -136,7 +139,8 @@ fn weights_that_do_not_fit_are_refused() {
     for bad in [f32::NAN, f32::INFINITY, 3e38] {
         row[40] = bad;
         for encoding in [Encoding::Q8, Encoding::Q4] {
-            let error = pack(encoding, &row, None, &mut vec![0; encoding.row_stride(64)]).unwrap_err();
+            let error =
+                pack(encoding, &row, ScaleFit::LeastSquares, &mut vec![0; encoding.row_stride(64)]).unwrap_err();
             assert!(error.to_string().contains("column 40"), "{error}");
         }
     }
@@ -189,7 +193,7 @@ fn gemv_and_matmul_agree_with_the_plain_loops() {
     let stride = Encoding::Bf16.row_stride(k);
     let mut packed = vec![0; n * stride];
     for (row, out) in w.chunks_exact(k).zip(packed.chunks_exact_mut(stride)) {
-        pack(Encoding::Bf16, row, None, out).unwrap();
+        pack(Encoding::Bf16, row, ScaleFit::LeastSquares, out).unwrap();
     }
     let mut y = vec![0.0; n];
     let matrix = thermocline_kernels::MatrixRef { encoding: Encoding::Bf16, rows: n, columns: k, data: &packed };

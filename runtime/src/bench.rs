@@ -68,14 +68,15 @@ pub struct BenchReport {
 }
 
 /// Measures prompt and decode speed. Tokens are arbitrary but fixed (a linear congruence over the vocabulary), so that
-/// sparse mode sees changing inputs; nothing is sampled.
+/// sparse mode sees changing inputs; nothing is sampled. `kernel_speed`, in bytes a second, is measured last: its
+/// buffer is no part of the peak memory.
 ///
 /// # Errors
 /// If prompt and generation do not fit in the context, or the disk fails.
 pub fn bench(
     engine: &mut Engine,
     settings: BenchSettings,
-    kernel_bytes_per_second: f64,
+    kernel_speed: impl FnOnce() -> f64,
     progress: &dyn Fn(usize, usize),
 ) -> Result<BenchReport> {
     let needed = settings.n_prompt + settings.n_gen;
@@ -108,10 +109,11 @@ pub fn bench(
     }
     progress(settings.repetitions + 1, settings.repetitions + 1);
     let speeds = measure_speeds(engine)?;
+    let peak_rss_bytes = peak_rss_bytes();
     let hardware = Hardware {
         n_threads: engine.plan().request.n_threads,
         ram_bytes_per_second: speeds.ram,
-        kernel_bytes_per_second,
+        kernel_bytes_per_second: kernel_speed(),
         disk_bytes_per_second: speeds.disk.unwrap_or(f64::INFINITY),
     };
     let decode_tok_s = Timing::new(decodes);
@@ -127,6 +129,6 @@ pub fn bench(
         limit_share: decode_tok_s.median / disk_limit.unwrap_or(f64::INFINITY).min(ram_limit),
         disk_limit_share: disk_limit.map(|limit| decode_tok_s.median / limit),
         decode_tok_s,
-        peak_rss_bytes: peak_rss_bytes(),
+        peak_rss_bytes,
     })
 }

@@ -92,6 +92,8 @@ pub struct Plan {
     pub ram_bytes_per_token: u64,
     /// As above.
     pub disk_bytes_per_token: u64,
+    /// Sparse mode with streaming: what exact mode would read from disk under the same budget.
+    pub exact_disk_bytes_per_token: Option<u64>,
     /// Share of the cold neurons that the cache is expected to hold.
     pub cache_hit_rate: f64,
 }
@@ -177,9 +179,14 @@ impl Plan {
             staging,
             ram_bytes_per_token: 0,
             disk_bytes_per_token: 0,
+            exact_disk_bytes_per_token: None,
             cache_hit_rate: 0.0,
         };
         plan.expect_bytes(split, &matrices, replayed);
+        if plan.streams() && request.mode != Mode::Exact {
+            let exact = Self::new(split, PlanRequest { mode: Mode::Exact, ..request })?;
+            plan.exact_disk_bytes_per_token = Some(exact.disk_bytes_per_token);
+        }
         Ok(plan)
     }
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::{ActiveSet, Profile};
 use thermocline_datasets::Checkpoint;
-use thermocline_kernels::{BundleLayout, Encoding};
+use thermocline_kernels::{BundleLayout, Encoding, ScaleFit};
 use xxhash_rust::xxh3::xxh3_128;
 
 /// Tokens of trace, at most, that a split carries for `plan` and `report`.
@@ -35,8 +35,30 @@ pub struct SplitOptions {
     pub compression: Compression,
     /// Rank of the low-rank predictor; a multiple of 32.
     pub predictor_rank: usize,
-    /// Whether quantisation errors are weighted with the profile's input moments.
-    pub weighted_scales: bool,
+    /// How the scales of quantised groups are chosen.
+    pub scales: Scales,
+}
+
+/// What the scales of quantised groups are chosen by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scales {
+    /// The squared error, each column weighted with its mean square in the profile (down projection: unweighted).
+    Moments,
+    /// The squared error.
+    LeastSquares,
+    /// The weight of largest magnitude.
+    Absmax,
+}
+
+impl Scales {
+    /// The fit of rows whose input channels have these mean squares.
+    pub(crate) fn fit(self, mean_squares: Option<&[f32]>) -> ScaleFit<'_> {
+        match (self, mean_squares) {
+            (Scales::Absmax, _) => ScaleFit::Absmax,
+            (Scales::Moments, Some(w)) => ScaleFit::Weighted(w),
+            (Scales::Moments | Scales::LeastSquares, _) => ScaleFit::LeastSquares,
+        }
+    }
 }
 
 /// What a split turned out as.
@@ -67,7 +89,7 @@ struct Identity {
     statistics_digest: String,
     packing: Packing,
     compression: String,
-    weighted_scales: bool,
+    scales: String,
 }
 
 /// Splits `checkpoint` into `out`, which must not exist. `progress(done, total)` counts layers.
@@ -147,7 +169,7 @@ fn build(
         statistics_digest: profile.meta().statistics_digest.clone(),
         packing: packing.clone(),
         compression: format!("{:?}", options.compression),
-        weighted_scales: options.weighted_scales,
+        scales: format!("{:?}", options.scales),
     };
     let partial = Partial::open(out, &serde_json::to_string(&identity).unwrap_or_default())?;
     partial.check_space(expected_bytes(checkpoint, &layout, options))?;
@@ -281,7 +303,7 @@ fn write_resident(
     let mut writer = Writer::create(dir, "resident.safetensors", announced)?;
     for name in &matrices {
         let statistics = match name.split('.').nth(2).and_then(|l| l.parse::<usize>().ok()) {
-            Some(layer) if options.weighted_scales => Some(profile.layer(layer)?),
+            Some(layer) if options.scales == Scales::Moments => Some(profile.layer(layer)?),
             _ => None,
         };
         let importance = statistics.map(|s| {
@@ -291,7 +313,7 @@ fn write_resident(
         });
         let (rows, columns) = shape(checkpoint, name)?;
         let encoding = options.resident_encoding;
-        let bytes = pack_matrix(checkpoint, name, rows, columns, encoding, importance.as_deref())?;
+        let bytes = pack_matrix(checkpoint, name, rows, columns, encoding, options.scales.fit(importance.as_deref()))?;
         writer.write(name, &bytes)?;
     }
     for name in &vectors {

@@ -27,7 +27,7 @@ mod partial;
 mod tensor_file;
 mod verify;
 
-pub use build::{SplitOptions, SplitReport, split};
+pub use build::{Scales, SplitOptions, SplitReport, split};
 pub use checkpoint::SplitCheckpoint;
 pub use chunk::{Codec, Compression};
 pub use error::{Error, Result};

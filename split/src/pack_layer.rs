@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use thermocline_calibrate::LayerStatistics;
 use thermocline_calibrate::predictor::{self, LowRank};
 use thermocline_datasets::Checkpoint;
-use thermocline_kernels::{BundleLayout, Encoding, RowRef, pack, unpack};
+use thermocline_kernels::{BundleLayout, Encoding, RowRef, ScaleFit, pack, unpack};
 
 /// Rows of a matrix that are in memory as f32 at a time.
 const BLOCK_ROWS: usize = 4096;
@@ -82,17 +82,16 @@ pub(crate) fn pack_layer(
     let rates = rates(statistics, packing);
     let order = kind.order(&rates, &statistics.active, packing.chunk_neurons);
 
-    let importance: Option<Vec<f32>> =
-        options.weighted_scales.then(|| statistics.ffn_input_mean_square.iter().map(|&v| v as f32).collect());
+    let moments: Vec<f32> = statistics.ffn_input_mean_square.iter().map(|&v| v as f32).collect();
+    let (by_moments, plain) = (options.scales.fit(Some(&moments)), options.scales.fit(None));
     let mut bundles = vec![0u8; ffn * layout.bundle_bytes()];
     bundles.par_chunks_mut(layout.bundle_bytes()).zip(&order).try_for_each(|(bundle, &id)| {
         let mut row = vec![0u8; layout.encoding().row_stride(hidden)];
         let range = id as usize * hidden..(id as usize + 1) * hidden;
         // A down column adds to every output alike: no channel of it counts more than another.
-        let sources =
-            [(&gate, importance.as_deref(), "gate"), (&up, importance.as_deref(), "up"), (&down, None, "down")];
-        for (which, (matrix, importance, proj)) in sources.into_iter().enumerate() {
-            pack(layout.encoding(), &matrix[range.clone()], importance, &mut row).map_err(|source| Error::Pack {
+        let sources = [(&gate, by_moments, "gate"), (&up, by_moments, "up"), (&down, plain, "down")];
+        for (which, (matrix, fit, proj)) in sources.into_iter().enumerate() {
+            pack(layout.encoding(), &matrix[range.clone()], fit, &mut row).map_err(|source| Error::Pack {
                 tensor: name(proj),
                 row: id as usize,
                 source,
@@ -114,7 +113,13 @@ pub(crate) fn pack_layer(
     };
     let neurons = [gate_residual, up_residual, floats(&|id| norms[id])];
     Ok(PackedLayer {
-        predictor_input: pack_rows(&format!("predictors.{l}.input"), &fitted.b, hidden, Encoding::Q8, None)?,
+        predictor_input: pack_rows(
+            &format!("predictors.{l}.input"),
+            &fitted.b,
+            hidden,
+            Encoding::Q8,
+            ScaleFit::LeastSquares,
+        )?,
         predictor_factors,
         predictor_neurons: neurons.concat(),
         activation_rate: floats(&|id| rates[id] as f32),
@@ -140,7 +145,7 @@ fn pack_factors(fitted: &LowRank, order: &[u32], l: usize) -> Result<(Vec<u8>, [
         let mut stored = vec![0.0; rank];
         for (which, (row, (factor, residual))) in rows.chunks_exact_mut(stride).zip(sources).enumerate() {
             let values = &factor[id * rank..(id + 1) * rank];
-            pack(FACTORS, values, None, row).map_err(|source| Error::Pack {
+            pack(FACTORS, values, ScaleFit::LeastSquares, row).map_err(|source| Error::Pack {
                 tensor: format!("predictors.{l}.factors"),
                 row: 2 * place + which,
                 source,
@@ -179,11 +184,11 @@ fn reorder_bits(statistics: &LayerStatistics, order: &[u32]) -> Vec<u8> {
 }
 
 /// Encodes a matrix in memory, row-major `[_, columns]`.
-fn pack_rows(name: &str, m: &[f32], columns: usize, encoding: Encoding, importance: Option<&[f32]>) -> Result<Vec<u8>> {
+fn pack_rows(name: &str, m: &[f32], columns: usize, encoding: Encoding, fit: ScaleFit<'_>) -> Result<Vec<u8>> {
     let stride = encoding.row_stride(columns);
     let mut out = vec![0u8; m.len() / columns * stride];
     out.par_chunks_mut(stride).zip(m.par_chunks(columns)).enumerate().try_for_each(|(row, (out, values))| {
-        pack(encoding, values, importance, out).map_err(|source| Error::Pack { tensor: name.to_owned(), row, source })
+        pack(encoding, values, fit, out).map_err(|source| Error::Pack { tensor: name.to_owned(), row, source })
     })?;
     Ok(out)
 }
@@ -195,12 +200,12 @@ pub(crate) fn pack_matrix(
     rows: usize,
     columns: usize,
     encoding: Encoding,
-    importance: Option<&[f32]>,
+    fit: ScaleFit<'_>,
 ) -> Result<Vec<u8>> {
     let mut out = Vec::with_capacity(rows * encoding.row_stride(columns));
     for first in (0..rows).step_by(BLOCK_ROWS) {
         let block = checkpoint.load_rows(name, first..(first + BLOCK_ROWS).min(rows))?;
-        let packed = pack_rows(name, &block, columns, encoding, importance).map_err(|e| match e {
+        let packed = pack_rows(name, &block, columns, encoding, fit).map_err(|e| match e {
             Error::Pack { tensor, row, source } => Error::Pack { tensor, row: row + first, source },
             other => other,
         })?;

@@ -58,4 +58,12 @@ pub fn print(plan: &Plan) {
     row("norms, scratch", plan.fixed.vectors + plan.fixed.scratch, String::new());
     row("disk buffers", plan.fixed.staging, String::new());
     row("total", plan.total_bytes, String::new());
+    if let Some(exact) = plan.exact_disk_bytes_per_token.filter(|&exact| exact <= plan.disk_bytes_per_token) {
+        println!(
+            "note: sparse mode is expected to read {} a token from disk, exact mode {}: the neurons that it skips lie in \
+             chunks that it reads for others; with --mode exact this budget gives more",
+            format_bytes(plan.disk_bytes_per_token),
+            format_bytes(exact)
+        );
+    }
 }

@@ -1,6 +1,6 @@
 //! `split`: a checkpoint and its profile in, a split directory out.
 
-use crate::cli::{OrderName, Split};
+use crate::cli::{OrderName, ScalesName, Split};
 use crate::output::{self, Progress};
 use std::path::Path;
 use thermocline_calibrate::Profile;
@@ -8,7 +8,7 @@ use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_split::order::{OrderKind, TABLE_CHUNKS};
-use thermocline_split::{Compression, SplitOptions, SplitReport};
+use thermocline_split::{Compression, Scales, SplitOptions, SplitReport};
 
 pub fn split(args: &Split) -> anyhow::Result<()> {
     let checkpoint = open_checkpoint(&args.model)?;
@@ -24,7 +24,11 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
     options.chunk_neurons = args.chunk_neurons;
     options.compression = if args.zstd_level == 0 { Compression::None } else { Compression::Zstd(args.zstd_level) };
     options.predictor_rank = args.predictor_rank.unwrap_or(options.predictor_rank);
-    options.weighted_scales = !args.plain_scales;
+    options.scales = match args.scales {
+        ScalesName::Moments => Scales::Moments,
+        ScalesName::LeastSquares => Scales::LeastSquares,
+        ScalesName::Absmax => Scales::Absmax,
+    };
     let report = make(checkpoint.as_ref(), &profile, &options, &args.output, args.json)?;
     if args.json {
         return output::json(&report);
@@ -43,7 +47,7 @@ pub fn defaults(checkpoint: &dyn Checkpoint, encoding: Encoding) -> SplitOptions
         chunk_neurons: None,
         compression: Compression::None,
         predictor_rank: (checkpoint.config().hidden_size / 9).next_multiple_of(32),
-        weighted_scales: true,
+        scales: Scales::Moments,
     }
 }
 
