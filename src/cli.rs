@@ -49,10 +49,10 @@ pub enum Verb {
 
 #[derive(Debug, Args)]
 pub struct Demo {
-    /// Model to use [default: datasets/models/smollm2/model.gguf]
+    /// Model to use [default: a small ReLU model that is built in]
     #[arg(short, long, env = "THERMOCLINE_MODEL")]
     pub model: Option<PathBuf>,
-    /// Text to calibrate and evaluate on [default: a passage that is built in]
+    /// Text to calibrate and evaluate on [default: a text that is built in]
     #[arg(long)]
     pub corpus: Option<String>,
     /// Folder for everything that is made

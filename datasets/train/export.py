@@ -6,12 +6,13 @@ q, k, v, gate and up become matrices of their own; the rotary layout is already 
 what is applied: "silu" and "relu" act on the gate alone as everywhere, "drelu" means h = relu(gate) * relu(up).
 """
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from model import Shape
 
@@ -56,7 +57,10 @@ def main(run, tokens, out):
                  "model_max_length": shape.context}  # fmt: skip
     for name, content in (("config", config(shape)), ("generation_config", generation), ("tokenizer_config", tokenizer)):
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    shutil.copy(tokens / "tokenizer.json", out / "tokenizer.json")
+    # Users' texts begin with the end of the one before; the training tokens had that put in by tokens.py.
+    with_start = Tokenizer.from_file(str(tokens / "tokenizer.json"))
+    with_start.post_processor = TemplateProcessing(single=f"{end} $A", pair=f"{end} $A $B", special_tokens=[(end, 0)])
+    with_start.save(str(out / "tokenizer.json"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 
 use proptest::prelude::*;
 use thermocline_kernels::{
-    BundleLayout, Encoding, Isa, Kernels, Pool, RowRef, ScaleFit, gemv, matmul, matmul_nn, pack, reference,
-    unpack,
+    BundleLayout, Encoding, Isa, Kernels, Pool, RowRef, ScaleFit, gemv, matmul, matmul_nn, pack, reference, unpack,
 };
 
 fn encoded(encoding: Encoding, row: &[f32]) -> Vec<u8> {

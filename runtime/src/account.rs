@@ -10,7 +10,8 @@ pub struct TierBytes {
     pub device: u64,
     /// Cache slots that hold cold neurons of late.
     pub cache: u64,
-    /// Weights and predictors that stay in RAM.
+    /// Weights and predictors that stay in RAM. Exact mode counts the rows that it read; where a gate shows that a neuron
+    /// is zero, that is one of three.
     pub host: u64,
     /// Read from disk (whole chunks, read-ahead that was not used included).
     pub disk: u64,

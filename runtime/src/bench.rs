@@ -4,7 +4,7 @@ use crate::account::TierBytes;
 use crate::engine::{Engine, Logits};
 use crate::generate::measure_speeds;
 use crate::hardware::{Hardware, peak_rss_bytes};
-use crate::plan::{Plan, Prediction};
+use crate::plan::{Mode, Plan, Prediction};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
@@ -55,6 +55,8 @@ pub struct BenchReport {
     pub prompt_tok_s: Timing,
     /// Generated tokens a second.
     pub decode_tok_s: Timing,
+    /// Exact mode where activations can be zero: the same with every neuron computed, in turn with the above.
+    pub dense_decode_tok_s: Option<Timing>,
     /// What `plan` expected of decoding.
     pub predicted: Prediction,
     /// Bytes per decoded token, by tier.
@@ -87,10 +89,24 @@ pub fn bench(
     let vocab = engine.split().manifest().config.vocab_size as u64;
     let token = |i: usize| ((i as u64 * 7919 + 13) % vocab) as u32;
     let prompt: Vec<u32> = (0..settings.n_prompt.max(1)).map(token).collect();
-    let (mut prompts, mut decodes) = (Vec::new(), Vec::new());
+    let (mut prompts, mut decodes, mut dense_decodes) = (Vec::new(), Vec::new(), Vec::new());
+    let beside_dense = engine.plan().request.mode == Mode::Exact && engine.has_zeros();
     let mut bytes = TierBytes::default();
     for repetition in 0..=settings.repetitions {
         progress(repetition, settings.repetitions + 1);
+        if beside_dense {
+            engine.clear();
+            engine.prefill(&prompt)?;
+            engine.skip_zeros(false);
+            let begin = Instant::now();
+            for i in 0..settings.n_gen {
+                engine.forward(&[token(settings.n_prompt + i)], Logits::Last)?;
+            }
+            if repetition > 0 {
+                dense_decodes.push(settings.n_gen as f64 / begin.elapsed().as_secs_f64());
+            }
+            engine.skip_zeros(true);
+        }
         engine.clear();
         let begin = Instant::now();
         engine.prefill(&prompt)?;
@@ -124,6 +140,7 @@ pub fn bench(
         hardware,
         plan: engine.plan().clone(),
         prompt_tok_s: Timing::new(prompts),
+        dense_decode_tok_s: beside_dense.then(|| Timing::new(dense_decodes)),
         predicted: engine.plan().predict(&hardware),
         bytes_per_token: bytes,
         limit_share: decode_tok_s.median / disk_limit.unwrap_or(f64::INFINITY).min(ram_limit),

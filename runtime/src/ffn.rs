@@ -3,15 +3,21 @@
 //! Neurons are summed within blocks of fixed boundaries, ascending, and blocks are added in order: the result is the
 //! same to the last bit for any number of threads and for any division of the neurons between memory and disk.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_datasets::Activation;
-use thermocline_kernels::{BundleLayout, Kernels, PREFETCH_BYTES, Pool};
+use thermocline_kernels::{BundleLayout, Kernels, PREFETCH_BYTES, Pool, prefetch};
 
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
 const BLOCKS: usize = 24;
 
+/// Gates that are computed together before any other row of these neurons is touched.
+const GATES: usize = 4;
+
 /// The running sums of one layer for one token.
 #[derive(Debug)]
 pub(crate) struct FfnSums {
+    /// Leave a neuron when its gate shows that it is zero, and its down row unread when h is zero.
+    pub(crate) skip_zeros: bool,
     layout: BundleLayout,
     activation: Activation,
     block_neurons: usize,
@@ -34,7 +40,7 @@ impl FfnSums {
         let block_neurons = n_neurons.div_ceil(BLOCKS).next_multiple_of(32);
         let hidden_size = layout.hidden_size();
         let partials = vec![0.0; n_neurons.div_ceil(block_neurons) * hidden_size];
-        Self { layout, activation, block_neurons, hidden_size, partials }
+        Self { skip_zeros: true, layout, activation, block_neurons, hidden_size, partials }
     }
 
     /// Memory that the sums take.
@@ -47,68 +53,44 @@ impl FfnSums {
         self.partials.fill(0.0);
     }
 
-    /// Adds the neurons of `span`, whose numbers must be above those of all earlier spans of this layer. Neurons with
-    /// `h == 0` add nothing and their down rows are not read.
-    pub(crate) fn add(&mut self, kernels: &Kernels, pool: &mut Pool, x: &[f32], span: Span<'_>) {
-        let (layout, activation, bundle_bytes) = (self.layout, self.activation, self.layout.bundle_bytes());
-        let encoding = layout.encoding();
+    /// Adds the neurons of `span`, whose numbers must be above those of all earlier spans of this layer, and returns
+    /// the bytes of the rows that were read. Neurons with `h == 0` add nothing and their down rows are not read; where
+    /// a gate that is not positive makes h zero, the up rows are not read either.
+    pub(crate) fn add(&mut self, kernels: &Kernels, pool: &mut Pool, x: &[f32], span: Span<'_>) -> u64 {
+        let bundle_bytes = self.layout.bundle_bytes();
         let (first, end) = match span {
             Span::Contiguous { first, bytes } => (first, first + bytes.len() / bundle_bytes),
-            Span::Listed([]) => return,
+            Span::Listed([]) => return 0,
             Span::Listed(list) => (list[0].0 as usize, list[list.len() - 1].0 as usize + 1),
         };
         if first == end {
-            return;
+            return 0;
         }
-        // Scattered bundles, and the several streams of one bundle, defeat the hardware prefetcher.
-        let ahead = PREFETCH_BYTES.div_ceil(bundle_bytes);
+        let (layout, activation, skip_zeros) = (self.layout, self.activation, self.skip_zeros);
         let block_neurons = self.block_neurons;
         let (first_block, end_block) = (first / block_neurons, end.div_ceil(block_neurons));
         let partials = &mut self.partials[first_block * self.hidden_size..end_block * self.hidden_size];
+        let rows_read = AtomicU64::new(0);
         pool.for_each_chunk(partials, self.hidden_size, |b, sums| {
             let start = (first_block + b) * block_neurons;
-            // Neurons that fire wait until there are four: their down rows are then added in one pass over the sums,
-            // in order, with the same roundings as one by one.
-            let mut waiting: [(f32, &[u8]); 4] = [(0.0, &[]); 4];
-            let mut n_waiting = 0;
-            let mut one = |bundle, next: Option<&[u8]>| {
-                if let Some(next) = next {
-                    thermocline_kernels::prefetch(next);
-                }
-                let (g, u) = kernels.pre_activations(&layout, bundle, x);
-                let h = activation.apply(g, u);
-                if h == 0.0 {
-                    return;
-                }
-                waiting[n_waiting] = (h, bundle);
-                n_waiting += 1;
-                if n_waiting == 4 {
-                    let rows = waiting.map(|(_, bundle)| layout.row(bundle, 2));
-                    kernels.axpys(encoding, rows, waiting.map(|(h, _)| h), sums);
-                    n_waiting = 0;
-                }
-            };
+            let waiting = [(0.0, &[][..]); 4];
+            let mut block =
+                Block { kernels, layout, activation, skip_zeros, x, sums, waiting, n_waiting: 0, rows_read: 0 };
             match span {
                 Span::Contiguous { bytes, .. } => {
                     let (from, to) = (start.max(first), (start + block_neurons).min(end));
                     let mine = &bytes[(from - first) * bundle_bytes..(to - first) * bundle_bytes];
-                    for (i, bundle) in mine.chunks_exact(bundle_bytes).enumerate() {
-                        let next = (i + ahead) * bundle_bytes;
-                        one(bundle, mine.get(next..next + bundle_bytes));
-                    }
+                    block.add_all(to - from, |i| &mine[i * bundle_bytes..(i + 1) * bundle_bytes]);
                 }
                 Span::Listed(list) => {
                     let from = list.partition_point(|(id, _)| (*id as usize) < start);
                     let to = list.partition_point(|(id, _)| (*id as usize) < start + block_neurons);
-                    for i in from..to {
-                        one(list[i].1, list.get(i + ahead).map(|next| next.1));
-                    }
+                    block.add_all(to - from, |i| list[from + i].1);
                 }
             }
-            for (h, bundle) in &waiting[..n_waiting] {
-                kernels.axpy(encoding, layout.row(bundle, 2), *h, sums);
-            }
+            rows_read.fetch_add(block.finish(), Ordering::Relaxed);
         });
+        rows_read.into_inner() * bundle_bytes as u64 / 3
     }
 
     /// Adds the blocks, in order, to the residual stream `y`.
@@ -118,5 +100,80 @@ impl FfnSums {
                 *y += v;
             }
         }
+    }
+}
+
+/// One block of one span, on one thread.
+struct Block<'s, 'a> {
+    kernels: &'s Kernels,
+    layout: BundleLayout,
+    activation: Activation,
+    skip_zeros: bool,
+    x: &'s [f32],
+    sums: &'s mut [f32],
+    /// Neurons that fire wait until there are four: their down rows are then added in one pass over the sums, in order,
+    /// with the same roundings as one by one.
+    waiting: [(f32, &'a [u8]); 4],
+    n_waiting: usize,
+    rows_read: u64,
+}
+
+impl<'a> Block<'_, 'a> {
+    /// Adds `n` neurons, ascending.
+    fn add_all(&mut self, n: usize, bundle: impl Fn(usize) -> &'a [u8]) {
+        let (layout, encoding) = (self.layout, self.layout.encoding());
+        // Scattered bundles, and the several streams of one bundle, defeat the hardware prefetcher.
+        let ahead = PREFETCH_BYTES.div_ceil(layout.bundle_bytes());
+        let mut first = 0;
+        if self.skip_zeros && self.activation != Activation::Silu {
+            while first + GATES <= n {
+                for i in (first + ahead..first + ahead + GATES).take_while(|i| *i < n) {
+                    prefetch(layout.row(bundle(i), 0).codes);
+                }
+                let bundles: [_; GATES] = std::array::from_fn(|i| bundle(first + i));
+                let gates = self.kernels.dots(encoding, bundles.map(|bundle| layout.row(bundle, 0)), self.x);
+                for (bundle, g) in bundles.into_iter().zip(gates) {
+                    // A gate that is not a number comes through.
+                    if g <= 0.0 {
+                        self.rows_read += 1;
+                        continue;
+                    }
+                    let [u] = self.kernels.dots(encoding, [layout.row(bundle, 1)], self.x);
+                    self.add(g, u, bundle);
+                }
+                first += GATES;
+            }
+        }
+        for i in first..n {
+            if i + ahead < n {
+                prefetch(bundle(i + ahead));
+            }
+            let (g, u) = self.kernels.pre_activations(&layout, bundle(i), self.x);
+            self.add(g, u, bundle(i));
+        }
+    }
+
+    fn add(&mut self, g: f32, u: f32, bundle: &'a [u8]) {
+        let h = self.activation.apply(g, u);
+        self.rows_read += 2;
+        if self.skip_zeros && h == 0.0 {
+            return;
+        }
+        self.rows_read += 1;
+        self.waiting[self.n_waiting] = (h, bundle);
+        self.n_waiting += 1;
+        if self.n_waiting == self.waiting.len() {
+            let rows = self.waiting.map(|(_, bundle)| self.layout.row(bundle, 2));
+            self.kernels.axpys(self.layout.encoding(), rows, self.waiting.map(|(h, _)| h), self.sums);
+            self.n_waiting = 0;
+        }
+    }
+
+    /// Adds those that still wait; returns the rows that were read, of three a neuron.
+    fn finish(self) -> u64 {
+        for (h, bundle) in &self.waiting[..self.n_waiting] {
+            self.kernels.axpy(self.layout.encoding(), self.layout.row(bundle, 2), *h, self.sums);
+        }
+        self.rows_read
     }
 }

@@ -113,10 +113,10 @@ impl LayerFfn {
         sums: &mut FfnSums,
         x: &[f32],
     ) -> Result<()> {
-        account.bytes.host += self.hot_bytes().len() as u64;
         account.neurons_computed += self.n_neurons as u64;
         account.neurons_total += self.n_neurons as u64;
-        sums.add(&compute.kernels, &mut compute.pool, x, Span::Contiguous { first: 0, bytes: self.hot_bytes() });
+        let hot = Span::Contiguous { first: 0, bytes: self.hot_bytes() };
+        account.bytes.host += sums.add(&compute.kernels, &mut compute.pool, x, hot);
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };

@@ -11,6 +11,7 @@ use crate::prefill::{FfnBatch, PIECE};
 use crate::replay::{Replayed, Trace};
 use crate::{Error, Result};
 use serde::Serialize;
+use thermocline_datasets::Activation;
 use thermocline_split::{Codec, Format, Split, TensorEntry};
 
 /// How neurons are chosen.
@@ -182,7 +183,7 @@ impl Plan {
             exact_disk_bytes_per_token: None,
             cache_hit_rate: 0.0,
         };
-        plan.expect_bytes(split, &matrices, replayed);
+        plan.expect_bytes(split, &matrices, replayed)?;
         if plan.streams() && request.mode != Mode::Exact {
             let exact = Self::new(split, PlanRequest { mode: Mode::Exact, ..request })?;
             plan.exact_disk_bytes_per_token = Some(exact.disk_bytes_per_token);
@@ -195,7 +196,7 @@ impl Plan {
         self.fixed.staging > 0
     }
 
-    fn expect_bytes(&mut self, split: &Split, matrices: &[&TensorEntry], replayed: Option<Replayed>) {
+    fn expect_bytes(&mut self, split: &Split, matrices: &[&TensorEntry], replayed: Option<Replayed>) -> Result<()> {
         let config = &split.manifest().config;
         let bundle = split.layers()[0].layout().bundle_bytes() as f64;
         // An untied embedding costs one row a token.
@@ -209,7 +210,7 @@ impl Plan {
         let total = (config.n_layers * config.intermediate_size) as f64;
         match (self.request.mode, replayed) {
             (Mode::Exact, _) => {
-                ram += self.hot_bytes as f64;
+                ram += self.hot_bytes as f64 * rows_read(split)?;
                 for (file, &hot) in split.layers().iter().zip(&self.hot_neurons) {
                     let cold = &file.index()[hot.div_ceil(file.chunk_neurons())..];
                     disk += cold.iter().map(|e| f64::from(e.stored_bytes)).sum::<f64>();
@@ -225,6 +226,7 @@ impl Plan {
             }
         }
         (self.ram_bytes_per_token, self.disk_bytes_per_token) = (ram as u64, disk as u64);
+        Ok(())
     }
 
     /// Expected decode speed on a machine. RAM and disk are read at the same time; the slower one sets the pace.
@@ -342,20 +344,42 @@ pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
     if compressed { (2 * run_bytes).max(largest) } else { 0 }
 }
 
+/// The share of its rows that exact mode is expected to read: gates always, up rows where the gate is positive, down
+/// rows of neurons that fire. Gates and ups of dReLU are taken as independent and alike.
+fn rows_read(split: &Split) -> Result<f64> {
+    let config = &split.manifest().config;
+    let mut share = 0.0;
+    for l in 0..config.n_layers {
+        let rates = activation_rates(split, l)?;
+        let fires = rates.iter().map(|&r| f64::from(r)).sum::<f64>() / rates.len().max(1) as f64;
+        share += match config.activation {
+            Activation::Silu => 1.0,
+            Activation::Relu => (1.0 + 2.0 * fires) / 3.0,
+            Activation::Drelu => (1.0 + fires.sqrt() + fires) / 3.0,
+        };
+    }
+    Ok(share / config.n_layers as f64)
+}
+
+/// One layer's activation rates in split order, `[intermediate_size]`.
+fn activation_rates(split: &Split, layer: usize) -> Result<Vec<f32>> {
+    let name = format!("layers.{layer}.activation_rate");
+    let rates = split.statistics().read_f32(&name)?;
+    let n = split.manifest().config.intermediate_size;
+    if rates.len() == n {
+        return Ok(rates);
+    }
+    let (path, reason) = (split.statistics().path().to_owned(), format!("{} rates for {n} neurons", rates.len()));
+    Err(thermocline_split::Error::Corrupt { path, field: name, reason }.into())
+}
+
 /// Divides `left` bytes between hot prefix and cache: the division whose replay reads the fewest bytes from disk.
 fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize, Replayed)> {
     let config = &split.manifest().config;
     let (n, bundle) = (config.intermediate_size, split.layers()[0].layout().bundle_bytes() as u64);
     let mut rates = Vec::with_capacity(config.n_layers * n);
     for l in 0..config.n_layers {
-        let name = format!("layers.{l}.activation_rate");
-        let rate = split.statistics().read_f32(&name)?;
-        if rate.len() != n {
-            let (path, reason) =
-                (split.statistics().path().to_owned(), format!("{} rates for {n} neurons", rate.len()));
-            return Err(thermocline_split::Error::Corrupt { path, field: name, reason }.into());
-        }
-        rates.extend(rate.into_iter().map(|r| (r, l)));
+        rates.extend(activation_rates(split, l)?.into_iter().map(|r| (r, l)));
     }
     rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     let mut best: Option<(Vec<usize>, usize, Replayed)> = None;

@@ -51,6 +51,10 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let (p, d) = (&report.prompt_tok_s, &report.decode_tok_s);
     println!("prompt   {:>8.1} tok/s (+- {:.1} %), {} tokens", p.median, 100.0 * p.spread, settings.n_prompt);
     println!("decode   {:>8.1} tok/s (+- {:.1} %), {} tokens", d.median, 100.0 * d.spread, settings.n_gen);
+    if let Some(dense) = &report.dense_decode_tok_s {
+        let ratio = d.median / dense.median;
+        println!("dense    {:>8.1} tok/s with every neuron computed: leaving out zeros is {ratio:.2} x", dense.median);
+    }
     println!(
         "planned  {:>8.1} tok/s, bound by the {}; limit {:.1} tok/s",
         report.predicted.tok_s, report.predicted.bottleneck, report.predicted.limit_tok_s

@@ -8,38 +8,34 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use thermocline_analysis::eval::{Mask, Windows};
-use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
+use thermocline_datasets::{Activation, Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::{GenerateSettings, SamplerSettings, generate};
 use thermocline_split::Split;
 
-const DEFAULT_MODEL: &str = "datasets/models/smollm2/model.gguf";
-/// A whole short novel; datasets/demo/README.md says which and under what licence.
-const BUILT_IN_TEXT: &str = include_str!("../../datasets/demo/corpus.txt");
+/// A whole short novel for models that are given; datasets/demo/README.md says which and under what licence.
+const NOVEL: &str = include_str!("../../datasets/demo/novel.txt");
 /// Share of the text that calibrates; the rest evaluates.
 const CALIBRATION_SHARE: f64 = 0.8;
 const CALIBRATION_TOKENS: usize = 16 << 10;
 const WINDOW: usize = 512;
 const EVAL_WINDOWS: usize = 2;
-const SHARES: [f64; 4] = [0.1, 0.3, 0.5, 0.7];
-const PROMPT: &str = "The Time Traveller smiled round at us. Then, still smiling faintly, he";
+const PROMPT: &str = "It was late in the evening when";
 const N_PREDICT: usize = 64;
 
 pub fn demo(args: &Demo) -> anyhow::Result<()> {
     let begin = Instant::now();
-    let model = args.model.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_MODEL));
-    if args.model.is_none() && !model.exists() {
-        let text =
-            format!("{DEFAULT_MODEL} is not there; run `datasets/fetch-models.sh smollm2`, or give a model with -m");
-        return Err(Usage(text).into());
-    }
     let dir = &args.output;
     claim(dir)?;
+    let (model, own_text) = match &args.model {
+        Some(model) => (model.clone(), (NOVEL, "the built-in novel")),
+        None => (built_in::write(&dir.join("demo-model"))?, (built_in::TEXT, "text by the demo model itself")),
+    };
     super::run::limit_threads(args.threads.count());
     let (text, text_name) = match &args.corpus {
         Some(path) => (fs::read_to_string(path).with_context(|| path.clone())?, super::eval::name(Path::new(path))),
-        None => (BUILT_IN_TEXT.to_owned(), "the built-in novel".to_owned()),
+        None => (own_text.0.to_owned(), own_text.1.to_owned()),
     };
     let (calibration, evaluation) = divide(&text);
     let checkpoint = open_checkpoint(&model).with_context(|| "cannot open the model")?;
@@ -52,8 +48,9 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
     };
 
     prepare(checkpoint.as_ref(), &tokenizer, calibration, &paths)?;
-    let mut results = runs(args.threads, &tokenizer, dir, &paths.split)?;
-    results.push(evaluate(&tokenizer, evaluation, &text_name, dir, &paths.split)?);
+    let shares = shares(checkpoint.config().activation);
+    let mut results = runs(args.threads, shares[1], &tokenizer, dir, &paths.split)?;
+    results.push(evaluate(&tokenizer, evaluation, &text_name, shares, dir, &paths.split)?);
 
     let step = Instant::now();
     // The profile says more about neurons than the split keeps, so the split is not drawn as well.
@@ -62,6 +59,48 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
     said("report", step, &format!("{} inputs", results.len()));
     println!("{:.0} s in all; open {}", begin.elapsed().as_secs_f64(), paths.report.display());
     Ok(())
+}
+
+/// The model of `datasets/demo/model`, and text sampled from it.
+#[cfg(feature = "demo-model")]
+mod built_in {
+    use super::*;
+
+    pub const TEXT: &str = include_str!("../../datasets/demo/corpus.txt");
+    const FILES: [(&str, &[u8]); 3] = [
+        ("config.json", include_bytes!("../../datasets/demo/model/config.json")),
+        ("tokenizer.json", include_bytes!("../../datasets/demo/model/tokenizer.json")),
+        ("model.safetensors", include_bytes!("../../datasets/demo/model/model.safetensors")),
+    ];
+
+    /// Writes it as the Hugging Face folder that it was.
+    pub fn write(dir: &Path) -> anyhow::Result<PathBuf> {
+        fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        for (name, bytes) in FILES {
+            let path = dir.join(name);
+            fs::write(&path, bytes).with_context(|| path.display().to_string())?;
+        }
+        Ok(dir.to_owned())
+    }
+}
+
+#[cfg(not(feature = "demo-model"))]
+mod built_in {
+    use super::*;
+
+    pub const TEXT: &str = NOVEL;
+
+    pub fn write(_: &Path) -> anyhow::Result<PathBuf> {
+        Err(Usage("this build has no demo model in it (feature demo-model); give a model with -m".to_owned()).into())
+    }
+}
+
+/// Active shares to evaluate; the second is run as well. Models whose activations can be zero need far fewer neurons.
+fn shares(activation: Activation) -> [f64; 4] {
+    match activation {
+        Activation::Silu => [0.1, 0.3, 0.5, 0.7],
+        Activation::Relu | Activation::Drelu => [0.03, 0.1, 0.2, 0.3],
+    }
 }
 
 struct Paths {
@@ -114,12 +153,18 @@ fn prepare(checkpoint: &dyn Checkpoint, tokenizer: &Tokenizer, text: &str, paths
     Ok(())
 }
 
-/// Everything in RAM, half of that, and the predicted 30 % of the neurons.
-fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> anyhow::Result<Vec<PathBuf>> {
+/// Everything in RAM, half of that, and the predicted top share of the neurons in that half.
+fn runs(
+    threads: Threads,
+    active: f64,
+    tokenizer: &Tokenizer,
+    dir: &Path,
+    split: &Path,
+) -> anyhow::Result<Vec<PathBuf>> {
     let placement = |mode, ram_budget| Placement {
         model: split.to_owned(),
         mode,
-        active: 0.3,
+        active: active as f32,
         ram_budget,
         vram_budget: "auto".to_owned(),
         ctx_size: None,
@@ -162,13 +207,20 @@ fn first_words(text: &str) -> String {
     words.join(" ")
 }
 
-fn evaluate(tokenizer: &Tokenizer, text: &str, text_name: &str, dir: &Path, split: &Path) -> anyhow::Result<PathBuf> {
+fn evaluate(
+    tokenizer: &Tokenizer,
+    text: &str,
+    text_name: &str,
+    shares: [f64; 4],
+    dir: &Path,
+    split: &Path,
+) -> anyhow::Result<PathBuf> {
     let step = Instant::now();
     let tokens = tokenizer.encode(text, false)?;
     let windows = Windows::new(&tokens, WINDOW, EVAL_WINDOWS).map_err(super::eval::usage)?;
     let mut masks = vec![Mask::Dense];
-    masks.extend(SHARES.map(Mask::Oracle));
-    masks.extend(SHARES.map(Mask::Predicted));
+    masks.extend(shares.map(Mask::Oracle));
+    masks.extend(shares.map(Mask::Predicted));
     let model = super::eval::Model::open(split)?;
     let results = super::eval::batch(&model, &windows, &masks, false)?;
     let output = super::eval::Output::new(&model, split, text_name, &windows, &results, step)?;

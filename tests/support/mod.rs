@@ -145,7 +145,7 @@ fn root() -> &'static Path {
 }
 
 /// `make(path)` unless another test has made it; `path` appears complete or not at all.
-fn once(name: &str, make: impl FnOnce(&Path)) -> PathBuf {
+pub fn once(name: &str, make: impl FnOnce(&Path)) -> PathBuf {
     let path = root().join(name);
     if path.exists() {
         return path;

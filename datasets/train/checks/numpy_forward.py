@@ -78,7 +78,7 @@ def main(folder, reference):
     try:
         from tokenizers import Tokenizer
 
-        same = [0] + Tokenizer.from_file(str(folder / "tokenizer.json")).encode(expected["prompt"]).ids == ids
+        same = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(expected["prompt"]).ids == ids
         print("prompt ids:", "equal" if same else "DIFFERENT")
     except ImportError:
         same = True
