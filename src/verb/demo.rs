@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use thermocline_analysis::eval::{Mask, Windows};
-use thermocline_datasets::{Activation, Checkpoint, Tokenizer, open_checkpoint};
+use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::{GenerateSettings, SamplerSettings, generate};
@@ -21,6 +21,7 @@ const CALIBRATION_SHARE: f64 = 0.8;
 const CALIBRATION_TOKENS: usize = 16 << 10;
 const WINDOW: usize = 512;
 const EVAL_WINDOWS: usize = 2;
+const SHARES: [f64; 4] = [0.1, 0.3, 0.5, 0.7];
 const PROMPT: &str = "It was late in the evening when";
 const N_PREDICT: usize = 64;
 
@@ -48,9 +49,8 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
     };
 
     prepare(checkpoint.as_ref(), &tokenizer, calibration, &paths)?;
-    let shares = shares(checkpoint.config().activation);
-    let mut results = runs(args.threads, shares[1], &tokenizer, dir, &paths.split)?;
-    results.push(evaluate(&tokenizer, evaluation, &text_name, shares, dir, &paths.split)?);
+    let mut results = runs(args.threads, &tokenizer, dir, &paths.split)?;
+    results.push(evaluate(&tokenizer, evaluation, &text_name, dir, &paths.split)?);
 
     let step = Instant::now();
     // The profile says more about neurons than the split keeps, so the split is not drawn as well.
@@ -92,14 +92,6 @@ mod built_in {
 
     pub fn write(_: &Path) -> anyhow::Result<PathBuf> {
         Err(Usage("this build has no demo model in it (feature demo-model); give a model with -m".to_owned()).into())
-    }
-}
-
-/// Active shares to evaluate; the second is run as well. Models whose activations can be zero need far fewer neurons.
-fn shares(activation: Activation) -> [f64; 4] {
-    match activation {
-        Activation::Silu => [0.1, 0.3, 0.5, 0.7],
-        Activation::Relu | Activation::Drelu => [0.03, 0.1, 0.2, 0.3],
     }
 }
 
@@ -153,18 +145,12 @@ fn prepare(checkpoint: &dyn Checkpoint, tokenizer: &Tokenizer, text: &str, paths
     Ok(())
 }
 
-/// Everything in RAM, half of that, and the predicted top share of the neurons in that half.
-fn runs(
-    threads: Threads,
-    active: f64,
-    tokenizer: &Tokenizer,
-    dir: &Path,
-    split: &Path,
-) -> anyhow::Result<Vec<PathBuf>> {
+/// Everything in RAM, half of that, and the predicted 30 % of the neurons in that half.
+fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let placement = |mode, ram_budget| Placement {
         model: split.to_owned(),
         mode,
-        active: active as f32,
+        active: 0.3,
         ram_budget,
         vram_budget: "auto".to_owned(),
         ctx_size: None,
@@ -183,7 +169,7 @@ fn run(placement: &Placement, tokenizer: &Tokenizer, dir: &Path, name: &str) -> 
     let prompt = tokenizer.encode(PROMPT, true)?;
     let split = Split::open(&placement.model)?;
     let mut engine = super::run::load(split, placement, prompt.len() + N_PREDICT, 128, false)?;
-    let sampler = SamplerSettings { temperature: 0.0, ..SamplerSettings::default() };
+    let sampler = SamplerSettings { seed: 1, ..SamplerSettings::default() };
     let settings = GenerateSettings { n_predict: N_PREDICT, sampler, stop: Vec::new() };
     let report = generate(&mut engine, &prompt, &settings, &mut |_| true)?;
     let text = tokenizer.decode(&report.tokens)?;
@@ -207,20 +193,13 @@ fn first_words(text: &str) -> String {
     words.join(" ")
 }
 
-fn evaluate(
-    tokenizer: &Tokenizer,
-    text: &str,
-    text_name: &str,
-    shares: [f64; 4],
-    dir: &Path,
-    split: &Path,
-) -> anyhow::Result<PathBuf> {
+fn evaluate(tokenizer: &Tokenizer, text: &str, text_name: &str, dir: &Path, split: &Path) -> anyhow::Result<PathBuf> {
     let step = Instant::now();
     let tokens = tokenizer.encode(text, false)?;
     let windows = Windows::new(&tokens, WINDOW, EVAL_WINDOWS).map_err(super::eval::usage)?;
     let mut masks = vec![Mask::Dense];
-    masks.extend(shares.map(Mask::Oracle));
-    masks.extend(shares.map(Mask::Predicted));
+    masks.extend(SHARES.map(Mask::Oracle));
+    masks.extend(SHARES.map(Mask::Predicted));
     let model = super::eval::Model::open(split)?;
     let results = super::eval::batch(&model, &windows, &masks, false)?;
     let output = super::eval::Output::new(&model, split, text_name, &windows, &results, step)?;
