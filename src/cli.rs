@@ -223,7 +223,7 @@ pub enum OrderName {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ScalesName {
-    /// Least squared error, columns weighted with the profile's input moments
+    /// Least squared error, weighted by size and with the profile's input moments
     Moments,
     /// Least squared error
     LeastSquares,

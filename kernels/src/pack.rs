@@ -24,9 +24,12 @@ pub enum ScaleFit<'a> {
     Absmax,
     /// The squared error is least.
     LeastSquares,
-    /// The squared error is least with these weights, one non-negative number a column: usually the mean square of that
-    /// input channel over a corpus. As in the objectives of GPTQ and AWQ, but diagonal, closed-form and per group.
-    Weighted(&'a [f32]),
+    /// The squared error is least where a column's error counts `c (s + v^2)` times: v is the weight, s the group's mean
+    /// square, c a non-negative number a column (1 if not given), usually the mean square of that input channel over a
+    /// corpus. The first factor is the diagonal of the objective of GPTQ and AWQ. The second keeps large weights from
+    /// being clipped for the sake of many small ones: inputs have heavy tails, which a mean square does not show, and
+    /// without it models with outlier channels lose more than by absmax (ARCHITECTURE.md has figures).
+    Weighted(Option<&'a [f32]>),
 }
 
 /// Encodes one row as a matrix row: codes, scales, zeros up to the end of `out`.
@@ -40,7 +43,7 @@ pub enum ScaleFit<'a> {
 /// If the encoding does not accept rows of this length, `out` is shorter than a row, or a weighted fit has another number of weights.
 pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) -> Result<(), PackError> {
     assert!(encoding.accepts(row.len()), "{encoding} cannot store rows of {}", row.len());
-    if let ScaleFit::Weighted(w) = fit {
+    if let ScaleFit::Weighted(Some(w)) = fit {
         assert_eq!(w.len(), row.len(), "one weight a column");
     }
     let n_codes = encoding.code_bytes(row.len());
@@ -55,7 +58,7 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
     let (low, high) = if encoding == Encoding::Q4 { (-8.0, 7.0) } else { (-127.0, 127.0) };
     for (g, values) in row.chunks_exact(GROUP).enumerate() {
         let fit = match fit {
-            ScaleFit::Weighted(w) => ScaleFit::Weighted(&w[g * GROUP..(g + 1) * GROUP]),
+            ScaleFit::Weighted(Some(w)) => ScaleFit::Weighted(Some(&w[g * GROUP..(g + 1) * GROUP])),
             other => other,
         };
         let scale = fit_scale(values, fit, low, high);
@@ -97,11 +100,19 @@ fn fit_scale(values: &[f32], fit: ScaleFit<'_>, low: f32, high: f32) -> f16 {
     if largest == 0.0 {
         return f16::ZERO;
     }
-    let weights = match fit {
+    let mut weights = [1.0f32; GROUP];
+    match fit {
         ScaleFit::Absmax => return f16::from_f32(largest / low),
-        ScaleFit::LeastSquares => None,
-        ScaleFit::Weighted(w) => Some(w),
-    };
+        ScaleFit::LeastSquares => {}
+        ScaleFit::Weighted(channels) => {
+            // Relative to the largest weight, so that no square vanishes.
+            let square = |v: f32| (v / largest).powi(2);
+            let mean = values.iter().map(|&v| square(v)).sum::<f32>() / GROUP as f32;
+            for (j, (w, &v)) in weights.iter_mut().zip(values).enumerate() {
+                *w = (mean + square(v)) * channels.map_or(1.0, |c| c[j].max(1e-12));
+            }
+        }
+    }
     // At 8 bits the largest weight decides; at 4 it often pays to clip it, up to about half its size.
     let steps = if high > 8.0 { -2..=2 } else { -5..=20 };
     let mut best = (f32::NEG_INFINITY, 0.0f32);
@@ -115,9 +126,8 @@ fn fit_scale(values: &[f32], fit: ScaleFit<'_>, low: f32, high: f32) -> f16 {
                 continue;
             }
             let (mut numerator, mut denominator) = (0.0f32, 0.0f32);
-            for (j, &v) in values.iter().enumerate() {
+            for (&v, &w) in values.iter().zip(&weights) {
                 let q = (v * inverse).round_ties_even().clamp(low, high);
-                let w = weights.map_or(1.0, |w| w[j].max(1e-12));
                 numerator += w * v * q;
                 denominator += w * q * q;
             }

@@ -127,7 +127,8 @@ fn weighted_scales_lower_the_weighted_error() {
         unpack(Encoding::Q4, RowRef::from_matrix_row(Encoding::Q4, 64, &packed), &mut back);
         row.iter().zip(&back).zip(&weights).map(|((a, b), w)| w * (a - b).powi(2)).sum::<f32>()
     };
-    let [weighted, plain, absmax] = [ScaleFit::Weighted(&weights), ScaleFit::LeastSquares, ScaleFit::Absmax].map(error);
+    let [weighted, plain, absmax] =
+        [ScaleFit::Weighted(Some(&weights)), ScaleFit::LeastSquares, ScaleFit::Absmax].map(error);
     assert!(weighted < 0.7 * plain, "{weighted} {plain}");
     assert!(weighted < 0.7 * absmax, "{weighted} {absmax}");
 }

@@ -42,7 +42,7 @@ pub struct SplitOptions {
 /// What the scales of quantised groups are chosen by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scales {
-    /// The squared error, each column weighted with its mean square in the profile (down projection: unweighted).
+    /// The squared error, weighted by size and with the input's mean square in the profile ([`ScaleFit::Weighted`]).
     Moments,
     /// The squared error.
     LeastSquares,
@@ -55,8 +55,8 @@ impl Scales {
     pub(crate) fn fit(self, mean_squares: Option<&[f32]>) -> ScaleFit<'_> {
         match (self, mean_squares) {
             (Scales::Absmax, _) => ScaleFit::Absmax,
-            (Scales::Moments, Some(w)) => ScaleFit::Weighted(w),
-            (Scales::Moments | Scales::LeastSquares, _) => ScaleFit::LeastSquares,
+            (Scales::Moments, channels) => ScaleFit::Weighted(channels),
+            (Scales::LeastSquares, _) => ScaleFit::LeastSquares,
         }
     }
 }
