@@ -1,5 +1,6 @@
 //! Every flag of every verb, with its help; what they mean is in `verb/`.
 
+use crate::exit::Usage;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use thermocline_kernels::Encoding;
@@ -72,6 +73,14 @@ pub struct Threads {
 impl Threads {
     pub fn count(self) -> usize {
         self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
+    }
+
+    /// The count, if it is one that makes sense.
+    pub fn checked(self) -> Result<usize, Usage> {
+        match self.count() {
+            n @ 1..=1024 => Ok(n),
+            n => Err(Usage(format!("-t: {n} threads; give 1 to 1024"))),
+        }
     }
 }
 

@@ -159,6 +159,37 @@ fn a_second_writer_is_told_that_the_output_is_locked() {
     }
 }
 
+/// Runs the binary where every thread wants more stack than there is address space: none can be started.
+fn without_threads(args: &[&str]) -> support::Ran {
+    thermocline().env("RUST_MIN_STACK", (1u64 << 60).to_string()).args(args).output().unwrap().into()
+}
+
+#[test]
+fn threads_that_cannot_be_started_are_errors_that_name_the_flag() {
+    let dir = split(&medium(), "q4", &["--chunk-neurons", "4", "--order", "random"]);
+    let budget = format!("{}B", budget_range(&dir, Mode::Exact).0 * 2);
+    let (folder, corpus, model) = (tempfile::TempDir::new().unwrap(), support::corpus(), model(&medium()));
+    let out = folder.path().join("profile");
+    let whole = ["run", "-m", text(&dir), "-p", "the lake", "-n", "2"];
+    let streamed = [&whole[..], &["-t", "1", "--ram-budget", &budget]].concat();
+    let calibrating =
+        ["calibrate", "-m", text(&model), "--corpus", text(&corpus), "--tokens", "256", "-o", text(&out), "-t", "2"];
+    for (args, said) in [
+        (&[&whole[..], &["-t", "2"]].concat()[..], "cannot start thread 2 of 2"),
+        (&["plan", "-m", text(&dir), "-t", "3"], "cannot start thread 2 of 3"),
+        (&["doctor", "-t", "2"], "cannot start thread 2 of 2"),
+        (&streamed, "cannot start reader thread 1 of 4"),
+        (&calibrating, "cannot start 2 threads"),
+    ] {
+        let ran = without_threads(args);
+        assert_eq!(ran.code, Some(1), "{args:?}: {}", ran.stderr);
+        assert!(ran.stderr.contains(said) && ran.stderr.contains("-t"), "{args:?}: {}", ran.stderr);
+        assert!(!ran.stderr.contains("panicked") && !out.exists(), "{args:?}: {}", ran.stderr);
+    }
+    // One thread and everything in memory need none.
+    assert_eq!(without_threads(&[&whole[..], &["-t", "1"]].concat()).code, Some(0));
+}
+
 /// Runs the binary where no file may grow beyond `blocks` of 1024 bytes: writes fail half way, as on a full disk.
 fn with_file_limit(blocks: u32, args: &[&str]) -> support::Ran {
     let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");

@@ -148,7 +148,7 @@ fn weights_that_do_not_fit_are_refused() {
 #[test]
 fn pool_runs_every_piece_once_and_sleeps_and_wakes() {
     for n in [1, 2, 5] {
-        let mut pool = Pool::new(n);
+        let mut pool = Pool::new(n).expect("threads");
         for round in 0..200 {
             let mut data = vec![0u32; 1000 + round];
             pool.for_each_chunk(&mut data, 7, |i, piece| piece.iter_mut().for_each(|v| *v += 1 + i as u32));
@@ -162,7 +162,7 @@ fn pool_runs_every_piece_once_and_sleeps_and_wakes() {
 
 #[test]
 fn a_panic_in_a_task_reaches_the_caller_and_the_pool_lives() {
-    let mut pool = Pool::new(2);
+    let mut pool = Pool::new(2).expect("threads");
     let mut data = vec![0u8; 64];
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         pool.for_each_chunk(&mut data, 1, |i, _| assert!(i != 40, "planted"));
@@ -196,7 +196,7 @@ fn gemv_and_matmul_agree_with_the_plain_loops() {
     }
     let mut y = vec![0.0; n];
     let matrix = thermocline_kernels::MatrixRef { encoding: Encoding::Bf16, rows: n, columns: k, data: &packed };
-    gemv(&Kernels::detect(), &mut Pool::new(2), matrix, &x[..k], &mut y);
+    gemv(&Kernels::detect(), &mut Pool::new(2).expect("threads"), matrix, &x[..k], &mut y);
     for (j, &y) in y.iter().enumerate() {
         let want = reference::dot(Encoding::Bf16, matrix.row(j), &x[..k]);
         assert!((y - want).abs() < 1e-4);

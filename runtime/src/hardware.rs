@@ -30,10 +30,10 @@ impl Hardware {
     /// Measures everything for one split: RAM and kernel for about a quarter second each, then the disk.
     ///
     /// # Errors
-    /// If a layer file cannot be read.
+    /// If a layer file cannot be read, or the system refuses threads or memory.
     pub fn measure(split: &thermocline_split::Split, n_threads: usize) -> Result<Self> {
-        let mut pool = Pool::new(n_threads);
-        let memory = AlignedBuf::zeroed(MEMORY_PROBE_BYTES);
+        let mut pool = Pool::new(n_threads)?;
+        let memory = written(MEMORY_PROBE_BYTES)?;
         let files = split.layers().iter().map(thermocline_split::LayerFile::path);
         Ok(Self {
             n_threads,
@@ -42,6 +42,16 @@ impl Hardware {
             disk_bytes_per_second: disk_speed(files, &StagingShape::default())?,
         })
     }
+}
+
+/// Memory whose pages are in RAM, each one its own: pages that were never written are all the same one.
+///
+/// # Errors
+/// If the system refuses it.
+pub fn written(bytes: usize) -> Result<AlignedBuf> {
+    let mut memory = AlignedBuf::zeroed(bytes)?;
+    memory.fill(0);
+    Ok(memory)
 }
 
 /// Size and number of the buffers between disk and computation, and who fills them.
@@ -110,9 +120,9 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
 /// Bytes a second of reading files in runs, with readers and buffers of their own. The best of three.
 ///
 /// # Errors
-/// If a file cannot be read.
+/// If a file cannot be read, or the system refuses threads or memory.
 pub fn disk_speed<'a>(files: impl Iterator<Item = &'a Path>, shape: &StagingShape) -> Result<f64> {
-    read_speed(files, shape, &Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 0))
+    read_speed(files, shape, &Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 0)?)
 }
 
 /// The same with the readers and buffers of a loaded model, all of which must be free.

@@ -58,7 +58,7 @@ impl LayerFfn {
         let index = Arc::new(LayerIndex { split: Arc::clone(split), layer });
         let file = index.file();
         let (bundle_bytes, n_neurons) = (file.layout().bundle_bytes(), file.order().len());
-        let mut hot = AlignedBuf::zeroed(n_hot * bundle_bytes);
+        let mut hot = AlignedBuf::zeroed(n_hot * bundle_bytes)?;
         // A piece at a time: the decoder's buffers must not add a second copy of the layer to the peak.
         let chunks = n_hot.div_ceil(file.chunk_neurons());
         file.read_chunks(0..chunks, &mut hot[..n_hot * bundle_bytes])?;

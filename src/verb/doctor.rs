@@ -5,8 +5,8 @@ use crate::output;
 use anyhow::Context;
 use serde::Serialize;
 use std::io::Write;
-use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Isa, Kernels, Pool};
-use thermocline_runtime::hardware::{StagingShape, disk_speed, kernel_speed, ram_speed};
+use thermocline_kernels::{BundleLayout, Encoding, Isa, Kernels};
+use thermocline_runtime::hardware::{StagingShape, disk_speed, kernel_speed, ram_speed, written};
 
 /// Bytes on which RAM is measured, and bytes of the file on which the disk is.
 const PROBE_BYTES: usize = 256 << 20;
@@ -28,14 +28,12 @@ struct Report {
 }
 
 pub fn doctor(args: &Doctor) -> anyhow::Result<()> {
-    let n_threads = args.threads.count();
-    let mut pool = Pool::new(n_threads);
-    let mut memory = AlignedBuf::zeroed(PROBE_BYTES);
-    memory.fill(1);
+    let mut pool = super::run::pool(args.threads)?;
+    let memory = written(PROBE_BYTES)?;
     let layout = BundleLayout::new(Encoding::Q4, 4096).context("whole groups")?;
     let report = Report {
         cpu: cpu_name(),
-        n_threads,
+        n_threads: pool.n_threads(),
         isa: Kernels::detect().isa().name(),
         isas: Isa::ALL.into_iter().filter(|i| i.is_available()).map(Isa::name).collect(),
         ram_total_bytes: meminfo("MemTotal:"),

@@ -97,7 +97,7 @@ impl Model {
 
 pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let begin = Instant::now();
-    super::run::limit_threads(args.threads.count());
+    super::run::limit_threads(args.threads)?;
     let masks = masks(args.mask, &args.active);
     let model = Model::open(&args.model)?;
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;

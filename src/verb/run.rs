@@ -1,12 +1,14 @@
 //! `run`: a prompt in, an answer out, and what it cost.
 
-use crate::cli::{ModeName, Placement, Run};
+use crate::cli::{ModeName, Placement, Run, Threads};
 use crate::exit::Usage;
 use crate::output::{self, Progress};
 use anyhow::Context;
 use serde::Serialize;
+use std::error::Error;
 use std::io::Write;
 use thermocline_datasets::{ChatMessage, ChatTemplate, Tokenizer};
+use thermocline_kernels::Pool;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::{Engine, GenerateSettings, Mode, Plan, PlanRequest, RunReport, SamplerSettings, generate};
 use thermocline_split::Split;
@@ -187,8 +189,20 @@ pub fn account(r: &RunReport) -> String {
     )
 }
 
-/// Bounds the thread pool of the batched matrix products in calibration and evaluation.
-pub fn limit_threads(n: usize) {
-    // Fails only if the pool is there already, which is then of the size asked for first.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
+/// Threads for measurements outside an engine.
+pub fn pool(threads: Threads) -> anyhow::Result<Pool> {
+    let n = threads.checked()?;
+    Pool::new(n).map_err(|e| thermocline_runtime::Error::from(e).into())
+}
+
+/// Starts the thread pool of the batched matrix products in calibration and evaluation.
+pub fn limit_threads(threads: Threads) -> anyhow::Result<()> {
+    let n = threads.checked()?;
+    match rayon::ThreadPoolBuilder::new().num_threads(n).build_global() {
+        Err(e) if e.source().is_some() => {
+            Err(anyhow::Error::new(e).context(format!("cannot start {n} threads; use fewer (-t)")))
+        }
+        // Without a cause, the pool is there already: of the size asked for first.
+        _ => Ok(()),
+    }
 }
