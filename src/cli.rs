@@ -157,7 +157,7 @@ pub struct Run {
     /// Penalty on tokens of late; 1 is off
     #[arg(long, default_value_t = 1.0)]
     pub repeat_penalty: f32,
-    /// Refuse to run a model whose weights do not all match their checksums
+    /// Read all weights first, and refuse a model with a wrong checksum, a weight that is not finite, or a tensor of zeros
     #[arg(long)]
     pub check_tensors: bool,
     /// Print one JSON value and nothing else

@@ -83,6 +83,7 @@ fn split(error: &SplitError) -> u8 {
         SplitError::Settings { .. } => 2,
         SplitError::Corrupt { .. }
         | SplitError::CorruptChunk { .. }
+        | SplitError::Unsound { .. }
         | SplitError::UnsupportedVersion { .. }
         | SplitError::WrongSource { .. }
         | SplitError::Pack { .. } => 4,

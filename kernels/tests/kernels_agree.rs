@@ -38,6 +38,27 @@ fn case() -> impl Strategy<Value = (Encoding, Vec<Vec<f32>>, Vec<f32>)> {
 
 proptest! {
     #[test]
+    fn rows_are_flawed_where_their_values_are((encoding, rows, _) in case(), at in any::<prop::sample::Index>(), half in any::<u16>(), blank in any::<bool>()) {
+        let n = rows[0].len();
+        let mut bytes = encoded(encoding, &rows[0]);
+        let first = if encoding == Encoding::Bf16 { 0 } else { encoding.code_bytes(n) };
+        if blank {
+            bytes[first..].fill(0);
+        }
+        // Half of the time all exponent bits are set, or next to none would be.
+        let half = if half % 2 == 0 { half | 0x7f80 } else { half };
+        let n_halves = if encoding == Encoding::Bf16 { n } else { encoding.scale_bytes(n) / 2 };
+        bytes[first + 2 * at.index(n_halves)..][..2].copy_from_slice(&half.to_le_bytes());
+        let row = RowRef::from_matrix_row(encoding, n, &bytes);
+        let mut values = vec![0.0; n];
+        unpack(encoding, row, &mut values);
+        prop_assert_eq!(encoding.first_not_finite(row), values.iter().position(|v| !v.is_finite()));
+        let scaled = |v: &f32| *v != 0.0;
+        prop_assert!(!encoding.is_zero(row) || !values.iter().any(scaled));
+        prop_assert!(encoding != Encoding::Bf16 || encoding.is_zero(row) != values.iter().any(scaled));
+    }
+
+    #[test]
     fn dots_and_axpy_agree_with_the_plain_loops((encoding, rows, x) in case(), a in -3.0f32..3.0) {
         let packed: Vec<_> = rows.iter().map(|r| encoded(encoding, r)).collect();
         let rows: Vec<_> = packed.iter().map(|p| RowRef::from_matrix_row(encoding, x.len(), p)).collect();

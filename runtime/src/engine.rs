@@ -16,7 +16,7 @@ use crate::{Error, Result};
 use std::sync::Arc;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::{Kernels, Pool, ops};
-use thermocline_split::{Split, TensorEntry};
+use thermocline_split::{Flaw, Split, TensorEntry};
 
 /// Norms and biases of one layer.
 #[derive(Debug)]
@@ -50,6 +50,7 @@ pub struct Engine {
     sums: FfnSums,
     batch: FfnBatch,
     account: Account,
+    flaws: Vec<Flaw>,
 }
 
 /// Which positions' logits a forward pass returns.
@@ -127,6 +128,10 @@ impl Engine {
         let final_norm = vector("model.norm.weight", hidden)?;
         progress(config.n_layers, config.n_layers);
 
+        let loaded = attention.iter().flatten().chain([&embedding]).chain(&lm_head);
+        let flaws = loaded.map(|m| m.entry.flaw(m.pinned_bytes())).chain(ffn.iter().map(LayerFfn::flaw));
+        let flaws = flaws.flatten().collect();
+
         let (mut dense, mut sparse) = (Vec::new(), Vec::new());
         for (matrices, neurons) in attention.iter().zip(&ffn) {
             for m in matrices {
@@ -163,6 +168,7 @@ impl Engine {
             sums: FfnSums::new(layout, config.activation, n),
             batch: FfnBatch::new(layout, config.activation, n),
             account: Account::default(),
+            flaws,
             plan,
             config,
             split,
@@ -177,6 +183,12 @@ impl Engine {
     /// The split that it was loaded from.
     pub fn split(&self) -> &Split {
         &self.split
+    }
+
+    /// Weights in memory that no sound model has, at most one a tensor or layer. What is read from disk later is not
+    /// looked at; [`Split::check_weights`] looks at everything.
+    pub fn flaws(&self) -> &[Flaw] {
+        &self.flaws
     }
 
     /// What it cost so far.

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 use thermocline_kernels::AlignedBuf;
-use thermocline_split::Split;
+use thermocline_split::{Flaw, Split};
 
 /// Chunks that lie closer than this are read together: the bytes between cost less than another read.
 const GAP_BYTES: u64 = 16 << 10;
@@ -69,6 +69,11 @@ impl LayerFfn {
     /// Whether reads bypass the page cache.
     pub(crate) fn is_direct(&self) -> bool {
         self.file.is_direct()
+    }
+
+    /// The first flaw among the hot bundles.
+    pub(crate) fn flaw(&self) -> Option<Flaw> {
+        self.index.file().flaw(self.hot_bytes())
     }
 
     /// The hot bundles.
