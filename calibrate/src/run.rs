@@ -139,6 +139,7 @@ impl Run<'_> {
         let n_tokens = self.windows.len() * window_len;
         let meta = ProfileMeta {
             format_version: ProfileMeta::VERSION,
+            model_name: self.checkpoint.name(),
             model_digest: self.identity.model_digest.clone(),
             corpus_digest: self.identity.corpus_digest.clone(),
             flops: flops_per_token(&config, &settings) * n_tokens as f64,

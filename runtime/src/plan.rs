@@ -267,7 +267,7 @@ fn check(request: &PlanRequest) -> Result<()> {
         return bad("-c", format!("a context of {} tokens", request.context));
     }
     if request.n_threads == 0 || request.n_threads > 1024 {
-        return bad("-t", format!("{} threads", request.n_threads));
+        return bad("-t", format!("{} threads; give 1 to 1024", request.n_threads));
     }
     Ok(())
 }

@@ -198,7 +198,7 @@ fn build(
     let files = write_plain_files(checkpoint, dir)?;
     let ffn_bytes = layers.iter().map(|l| l.file_bytes).sum();
     let source = Source {
-        model: checkpoint.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+        model: checkpoint.name(),
         model_digest,
         ffn_dtype: ffn_dtype(checkpoint),
         corpus_digest: profile.meta().corpus_digest.clone(),
