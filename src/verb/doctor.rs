@@ -2,6 +2,7 @@
 
 use crate::cli::Doctor;
 use crate::output;
+use crate::settings::Settings;
 use anyhow::Context;
 use serde::Serialize;
 use std::io::Write;
@@ -25,9 +26,10 @@ struct Report {
     disk_dir: String,
     disk_bytes_per_second: f64,
     gpu: String,
+    settings_file: Option<String>,
 }
 
-pub fn doctor(args: &Doctor) -> anyhow::Result<()> {
+pub fn doctor(args: &Doctor, settings: &Settings) -> anyhow::Result<()> {
     let mut pool = super::run::pool(args.threads)?;
     let memory = written(PROBE_BYTES)?;
     let layout = BundleLayout::new(Encoding::Q4, 4096).context("whole groups")?;
@@ -43,6 +45,7 @@ pub fn doctor(args: &Doctor) -> anyhow::Result<()> {
         disk_dir: args.dir.display().to_string(),
         disk_bytes_per_second: disk(args, &memory)?,
         gpu: gpu(),
+        settings_file: settings.path.as_ref().map(|p| p.display().to_string()),
     };
     if args.json {
         return output::json(&report);
@@ -61,6 +64,7 @@ pub fn doctor(args: &Doctor) -> anyhow::Result<()> {
     );
     println!("disk    {:.2} GB/s past the page cache, in {}", report.disk_bytes_per_second / gb, report.disk_dir);
     println!("gpu     {}", report.gpu);
+    println!("config  {}", in_effect(settings));
     Ok(())
 }
 
@@ -82,6 +86,17 @@ fn meminfo(key: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find(|l| l.starts_with(key)).unwrap_or_default();
     line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Which settings file is in effect, and what it sets.
+fn in_effect(settings: &Settings) -> String {
+    let Some(path) = &settings.path else {
+        let usual = settings.usual_path.as_ref().map_or("no home folder".to_owned(), |p| p.display().to_string());
+        return format!("no settings file ({usual} is not there)");
+    };
+    let set: Vec<String> = settings.set.iter().map(|(verb, flag)| format!("{verb} --{flag}")).collect();
+    let set = if set.is_empty() { "nothing".to_owned() } else { set.join(", ") };
+    format!("{} sets {set}", path.display())
 }
 
 /// Whether there is a GPU, and why it is not used.
