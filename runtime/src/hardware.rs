@@ -33,7 +33,7 @@ impl Hardware {
     /// If a layer file cannot be read, or the system refuses threads or memory.
     pub fn measure(split: &thermocline_split::Split, n_threads: usize) -> Result<Self> {
         let mut pool = Pool::new(n_threads)?;
-        let memory = written(MEMORY_PROBE_BYTES)?;
+        let memory = AlignedBuf::zeroed(MEMORY_PROBE_BYTES)?;
         let files = split.layers().iter().map(thermocline_split::LayerFile::path);
         Ok(Self {
             n_threads,
@@ -42,16 +42,6 @@ impl Hardware {
             disk_bytes_per_second: disk_speed(files, &StagingShape::default())?,
         })
     }
-}
-
-/// Memory whose pages are in RAM, each one its own: pages that were never written are all the same one.
-///
-/// # Errors
-/// If the system refuses it.
-pub fn written(bytes: usize) -> Result<AlignedBuf> {
-    let mut memory = AlignedBuf::zeroed(bytes)?;
-    memory.fill(0);
-    Ok(memory)
 }
 
 /// Size and number of the buffers between disk and computation, and who fills them.

@@ -3,9 +3,9 @@
 use crate::cli::Bench;
 use crate::output::{self, Progress};
 use serde::Serialize;
-use thermocline_kernels::{Kernels, Pool};
+use thermocline_kernels::{AlignedBuf, Kernels, Pool};
 use thermocline_runtime::budget::format_bytes;
-use thermocline_runtime::hardware::{kernel_speed, written};
+use thermocline_runtime::hardware::kernel_speed;
 use thermocline_runtime::{BenchReport, BenchSettings};
 use thermocline_split::Split;
 
@@ -28,7 +28,7 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let split = Split::open(&args.placement.model)?;
     let layout = *split.layers()[0].layout();
     let threads = args.placement.threads.checked()?;
-    let kernel = || Ok(kernel_speed(&mut Pool::new(threads)?, &written(KERNEL_PROBE_BYTES)?, &layout));
+    let kernel = || Ok(kernel_speed(&mut Pool::new(threads)?, &AlignedBuf::zeroed(KERNEL_PROBE_BYTES)?, &layout));
     let settings = BenchSettings { n_prompt: args.n_prompt, n_gen: args.n_gen, repetitions: args.repetitions };
     let model = split.manifest().source.model.clone();
     let mut engine = super::run::load(split, &args.placement, args.n_prompt + args.n_gen, 128, args.json)?;

@@ -6,8 +6,8 @@ use crate::settings::Settings;
 use anyhow::Context;
 use serde::Serialize;
 use std::io::Write;
-use thermocline_kernels::{BundleLayout, Encoding, Isa, Kernels};
-use thermocline_runtime::hardware::{StagingShape, disk_speed, kernel_speed, ram_speed, written};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Isa, Kernels};
+use thermocline_runtime::hardware::{StagingShape, disk_speed, kernel_speed, ram_speed};
 
 /// Bytes on which RAM is measured, and bytes of the file on which the disk is.
 const PROBE_BYTES: usize = 256 << 20;
@@ -31,7 +31,7 @@ struct Report {
 
 pub fn doctor(args: &Doctor, settings: &Settings) -> anyhow::Result<()> {
     let mut pool = super::run::pool(args.threads)?;
-    let memory = written(PROBE_BYTES)?;
+    let memory = AlignedBuf::zeroed(PROBE_BYTES)?;
     let layout = BundleLayout::new(Encoding::Q4, 4096).context("whole groups")?;
     let report = Report {
         cpu: cpu_name(),
