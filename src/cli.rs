@@ -280,6 +280,8 @@ pub struct Split {
     /// What the scales of quantised groups are fitted to
     #[arg(long, value_enum, default_value = "moments")]
     pub scales: ScalesName,
+    #[command(flatten)]
+    pub threads: Threads,
     /// Print one JSON value and nothing else
     #[arg(long)]
     pub json: bool,

@@ -74,8 +74,8 @@ fn errors_say_what_to_do() {
     for args in cases {
         let ran = run(args);
         // How much of what is needed changes with every buffer.
-        let said = ran.stderr.split(" are needed for ").next().unwrap();
-        all += &format!("$ thermocline {}\nexit {}\n{said}\n", args.join(" "), ran.code.unwrap());
+        let said = ran.stderr.split(" are needed for ").next().unwrap().trim_end();
+        all += &format!("$ thermocline {}\nexit {}\n{said}\n\n", args.join(" "), ran.code.unwrap());
     }
     let folders = [(text(&dir), "SPLIT"), (text(&made), "MODEL"), (text(&other), "OTHER"), (text(&profile), "PROFILE")];
     for (folder, name) in folders.into_iter().chain([(text(guard.path()), "TEMP"), (text(support::corpus()), "TEXT")]) {
@@ -334,6 +334,28 @@ fn what_a_settings_file_gets_wrong_is_told_with_line_and_key() {
     }
     let message = fails(2, &["plan", "-m", "x", "--config", "/nonexistent/settings.toml"]);
     assert!(message.contains("/nonexistent/settings.toml"), "{message}");
+}
+
+#[test]
+fn several_masks_and_shares_give_a_row_each() {
+    let dir = tiny_split();
+    let given = ["eval", "-m", text(&dir), "--text", text(support::corpus()), "--ctx", "64", "--windows", "2"];
+    let masks = ["--mask", "dense,oracle,predicted", "--active", "0.3,0.6", "-t", "2"];
+    let results = json(&[&given[..], &masks, &["--json"]].concat())["results"].clone();
+    let rows: Vec<_> = results.as_array().unwrap().iter().map(|r| (r["mask"].as_str(), r["active"].as_f64())).collect();
+    let expected = [
+        ("dense", None),
+        ("oracle", Some(0.3)),
+        ("oracle", Some(0.6)),
+        ("predicted", Some(0.3)),
+        ("predicted", Some(0.6)),
+    ];
+    assert_eq!(rows, expected.map(|(mask, active)| (Some(mask), active)));
+    let dense = results[0]["perplexity"].as_f64().unwrap();
+    assert!(results[1]["perplexity"].as_f64().unwrap() != dense && results[1]["kl"].as_f64().unwrap() > 0.0);
+    let table = ok(&[&given[..], &masks].concat()).stdout;
+    let lines = |mask: &str| table.lines().filter(|line| line.trim_start().starts_with(mask)).count();
+    assert_eq!(["dense ", "oracle ", "predicted "].map(lines), [1, 2, 2], "{table}");
 }
 
 #[test]

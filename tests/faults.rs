@@ -135,12 +135,15 @@ fn threads_that_cannot_be_started_are_errors_that_name_the_flag() {
     let whole = ["run", "-m", text(&dir), "-p", "the lake", "-n", "2"];
     let streamed = [&whole[..], &["-t", "1", "--ram-budget", &budget]].concat();
     let calibrating = [&calibrating(&model, "256", "512", &out)[..], &["-t", "2"]].concat();
+    let profile = profile(&medium());
+    let splitting = splitting(&model, &profile, &["-t", "2"], &out);
     for (args, said) in [
         (&[&whole[..], &["-t", "2"]].concat()[..], "cannot start thread 2 of 2"),
         (&["plan", "-m", text(&dir), "-t", "3"], "cannot start thread 2 of 3"),
         (&["doctor", "-t", "2"], "cannot start thread 2 of 2"),
         (&streamed, "cannot start reader thread 1 of 4"),
         (&calibrating, "cannot start 2 threads"),
+        (&splitting, "cannot start 2 threads"),
     ] {
         let ran = without_threads(args);
         assert_eq!(ran.code, Some(1), "{args:?}: {}", ran.stderr);
