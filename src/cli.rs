@@ -1,16 +1,25 @@
 //! Every flag of every verb, with its help; what they mean is in `verb/`.
 
+use crate::exit::Usage;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::parse_budget;
 
+/// Below the list of verbs.
+const ORDER_OF_SETTINGS: &str = "A flag wins over the environment (THERMOCLINE_*), that over the settings file, that over \
+     the default. In the file a key is a flag's name: `threads = 2` for all verbs, `temp = 0.5` under [run] for one. \
+     `thermocline doctor` says which file is in effect.";
+
 /// Runs language models that do not fit in memory: hot neurons stay, cold ones are read when they are needed.
 ///
 /// The usual order: calibrate a model over a corpus, split it with that profile, run the split.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, max_term_width = 100)]
+#[command(version, propagate_version = true, max_term_width = 100, after_help = ORDER_OF_SETTINGS)]
 pub struct Cli {
+    /// Settings file (TOML), instead of thermocline/config.toml in $XDG_CONFIG_HOME or ~/.config
+    #[arg(long, global = true, value_name = "PATH", env = "THERMOCLINE_CONFIG", display_order = 900)]
+    pub config: Option<PathBuf>,
     #[command(subcommand)]
     pub verb: Verb,
 }
@@ -65,13 +74,21 @@ pub struct Demo {
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Threads {
     /// Threads that compute [default: all cores]
-    #[arg(short = 't', long, env = "THERMOCLINE_THREADS")]
+    #[arg(short = 't', long, value_name = "N", env = "THERMOCLINE_THREADS")]
     pub threads: Option<usize>,
 }
 
 impl Threads {
     pub fn count(self) -> usize {
         self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
+    }
+
+    /// The count, if it is one that makes sense.
+    pub fn checked(self) -> Result<usize, Usage> {
+        match self.count() {
+            n @ 1..=1024 => Ok(n),
+            n => Err(Usage(format!("-t: {n} threads; give 1 to 1024"))),
+        }
     }
 }
 
@@ -92,17 +109,17 @@ pub struct Placement {
     /// How neurons are chosen
     #[arg(long, value_enum, default_value = "exact", env = "THERMOCLINE_MODE")]
     pub mode: ModeName,
-    /// Share of each layer's neurons that sparse mode computes
-    #[arg(long, default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
+    /// Share of each layer's neurons that sparse mode computes, above 0 and at most 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
     pub active: f32,
-    /// RAM for weights, caches and buffers: 8 (GiB), 64MiB, auto
+    /// RAM for weights, caches and buffers: 8 (GiB), 64MiB, or auto, which holds everything; the rest stays on disk
     #[arg(long, default_value = "auto", value_parser = parse_budget, env = "THERMOCLINE_RAM_BUDGET")]
     pub ram_budget: std::option::Option<u64>,
     /// VRAM; this build has no GPU engine and accepts only auto or 0
     #[arg(long, default_value = "auto", env = "THERMOCLINE_VRAM_BUDGET")]
     pub vram_budget: String,
-    /// Context length in tokens, prompt included
-    #[arg(short = 'c', long, env = "THERMOCLINE_CTX_SIZE")]
+    /// Context length in tokens, prompt included [default: what prompt and answer need; plan: 512]
+    #[arg(short = 'c', long, value_name = "TOKENS", env = "THERMOCLINE_CTX_SIZE")]
     pub ctx_size: Option<usize>,
     #[command(flatten)]
     pub threads: Threads,
@@ -112,14 +129,14 @@ pub struct Placement {
 pub struct Run {
     #[command(flatten)]
     pub placement: Placement,
-    /// Prompt
-    #[arg(short, long, required_unless_present = "file")]
+    /// Prompt; this or --file must be given
+    #[arg(short, long, required_unless_present = "file", value_name = "TEXT")]
     pub prompt: Option<String>,
     /// File with the prompt
     #[arg(short, long, conflicts_with = "prompt")]
     pub file: Option<PathBuf>,
     /// Tokens to generate
-    #[arg(short = 'n', long, default_value_t = 128)]
+    #[arg(short = 'n', long, default_value_t = 128, env = "THERMOCLINE_PREDICT")]
     pub predict: usize,
     /// Put the prompt through the model's chat template, as a user's message
     #[arg(long)]
@@ -134,21 +151,21 @@ pub struct Run {
     #[arg(short, long, default_value_t = 0, env = "THERMOCLINE_SEED")]
     pub seed: u64,
     /// Temperature; 0 is greedy
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, default_value_t = 0.8, env = "THERMOCLINE_TEMP")]
     pub temp: f32,
     /// Keep the k likeliest tokens; 0 keeps all
-    #[arg(long, default_value_t = 40)]
+    #[arg(long, default_value_t = 40, env = "THERMOCLINE_TOP_K")]
     pub top_k: usize,
     /// Keep the likeliest tokens that make up this probability
-    #[arg(long, default_value_t = 0.95)]
+    #[arg(long, default_value_t = 0.95, env = "THERMOCLINE_TOP_P")]
     pub top_p: f32,
-    /// Keep tokens at least this times as likely as the likeliest
-    #[arg(long, default_value_t = 0.05)]
+    /// Drop tokens that are less likely than this times the likeliest; 0 drops none
+    #[arg(long, default_value_t = 0.05, env = "THERMOCLINE_MIN_P")]
     pub min_p: f32,
-    /// Penalty on tokens of late; 1 is off
-    #[arg(long, default_value_t = 1.0)]
+    /// Penalty on tokens that came up lately; 1 is off
+    #[arg(long, default_value_t = 1.0, env = "THERMOCLINE_REPEAT_PENALTY")]
     pub repeat_penalty: f32,
-    /// Refuse to run a model whose weights do not all match their checksums
+    /// Read all weights first, and refuse a model with a wrong checksum, a weight that is not finite, or a tensor of zeros
     #[arg(long)]
     pub check_tensors: bool,
     /// Print one JSON value and nothing else
@@ -164,9 +181,9 @@ pub struct Calibrate {
     #[arg(short, long, required = true, env = "THERMOCLINE_MODEL")]
     pub model: Option<PathBuf>,
     /// Texts: plain text, .jsonl, .parquet; paths or globs
-    #[arg(long, required = true, num_args = 1..)]
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     pub corpus: Vec<String>,
-    /// Field of JSON lines or column of Parquet files
+    /// Field of JSON lines or column of Parquet files that holds the text [default: text]
     #[arg(long)]
     pub column: Option<String>,
     /// Tokens to calibrate on
@@ -263,6 +280,8 @@ pub struct Split {
     /// What the scales of quantised groups are fitted to
     #[arg(long, value_enum, default_value = "moments")]
     pub scales: ScalesName,
+    #[command(flatten)]
+    pub threads: Threads,
     /// Print one JSON value and nothing else
     #[arg(long)]
     pub json: bool,
@@ -316,7 +335,7 @@ pub enum EngineName {
 #[cfg(feature = "analysis")]
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// Split directory, or a checkpoint (dense, exact and oracle only)
+    /// Split directory, or a checkpoint (which has no predictor: not for --mask predicted)
     #[arg(short, long, env = "THERMOCLINE_MODEL")]
     pub model: PathBuf,
     /// Text, tokenised whole and without special tokens
@@ -328,11 +347,11 @@ pub struct Eval {
     /// Windows, from the start of the text, not overlapping
     #[arg(long, default_value_t = 8)]
     pub windows: usize,
-    /// Which neurons are computed, at every position
-    #[arg(long, value_enum, default_value = "dense")]
-    pub mask: MaskName,
-    /// Shares for oracle and predicted
-    #[arg(long, default_value = "0.3", value_delimiter = ',')]
+    /// Which neurons are computed, at every position; several, separated by commas, give a row each
+    #[arg(long, value_enum, default_value = "dense", value_delimiter = ',')]
+    pub mask: Vec<MaskName>,
+    /// Shares of the neurons that oracle, oracle-h and predicted keep: a row for each
+    #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
     /// What computes
     #[arg(long, value_enum, default_value = "batch")]

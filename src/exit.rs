@@ -83,6 +83,7 @@ fn split(error: &SplitError) -> u8 {
         SplitError::Settings { .. } => 2,
         SplitError::Corrupt { .. }
         | SplitError::CorruptChunk { .. }
+        | SplitError::Unsound { .. }
         | SplitError::UnsupportedVersion { .. }
         | SplitError::WrongSource { .. }
         | SplitError::Pack { .. } => 4,
@@ -94,7 +95,7 @@ fn split(error: &SplitError) -> u8 {
 
 fn runtime(error: &RuntimeError) -> u8 {
     match error {
-        RuntimeError::DoesNotFit { .. } => 3,
+        RuntimeError::DoesNotFit { .. } | RuntimeError::OutOfMemory(_) => 3,
         RuntimeError::Setting { .. } | RuntimeError::PromptTooLong { .. } => 2,
         RuntimeError::Split(e) => split(e),
         RuntimeError::Text(e) => datasets(e),

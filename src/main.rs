@@ -5,15 +5,22 @@
 mod cli;
 mod exit;
 mod output;
+mod settings;
 mod verb;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     exit::quiet_on_broken_pipe();
-    let cli = cli::Cli::parse();
-    match verb::dispatch(cli.verb) {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let (command, settings) = match settings::apply(cli::Cli::command(), &arguments) {
+        Ok(found) => found,
+        Err(error) => return exit::report(&error.into()),
+    };
+    let mut matches = command.get_matches_from(arguments);
+    let cli = cli::Cli::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.exit());
+    match verb::dispatch(cli.verb, &settings) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report(&error),
     }

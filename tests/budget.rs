@@ -3,9 +3,12 @@
 
 mod support;
 
+use proptest::test_runner::{Config as ProptestConfig, TestRunner};
 use serde_json::Value;
 use std::path::Path;
-use support::{json, llama, medium, split, text};
+use support::{budget_range, json, llama, medium, request, split, text};
+use thermocline_runtime::{Mode, Plan};
+use thermocline_split::Split;
 
 /// What a process takes besides what the budget counts: the program's own pages, tokenizer, stacks, allocator. The
 /// first is measured, with a model of a few hundred kilobytes; this comes on top, for buffers that grow with the model
@@ -78,4 +81,49 @@ fn a_cache_is_used_where_it_pays_and_fits_the_budget() {
         }
     }
     assert!(hits > 0.0, "no plan with a cache, or no hits in it");
+}
+
+/// Plans for two budgets between the least and everything, the smaller first, both within their budgets.
+fn for_budgets(dir: &Path, mode: Mode, cases: u32, check: impl Fn(&Plan, &Plan)) {
+    let (least, all) = budget_range(dir, mode);
+    let split = Split::open(dir).unwrap();
+    let plan = |share: f64| {
+        let budget = least + ((all - least) as f64 * share) as u64;
+        let plan = Plan::new(&split, request(mode, Some(budget), 3)).unwrap();
+        let weights = plan.pinned_bytes + plan.hot_bytes + plan.cache_bytes;
+        let f = plan.fixed;
+        assert_eq!(plan.total_bytes, weights + f.vectors + f.predictors + f.kv_cache + f.scratch + f.staging);
+        assert!(plan.total_bytes <= budget, "{} of {budget}", plan.total_bytes);
+        assert!(share < 1.0 || plan.disk_bytes_per_token == 0, "{budget} of {all} hold everything");
+        plan
+    };
+    let mut runner = TestRunner::new(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) });
+    let shares = (0.0f64..1.1, 0.0f64..1.1);
+    let tested = runner.run(&shares, |(a, b)| {
+        check(&plan(a.min(b)), &plan(a.max(b)));
+        Ok(())
+    });
+    tested.unwrap();
+}
+
+/// Buffers for the disk grow with the budget in steps, and weights make room for them: only budgets with the same buffers
+/// are compared layer by layer.
+#[test]
+fn a_larger_budget_holds_no_less_of_any_layer() {
+    for dir in [split(&medium(), "bf16", &["--chunk-neurons", "16"]), split(&llama(), "q4", &[])] {
+        for_budgets(&dir, Mode::Exact, 64, |small, large| {
+            if small.fixed.staging < large.fixed.staging {
+                return;
+            }
+            let grown = |small: &[usize], large: &[usize]| small.iter().zip(large).all(|(s, l)| s <= l);
+            assert!(grown(&small.hot_neurons, &large.hot_neurons), "{:?} {:?}", small.hot_neurons, large.hot_neurons);
+            assert!(grown(&small.pinned_rows, &large.pinned_rows));
+            assert!(small.disk_bytes_per_token >= large.disk_bytes_per_token);
+        });
+    }
+}
+
+#[test]
+fn sparse_plans_keep_their_budget_too() {
+    for_budgets(&split(&llama(), "q4", &[]), Mode::Sparse { active: 0.3 }, 24, |_, _| ());
 }

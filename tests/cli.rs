@@ -5,72 +5,100 @@ mod support;
 
 use std::fs;
 use std::process::Stdio;
-use support::{copy, fails, json, llama, model, ok, profile, run, split, text, thermocline};
+use support::{
+    calibrating, copy, fails, json, llama, model, ok, profile, qwen_relu, run, split, splitting, text, thermocline,
+};
 
 fn tiny_split() -> std::path::PathBuf {
     split(&llama(), "q4", &["--chunk-neurons", "16", "--order", "random"])
 }
 
+const VERBS: [&str; 13] = [
+    "demo",
+    "run",
+    "calibrate",
+    "calibrate merge",
+    "split",
+    "plan",
+    "verify",
+    "eval",
+    "bench",
+    "report",
+    "inspect",
+    "doctor",
+    "completions",
+];
+
+/// Scripts rely on the flags, and people on what is said of them: a change shows up in `tests/snapshots`.
 #[test]
 fn every_verb_explains_its_flags() {
-    let expected: &[(&str, &[&str])] = &[
-        (
-            "run",
-            &[
-                "-m, --model",
-                "-p, --prompt",
-                "-f, --file",
-                "-n, --predict",
-                "-c, --ctx-size",
-                "-t, --threads",
-                "-s, --seed",
-                "--temp",
-                "--top-k",
-                "--top-p",
-                "--min-p",
-                "--repeat-penalty",
-                "--ram-budget",
-                "--vram-budget",
-                "--active",
-                "--mode",
-                "--json",
-                "--chat",
-                "--check-tensors",
-            ],
-        ),
-        (
-            "calibrate",
-            &["-m, --model", "--corpus", "--tokens", "--window", "-o, --output", "--resume", "--shard", "--json"],
-        ),
-        (
-            "split",
-            &[
-                "-m, --model",
-                "--profile",
-                "-o, --output",
-                "--encoding",
-                "--order",
-                "--chunk-neurons",
-                "--zstd-level",
-                "--json",
-            ],
-        ),
-        ("verify", &["<SPLIT>", "-m, --model", "--json"]),
-        ("plan", &["-m, --model", "--ram-budget", "--vram-budget", "--mode", "--active", "-c, --ctx-size", "--json"]),
-        ("bench", &["-m, --model", "--ram-budget", "--n-prompt", "--n-gen", "-r, --repetitions", "--json"]),
-        ("inspect", &["<PATH>", "--json"]),
-        ("doctor", &["--dir", "--json"]),
-        ("completions", &["<SHELL>", "bash", "zsh", "fish"]),
-    ];
-    let all = ok(&["--help"]).stdout;
-    for (verb, flags) in expected {
-        assert!(all.contains(&format!("\n  {verb} ")), "{verb} in {all}");
-        let help = ok(&[verb, "--help"]).stdout;
-        for flag in *flags {
-            assert!(help.contains(flag), "{flag} in {help}");
-        }
+    insta::assert_snapshot!("help", ok(&["--help"]).stdout);
+    for verb in VERBS {
+        let words: Vec<&str> = verb.split(' ').chain(["--help"]).collect();
+        insta::assert_snapshot!(format!("help-{}", verb.replace(' ', "-")), ok(&words).stdout);
     }
     assert!(ok(&["--version"]).stdout.starts_with("thermocline 0."));
+}
+
+/// What typed errors say, with their exit codes. Folders and long numbers (sizes of this build's buffers) are left out.
+#[test]
+fn errors_say_what_to_do() {
+    let (dir, made) = (tiny_split(), model(&llama()));
+    let (profile, other) = (profile(&llama()), model(&qwen_relu()));
+    let (guard, damaged) = copy(&dir);
+    let layer = damaged.join("layers/001.thm");
+    let mut bytes = fs::read(&layer).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&layer, bytes).unwrap();
+    let settings = guard.path().join("settings.toml");
+    fs::write(&settings, "threads = 2\n[run]\ntemprature = 0.5\n").unwrap();
+    let (m, new) = (text(&dir), guard.path().join("new"));
+    let cases: &[&[&str]] = &[
+        &["run", "-m", m],
+        &["run", "-m", m, "-p", "a", "--active", "2", "--mode", "sparse"],
+        &["run", "-m", m, "-p", "a", "--vram-budget", "8GiB"],
+        &["run", "-m", m, "-p", "a", "--ram-budget", "1KiB"],
+        &["run", "-m", m, "-p", "0123456789", "-c", "4"],
+        &["run", "-m", m, "-p", "a", "-t", "0"],
+        &["run", "-m", m, "-p", "a", "--config", text(&settings)],
+        &["run", "-m", text(&made), "-p", "a"],
+        &["run", "-m", text(&damaged), "-p", "a"],
+        &["verify", m, "-m", text(&other)],
+        &["eval", "-m", text(&made), "--text", text(support::corpus()), "--ctx", "64", "--mask", "dense,guess"],
+        &["eval", "-m", text(&made), "--text", text(support::corpus()), "--ctx", "64", "--mask", "predicted"],
+        &splitting(&other, &profile, &[], &new),
+        &splitting(&made, &profile, &["--predictor-rank", "33"], &new),
+        &calibrating(&made, "1024", "128", &profile),
+    ];
+    let mut all = String::new();
+    for args in cases {
+        let ran = run(args);
+        // How much of what is needed changes with every buffer.
+        let said = ran.stderr.split(" are needed for ").next().unwrap().trim_end();
+        all += &format!("$ thermocline {}\nexit {}\n{said}\n\n", args.join(" "), ran.code.unwrap());
+    }
+    let folders = [(text(&dir), "SPLIT"), (text(&made), "MODEL"), (text(&other), "OTHER"), (text(&profile), "PROFILE")];
+    for (folder, name) in folders.into_iter().chain([(text(guard.path()), "TEMP"), (text(support::corpus()), "TEXT")]) {
+        all = all.replace(folder, name);
+    }
+    insta::assert_snapshot!("errors", without_sizes(&all));
+}
+
+/// Numbers of four digits and more, digests among them, as `#`.
+fn without_sizes(text: &str) -> String {
+    let long = |word: &str| {
+        word.len() > 3 && word.chars().all(|c| c.is_ascii_hexdigit()) && word.contains(|c: char| c.is_ascii_digit())
+    };
+    let words = text.split_inclusive(|c: char| !c.is_ascii_alphanumeric());
+    words.fold(String::new(), |mut out, part| {
+        let word = part.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+        if long(word) {
+            out.push('#')
+        } else {
+            out.push_str(word)
+        }
+        out + &part[word.len()..]
+    })
 }
 
 #[test]
@@ -210,6 +238,126 @@ fn settings_come_from_the_environment_and_flags_win() {
     assert_eq!((&request["mode"]["mode"], request["context"].as_u64()), (&"exact".into(), Some(50)));
 }
 
+/// Runs `plan` with a settings file of this text.
+fn planned_with(text: &str, environment: &[(&str, &str)], flags: &[&str]) -> support::Ran {
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("settings.toml");
+    fs::write(&file, text).unwrap();
+    let mut command = thermocline();
+    command.args(["plan", "-m", support::text(&tiny_split()), "--config", support::text(&file)]);
+    command.envs(environment.iter().copied()).args(flags).output().unwrap().into()
+}
+
+fn request_with(text: &str, environment: &[(&str, &str)], flags: &[&str]) -> serde_json::Value {
+    let ran = planned_with(text, environment, &[flags, &["--json"]].concat());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    serde_json::from_str::<serde_json::Value>(&ran.stdout).unwrap()["plan"]["request"].clone()
+}
+
+#[test]
+fn a_flag_wins_over_the_environment_that_over_the_file_that_over_the_default() {
+    let file =
+        "threads = 1\nctx-size = 40\n[plan]\nctx-size = 48\nmode = \"sparse\"\nactive = 0.25\n[run]\nctx-size = 9\n";
+    let request = request_with(file, &[], &[]);
+    assert_eq!((&request["n_threads"], &request["context"]), (&1.into(), &48.into()), "a section wins over the top");
+    assert_eq!(request["mode"], serde_json::json!({"mode": "sparse", "active": 0.25}));
+    let environment = [("THERMOCLINE_CTX_SIZE", "56"), ("THERMOCLINE_MODE", "exact")];
+    let request = request_with(file, &environment, &[]);
+    assert_eq!((&request["n_threads"], &request["context"]), (&1.into(), &56.into()));
+    assert_eq!(request["mode"]["mode"], "exact");
+    assert_eq!(request_with(file, &environment, &["-c", "64"])["context"], 64);
+    assert_eq!(request_with("", &[], &[])["context"], 512, "an empty file changes nothing");
+    // A switch can be turned on, and off again.
+    let switched = |flags: &[&str]| planned_with("[plan]\njson = true", &[], flags);
+    assert!(switched(&["--json=false"]).stdout.starts_with("RAM budget"));
+    assert!(switched(&[]).stdout.starts_with('{'));
+}
+
+#[test]
+fn a_settings_file_is_found_where_it_belongs_and_doctor_names_it() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("thermocline/config.toml");
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    let dir = tiny_split();
+    let planning = || {
+        let mut command = thermocline();
+        command.env("XDG_CONFIG_HOME", folder.path()).args(["plan", "-m", text(&dir), "--json"]);
+        command
+    };
+    let context = |command: &mut std::process::Command| {
+        let plan: serde_json::Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+        plan["plan"]["request"]["context"].as_u64().unwrap()
+    };
+    assert_eq!(context(&mut planning()), 512, "none is there yet");
+    fs::write(&file, "ctx-size = 33").unwrap();
+    assert_eq!(context(&mut planning()), 33);
+    let other = folder.path().join("other.toml");
+    fs::write(&other, "ctx-size = 44").unwrap();
+    assert_eq!(context(planning().env("THERMOCLINE_CONFIG", &other)), 44);
+    assert_eq!(context(planning().env_remove("XDG_CONFIG_HOME").env("HOME", "/nonexistent")), 512);
+    let doctor = |json: bool| -> support::Ran {
+        let mut command = thermocline();
+        command.env("XDG_CONFIG_HOME", folder.path()).args(["doctor", "-t", "1", "--dir", text(folder.path())]);
+        command.args(json.then_some("--json")).output().unwrap().into()
+    };
+    let said = doctor(false).stdout;
+    assert!(said.contains(&format!("config  {} sets", text(&file))) && said.contains("run --ctx-size"), "{said}");
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&doctor(true).stdout).unwrap()["settings_file"], text(&file));
+}
+
+#[test]
+fn what_a_settings_file_gets_wrong_is_told_with_line_and_key() {
+    for (file, line, said) in [
+        ("threads = 1\nthreds = 2\n", 2, "threds"),
+        ("# a comment\n\n[plan]\nactive = 0.3\nrank = 3\n", 5, "rank"),
+        ("[plann]\nactive = 0.3\n", 1, "plann"),
+        ("temp = 0.5\n", 1, "temp"),
+        ("[run]\nprompt = \"hello\"\n", 2, "prompt"),
+        ("threads = \"two\"", 1, "threads: \"two\": invalid digit"),
+        ("\nthreads = 1.5", 2, "threads: \"1.5\""),
+        ("threads = [1, 2]", 1, "threads: expected one value"),
+        ("[bench]\nmode = \"quick\"", 2, "expected one of exact, sparse"),
+        ("[run]\njson = \"yes\"", 2, "json: expected true or false"),
+        ("ram-budget = \"8 parsecs\"", 1, "ram-budget"),
+        ("[eval]\nactive = [0.3, \"x\"]", 2, "active: \"x\""),
+        ("threads = 1\nthreads = 2\n", 2, "duplicate"),
+        ("threads = \n", 1, "settings file"),
+        ("[run\n", 1, "settings file"),
+    ] {
+        let ran = planned_with(file, &[], &[]);
+        assert_eq!(ran.code, Some(2), "{file}: {} {}", ran.stdout, ran.stderr);
+        assert!(
+            ran.stderr.contains(said) && ran.stderr.contains(&format!("settings.toml, line {line}: ")),
+            "{file}: {}",
+            ran.stderr
+        );
+    }
+    let message = fails(2, &["plan", "-m", "x", "--config", "/nonexistent/settings.toml"]);
+    assert!(message.contains("/nonexistent/settings.toml"), "{message}");
+}
+
+#[test]
+fn several_masks_and_shares_give_a_row_each() {
+    let dir = tiny_split();
+    let given = ["eval", "-m", text(&dir), "--text", text(support::corpus()), "--ctx", "64", "--windows", "2"];
+    let masks = ["--mask", "dense,oracle,predicted", "--active", "0.3,0.6", "-t", "2"];
+    let results = json(&[&given[..], &masks, &["--json"]].concat())["results"].clone();
+    let rows: Vec<_> = results.as_array().unwrap().iter().map(|r| (r["mask"].as_str(), r["active"].as_f64())).collect();
+    let expected = [
+        ("dense", None),
+        ("oracle", Some(0.3)),
+        ("oracle", Some(0.6)),
+        ("predicted", Some(0.3)),
+        ("predicted", Some(0.6)),
+    ];
+    assert_eq!(rows, expected.map(|(mask, active)| (Some(mask), active)));
+    let dense = results[0]["perplexity"].as_f64().unwrap();
+    assert!(results[1]["perplexity"].as_f64().unwrap() != dense && results[1]["kl"].as_f64().unwrap() > 0.0);
+    let table = ok(&[&given[..], &masks].concat()).stdout;
+    let lines = |mask: &str| table.lines().filter(|line| line.trim_start().starts_with(mask)).count();
+    assert_eq!(["dense ", "oracle ", "predicted "].map(lines), [1, 2, 2], "{table}");
+}
+
 #[test]
 fn a_reader_that_leaves_early_ends_the_program_quietly() {
     let dir = tiny_split();
@@ -269,25 +417,9 @@ fn corrupt_splits_exit_with_4_and_outputs_are_never_overwritten() {
     fs::write(&manifest, bad).unwrap();
     assert!(fails(4, &["inspect", text(&dir)]).contains("manifest.json"));
     let (model, profile) = (model(&llama()), profile(&llama()));
-    let message = fails(1, &["split", "-m", text(&model), "--profile", text(&profile), "-o", text(&dir)]);
+    let message = fails(1, &splitting(&model, &profile, &[], &dir));
     assert!(message.contains("exists") && message.contains("-o"), "{message}");
-    let corpus = support::corpus();
-    let message = fails(
-        1,
-        &[
-            "calibrate",
-            "-m",
-            text(&model),
-            "--corpus",
-            text(&corpus),
-            "--tokens",
-            "1024",
-            "--window",
-            "128",
-            "-o",
-            text(&profile),
-        ],
-    );
+    let message = fails(1, &calibrating(&model, "1024", "128", &profile));
     assert!(message.contains("exists"), "{message}");
     for (flags, said) in [
         (&["--chunk-neurons", "0"][..], "--chunk-neurons"),
@@ -297,7 +429,7 @@ fn corrupt_splits_exit_with_4_and_outputs_are_never_overwritten() {
         (&["--zstd-level", "40"], "--zstd-level"),
     ] {
         let out = dir.join("new");
-        let got = run(&[&["split", "-m", text(&model), "--profile", text(&profile), "-o", text(&out)], flags].concat());
+        let got = run(&[&splitting(&model, &profile, &[], &out), flags].concat());
         assert_eq!(got.code, Some(2), "{flags:?}: {}", got.stderr);
         assert!(got.stderr.contains(said) && !out.exists(), "{flags:?}: {}", got.stderr);
     }

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::{
-    BINARY, budget_range, engine, fails, files, llama, medium, model, ok, profile, request, split, text, thermocline,
+    BINARY, budget_range, calibrating, engine, fails, files, llama, medium, model, ok, profile, request, split,
+    splitting, text, thermocline,
 };
 use thermocline_runtime::{Error, Logits, Mode};
 
@@ -52,21 +53,7 @@ fn killed_splits_resume_to_the_same_bytes() {
     let (model, profile, folder) = (model(&medium()), profile(&medium()), tempfile::TempDir::new().unwrap());
     let whole = split(&medium(), "q4", &["--chunk-neurons", "4", "--order", "random"]);
     let out = folder.path().join("split");
-    let args = [
-        "split",
-        "-m",
-        text(&model),
-        "--profile",
-        text(&profile),
-        "--encoding",
-        "q4",
-        "--chunk-neurons",
-        "4",
-        "--order",
-        "random",
-        "-o",
-        text(&out),
-    ];
+    let args = splitting(&model, &profile, &["--encoding", "q4", "--chunk-neurons", "4", "--order", "random"], &out);
     kill_until_done(&args, &out, &|dir| {
         for ((name, got), (expected_name, expected)) in files(dir).into_iter().zip(files(&whole)) {
             assert!(name == expected_name && got == expected, "{name} differs");
@@ -77,23 +64,10 @@ fn killed_splits_resume_to_the_same_bytes() {
 
 #[test]
 fn killed_calibrations_resume_to_the_same_bytes() {
-    let (model, corpus, folder) = (model(&medium()), support::corpus(), tempfile::TempDir::new().unwrap());
+    let (model, folder) = (model(&medium()), tempfile::TempDir::new().unwrap());
     let whole = profile(&medium());
     let out = folder.path().join("profile");
-    let args = [
-        "calibrate",
-        "-m",
-        text(&model),
-        "--corpus",
-        text(&corpus),
-        "--tokens",
-        "1024",
-        "--window",
-        "128",
-        "--resume",
-        "-o",
-        text(&out),
-    ];
+    let args = [&calibrating(&model, "1024", "128", &out)[..], &["--resume"]].concat();
     kill_until_done(&args, &out, &|dir| {
         assert_eq!(files(dir).len(), files(&whole).len());
         for ((name, got), (expected_name, expected)) in files(dir).into_iter().zip(files(&whole)) {
@@ -130,23 +104,11 @@ fn signal(name: &str, process: u32) {
 
 #[test]
 fn a_second_writer_is_told_that_the_output_is_locked() {
-    let (model, profile, corpus) = (model(&medium()), profile(&medium()), support::corpus());
+    let (model, profile) = (model(&medium()), profile(&medium()));
     let folder = tempfile::TempDir::new().unwrap();
     let (a, b) = (folder.path().join("split"), folder.path().join("profile"));
-    let splitting = ["split", "-m", text(&model), "--profile", text(&profile), "-o", text(&a)];
-    let calibrating = [
-        "calibrate",
-        "-m",
-        text(&model),
-        "--corpus",
-        text(&corpus),
-        "--tokens",
-        "1024",
-        "--window",
-        "128",
-        "-o",
-        text(&b),
-    ];
+    let splitting = splitting(&model, &profile, &[], &a);
+    let calibrating = calibrating(&model, "1024", "128", &b);
     for (args, work, out, said) in [
         (&splitting[..], "split.partial/identity.json", &a, "another process"),
         (&calibrating[..], "profile.work/hidden-0.f32", &b, "locked by another process"),
@@ -159,6 +121,39 @@ fn a_second_writer_is_told_that_the_output_is_locked() {
     }
 }
 
+/// Runs the binary where every thread wants more stack than there is address space: none can be started.
+fn without_threads(args: &[&str]) -> support::Ran {
+    thermocline().env("RUST_MIN_STACK", (1u64 << 60).to_string()).args(args).output().unwrap().into()
+}
+
+#[test]
+fn threads_that_cannot_be_started_are_errors_that_name_the_flag() {
+    let dir = split(&medium(), "q4", &["--chunk-neurons", "4", "--order", "random"]);
+    let budget = format!("{}B", budget_range(&dir, Mode::Exact).0 * 2);
+    let (folder, model) = (tempfile::TempDir::new().unwrap(), model(&medium()));
+    let out = folder.path().join("profile");
+    let whole = ["run", "-m", text(&dir), "-p", "the lake", "-n", "2"];
+    let streamed = [&whole[..], &["-t", "1", "--ram-budget", &budget]].concat();
+    let calibrating = [&calibrating(&model, "256", "512", &out)[..], &["-t", "2"]].concat();
+    let profile = profile(&medium());
+    let splitting = splitting(&model, &profile, &["-t", "2"], &out);
+    for (args, said) in [
+        (&[&whole[..], &["-t", "2"]].concat()[..], "cannot start thread 2 of 2"),
+        (&["plan", "-m", text(&dir), "-t", "3"], "cannot start thread 2 of 3"),
+        (&["doctor", "-t", "2"], "cannot start thread 2 of 2"),
+        (&streamed, "cannot start reader thread 1 of 4"),
+        (&calibrating, "cannot start 2 threads"),
+        (&splitting, "cannot start 2 threads"),
+    ] {
+        let ran = without_threads(args);
+        assert_eq!(ran.code, Some(1), "{args:?}: {}", ran.stderr);
+        assert!(ran.stderr.contains(said) && ran.stderr.contains("-t"), "{args:?}: {}", ran.stderr);
+        assert!(!ran.stderr.contains("panicked") && !out.exists(), "{args:?}: {}", ran.stderr);
+    }
+    // One thread and everything in memory need none.
+    assert_eq!(without_threads(&[&whole[..], &["-t", "1"]].concat()).code, Some(0));
+}
+
 /// Runs the binary where no file may grow beyond `blocks` of 1024 bytes: writes fail half way, as on a full disk.
 fn with_file_limit(blocks: u32, args: &[&str]) -> support::Ran {
     let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
@@ -167,24 +162,11 @@ fn with_file_limit(blocks: u32, args: &[&str]) -> support::Ran {
 
 #[test]
 fn a_write_that_fails_half_way_can_be_resumed() {
-    let (model, profile, corpus) = (model(&medium()), profile(&medium()), support::corpus());
+    let (model, profile) = (model(&medium()), profile(&medium()));
     let folder = tempfile::TempDir::new().unwrap();
     let (a, b) = (folder.path().join("split"), folder.path().join("profile"));
-    let splitting = ["split", "-m", text(&model), "--profile", text(&profile), "--encoding", "bf16", "-o", text(&a)];
-    let calibrating = [
-        "calibrate",
-        "-m",
-        text(&model),
-        "--corpus",
-        text(&corpus),
-        "--tokens",
-        "1024",
-        "--window",
-        "128",
-        "--resume",
-        "-o",
-        text(&b),
-    ];
+    let splitting = splitting(&model, &profile, &["--encoding", "bf16"], &a);
+    let calibrating = [&calibrating(&model, "1024", "128", &b)[..], &["--resume"]].concat();
     for (args, out, blocks) in
         [(&splitting[..], &a, 3100), (&splitting, &a, 100), (&calibrating, &b, 900), (&calibrating, &b, 3000)]
     {
@@ -211,7 +193,7 @@ fn a_full_disk_says_how_much_is_needed_and_is_resumed_when_there_is_room() {
     let script = "set -e; mount -t tmpfs -o size=8m none \"$1\"; shift; set +e; \"$@\"; first=$?; \
                   mount -o remount,size=200m \"$DISK\"; \"$@\"; echo \"$first $?\"; ls \"$DISK\"";
     let out = dir.path().join("split");
-    let args = ["split", "-m", text(&model), "--profile", text(&profile), "--encoding", "bf16", "-o", text(&out)];
+    let args = splitting(&model, &profile, &["--encoding", "bf16"], &out);
     let may_mount = Command::new("unshare").args(["-m", "mount", "-t", "tmpfs", "none", text(dir.path())]).output();
     if !may_mount.is_ok_and(|o| o.status.success()) {
         // Without the right to mount there is no disk to fill; the file limit above covers the writing half.

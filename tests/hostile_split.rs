@@ -361,3 +361,77 @@ fn what_was_made_from_another_model_is_refused_by_digest() {
     fs::write(&weights, bytes).unwrap();
     assert!(fails(4, &["verify", text(&dir), "-m", text(&changed)]).contains("digest"));
 }
+
+/// That `run` warns of `flaw` and answers all the same, and that `--check-tensors` refuses.
+fn flawed(dir: &Path, flaw: &str) {
+    let answer = ["run", "-m", text(dir), "-p", "the lake", "-n", "2", "--ignore-eos", "--temp", "0"];
+    let warned = ok(&answer).stderr;
+    assert!(warned.contains(&format!("warning: {flaw}")), "{flaw}: {warned}");
+    assert_eq!(json(&[&answer[..], &["--json"]].concat())["warnings"], serde_json::json!([flaw]));
+    let message = fails(4, &[&answer[..], &["--check-tensors"]].concat());
+    assert!(message.contains(flaw) && message.contains(text(dir)), "{flaw}: {message}");
+}
+
+#[test]
+fn weights_that_are_not_finite_are_named_by_tensor_and_neuron() {
+    let checkpoint = model(&llama());
+    // Bytes of a bundle of 64 columns; the sixth of the fourth chunk of eight neurons.
+    for (encoding, bundle, column_7_of_up, values) in
+        [("bf16", 384, 128 + 14, [0x7fc0u16, 0xff80]), ("q8", 208, 196, [0x7e00, 0x7c00])]
+    {
+        for value in values {
+            let (_guard, dir) = copy(&split(&llama(), encoding, &["--chunk-neurons", "8"]));
+            let id = Split::open(&dir).unwrap().layers()[1].order()[3 * 8 + 5];
+            forge::chunk(&dir, 1, 3, 5 * bundle + column_7_of_up, &value.to_le_bytes());
+            let column = if encoding == "bf16" { 7 } else { 0 };
+            let name = "model.layers.1.mlp.up_proj.weight";
+            flawed(&dir, &format!("{name}: layer 1, neuron {id}: the weight at [{id}, {column}] is not finite"));
+            let message = fails(4, &["verify", text(&dir), "-m", text(&checkpoint)]);
+            let index = id as usize * 64 + column;
+            assert!(message.contains(name) && message.contains(&format!("at index {index},")), "{message}");
+            if encoding == "q8" {
+                // So small that it fits wherever the disk's buffers would.
+                continue;
+            }
+            // What a small budget leaves on disk is only looked at when it is asked for.
+            let budget = format!("{}B", needed_bytes(&["run", "-m", text(&dir), "-p", "a", "-n", "2"]));
+            let small = ["run", "-m", text(&dir), "-p", "a", "-n", "2", "--ram-budget", &budget];
+            assert!(!ok(&small).stderr.contains("not finite"));
+            assert!(fails(4, &[&small[..], &["--check-tensors"]].concat()).contains(name));
+        }
+    }
+}
+
+#[test]
+fn matrices_of_zeros_are_named() {
+    let (_guard, dir) = copy(&split(&llama(), "q4", &["--chunk-neurons", "16", "--order", "random"]));
+    let name = "model.layers.0.self_attn.k_proj.weight";
+    // Rows of 64 codes, two scales, and what fills them up to 80 bytes.
+    forge::tensor(&dir, name, |bytes| bytes.chunks_exact_mut(80).for_each(|row| row[64..68].fill(0)));
+    flawed(&dir, &format!("{name}: every weight is zero"));
+}
+
+#[test]
+fn verify_names_what_is_not_finite_in_the_checkpoint_itself() {
+    let (guard, dir) = copy(&whole());
+    let source = guard.path().join("model");
+    support::copy_dir(&model(&llama()), &source);
+    let (name, row, column) = ("model.layers.0.self_attn.o_proj.weight", 3, 9);
+    let infinite = 0x7f80u16.to_le_bytes();
+    let path = source.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let tensors: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let start = 8 + header + tensors[name]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[start + 2 * (row * 64 + column)..][..2].copy_from_slice(&infinite);
+    fs::write(&path, bytes).unwrap();
+    forge::tensor(&dir, name, |bytes| bytes[2 * (row * 64 + column)..][..2].copy_from_slice(&infinite));
+    let digest = thermocline_datasets::open_checkpoint(&source).unwrap().digest().unwrap();
+    forge::manifest(&dir, |m| m.source.model_digest = digest);
+    let said = ok(&["verify", text(&dir), "-m", text(&source)]).stdout;
+    assert!(
+        said.contains(&format!("warning: {name} has a value that is not finite at index {}", row * 64 + column)),
+        "{said}"
+    );
+    flawed(&dir, &format!("{name}: the weight at [{row}, {column}] is not finite"));
+}

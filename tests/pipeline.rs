@@ -5,7 +5,7 @@ mod support;
 
 use serde_json::Value;
 use std::path::Path;
-use support::{Form, Made, fails, json, llama, model, ok, profile, qwen_relu, split, text, tiny};
+use support::{Form, Made, calibrating, fails, json, llama, model, ok, profile, qwen_relu, split, text, tiny};
 use thermocline_datasets::write::TinyGgufType;
 use thermocline_datasets::{Activation, Architecture};
 
@@ -29,6 +29,10 @@ fn through(made: &Made, encoding: &str, more: &[&str]) -> Value {
         thermocline_datasets::architectures::tensors(&made.model.config()).len()
     );
     let inside = json(&["inspect", text(&dir), "--json"]);
+    // A GGUF file names itself.
+    let name = if matches!(made.form, Form::Folder) { made.name } else { "tiny" };
+    assert_eq!(inside["source"]["model"], name);
+    assert_eq!(json(&["inspect", text(&profile(made)), "--json"])["profile"]["model_name"], name);
     assert_eq!((&inside["kind"], &inside["packing"]["ffn_encoding"]), (&"split".into(), &encoding.into()));
     assert_eq!(inside["layers"].as_array().unwrap().len(), made.model.n_layers);
     numbers(
@@ -151,26 +155,12 @@ fn the_same_weights_in_both_forms_give_the_same_tokens() {
 #[test]
 fn shards_merge_to_the_whole_profile() {
     let dir = tempfile::TempDir::new().unwrap();
-    let (model, corpus) = (model(&llama()), support::corpus());
+    let model = model(&llama());
     let merged = dir.path().join("merged");
     let shards: Vec<_> = (0..3).map(|i| dir.path().join(format!("shard-{i}"))).collect();
     for (i, shard) in shards.iter().enumerate() {
         let part = format!("{i}/3");
-        ok(&[
-            "calibrate",
-            "-m",
-            text(&model),
-            "--corpus",
-            text(&corpus),
-            "--tokens",
-            "1024",
-            "--window",
-            "128",
-            "--shard",
-            &part,
-            "-o",
-            text(shard),
-        ]);
+        ok(&[&calibrating(&model, "1024", "128", shard)[..], &["--shard", &part]].concat());
     }
     ok(&["calibrate", "merge", text(&shards[1]), text(&shards[2]), text(&shards[0]), "-o", text(&merged)]);
     let statistics = |dir: &Path| std::fs::read(dir.join("statistics.safetensors")).unwrap();
@@ -183,21 +173,8 @@ fn shards_merge_to_the_whole_profile() {
 #[test]
 fn calibrate_reports_what_it_did() {
     let dir = tempfile::TempDir::new().unwrap();
-    let (model, corpus, out) = (model(&llama()), support::corpus(), dir.path().join("p"));
-    let report = json(&[
-        "calibrate",
-        "-m",
-        text(&model),
-        "--corpus",
-        text(&corpus),
-        "--tokens",
-        "256",
-        "--window",
-        "64",
-        "-o",
-        text(&out),
-        "--json",
-    ]);
+    let (model, out) = (model(&llama()), dir.path().join("p"));
+    let report = json(&[&calibrating(&model, "256", "64", &out)[..], &["--json"]].concat());
     numbers(&report, 1.0, &["n_tokens", "flops", "memory_bound_bytes", "calibration_peak_bytes"]);
     assert_eq!(report["n_tokens"], 256);
     assert_eq!(json(&["inspect", text(&model), "--json"])["kind"], "checkpoint");

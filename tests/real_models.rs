@@ -6,7 +6,7 @@ mod support;
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use support::{json, ok, text};
+use support::{calibrating, json, ok, splitting, text};
 
 /// The program's own pages, a real tokenizer (about 50 MB for 150,000 tokens) and its JSON text while it is read.
 const SLACK_BYTES: u64 = 96 << 20;
@@ -29,21 +29,8 @@ fn through(name: &str) {
     let Some(model) = real(name) else { return };
     let folder = tempfile::TempDir::new().unwrap();
     let (profile, dir) = (folder.path().join("profile"), folder.path().join("split"));
-    let corpus = support::corpus();
-    ok(&[
-        "calibrate",
-        "-m",
-        text(&model),
-        "--corpus",
-        text(&corpus),
-        "--tokens",
-        "512",
-        "--window",
-        "256",
-        "-o",
-        text(&profile),
-    ]);
-    ok(&["split", "-m", text(&model), "--profile", text(&profile), "--encoding", "q4", "-o", text(&dir)]);
+    ok(&calibrating(&model, "512", "256", &profile));
+    ok(&splitting(&model, &profile, &["--encoding", "q4"], &dir));
     let proof = json(&["verify", text(&dir), "-m", text(&model), "--json"]);
     assert_eq!(proof["violations"], serde_json::json!([]));
     for (i, prompt) in

@@ -16,8 +16,8 @@ const HOSTILE: &str = "<script>alert(\"x\")</script>&'";
 const SECTIONS: [&str; 8] = ["rates", "coactivation", "overlap", "accuracy", "recall", "runs", "bench", "commands"];
 
 fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
-    write_tiny_safetensors(&dir.join("model"), &TinyModel::default(), 1).unwrap();
-    let checkpoint = open_checkpoint(&dir.join("model")).unwrap();
+    write_tiny_safetensors(&dir.join("model <i>"), &TinyModel::default(), 1).unwrap();
+    let checkpoint = open_checkpoint(&dir.join("model <i>")).unwrap();
     let tokens: Vec<u32> = (0..1024u32).map(|i| i * i % 290 + 3).collect();
     let settings = Settings { window_len: 64, n_samples: 256, ..Settings::default() };
     let options = RunOptions { resume: false, shard: None };
@@ -117,6 +117,7 @@ fn page_is_whole_offline_and_escaped() {
     assert_offline(&html);
     assert!(!html.contains("Not measured"));
     assert!(html.contains("&lt;script&gt;") && html.contains("profile &lt;b&gt;"));
+    assert!(html.contains("<dt>model</dt><dd>model &lt;i&gt;</dd>") && !html.contains("<i>"));
     for colour in ["currentColor", "var(--grid)", "var(--series-0)"] {
         assert!(html.contains(colour));
     }

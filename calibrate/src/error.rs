@@ -62,6 +62,20 @@ pub enum Error {
         /// The lock file.
         path: PathBuf,
     },
+    /// There is no room for what the run writes.
+    #[error(
+        "{path}: disk full: calibration needs about {needed} bytes there in all, {available} are free; make room and run \
+         again with --resume, or use fewer tokens (--tokens) or shards (--shard)",
+        path = .path.display()
+    )]
+    DiskFull {
+        /// The folder of the run in progress.
+        path: PathBuf,
+        /// Bytes that the whole run takes ([`crate::disk::disk_bytes`]).
+        needed: u64,
+        /// Bytes that are free there.
+        available: u64,
+    },
     /// The output exists already.
     #[error("{path} exists already; remove it or choose another output", path = .path.display())]
     OutputExists {

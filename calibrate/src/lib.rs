@@ -5,6 +5,7 @@
 //! | the dense forward, layer by layer | [`dense`] |
 //! | a run over a corpus: resumable, shardable | [`calibrate()`], [`Settings`], [`merge`] |
 //! | what it leaves behind | [`Profile`], [`LayerStatistics`] |
+//! | room on disk, before and while it runs | [`disk`] |
 //! | guessing which neurons fire | [`predictor`] |
 //! | ordering neurons on disk | [`coactivation`] |
 //! | failures | [`Error`] |
@@ -13,6 +14,7 @@
 
 pub mod coactivation;
 pub mod dense;
+pub mod disk;
 mod error;
 mod hidden;
 mod merge;

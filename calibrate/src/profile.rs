@@ -18,7 +18,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
 };
-use thermocline_datasets::ModelConfig;
+use thermocline_datasets::{MAX_NAME_CHARS, ModelConfig};
 
 const META: &str = "profile.json";
 const STATISTICS: &str = "statistics.safetensors";
@@ -28,6 +28,9 @@ const STATISTICS: &str = "statistics.safetensors";
 pub struct ProfileMeta {
     /// Version of the directory's format.
     pub format_version: u64,
+    /// What the checkpoint is called; empty in profiles that were made before it was kept.
+    #[serde(default)]
+    pub model_name: String,
     /// The checkpoint's digest.
     pub model_digest: String,
     /// Digest of the whole corpus' token ids, of all shards together.
@@ -81,6 +84,10 @@ impl ProfileMeta {
             || self.n_tokens != (self.n_windows * window_len) as u64
         {
             return Err(("n_tokens", format!("{} of {} windows", self.n_tokens, self.n_windows)));
+        }
+        let name = &self.model_name;
+        if name.chars().count() > MAX_NAME_CHARS || name.chars().any(char::is_control) {
+            return Err(("model_name", format!("more than {MAX_NAME_CHARS} characters, or control characters")));
         }
         let c = &self.config;
         let sizes = [c.hidden_size, c.intermediate_size, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim];

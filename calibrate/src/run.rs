@@ -3,6 +3,7 @@
 use crate::{
     Error, Result, Settings, Shard,
     dense::{DenseLayer, Embedding},
+    disk::{Space, disk_bytes, is_full},
     error::AtPath,
     hidden::{HiddenReader, HiddenWriter, bytes_digest},
     profile::{Profile, ProfileMeta, write_profile},
@@ -52,7 +53,8 @@ pub enum Event {
 ///
 /// # Errors
 /// [`Error::Locked`] if another process writes to `out_dir`, [`Error::OutputExists`] if it is there already,
-/// [`Error::ResumeMismatch`] if the interrupted run was of another model, corpus, shard or settings; and whatever
+/// [`Error::ResumeMismatch`] if the interrupted run was of another model, corpus, shard or settings;
+/// [`Error::DiskFull`], before any work is done, if there is no room for it; and whatever
 /// reading the checkpoint or writing files can fail with. After any error the run can be resumed.
 pub fn calibrate(
     checkpoint: &dyn Checkpoint,
@@ -80,8 +82,26 @@ pub fn calibrate(
     if out_dir.exists() {
         return finished(work, out_dir, &identity, options.resume);
     }
+    let plan = SamplePlan::new(settings, n_windows);
+    let n_tokens = (windows.len() * settings.window_len) as u64;
+    let needed = disk_bytes(checkpoint.config(), settings, n_tokens, plan.token_indices(windows.clone()).len());
+    let (folder, space) = (work.path().to_owned(), Space::of(work.path()));
+    check_space(&folder, space, needed)?;
     let run = Run { checkpoint, tokens, windows, n_windows, identity, work };
-    run.go(options.resume, out_dir, progress)
+    run.go(options.resume, out_dir, progress).map_err(|error| match error {
+        Error::Io { source, .. } if is_full(&source) => {
+            Error::DiskFull { path: folder.clone(), needed, available: Space::of(&folder).available_bytes }
+        }
+        other => other,
+    })
+}
+
+/// Refuses to start what the disk cannot hold.
+fn check_space(path: &Path, space: Space, needed: u64) -> Result<()> {
+    if space.holds(needed) {
+        return Ok(());
+    }
+    Err(Error::DiskFull { path: path.to_owned(), needed, available: space.available_bytes })
 }
 
 /// A run that was killed between its last two steps, or that is already done.
@@ -119,6 +139,7 @@ impl Run<'_> {
         let n_tokens = self.windows.len() * window_len;
         let meta = ProfileMeta {
             format_version: ProfileMeta::VERSION,
+            model_name: self.checkpoint.name(),
             model_digest: self.identity.model_digest.clone(),
             corpus_digest: self.identity.corpus_digest.clone(),
             flops: flops_per_token(&config, &settings) * n_tokens as f64,
@@ -223,4 +244,20 @@ pub(crate) fn fresh_dir(path: &Path) -> Result<()> {
         fs::remove_dir_all(path).at(path)?;
     }
     fs::create_dir_all(path).at(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_without_room_is_told_with_both_figures() {
+        let space = Space { available_bytes: 4000, present_bytes: 96 };
+        let path = Path::new("out.work");
+        assert!(check_space(path, space, 4096).is_ok());
+        let error = check_space(path, space, 4097).expect_err("one byte too many");
+        assert!(matches!(error, Error::DiskFull { needed: 4097, available: 4000, .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains("4097 bytes") && text.contains("4000 are free") && text.contains("--shard"), "{text}");
+    }
 }

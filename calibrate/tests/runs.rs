@@ -11,7 +11,7 @@ use std::{
 use support::{RandomCheckpoint, random_tokens, tiny_config};
 use tempfile::TempDir;
 use thermocline_calibrate::{
-    ActiveSet, Error, Event, Profile, Result, RunOptions, Settings, Shard, TOP_SHARES, calibrate, dense, merge,
+    ActiveSet, Error, Event, Profile, Result, RunOptions, Settings, Shard, TOP_SHARES, calibrate, dense, disk, merge,
 };
 use thermocline_datasets::Activation;
 
@@ -293,4 +293,19 @@ fn weights_that_are_not_finite_are_named() {
     let out = dir.path().join("p");
     let result = calibrate(&model, &tokens(), &settings(), &RunOptions::default(), &out, &mut |_| ());
     assert!(matches!(result, Err(Error::NotFinite { layer: 1, window: 0, .. })));
+}
+
+#[test]
+fn the_bytes_on_disk_are_those_that_were_announced() {
+    let dir = TempDir::new().unwrap();
+    let (out, work) = (dir.path().join("p"), dir.path().join("p.work"));
+    let mut most = 0;
+    let mut watch = |_: Event| most = most.max(disk::bytes_below(&work));
+    let profile = calibrate(&model(), &tokens(), &settings(), &RunOptions::default(), &out, &mut watch).unwrap();
+    // The last report comes before the profile is written beside the layers' statistics.
+    most += disk::bytes_below(&out);
+    let meta = profile.meta();
+    let announced = disk::disk_bytes(&meta.config, &meta.settings, meta.n_tokens, meta.n_samples);
+    assert!(most <= announced, "{most} of {announced}");
+    assert!(announced < 2 * most + (1 << 20), "not wildly more: {most} of {announced}");
 }

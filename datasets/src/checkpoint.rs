@@ -40,6 +40,12 @@ pub trait Checkpoint: Send + Sync {
     /// Where it lies, for messages.
     fn path(&self) -> &Path;
 
+    /// What people call the model: the name that its file gives it, else the file's or the folder's. At most
+    /// [`MAX_NAME_CHARS`] characters, none of them a control character; it comes from a file, so it is no markup.
+    fn name(&self) -> String {
+        printable(&file_name(self.path()))
+    }
+
     /// Canonical names of every tensor that the architecture uses, sorted.
     fn names(&self) -> Vec<String>;
 
@@ -80,6 +86,22 @@ pub trait Checkpoint: Send + Sync {
     fn chat_template(&self) -> Option<String>;
 }
 
+/// Longest name of a model.
+pub const MAX_NAME_CHARS: usize = 128;
+
+/// A name without control characters, and of a length that fits a heading.
+pub(crate) fn printable(name: &str) -> String {
+    let plain = name.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>();
+    plain.trim().chars().take(MAX_NAME_CHARS).collect()
+}
+
+/// The last part of a path; of `.` or `..`, that of where it leads.
+pub(crate) fn file_name(path: &Path) -> String {
+    let real = if path.file_name().is_none() { path.canonicalize().ok() } else { None };
+    let name = real.as_deref().unwrap_or(path).file_name();
+    name.map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
 /// Opens a `.gguf` file or a Hugging Face folder (`config.json`, safetensors shards, `tokenizer.json`).
 ///
 /// # Errors
@@ -101,5 +123,19 @@ pub fn open_checkpoint(path: &Path) -> Result<Box<dyn Checkpoint>> {
             unsupported("a pickled checkpoint", crate::huggingface::PICKLE_HELP)
         }
         _ => Ok(Box::new(crate::gguf::GgufCheckpoint::open(path)?)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_short_and_printable() {
+        assert_eq!(printable("  Tiny\u{1b}[31m\n7B\u{0} "), "Tiny [31m 7B");
+        let long = printable(&"\u{e9}".repeat(100_000));
+        assert_eq!((long.chars().count(), printable("")), (MAX_NAME_CHARS, String::new()));
+        assert_eq!(file_name(Path::new("a/b.gguf")), "b.gguf");
+        assert!(!file_name(Path::new(".")).is_empty());
     }
 }

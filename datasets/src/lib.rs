@@ -38,7 +38,7 @@ mod tokenizer;
 pub mod write;
 
 pub use chat::{ChatMessage, ChatTemplate};
-pub use checkpoint::{Checkpoint, SourceDtype, TensorInfo, open_checkpoint};
+pub use checkpoint::{Checkpoint, MAX_NAME_CHARS, SourceDtype, TensorInfo, open_checkpoint};
 pub use config::{Activation, Architecture, ModelConfig};
 pub use corpus::Corpus;
 pub use error::{Error, Result};

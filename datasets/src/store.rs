@@ -3,7 +3,7 @@
 use crate::architectures::{self, TensorSpec};
 use crate::dequant::dequantize;
 use crate::gguf::GgmlType;
-use crate::{Error, ModelConfig, Result, TensorInfo};
+use crate::{Checkpoint, Error, ModelConfig, Result, TensorInfo};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -137,6 +137,60 @@ impl TensorStore {
             out.extend(stored.get(start..start.saturating_add(columns)).unwrap_or_default());
         }
         Ok(out)
+    }
+}
+
+/// What a format keeps beside the tensors.
+pub trait Beside: Send + Sync {
+    fn name(&self, store: &TensorStore) -> String;
+    fn digest(&self, store: &TensorStore) -> Result<String>;
+    fn tokenizer_json(&self, store: &TensorStore) -> Result<String>;
+    fn chat_template(&self) -> Option<String>;
+}
+
+/// A model in files: its tensors, and what its format keeps beside them.
+#[derive(Debug)]
+pub struct StoredCheckpoint<B> {
+    pub(crate) config: ModelConfig,
+    pub(crate) store: TensorStore,
+    pub(crate) beside: B,
+}
+
+impl<B: Beside> Checkpoint for StoredCheckpoint<B> {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn path(&self) -> &Path {
+        &self.store.path
+    }
+
+    fn name(&self) -> String {
+        crate::checkpoint::printable(&self.beside.name(&self.store))
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.store.names()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.store.info(name)
+    }
+
+    fn load_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        self.store.load_rows(name, rows)
+    }
+
+    fn digest(&self) -> Result<String> {
+        self.beside.digest(&self.store)
+    }
+
+    fn tokenizer_json(&self) -> Result<String> {
+        self.beside.tokenizer_json(&self.store)
+    }
+
+    fn chat_template(&self) -> Option<String> {
+        self.beside.chat_template()
     }
 }
 

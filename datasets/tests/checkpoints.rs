@@ -1,7 +1,9 @@
 //! The two readers against the writers: same configuration, names, shapes and values from either format.
 
-use thermocline_datasets::write::{TinyGgufType, TinyModel, tiny_tensors, write_tiny_gguf, write_tiny_safetensors};
-use thermocline_datasets::{Activation, Architecture, Checkpoint, open_checkpoint};
+use thermocline_datasets::write::{
+    TinyGgufType, TinyModel, tiny_gguf, tiny_tensors, write_tiny_gguf, write_tiny_safetensors,
+};
+use thermocline_datasets::{Activation, Architecture, Checkpoint, MAX_NAME_CHARS, open_checkpoint};
 
 fn models() -> Vec<TinyModel> {
     let llama = TinyModel::default();
@@ -95,4 +97,23 @@ fn a_word_that_looks_like_an_end_is_none() {
     let path = dir.path().join("model.gguf");
     std::fs::write(&path, file.to_bytes()).expect("written");
     assert_eq!(open_checkpoint(&path).expect("opened").config().eos_token_ids, [0, 2]);
+}
+
+#[test]
+fn a_model_is_called_what_its_file_says_or_what_its_folder_is_called() {
+    let dir = tempfile::tempdir().expect("folder");
+    let (folder, path) = (dir.path().join("Some-Model-7B"), dir.path().join("some.gguf"));
+    write_tiny_safetensors(&folder, &TinyModel::default(), 7).expect("written");
+    assert_eq!(open_checkpoint(&folder).expect("opened").name(), "Some-Model-7B");
+    let mut file = tiny_gguf(&TinyModel::default(), 7, TinyGgufType::F32);
+    let long = "x".repeat(1 << 20);
+    for (given, expected) in [
+        ("Tiny 7B", "Tiny 7B"),
+        ("Tiny\u{1b}[2J\n<b>", "Tiny [2J <b>"),
+        (" \n", "some.gguf"),
+        (long.as_str(), &long[..MAX_NAME_CHARS]),
+    ] {
+        std::fs::write(&path, file.set("general.name", given).to_bytes()).expect("written");
+        assert_eq!(open_checkpoint(&path).expect("opened").name(), expected);
+    }
 }

@@ -21,7 +21,7 @@ fn rows(c: &mut Criterion) {
         group.sample_size(10).throughput(Throughput::Bytes(data.len() as u64));
         for isa in Isa::ALL.into_iter().filter_map(Kernels::new).filter(|k| k.isa() != Isa::Portable) {
             for n_threads in [1, 2] {
-                let mut pool = Pool::new(n_threads);
+                let mut pool = Pool::new(n_threads).expect("threads");
                 let id = BenchmarkId::new(format!("{encoding}/{}", isa.isa().name()), n_threads);
                 group.bench_function(id, |b| b.iter(|| gemv(&isa, &mut pool, w, black_box(&x), &mut y)));
             }

@@ -74,6 +74,27 @@ impl Encoding {
     pub fn row_stride(self, columns: usize) -> usize {
         (self.code_bytes(columns) + self.scale_bytes(columns)).next_multiple_of(16)
     }
+
+    /// The first column of `row` whose weight is NaN or infinite; in quantised encodings the first of a group whose
+    /// scale is.
+    pub fn first_not_finite(self, row: RowRef<'_>) -> Option<usize> {
+        // Sixteen bits with all exponent bits set.
+        let (bytes, exponent, step) = match self {
+            Encoding::Bf16 => (row.codes, 0x7f80, 1),
+            Encoding::Q8 | Encoding::Q4 => (row.scales, 0x7c00, GROUP),
+        };
+        let special = |b: &[u8; 2]| u16::from_le_bytes(*b) & exponent == exponent;
+        let (halves, _) = bytes.as_chunks::<2>();
+        // Without a way out in the middle this is vector code, and the rule is that there is nothing to find.
+        let any = halves.iter().fold(false, |any, b| any | special(b));
+        if any { halves.iter().position(special).map(|i| i * step) } else { None }
+    }
+
+    /// Whether every weight of `row` is zero because of its scales, or in bf16 by itself.
+    pub fn is_zero(self, row: RowRef<'_>) -> bool {
+        let bytes = if self == Encoding::Bf16 { row.codes } else { row.scales };
+        bytes.as_chunks::<2>().0.iter().all(|b| u16::from_le_bytes(*b) & 0x7fff == 0)
+    }
 }
 
 impl fmt::Display for Encoding {

@@ -25,11 +25,11 @@ pub mod reference;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub use aligned::AlignedBuf;
+pub use aligned::{AlignedBuf, AllocError};
 pub use bundle::BundleLayout;
 pub use dispatch::{Isa, Kernels, prefetch};
 pub use encoding::{Encoding, GROUP, RowRef};
 pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
-pub use pool::Pool;
+pub use pool::{Pool, PoolError};

@@ -22,6 +22,18 @@ pub struct Pool {
     threads: Vec<Thread>,
 }
 
+/// A thread that the system would not start; those started before it have ended again.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot start thread {nth} of {n_threads}: {source}")]
+pub struct PoolError {
+    /// Which one, the calling thread being the first.
+    pub nth: usize,
+    /// Threads asked for.
+    pub n_threads: usize,
+    /// The cause.
+    pub source: std::io::Error,
+}
+
 type Job = *const (dyn Fn(usize) + Sync);
 
 #[derive(Debug)]
@@ -42,7 +54,10 @@ unsafe impl Send for Shared {}
 
 impl Pool {
     /// A pool of `n_threads` in all (at least one: the caller).
-    pub fn new(n_threads: usize) -> Self {
+    ///
+    /// # Errors
+    /// If the system refuses to start a thread.
+    pub fn new(n_threads: usize) -> Result<Self, PoolError> {
         let n_workers = n_threads.max(1) - 1;
         let shared = Arc::new(Shared {
             epoch: AtomicUsize::new(0),
@@ -52,17 +67,20 @@ impl Pool {
             parked: (0..n_workers).map(|_| AtomicBool::new(false)).collect(),
             job: UnsafeCell::new(None),
         });
-        let workers: Vec<_> = (0..n_workers)
-            .map(|w| {
-                let shared = Arc::clone(&shared);
-                thread::Builder::new()
-                    .name(format!("compute-{}", w + 1))
-                    .spawn(move || work(&shared, w))
-                    .expect("the system can start a thread")
-            })
-            .collect();
-        let threads = workers.iter().map(|w| w.thread().clone()).collect();
-        Self { shared, workers, threads }
+        // Dropping a pool that is not complete ends the threads that it has.
+        let mut pool = Self { shared, workers: Vec::new(), threads: Vec::new() };
+        for w in 0..n_workers {
+            let shared = Arc::clone(&pool.shared);
+            let builder = thread::Builder::new().name(format!("compute-{}", w + 1));
+            let worker = builder.spawn(move || work(&shared, w)).map_err(|source| PoolError {
+                nth: w + 2,
+                n_threads,
+                source,
+            })?;
+            pool.threads.push(worker.thread().clone());
+            pool.workers.push(worker);
+        }
+        Ok(pool)
     }
 
     /// Threads in all, the caller included.

@@ -38,6 +38,27 @@ fn case() -> impl Strategy<Value = (Encoding, Vec<Vec<f32>>, Vec<f32>)> {
 
 proptest! {
     #[test]
+    fn rows_are_flawed_where_their_values_are((encoding, rows, _) in case(), at in any::<prop::sample::Index>(), half in any::<u16>(), blank in any::<bool>()) {
+        let n = rows[0].len();
+        let mut bytes = encoded(encoding, &rows[0]);
+        let first = if encoding == Encoding::Bf16 { 0 } else { encoding.code_bytes(n) };
+        if blank {
+            bytes[first..].fill(0);
+        }
+        // Half of the time all exponent bits are set, or next to none would be.
+        let half = if half % 2 == 0 { half | 0x7f80 } else { half };
+        let n_halves = if encoding == Encoding::Bf16 { n } else { encoding.scale_bytes(n) / 2 };
+        bytes[first + 2 * at.index(n_halves)..][..2].copy_from_slice(&half.to_le_bytes());
+        let row = RowRef::from_matrix_row(encoding, n, &bytes);
+        let mut values = vec![0.0; n];
+        unpack(encoding, row, &mut values);
+        prop_assert_eq!(encoding.first_not_finite(row), values.iter().position(|v| !v.is_finite()));
+        let scaled = |v: &f32| *v != 0.0;
+        prop_assert!(!encoding.is_zero(row) || !values.iter().any(scaled));
+        prop_assert!(encoding != Encoding::Bf16 || encoding.is_zero(row) != values.iter().any(scaled));
+    }
+
+    #[test]
     fn dots_and_axpy_agree_with_the_plain_loops((encoding, rows, x) in case(), a in -3.0f32..3.0) {
         let packed: Vec<_> = rows.iter().map(|r| encoded(encoding, r)).collect();
         let rows: Vec<_> = packed.iter().map(|p| RowRef::from_matrix_row(encoding, x.len(), p)).collect();
@@ -149,7 +170,7 @@ fn weights_that_do_not_fit_are_refused() {
 #[test]
 fn pool_runs_every_piece_once_and_sleeps_and_wakes() {
     for n in [1, 2, 5] {
-        let mut pool = Pool::new(n);
+        let mut pool = Pool::new(n).expect("threads");
         for round in 0..200 {
             let mut data = vec![0u32; 1000 + round];
             pool.for_each_chunk(&mut data, 7, |i, piece| piece.iter_mut().for_each(|v| *v += 1 + i as u32));
@@ -163,7 +184,7 @@ fn pool_runs_every_piece_once_and_sleeps_and_wakes() {
 
 #[test]
 fn a_panic_in_a_task_reaches_the_caller_and_the_pool_lives() {
-    let mut pool = Pool::new(2);
+    let mut pool = Pool::new(2).expect("threads");
     let mut data = vec![0u8; 64];
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         pool.for_each_chunk(&mut data, 1, |i, _| assert!(i != 40, "planted"));
@@ -197,7 +218,7 @@ fn gemv_and_matmul_agree_with_the_plain_loops() {
     }
     let mut y = vec![0.0; n];
     let matrix = thermocline_kernels::MatrixRef { encoding: Encoding::Bf16, rows: n, columns: k, data: &packed };
-    gemv(&Kernels::detect(), &mut Pool::new(2), matrix, &x[..k], &mut y);
+    gemv(&Kernels::detect(), &mut Pool::new(2).expect("threads"), matrix, &x[..k], &mut y);
     for (j, &y) in y.iter().enumerate() {
         let want = reference::dot(Encoding::Bf16, matrix.row(j), &x[..k]);
         assert!((y - want).abs() < 1e-4);

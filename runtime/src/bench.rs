@@ -74,11 +74,11 @@ pub struct BenchReport {
 /// buffer is no part of the peak memory.
 ///
 /// # Errors
-/// If prompt and generation do not fit in the context, or the disk fails.
+/// If prompt and generation do not fit in the context, the disk fails, or `kernel_speed` does.
 pub fn bench(
     engine: &mut Engine,
     settings: BenchSettings,
-    kernel_speed: impl FnOnce() -> f64,
+    kernel_speed: impl FnOnce() -> Result<f64>,
     progress: &dyn Fn(usize, usize),
 ) -> Result<BenchReport> {
     let needed = settings.n_prompt + settings.n_gen;
@@ -129,7 +129,7 @@ pub fn bench(
     let hardware = Hardware {
         n_threads: engine.plan().request.n_threads,
         ram_bytes_per_second: speeds.ram,
-        kernel_bytes_per_second: kernel_speed(),
+        kernel_bytes_per_second: kernel_speed()?,
         disk_bytes_per_second: speeds.disk.unwrap_or(f64::INFINITY),
     };
     let decode_tok_s = Timing::new(decodes);

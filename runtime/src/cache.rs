@@ -1,6 +1,6 @@
 //! Cold neurons of late, in memory, one slot each.
 
-use thermocline_kernels::AlignedBuf;
+use thermocline_kernels::{AlignedBuf, AllocError};
 
 /// No slot.
 const NONE: u32 = u32::MAX;
@@ -20,16 +20,21 @@ pub(crate) struct NeuronCache {
 }
 
 impl NeuronCache {
-    pub(crate) fn new(n_slots: usize, bundle_bytes: usize, n_layers: usize, n_neurons: usize) -> Self {
-        Self {
-            data: AlignedBuf::zeroed(n_slots * bundle_bytes),
+    pub(crate) fn new(
+        n_slots: usize,
+        bundle_bytes: usize,
+        n_layers: usize,
+        n_neurons: usize,
+    ) -> Result<Self, AllocError> {
+        Ok(Self {
+            data: AlignedBuf::zeroed(n_slots * bundle_bytes)?,
             bundle_bytes,
             slot_of: vec![NONE; if n_slots == 0 { 0 } else { n_layers * n_neurons }],
             n_neurons,
             owner: vec![NONE; n_slots],
             used: vec![false; n_slots],
             hand: 0,
-        }
+        })
     }
 
     /// Memory of a cache of `n_slots`, its tables included.
@@ -93,7 +98,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_in_it_is_what_was_put_in(ops in proptest::collection::vec((0usize..3, 0usize..20, any::<bool>()), 1..300)) {
-            let mut cache = NeuronCache::new(7, 16, 3, 20);
+            let mut cache = NeuronCache::new(7, 16, 3, 20)?;
             for (layer, neuron, touch) in ops {
                 if touch { cache.touch(layer, neuron) } else { cache.insert(layer, neuron, &[(layer * 20 + neuron) as u8; 16]) }
                 let mut present = 0;
@@ -114,7 +119,7 @@ mod tests {
             before in proptest::collection::vec((0usize..3, 0usize..20), 0..30),
             active in proptest::collection::btree_set(0usize..20, 1..20),
         ) {
-            let mut cache = NeuronCache::new(7, 16, 3, 20);
+            let mut cache = NeuronCache::new(7, 16, 3, 20)?;
             before.into_iter().for_each(|(l, n)| cache.insert(l, n, &[0; 16]));
             let held: Vec<usize> = active.iter().copied().filter(|&n| cache.contains(1, n)).collect();
             for &n in &active {

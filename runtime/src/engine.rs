@@ -7,16 +7,16 @@ use crate::fetch::{DirectFile, Fetcher};
 use crate::ffn::FfnSums;
 use crate::kv::KvCache;
 use crate::layer_ffn::{Foreseen, LayerFfn};
-use crate::matrix::{Compute, Disk, Matrix};
+use crate::matrix::{Compute, Matrix};
 use crate::plan::{Mode, Plan, decoded_bytes};
 use crate::predictor::{Predictor, top_k};
 use crate::prefill::FfnBatch;
-use crate::stream::Stream;
+use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
 use std::sync::Arc;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::{Kernels, Pool, ops};
-use thermocline_split::{Split, TensorEntry};
+use thermocline_split::{Flaw, Split, TensorEntry};
 
 /// Norms and biases of one layer.
 #[derive(Debug)]
@@ -43,17 +43,14 @@ pub struct Engine {
     ffn: Vec<LayerFfn>,
     predictors: Vec<Predictor>,
     cache: NeuronCache,
-    fetcher: Option<Fetcher>,
-    /// Everything that is not in memory, in the order in which a dense pass uses it.
-    dense_stream: Stream,
-    /// The same without neurons, for sparse passes.
-    sparse_stream: Stream,
-    last_pass_was_sparse: bool,
+    /// `None` if everything is in memory.
+    streams: Option<Streams>,
     kv: KvCache,
     rope: Rope,
     sums: FfnSums,
     batch: FfnBatch,
     account: Account,
+    flaws: Vec<Flaw>,
 }
 
 /// Which positions' logits a forward pass returns.
@@ -69,7 +66,8 @@ impl Engine {
     /// Loads what `plan` keeps in memory. `progress(done, total)` counts layers.
     ///
     /// # Errors
-    /// If a file cannot be read or is damaged.
+    /// If a file cannot be read or is damaged, or the system refuses the memory or the threads ([`Error::OutOfMemory`],
+    /// [`Error::Threads`], [`Error::Readers`]).
     pub fn load(split: Split, plan: Plan, progress: &dyn Fn(usize, usize)) -> Result<Self> {
         let split = Arc::new(split);
         let config = split.manifest().config.clone();
@@ -130,6 +128,10 @@ impl Engine {
         let final_norm = vector("model.norm.weight", hidden)?;
         progress(config.n_layers, config.n_layers);
 
+        let loaded = attention.iter().flatten().chain([&embedding]).chain(&lm_head);
+        let flaws = loaded.map(|m| m.entry.flaw(m.pinned_bytes())).chain(ffn.iter().map(LayerFfn::flaw));
+        let flaws = flaws.flatten().collect();
+
         let (mut dense, mut sparse) = (Vec::new(), Vec::new());
         for (matrices, neurons) in attention.iter().zip(&ffn) {
             for m in matrices {
@@ -142,11 +144,16 @@ impl Engine {
         dense.extend(head.runs(&resident_file));
         sparse.extend(head.runs(&resident_file));
         let staging = plan.staging;
-        let fetcher = plan.streams().then(|| Fetcher::new(staging.n_readers, staging.n_buffers, run_bytes, decoded));
+        let streams = if plan.streams() {
+            let fetcher = Fetcher::new(staging.n_readers, staging.n_buffers, run_bytes, decoded)?;
+            Some(Streams::new(fetcher, Stream::new(dense, 0), Stream::new(sparse, staging.n_buffers / 2)))
+        } else {
+            None
+        };
         let layout = *split.layers()[0].layout();
         let (bundle, n) = (layout.bundle_bytes(), config.intermediate_size);
         Ok(Self {
-            compute: Compute { kernels: Kernels::detect(), pool: Pool::new(plan.request.n_threads) },
+            compute: Compute { kernels: Kernels::detect(), pool: Pool::new(plan.request.n_threads)? },
             vectors,
             final_norm,
             embedding,
@@ -154,16 +161,14 @@ impl Engine {
             attention,
             ffn,
             predictors,
-            cache: NeuronCache::new(plan.cache_slots, bundle, config.n_layers, n),
-            fetcher,
-            dense_stream: Stream::new(dense, 0),
-            sparse_stream: Stream::new(sparse, staging.n_buffers / 2),
-            last_pass_was_sparse: false,
+            cache: NeuronCache::new(plan.cache_slots, bundle, config.n_layers, n)?,
+            streams,
             kv: KvCache::new(&config, plan.request.context),
             rope: Rope::new(&config, plan.request.context),
             sums: FfnSums::new(layout, config.activation, n),
             batch: FfnBatch::new(layout, config.activation, n),
             account: Account::default(),
+            flaws,
             plan,
             config,
             split,
@@ -178,6 +183,12 @@ impl Engine {
     /// The split that it was loaded from.
     pub fn split(&self) -> &Split {
         &self.split
+    }
+
+    /// Weights in memory that no sound model has, at most one a tensor or layer. What is read from disk later is not
+    /// looked at; [`Split::check_weights`] looks at everything.
+    pub fn flaws(&self) -> &[Flaw] {
+        &self.flaws
     }
 
     /// What it cost so far.
@@ -228,11 +239,10 @@ impl Engine {
     /// # Errors
     /// If a file cannot be read.
     pub fn measure_disk_speed(&mut self) -> Result<Option<f64>> {
-        let Some(fetcher) = &self.fetcher else { return Ok(None) };
-        self.dense_stream.rewind(fetcher);
-        self.sparse_stream.rewind(fetcher);
+        let Some(streams) = &mut self.streams else { return Ok(None) };
+        streams.rewind();
         let files = self.split.layers().iter().map(thermocline_split::LayerFile::path);
-        crate::hardware::read_speed(files, &self.plan.staging, fetcher).map(Some)
+        crate::hardware::read_speed(files, &self.plan.staging, &streams.fetcher).map(Some)
     }
 
     /// Whether exact mode can leave out neurons: those whose activation is exactly zero.
@@ -284,9 +294,8 @@ impl Engine {
         }
         let result = self.pass(tokens, logits, active_share);
         if result.is_err() {
-            if let Some(fetcher) = &self.fetcher {
-                self.dense_stream.rewind(fetcher);
-                self.sparse_stream.rewind(fetcher);
+            if let Some(streams) = &mut self.streams {
+                streams.rewind();
             }
             self.batch.reset();
         }
@@ -295,7 +304,9 @@ impl Engine {
 
     fn pass(&mut self, tokens: &[u32], logits: Logits, active_share: Option<f32>) -> Result<Vec<f32>> {
         let (n, hidden, past) = (tokens.len(), self.config.hidden_size, self.kv.len());
-        self.switch_stream(active_share.is_some());
+        if let Some(streams) = &mut self.streams {
+            streams.begin_pass(active_share.is_some());
+        }
         let mut x = vec![0.0; n * hidden];
         for (&token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
             self.embed(token, x)?;
@@ -307,14 +318,13 @@ impl Engine {
         let mut normed = vec![0.0; n * hidden];
         for l in 0..self.config.n_layers {
             if let Err(e) = self.attend(l, n, past, &mut x, &mut normed) {
-                if let Some(fetcher) = &self.fetcher {
-                    foreseen.discard(fetcher);
+                if let Some(streams) = &self.streams {
+                    foreseen.discard(&streams.fetcher);
                 }
                 return Err(e);
             }
             self.norm(&x, &self.vectors[l].ffn_norm, &mut normed);
-            let streaming = if active_share.is_some() { &mut self.sparse_stream } else { &mut self.dense_stream };
-            let mut disk = self.fetcher.as_ref().map(|fetcher| Disk { fetcher, stream: streaming });
+            let mut disk = self.streams.as_mut().map(Streams::current);
             let (compute, account) = (&mut self.compute, &mut self.account);
             if n > 1 {
                 self.ffn[l].batch(compute, disk.as_mut(), account, &mut self.batch, &normed, &mut x)?;
@@ -327,8 +337,9 @@ impl Engine {
                 self.predictors[l].scores(&compute.kernels, &mut compute.pool, &normed, &mut scores);
                 account.bytes.host += self.predictors[l].bytes();
                 top_k(&scores, k, &mut active);
+                let fetcher = disk.map(|disk| disk.fetcher);
                 let current = std::mem::take(&mut foreseen);
-                if let (Some(fetcher), Some(next)) = (&self.fetcher, self.predictors.get(l + 1)) {
+                if let (Some(fetcher), Some(next)) = (fetcher, self.predictors.get(l + 1)) {
                     // The residual stream changes little from layer to layer: the next layer's predictor, fed with
                     // this layer's input, tells most of what it will ask for while there is time to read it.
                     let mut ahead = vec![0.0; hidden];
@@ -340,7 +351,6 @@ impl Engine {
                     foreseen = self.ffn[l + 1].foresee(fetcher, &self.cache, account, &guess);
                 }
                 let (sums, cache) = (&mut self.sums, &mut self.cache);
-                let fetcher = self.fetcher.as_ref();
                 let done = self.ffn[l].sparse(compute, fetcher, account, sums, cache, current, &active, &normed);
                 if let Err(e) = done {
                     if let Some(fetcher) = fetcher {
@@ -354,17 +364,6 @@ impl Engine {
         let out = self.head(&x, logits)?;
         self.kv.advance(n);
         Ok(out)
-    }
-
-    /// Reading ahead follows the kind of pass; what the other kind had asked for is dropped.
-    fn switch_stream(&mut self, sparse: bool) {
-        let Some(fetcher) = &self.fetcher else { return };
-        if sparse != self.last_pass_was_sparse {
-            self.dense_stream.rewind(fetcher);
-            self.sparse_stream.rewind(fetcher);
-            self.last_pass_was_sparse = sparse;
-        }
-        if sparse { self.sparse_stream.pump(fetcher) } else { self.dense_stream.pump(fetcher) }
     }
 
     fn embed(&mut self, token: u32, out: &mut [f32]) -> Result<()> {
@@ -399,8 +398,7 @@ impl Engine {
         self.norm(x, &self.vectors[l].input_norm, normed);
         let c = &self.config;
         let (q_width, kv_width) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
-        let stream = if self.last_pass_was_sparse { &mut self.sparse_stream } else { &mut self.dense_stream };
-        let mut disk = self.fetcher.as_ref().map(|fetcher| Disk { fetcher, stream });
+        let mut disk = self.streams.as_mut().map(Streams::current);
         let [mut q, mut k, mut v] = [q_width, kv_width, kv_width].map(|width| vec![0.0; n * width]);
         for (i, out) in [&mut q, &mut k, &mut v].into_iter().enumerate() {
             let matrix = &self.attention[l][i];
@@ -437,8 +435,7 @@ impl Engine {
         self.norm(x, &self.final_norm, &mut normed);
         let n = x.len() / hidden;
         let mut out = vec![0.0; n * vocab];
-        let stream = if self.last_pass_was_sparse { &mut self.sparse_stream } else { &mut self.dense_stream };
-        let mut disk = self.fetcher.as_ref().map(|fetcher| Disk { fetcher, stream });
+        let mut disk = self.streams.as_mut().map(Streams::current);
         let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
         head.apply(&mut self.compute, disk.as_mut(), &mut self.account, n, &normed, &mut out)?;
         Ok(out)

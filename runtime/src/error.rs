@@ -49,6 +49,25 @@ pub enum Error {
         /// Tokens of the context.
         context: usize,
     },
+    /// The system refuses to start a thread that computes.
+    #[error("{0}; use fewer threads (-t), or raise the limit on processes or memory")]
+    Threads(#[from] thermocline_kernels::PoolError),
+    /// The system refuses to start a thread that reads from disk.
+    #[error(
+        "cannot start reader thread {nth} of {n_readers}: {source}; use fewer threads (-t), \
+         or a --ram-budget that holds everything, which needs no readers"
+    )]
+    Readers {
+        /// Which one, from 1.
+        nth: usize,
+        /// Threads wanted.
+        n_readers: usize,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The system has less memory than the plan takes.
+    #[error("{0}; give a --ram-budget that this machine has, or lower -c (context)")]
+    OutOfMemory(#[from] thermocline_kernels::AllocError),
     /// A setting out of its range.
     #[error("{flag}: {reason}")]
     Setting {

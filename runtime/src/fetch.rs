@@ -152,7 +152,6 @@ struct State {
     queue: VecDeque<(Ticket, Run, Buffer)>,
     done: HashMap<Ticket, Result<Staged>>,
     free: Vec<Buffer>,
-    lost: usize,
     next_ticket: Ticket,
     stop: bool,
 }
@@ -170,27 +169,33 @@ pub(crate) struct Fetcher {
     shared: Arc<Shared>,
     readers: Vec<JoinHandle<()>>,
     raw_bytes: usize,
-    decoded_bytes: usize,
 }
 
 impl Fetcher {
     /// `n_buffers` buffers for runs of at most `raw_bytes` on disk and `decoded_bytes` of bundles (0 if no chunk is
     /// compressed).
-    pub(crate) fn new(n_readers: usize, n_buffers: usize, raw_bytes: usize, decoded_bytes: usize) -> Self {
-        let raw_len = Self::raw_len(raw_bytes);
-        let free = (0..n_buffers)
-            .map(|_| Buffer { raw: AlignedBuf::zeroed(raw_len), decoded: AlignedBuf::zeroed(decoded_bytes) })
-            .collect();
-        let state = State { queue: VecDeque::new(), done: HashMap::new(), free, lost: 0, next_ticket: 0, stop: false };
+    ///
+    /// # Errors
+    /// If the system refuses memory or a thread.
+    pub(crate) fn new(n_readers: usize, n_buffers: usize, raw_bytes: usize, decoded_bytes: usize) -> Result<Self> {
+        let raw_bytes = Self::raw_len(raw_bytes);
+        let buffer = || Ok(Buffer { raw: AlignedBuf::zeroed(raw_bytes)?, decoded: AlignedBuf::zeroed(decoded_bytes)? });
+        let free = (0..n_buffers).map(|_| buffer()).collect::<Result<_>>()?;
+        let state = State { queue: VecDeque::new(), done: HashMap::new(), free, next_ticket: 0, stop: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), ready: Condvar::new() });
-        let readers = (0..n_readers)
-            .map(|r| {
-                let shared = Arc::clone(&shared);
-                let builder = std::thread::Builder::new().name(format!("reader-{r}"));
-                builder.spawn(move || read_loop(&shared)).expect("the system can start a thread")
-            })
-            .collect();
-        Self { shared, readers, raw_bytes: raw_len, decoded_bytes }
+        // Dropping a fetcher that is not complete ends the readers that it has.
+        let mut fetcher = Self { shared, readers: Vec::new(), raw_bytes };
+        for r in 0..n_readers {
+            let shared = Arc::clone(&fetcher.shared);
+            let builder = std::thread::Builder::new().name(format!("reader-{r}"));
+            let reader = builder.spawn(move || read_loop(&shared)).map_err(|source| Error::Readers {
+                nth: r + 1,
+                n_readers,
+                source,
+            })?;
+            fetcher.readers.push(reader);
+        }
+        Ok(fetcher)
     }
 
     /// A run may begin and end anywhere in a block.
@@ -253,17 +258,6 @@ impl Fetcher {
             self.release(staged);
         }
     }
-
-    /// Replaces buffers that were lost to failed reads.
-    pub(crate) fn recover(&self) {
-        let mut state = self.lock();
-        for _ in 0..std::mem::take(&mut state.lost) {
-            state.free.push(Buffer {
-                raw: AlignedBuf::zeroed(self.raw_bytes),
-                decoded: AlignedBuf::zeroed(self.decoded_bytes),
-            });
-        }
-    }
 }
 
 impl Drop for Fetcher {
@@ -281,7 +275,7 @@ fn read_loop(shared: &Shared) {
     let lock = || shared.state.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
         let mut state = lock();
-        let (ticket, run, buffer) = loop {
+        let (ticket, run, mut buffer) = loop {
             if state.stop {
                 return;
             }
@@ -291,19 +285,26 @@ fn read_loop(shared: &Shared) {
             }
         };
         drop(state);
-        let result = fill(&run, buffer);
+        let result = fill(&run, &mut buffer);
         let mut state = lock();
-        state.lost += usize::from(result.is_err());
-        state.done.insert(ticket, result);
+        let staged = match result {
+            Ok((range, decoded)) => Ok(Staged { buffer, range, decoded }),
+            Err(e) => {
+                state.free.push(buffer);
+                Err(e)
+            }
+        };
+        state.done.insert(ticket, staged);
         drop(state);
         shared.ready.notify_all();
     }
 }
 
-fn fill(run: &Run, mut buffer: Buffer) -> Result<Staged> {
+/// Where in the buffer the bytes are, and whether in its decoded half.
+fn fill(run: &Run, buffer: &mut Buffer) -> Result<(Range<usize>, bool)> {
     let start = run.file.read(run.offset, run.len, &mut buffer.raw)?;
     let range = start..start + run.len;
-    let Some((layer, chunks)) = &run.chunks else { return Ok(Staged { buffer, range, decoded: false }) };
+    let Some((layer, chunks)) = &run.chunks else { return Ok((range, false)) };
     let file = layer.file();
     let stored = &buffer.raw[range.clone()];
     let in_place = file.index()[chunks.clone()].iter().all(|e| e.codec == Codec::Stored);
@@ -321,7 +322,7 @@ fn fill(run: &Run, mut buffer: Buffer) -> Result<Staged> {
         }
     }
     let range = if in_place { range } else { 0..out };
-    Ok(Staged { buffer, range, decoded: !in_place })
+    Ok((range, !in_place))
 }
 
 #[cfg(test)]
@@ -349,7 +350,7 @@ mod tests {
     #[test]
     fn concurrent_requests_each_get_their_own_bytes() {
         let (_guard, file) = file();
-        let fetcher = Fetcher::new(4, 6, 9000, 0);
+        let fetcher = Fetcher::new(4, 6, 9000, 0).expect("readers");
         let place = |i: usize| (i * 7919 % (LEN - 9000), 1 + i * 613 % 9000);
         let mut tickets = VecDeque::new();
         for i in 0..400 {
@@ -371,7 +372,7 @@ mod tests {
     #[test]
     fn errors_lose_no_buffers() {
         let (guard, file) = file();
-        let fetcher = Fetcher::new(2, 5, 9000, 0);
+        let fetcher = Fetcher::new(2, 5, 9000, 0).expect("readers");
         for cut in [0, 100, 4096, 4097, 12_000] {
             guard.as_file().set_len(cut).expect("cut");
             for _ in 0..10 {
@@ -384,7 +385,6 @@ mod tests {
                         other => panic!("{cut}: {other:?}"),
                     }
                 }
-                fetcher.recover();
                 assert_eq!(fetcher.n_free(), 5);
             }
         }

@@ -177,3 +177,77 @@ impl<'a> Block<'_, 'a> {
         self.rows_read
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use thermocline_kernels::{Encoding, ScaleFit, pack, unpack};
+
+    const HIDDEN: usize = 64;
+    const NEURONS: usize = 100;
+
+    fn random(state: &mut u32) -> f32 {
+        *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (*state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    /// Bundles, with `NaN` in every weight of the down rows of neurons that `x` does not fire if `spoilt`.
+    fn bundles(layout: &BundleLayout, x: &[f32], spoilt: bool) -> (Vec<u8>, usize) {
+        let encoding = layout.encoding();
+        let (mut state, mut silent) = (7, 0);
+        let mut all = vec![0u8; NEURONS * layout.bundle_bytes()];
+        for bundle in all.chunks_exact_mut(layout.bundle_bytes()) {
+            for which in 0..3 {
+                let row: Vec<f32> = (0..HIDDEN).map(|_| random(&mut state)).collect();
+                let mut packed = vec![0; encoding.row_stride(HIDDEN)];
+                assert_eq!(pack(encoding, &row, ScaleFit::LeastSquares, &mut packed), Ok(()));
+                layout.set_row(bundle, which, &packed);
+            }
+            let mut gate = vec![0.0; HIDDEN];
+            unpack(encoding, layout.row(bundle, 0), &mut gate);
+            if gate.iter().zip(x).map(|(g, x)| g * x).sum::<f32>() < -0.01 {
+                silent += 1;
+                if spoilt {
+                    // All bits set: NaN as a bfloat16, and as a scale.
+                    let row = vec![0xff; encoding.row_stride(HIDDEN)];
+                    layout.set_row(bundle, 2, &row);
+                    let mut down = vec![0.0; HIDDEN];
+                    unpack(encoding, layout.row(bundle, 2), &mut down);
+                    assert!(down.iter().all(|d| d.is_nan()));
+                }
+            }
+        }
+        (all, silent)
+    }
+
+    fn output(layout: &BundleLayout, x: &[f32], all: &[u8], listed: bool) -> Vec<f32> {
+        let pool = &mut Pool::new(2).expect("threads");
+        let mut sums = FfnSums::new(*layout, Activation::Relu, NEURONS);
+        sums.clear();
+        if listed {
+            let list: Vec<(u32, &[u8])> = (0..).zip(all.chunks_exact(layout.bundle_bytes())).collect();
+            sums.add(&Kernels::detect(), pool, x, Span::Listed(&list));
+        } else {
+            sums.add(&Kernels::detect(), pool, x, Span::Contiguous { first: 0, bytes: all });
+        }
+        let mut y = vec![0.0; HIDDEN];
+        sums.finish(&mut y);
+        y
+    }
+
+    #[test]
+    fn the_down_row_of_a_silent_neuron_is_not_read() {
+        let mut state = 3;
+        let x: Vec<f32> = (0..HIDDEN).map(|_| random(&mut state)).collect();
+        for encoding in Encoding::ALL {
+            let layout = BundleLayout::new(encoding, HIDDEN).expect("whole groups");
+            let ((whole, silent), (spoilt, _)) = (bundles(&layout, &x, false), bundles(&layout, &x, true));
+            assert!(silent > NEURONS / 4 && silent < NEURONS, "{silent} of {NEURONS} are silent");
+            for listed in [false, true] {
+                let (a, b) = (output(&layout, &x, &whole, listed), output(&layout, &x, &spoilt, listed));
+                assert!(a.iter().any(|v| v.abs() > 0.1), "the others do add something");
+                assert!(a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()), "{encoding}: {a:?} {b:?}");
+            }
+        }
+    }
+}

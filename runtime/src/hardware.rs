@@ -30,10 +30,10 @@ impl Hardware {
     /// Measures everything for one split: RAM and kernel for about a quarter second each, then the disk.
     ///
     /// # Errors
-    /// If a layer file cannot be read.
+    /// If a layer file cannot be read, or the system refuses threads or memory.
     pub fn measure(split: &thermocline_split::Split, n_threads: usize) -> Result<Self> {
-        let mut pool = Pool::new(n_threads);
-        let memory = AlignedBuf::zeroed(MEMORY_PROBE_BYTES);
+        let mut pool = Pool::new(n_threads)?;
+        let memory = AlignedBuf::zeroed(MEMORY_PROBE_BYTES)?;
         let files = split.layers().iter().map(thermocline_split::LayerFile::path);
         Ok(Self {
             n_threads,
@@ -110,9 +110,9 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
 /// Bytes a second of reading files in runs, with readers and buffers of their own. The best of three.
 ///
 /// # Errors
-/// If a file cannot be read.
+/// If a file cannot be read, or the system refuses threads or memory.
 pub fn disk_speed<'a>(files: impl Iterator<Item = &'a Path>, shape: &StagingShape) -> Result<f64> {
-    read_speed(files, shape, &Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 0))
+    read_speed(files, shape, &Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 0)?)
 }
 
 /// The same with the readers and buffers of a loaded model, all of which must be free.

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 use thermocline_kernels::AlignedBuf;
-use thermocline_split::Split;
+use thermocline_split::{Flaw, Split};
 
 /// Chunks that lie closer than this are read together: the bytes between cost less than another read.
 const GAP_BYTES: u64 = 16 << 10;
@@ -58,7 +58,7 @@ impl LayerFfn {
         let index = Arc::new(LayerIndex { split: Arc::clone(split), layer });
         let file = index.file();
         let (bundle_bytes, n_neurons) = (file.layout().bundle_bytes(), file.order().len());
-        let mut hot = AlignedBuf::zeroed(n_hot * bundle_bytes);
+        let mut hot = AlignedBuf::zeroed(n_hot * bundle_bytes)?;
         // A piece at a time: the decoder's buffers must not add a second copy of the layer to the peak.
         let chunks = n_hot.div_ceil(file.chunk_neurons());
         file.read_chunks(0..chunks, &mut hot[..n_hot * bundle_bytes])?;
@@ -69,6 +69,11 @@ impl LayerFfn {
     /// Whether reads bypass the page cache.
     pub(crate) fn is_direct(&self) -> bool {
         self.file.is_direct()
+    }
+
+    /// The first flaw among the hot bundles.
+    pub(crate) fn flaw(&self) -> Option<Flaw> {
+        self.index.file().flaw(self.hot_bytes())
     }
 
     /// The hot bundles.

@@ -43,7 +43,7 @@ impl Matrix {
             reason: "not an encoded matrix".to_owned(),
         })?;
         let row_bytes = entry.row_bytes();
-        let mut pinned = AlignedBuf::zeroed(pinned_rows * row_bytes);
+        let mut pinned = AlignedBuf::zeroed(pinned_rows * row_bytes)?;
         // The checksum covers the whole tensor: what will be streamed is checked now, once.
         file.read_start(entry, &mut pinned[..pinned_rows * row_bytes])?;
         let per_run = (run_bytes / row_bytes).max(1);

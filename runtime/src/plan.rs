@@ -267,7 +267,7 @@ fn check(request: &PlanRequest) -> Result<()> {
         return bad("-c", format!("a context of {} tokens", request.context));
     }
     if request.n_threads == 0 || request.n_threads > 1024 {
-        return bad("-t", format!("{} threads", request.n_threads));
+        return bad("-t", format!("{} threads; give 1 to 1024", request.n_threads));
     }
     Ok(())
 }
@@ -398,7 +398,7 @@ fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize,
         let slots = ((left - used).saturating_sub(tables) / (bundle + 5)) as usize;
         // What is left after rounding is no cache: less than a token's worth of slots only costs copies.
         let slots = if slots < cold / 100 { 0 } else { slots.min(cold) };
-        let replayed = trace.replay(split, &hot, slots);
+        let replayed = trace.replay(split, &hot, slots)?;
         if best.as_ref().is_none_or(|b| replayed.disk_bytes < b.2.disk_bytes) {
             best = Some((hot, slots, replayed));
         }

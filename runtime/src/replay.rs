@@ -47,8 +47,8 @@ impl Trace {
 
     /// Replays with the first `hot[l]` neurons of each layer in memory and `n_slots` cache slots (CLOCK, as the
     /// runtime's). The first quarter of the tokens warms the cache and is not counted.
-    pub(crate) fn replay(&self, split: &Split, hot: &[usize], n_slots: usize) -> Replayed {
-        let mut cache = crate::cache::NeuronCache::new(n_slots, 0, self.layers.len(), self.n_neurons);
+    pub(crate) fn replay(&self, split: &Split, hot: &[usize], n_slots: usize) -> Result<Replayed> {
+        let mut cache = crate::cache::NeuronCache::new(n_slots, 0, self.layers.len(), self.n_neurons)?;
         let width = self.n_neurons.div_ceil(8);
         let warm_up = self.n_tokens / 4;
         let mut sum = Replayed::default();
@@ -81,6 +81,11 @@ impl Trace {
             }
         }
         let n = (self.n_tokens - warm_up).max(1) as f64;
-        Replayed { active: sum.active / n, hot: sum.hot / n, cached: sum.cached / n, disk_bytes: sum.disk_bytes / n }
+        Ok(Replayed {
+            active: sum.active / n,
+            hot: sum.hot / n,
+            cached: sum.cached / n,
+            disk_bytes: sum.disk_bytes / n,
+        })
     }
 }

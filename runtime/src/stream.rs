@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::fetch::{Fetcher, Run, Staged, Ticket};
+use crate::matrix::Disk;
 use std::collections::VecDeque;
 
 /// A cyclic sequence of runs: while one token is computed, the next one's first runs are already being read.
@@ -53,7 +54,45 @@ impl Stream {
         for ticket in self.in_flight.drain(..) {
             fetcher.discard(ticket);
         }
-        fetcher.recover();
         self.next = 0;
+    }
+}
+
+/// The two sequences of a model that is not all in memory, and the readers that they share.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    pub fetcher: Fetcher,
+    /// Everything that is not in memory, in the order in which a dense pass uses it.
+    dense: Stream,
+    /// The same without neurons, for sparse passes.
+    sparse: Stream,
+    pass_is_sparse: bool,
+}
+
+impl Streams {
+    pub(crate) fn new(fetcher: Fetcher, dense: Stream, sparse: Stream) -> Self {
+        Self { fetcher, dense, sparse, pass_is_sparse: false }
+    }
+
+    /// Reading ahead follows the kind of pass; what the other kind had asked for is dropped.
+    pub(crate) fn begin_pass(&mut self, sparse: bool) {
+        if sparse != self.pass_is_sparse {
+            self.rewind();
+            self.pass_is_sparse = sparse;
+        }
+        let disk = self.current();
+        disk.stream.pump(disk.fetcher);
+    }
+
+    /// The sequence of the pass under way.
+    pub(crate) fn current(&mut self) -> Disk<'_> {
+        let stream = if self.pass_is_sparse { &mut self.sparse } else { &mut self.dense };
+        Disk { fetcher: &self.fetcher, stream }
+    }
+
+    /// Forgets what was read ahead in either.
+    pub(crate) fn rewind(&mut self) {
+        self.dense.rewind(&self.fetcher);
+        self.sparse.rewind(&self.fetcher);
     }
 }

@@ -10,7 +10,7 @@ use crate::{Error, chunk::Compression, layer_file};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
-use thermocline_calibrate::{ActiveSet, Profile};
+use thermocline_calibrate::{ActiveSet, Profile, disk};
 use thermocline_datasets::Checkpoint;
 use thermocline_kernels::{BundleLayout, Encoding, ScaleFit};
 use xxhash_rust::xxh3::xxh3_128;
@@ -108,12 +108,11 @@ pub fn split(
     out: &Path,
     progress: &dyn Fn(usize, usize),
 ) -> Result<SplitReport> {
-    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
     build(checkpoint, profile, options, out, progress).map_err(|error| match &error {
-        Error::Io { source, .. } if [StorageFull, QuotaExceeded, FileTooLarge].contains(&source.kind()) => {
+        Error::Io { source, .. } if disk::is_full(source) => {
             let needed = BundleLayout::new(options.encoding, checkpoint.config().hidden_size)
                 .map_or(0, |layout| expected_bytes(checkpoint, &layout, options));
-            Error::DiskFull { path: out.to_owned(), needed, available: crate::partial::available_bytes(out) }
+            Error::DiskFull { path: out.to_owned(), needed, available: disk::Space::of(out).available_bytes }
         }
         _ => error,
     })
@@ -199,7 +198,7 @@ fn build(
     let files = write_plain_files(checkpoint, dir)?;
     let ffn_bytes = layers.iter().map(|l| l.file_bytes).sum();
     let source = Source {
-        model: checkpoint.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+        model: checkpoint.name(),
         model_digest,
         ffn_dtype: ffn_dtype(checkpoint),
         corpus_digest: profile.meta().corpus_digest.clone(),

@@ -124,6 +124,10 @@ impl Checkpoint for SplitCheckpoint {
         self.split.dir()
     }
 
+    fn name(&self) -> String {
+        self.split.manifest().source.model.clone()
+    }
+
     fn names(&self) -> Vec<String> {
         let resident = self.split.resident().tensors().iter().map(|t| t.name.clone());
         let mut names: Vec<_> = resident.collect();

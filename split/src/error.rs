@@ -48,6 +48,14 @@ pub enum Error {
         /// One past its last neuron.
         end: usize,
     },
+    /// A weight that no sound model has.
+    #[error("{path}: {flaw}; mend the checkpoint and split it again", path = .path.display())]
+    Unsound {
+        /// The file of the split.
+        path: PathBuf,
+        /// Which, and where.
+        flaw: crate::Flaw,
+    },
     /// A split of a version that this program does not read.
     #[error("{path}: format version {got} is not supported (newest: {max}); update thermocline", path = .path.display())]
     UnsupportedVersion {

@@ -9,6 +9,7 @@
 //! | orders and chunk lengths, measured | [`mod@order`] |
 //! | a split seen as the dense model that it encodes | [`SplitCheckpoint`] |
 //! | proof against the checkpoint | [`verify()`] |
+//! | weights that no sound model has | [`Flaw`] |
 //!
 //! FORMAT.md at the root of the repository describes every byte.
 
@@ -18,6 +19,7 @@ mod build;
 mod checkpoint;
 mod chunk;
 mod error;
+mod flaw;
 mod layer_file;
 mod manifest;
 mod open;
@@ -31,6 +33,7 @@ pub use build::{Scales, SplitOptions, SplitReport, split};
 pub use checkpoint::SplitCheckpoint;
 pub use chunk::{Codec, Compression};
 pub use error::{Error, Result};
+pub use flaw::{Flaw, FlawKind};
 pub use layer_file::{ChunkEntry, LayerFile};
 pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
 pub use open::Split;

@@ -18,7 +18,7 @@ const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// The checkpoint's file or folder name, for people.
+    /// What the checkpoint calls itself, else its file or folder name; for people.
     pub model: String,
     /// The checkpoint's digest.
     pub model_digest: String,

@@ -7,6 +7,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use thermocline_calibrate::disk::Space;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// The directory, held under a lock of the operating system until it is dropped.
@@ -59,12 +60,11 @@ impl Partial {
 
     /// Refuses to start what the disk cannot hold.
     pub(crate) fn check_space(&self, needed: u64) -> Result<()> {
-        let available = available_bytes(&self.dir);
-        let present: u64 = walk_bytes(&self.dir);
-        if available.saturating_add(present) < needed {
-            return Err(Error::DiskFull { path: self.dir.clone(), needed, available });
+        let space = Space::of(&self.dir);
+        if space.holds(needed) {
+            return Ok(());
         }
-        Ok(())
+        Err(Error::DiskFull { path: self.dir.clone(), needed, available: space.available_bytes })
     }
 
     fn layer_path(&self, l: usize) -> PathBuf {
@@ -138,20 +138,4 @@ impl Partial {
         let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(parent).and_then(|d| d.sync_all()).map_err(io(parent))
     }
-}
-
-/// Bytes that are free where `path` is or will be; no limit if the system does not say.
-pub(crate) fn available_bytes(path: &Path) -> u64 {
-    let there = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
-    rustix::fs::statvfs(there).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-fn walk_bytes(dir: &Path) -> u64 {
-    let Ok(entries) = fs::read_dir(dir) else { return 0 };
-    let sizes = entries.flatten().map(|e| match e.metadata() {
-        Ok(m) if m.is_dir() => walk_bytes(&e.path()),
-        Ok(m) => m.len(),
-        Err(_) => 0,
-    });
-    sizes.sum()
 }

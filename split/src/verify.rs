@@ -25,6 +25,10 @@ pub struct TensorReport {
     pub largest_error: f32,
     /// Row-major index of the first value of the checkpoint that is not finite.
     pub first_not_finite: Option<u64>,
+    /// The same in the split, where the checkpoint's value is finite.
+    pub spoilt: Option<u64>,
+    /// Whether every value of the checkpoint is zero.
+    pub all_zero: bool,
 }
 
 /// All tensors, compared.
@@ -32,7 +36,8 @@ pub struct TensorReport {
 pub struct VerifyReport {
     /// One entry a tensor.
     pub tensors: Vec<TensorReport>,
-    /// Tensors that must be exact (stored in a type that holds their source's values) and are not.
+    /// Tensors that must be exact (stored in a type that holds their source's values) and are not, and tensors with
+    /// values that are not finite where the source's are.
     pub violations: Vec<String>,
     /// Weights compared.
     pub n_weights: u64,
@@ -67,7 +72,7 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
         progress(i, names.len());
         let tensor = compare(&stored, checkpoint, name, &mut report.n_weights)?;
         let holds = tensor.stored == "F32" || (tensor.stored == "BF16" && tensor.source == "BF16");
-        if holds && !tensor.exact {
+        if (holds && !tensor.exact) || tensor.spoilt.is_some() {
             report.violations.push(name.clone());
         }
         report.tensors.push(tensor);
@@ -95,7 +100,7 @@ fn compare(a: &SplitCheckpoint, b: &dyn Checkpoint, name: &str, n_weights: &mut 
     }
     let rows = source.shape[0];
     let (mut error, mut size, mut largest, mut exact) = (0.0f64, 0.0f64, 0.0f32, true);
-    let (mut first_not_finite, mut at) = (None, 0u64);
+    let (mut first_not_finite, mut spoilt, mut all_zero, mut at) = (None, None, true, 0u64);
     for first in (0..rows).step_by(BLOCK_ROWS) {
         let range = first..(first + BLOCK_ROWS).min(rows);
         let (got, want) = (a.load_rows(name, range.clone())?, b.load_rows(name, range)?);
@@ -103,6 +108,10 @@ fn compare(a: &SplitCheckpoint, b: &dyn Checkpoint, name: &str, n_weights: &mut 
             if !w.is_finite() && first_not_finite.is_none() {
                 first_not_finite = Some(at);
             }
+            if w.is_finite() && !g.is_finite() && spoilt.is_none() {
+                spoilt = Some(at);
+            }
+            all_zero &= *w == 0.0;
             exact &= g.to_bits() == w.to_bits();
             let difference = g - w;
             error += f64::from(difference) * f64::from(difference);
@@ -120,6 +129,8 @@ fn compare(a: &SplitCheckpoint, b: &dyn Checkpoint, name: &str, n_weights: &mut 
         relative_error: if exact { 0.0 } else { (error / size.max(f64::MIN_POSITIVE)).sqrt() },
         largest_error: largest,
         first_not_finite,
+        spoilt,
+        all_zero,
     })
 }
 

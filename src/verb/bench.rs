@@ -27,8 +27,8 @@ struct Output {
 pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let split = Split::open(&args.placement.model)?;
     let layout = *split.layers()[0].layout();
-    let threads = args.placement.threads.count();
-    let kernel = || kernel_speed(&mut Pool::new(threads), &AlignedBuf::zeroed(KERNEL_PROBE_BYTES), &layout);
+    let threads = args.placement.threads.checked()?;
+    let kernel = || Ok(kernel_speed(&mut Pool::new(threads)?, &AlignedBuf::zeroed(KERNEL_PROBE_BYTES)?, &layout));
     let settings = BenchSettings { n_prompt: args.n_prompt, n_gen: args.n_gen, repetitions: args.repetitions };
     let model = split.manifest().source.model.clone();
     let mut engine = super::run::load(split, &args.placement, args.n_prompt + args.n_gen, 128, args.json)?;

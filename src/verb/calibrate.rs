@@ -33,7 +33,7 @@ pub fn calibrate(args: &Calibrate) -> anyhow::Result<()> {
     let (Some(model), Some(output)) = (&args.model, &args.output) else {
         return Err(Usage("calibrate needs -m and -o".to_owned()).into());
     };
-    super::run::limit_threads(args.threads.count());
+    super::run::limit_threads(args.threads)?;
     let checkpoint = open_checkpoint(model).with_context(|| "cannot open the model")?;
     let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
     let corpus = Corpus::open(&args.corpus, args.column.as_deref())?;

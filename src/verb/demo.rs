@@ -33,7 +33,7 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
         Some(model) => (model.clone(), (NOVEL, "the built-in novel")),
         None => (built_in::write(&dir.join("demo-model"))?, (built_in::TEXT, "text by the demo model itself")),
     };
-    super::run::limit_threads(args.threads.count());
+    super::run::limit_threads(args.threads)?;
     let (text, text_name) = match &args.corpus {
         Some(path) => (fs::read_to_string(path).with_context(|| path.clone())?, super::eval::name(Path::new(path))),
         None => (own_text.0.to_owned(), own_text.1.to_owned()),

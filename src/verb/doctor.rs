@@ -2,10 +2,11 @@
 
 use crate::cli::Doctor;
 use crate::output;
+use crate::settings::Settings;
 use anyhow::Context;
 use serde::Serialize;
 use std::io::Write;
-use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Isa, Kernels, Pool};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Isa, Kernels};
 use thermocline_runtime::hardware::{StagingShape, disk_speed, kernel_speed, ram_speed};
 
 /// Bytes on which RAM is measured, and bytes of the file on which the disk is.
@@ -25,17 +26,16 @@ struct Report {
     disk_dir: String,
     disk_bytes_per_second: f64,
     gpu: String,
+    settings_file: Option<String>,
 }
 
-pub fn doctor(args: &Doctor) -> anyhow::Result<()> {
-    let n_threads = args.threads.count();
-    let mut pool = Pool::new(n_threads);
-    let mut memory = AlignedBuf::zeroed(PROBE_BYTES);
-    memory.fill(1);
+pub fn doctor(args: &Doctor, settings: &Settings) -> anyhow::Result<()> {
+    let mut pool = super::run::pool(args.threads)?;
+    let memory = AlignedBuf::zeroed(PROBE_BYTES)?;
     let layout = BundleLayout::new(Encoding::Q4, 4096).context("whole groups")?;
     let report = Report {
         cpu: cpu_name(),
-        n_threads,
+        n_threads: pool.n_threads(),
         isa: Kernels::detect().isa().name(),
         isas: Isa::ALL.into_iter().filter(|i| i.is_available()).map(Isa::name).collect(),
         ram_total_bytes: meminfo("MemTotal:"),
@@ -45,6 +45,7 @@ pub fn doctor(args: &Doctor) -> anyhow::Result<()> {
         disk_dir: args.dir.display().to_string(),
         disk_bytes_per_second: disk(args, &memory)?,
         gpu: gpu(),
+        settings_file: settings.path.as_ref().map(|p| p.display().to_string()),
     };
     if args.json {
         return output::json(&report);
@@ -63,6 +64,7 @@ pub fn doctor(args: &Doctor) -> anyhow::Result<()> {
     );
     println!("disk    {:.2} GB/s past the page cache, in {}", report.disk_bytes_per_second / gb, report.disk_dir);
     println!("gpu     {}", report.gpu);
+    println!("config  {}", in_effect(settings));
     Ok(())
 }
 
@@ -84,6 +86,17 @@ fn meminfo(key: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find(|l| l.starts_with(key)).unwrap_or_default();
     line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Which settings file is in effect, and what it sets.
+fn in_effect(settings: &Settings) -> String {
+    let Some(path) = &settings.path else {
+        let usual = settings.usual_path.as_ref().map_or("no home folder".to_owned(), |p| p.display().to_string());
+        return format!("no settings file ({usual} is not there)");
+    };
+    let set: Vec<String> = settings.set.iter().map(|(verb, flag)| format!("{verb} --{flag}")).collect();
+    let set = if set.is_empty() { "nothing".to_owned() } else { set.join(", ") };
+    format!("{} sets {set}", path.display())
 }
 
 /// Whether there is a GPU, and why it is not used.

@@ -97,8 +97,8 @@ impl Model {
 
 pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let begin = Instant::now();
-    super::run::limit_threads(args.threads.count());
-    let masks = masks(args.mask, &args.active);
+    super::run::limit_threads(args.threads)?;
+    let masks = masks(&args.mask, &args.active);
     let model = Model::open(&args.model)?;
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
     let tokens = Tokenizer::from_json(&model.dense().tokenizer_json()?)?.encode(&text, false)?;
@@ -153,16 +153,17 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
     Ok(results)
 }
 
-/// One mask a share, or one alone.
-fn masks(name: MaskName, active: &[f64]) -> Vec<Mask> {
+/// For each name one mask a share, or one alone.
+fn masks(names: &[MaskName], active: &[f64]) -> Vec<Mask> {
     let each = |of: fn(f64) -> Mask| active.iter().map(|&share| of(share)).collect();
-    match name {
+    let of_name = |name: &MaskName| match name {
         MaskName::Dense => vec![Mask::Dense],
         MaskName::Exact => vec![Mask::Exact],
         MaskName::Oracle => each(Mask::Oracle),
         MaskName::OracleH => each(Mask::OracleH),
         MaskName::Predicted => each(Mask::Predicted),
-    }
+    };
+    names.iter().flat_map(of_name).collect()
 }
 
 /// A flag out of range is the user's to mend, and has its own exit code.

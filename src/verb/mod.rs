@@ -17,9 +17,10 @@ mod split;
 mod verify;
 
 use crate::cli::Verb;
+use crate::settings::Settings;
 
 /// Runs one verb.
-pub fn dispatch(verb: Verb) -> anyhow::Result<()> {
+pub fn dispatch(verb: Verb, settings: &Settings) -> anyhow::Result<()> {
     match verb {
         #[cfg(feature = "analysis")]
         Verb::Demo(args) => demo::demo(&args),
@@ -34,7 +35,7 @@ pub fn dispatch(verb: Verb) -> anyhow::Result<()> {
         #[cfg(feature = "analysis")]
         Verb::Report(args) => report::report(&args),
         Verb::Inspect(args) => inspect::inspect(&args),
-        Verb::Doctor(args) => doctor::doctor(&args),
+        Verb::Doctor(args) => doctor::doctor(&args, settings),
         Verb::Completions(args) => completions::completions(&args),
     }
 }

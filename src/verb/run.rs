@@ -1,12 +1,14 @@
 //! `run`: a prompt in, an answer out, and what it cost.
 
-use crate::cli::{ModeName, Placement, Run};
+use crate::cli::{ModeName, Placement, Run, Threads};
 use crate::exit::Usage;
 use crate::output::{self, Progress};
 use anyhow::Context;
 use serde::Serialize;
+use std::error::Error;
 use std::io::Write;
 use thermocline_datasets::{ChatMessage, ChatTemplate, Tokenizer};
+use thermocline_kernels::Pool;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::{Engine, GenerateSettings, Mode, Plan, PlanRequest, RunReport, SamplerSettings, generate};
 use thermocline_split::Split;
@@ -14,11 +16,15 @@ use thermocline_split::Split;
 /// Prompt tokens that are computed at once: enough to amortise decoding the weights, small enough for small budgets.
 const BATCH: usize = 128;
 
+/// Flawed tensors that are named one by one.
+const FLAWS_SAID_MAX: usize = 8;
+
 /// What `run --json` prints.
 #[derive(Serialize)]
 struct Output<'a> {
     command: Vec<String>,
     text: &'a str,
+    warnings: Vec<String>,
     #[serde(flatten)]
     report: &'a RunReport,
     plan: &'a Plan,
@@ -34,11 +40,14 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     let prompt = tokenizer.encode(&text, !args.chat)?;
     let stop = if args.ignore_eos { Vec::new() } else { config.eos_token_ids.clone() };
     if args.check_tensors {
-        check_tensors(&split)?;
+        check_tensors(&split, args.json)?;
     }
     let wanted = (prompt.len() + args.predict).max(64);
     let mut engine = load(split, &args.placement, wanted, BATCH, args.json)?;
-    warn(&engine, args.json);
+    let warnings = warnings(&engine);
+    if !args.json {
+        warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    }
     let settings = GenerateSettings {
         n_predict: args.predict,
         sampler: SamplerSettings {
@@ -78,6 +87,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
         return output::json(&Output {
             command: std::env::args().skip(1).collect(),
             text: &answer,
+            warnings,
             report: &report,
             plan: engine.plan(),
         });
@@ -114,15 +124,12 @@ fn chat(args: &Run, split: &Split, tokenizer: &Tokenizer, text: &str) -> anyhow:
     Ok(ChatTemplate::new(&template, &bos, &eos)?.render(&messages, true)?)
 }
 
-fn check_tensors(split: &Split) -> anyhow::Result<()> {
-    for layer in split.layers() {
-        let mut bundles = vec![0; layer.order().len() * layer.layout().bundle_bytes()];
-        layer.read_chunks(0..layer.index().len(), &mut bundles)?;
-    }
-    for tensor in split.resident().tensors() {
-        split.resident().read(&tensor.name)?;
-    }
-    Ok(())
+fn check_tensors(split: &Split, quiet: bool) -> anyhow::Result<()> {
+    let progress = Progress::new("check", quiet);
+    let on_part = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("part {done}/{total}"));
+    let checked = split.check_weights(&on_part);
+    progress.finish();
+    Ok(checked?)
 }
 
 /// Plans and loads, with a progress bar. `wanted` is the context if none is given.
@@ -154,17 +161,19 @@ pub fn request(args: &Placement, wanted: usize, batch: usize) -> anyhow::Result<
 }
 
 /// What a user must know before believing the figures.
-fn warn(engine: &Engine, quiet: bool) {
-    if quiet {
-        return;
+fn warnings(engine: &Engine) -> Vec<String> {
+    let mut out: Vec<String> = engine.flaws().iter().take(FLAWS_SAID_MAX).map(ToString::to_string).collect();
+    if engine.flaws().len() > FLAWS_SAID_MAX {
+        out.push(format!("{} more such tensors", engine.flaws().len() - FLAWS_SAID_MAX));
     }
     if engine.plan().streams() && !engine.reads_are_direct() {
-        eprintln!("warning: this file system has no direct reads; the page cache holds weights beyond --ram-budget");
+        out.push("this file system has no direct reads; the page cache holds weights beyond --ram-budget".to_owned());
     }
     let trained = engine.split().manifest().config.max_context;
     if engine.plan().request.context > trained {
-        eprintln!("warning: -c is above the {trained} tokens that the model was trained for");
+        out.push(format!("-c is above the {trained} tokens that the model was trained for"));
     }
+    out
 }
 
 /// The line that every run ends with.
@@ -187,8 +196,20 @@ pub fn account(r: &RunReport) -> String {
     )
 }
 
-/// Bounds the thread pool of the batched matrix products in calibration and evaluation.
-pub fn limit_threads(n: usize) {
-    // Fails only if the pool is there already, which is then of the size asked for first.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
+/// Threads for measurements outside an engine.
+pub fn pool(threads: Threads) -> anyhow::Result<Pool> {
+    let n = threads.checked()?;
+    Pool::new(n).map_err(|e| thermocline_runtime::Error::from(e).into())
+}
+
+/// Starts the thread pool of the batched matrix products in calibration and evaluation.
+pub fn limit_threads(threads: Threads) -> anyhow::Result<()> {
+    let n = threads.checked()?;
+    match rayon::ThreadPoolBuilder::new().num_threads(n).build_global() {
+        Err(e) if e.source().is_some() => {
+            Err(anyhow::Error::new(e).context(format!("cannot start {n} threads; use fewer (-t)")))
+        }
+        // Without a cause, the pool is there already: of the size asked for first.
+        _ => Ok(()),
+    }
 }

@@ -11,6 +11,7 @@ use thermocline_split::order::{OrderKind, TABLE_CHUNKS};
 use thermocline_split::{Compression, Scales, SplitOptions, SplitReport};
 
 pub fn split(args: &Split) -> anyhow::Result<()> {
+    super::run::limit_threads(args.threads)?;
     let checkpoint = open_checkpoint(&args.model)?;
     let profile = Profile::open(&args.profile)?;
     let mut options = defaults(checkpoint.as_ref(), args.encoding);

@@ -22,7 +22,12 @@ pub fn verify(args: &Verify) -> anyhow::Result<()> {
     if !report.violations.is_empty() {
         let (n, first) = (report.violations.len(), &report.violations[0]);
         let field = first.clone();
-        let reason = format!("{n} tensors that must be exact are not; the first is {first}");
+        let spoilt = report.tensors.iter().find(|t| t.name == *first).and_then(|t| t.spoilt);
+        let how = match spoilt {
+            Some(index) => format!("is not finite at index {index}, where the checkpoint is"),
+            None => "must be exact and is not".to_owned(),
+        };
+        let reason = format!("{n} tensors are not as they should be; the first, {first}, {how}");
         return Err(thermocline_split::Error::Corrupt { path: args.split.clone(), field, reason }.into());
     }
     Ok(())
@@ -44,8 +49,14 @@ fn print(report: &VerifyReport) {
         let error = if exact { "exact".to_owned() } else { format!("{error:.2e}") };
         println!("{kind:<44} {n:>4}  {:>6} -> {:<6} {error:>10}  {largest:>10.2e}", first.source, first.stored);
     }
-    for t in report.tensors.iter().filter(|t| t.first_not_finite.is_some()) {
-        println!("warning: {} has a value that is not finite at index {}", t.name, t.first_not_finite.unwrap_or(0));
+    for t in &report.tensors {
+        if let Some(index) = t.first_not_finite {
+            println!("warning: {} has a value that is not finite at index {index} of the checkpoint", t.name);
+        }
+        // A bias may be: only matrices are told.
+        if t.all_zero && !t.name.ends_with(".bias") {
+            println!("warning: {} is all zero in the checkpoint", t.name);
+        }
     }
     println!(
         "{} weights and {} chunks checked, {} violations",

@@ -68,3 +68,26 @@ impl Layer {
         fs::write(path, &self.bytes).unwrap();
     }
 }
+
+/// Writes `bytes` over stored bytes of chunk `c`, `at` bytes into it; every checksum fits again.
+pub fn chunk(dir: &Path, layer: usize, c: usize, at: usize, bytes: &[u8]) {
+    let path = dir.join(format!("layers/{layer:03}.thm"));
+    let mut file = Layer::read(&path);
+    let (start, end) = (file.chunk(c).start, file.tables()[2]);
+    file.put(start + at, bytes).seal_chunk(c).seal(end).write(&path);
+    let checksum = file.bytes[HEADER_BYTES - 8..HEADER_BYTES].iter().rev().map(|b| format!("{b:02x}")).collect();
+    manifest(dir, |m| m.layers[layer].checksum = checksum);
+}
+
+/// The same for a tensor of `resident.safetensors`; `change` gets its bytes.
+pub fn tensor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
+    let path = dir.join("resident.safetensors");
+    let mut file = fs::read(&path).unwrap();
+    manifest(dir, |m| {
+        let tensor = m.resident.tensors.iter_mut().find(|t| t.name == name).unwrap();
+        let bytes = &mut file[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
+        change(bytes);
+        tensor.checksum = format!("{:016x}", xxh3_64(bytes));
+    });
+    fs::write(path, file).unwrap();
+}

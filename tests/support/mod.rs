@@ -27,6 +27,8 @@ pub fn thermocline() -> Command {
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("THERMOCLINE_")) {
         command.env_remove(name);
     }
+    // And without the caller's settings file.
+    command.env("XDG_CONFIG_HOME", "/nonexistent").env("COLUMNS", "100");
     command
 }
 
@@ -162,7 +164,12 @@ pub fn once(name: &str, make: impl FnOnce(&Path)) -> PathBuf {
 }
 
 /// Sentences, the same every time.
-pub fn corpus() -> PathBuf {
+pub fn corpus() -> &'static Path {
+    static CORPUS: OnceLock<PathBuf> = OnceLock::new();
+    CORPUS.get_or_init(write_corpus)
+}
+
+fn write_corpus() -> PathBuf {
     once("corpus.txt", |path| {
         let subjects = ["the water", "a diver", "the lake", "one fish", "the cold", "an engine", "their boat"];
         let verbs = ["moves", "rests", "sinks below", "rises above", "mixes with", "listens to", "counts"];
@@ -186,12 +193,21 @@ pub fn model(made: &Made) -> PathBuf {
     }
 }
 
+/// Arguments that calibrate on the first `tokens` tokens of the corpus.
+pub fn calibrating<'a>(model: &'a Path, tokens: &'a str, window: &'a str, out: &'a Path) -> Vec<&'a str> {
+    let given = ["calibrate", "-m", text(model), "--corpus", text(corpus())];
+    [&given[..], &["--tokens", tokens, "--window", window, "-o", text(out)]].concat()
+}
+
+/// Arguments that split.
+pub fn splitting<'a>(model: &'a Path, profile: &'a Path, more: &[&'a str], out: &'a Path) -> Vec<&'a str> {
+    [&["split", "-m", text(model), "--profile", text(profile)], more, &["-o", text(out)]].concat()
+}
+
 pub fn profile(made: &Made) -> PathBuf {
-    let (model, corpus) = (model(made), corpus());
+    let model = model(made);
     once(&format!("{}.profile", made.name), |path| {
-        let tokens = made.tokens.to_string();
-        let settings = ["--tokens", &tokens, "--window", "128", "-o", text(path)];
-        ok(&[&["calibrate", "-m", text(&model), "--corpus", text(&corpus)], &settings[..]].concat());
+        ok(&calibrating(&model, &made.tokens.to_string(), "128", path));
     })
 }
 
@@ -199,8 +215,7 @@ pub fn profile(made: &Made) -> PathBuf {
 pub fn split(made: &Made, encoding: &str, more: &[&str]) -> PathBuf {
     let (model, profile) = (model(made), profile(made));
     once(&format!("{}.{encoding}{}", made.name, more.concat()), |path| {
-        let given = ["split", "-m", text(&model), "--profile", text(&profile), "--encoding", encoding];
-        ok(&[&given, more, &["-o", text(path)]].concat());
+        ok(&splitting(&model, &profile, &[&["--encoding", encoding], more].concat(), path));
     })
 }
 

@@ -82,7 +82,10 @@ impl Neurons {
             }
             layers.push(LayerFigures::new(rates, statistics.overlap(set)));
         }
-        let mut facts = shape(config);
+        // Older profiles do not say.
+        let name = if meta.model_name.is_empty() { "?" } else { &meta.model_name };
+        let mut facts = vec![("model", name.to_owned())];
+        facts.extend(shape(config));
         facts.extend([
             ("model digest", meta.model_digest.clone()),
             ("corpus digest", meta.corpus_digest.clone()),

@@ -1,18 +1,13 @@
 use super::metadata::Metadata;
 use super::{GgufHeader, Value};
-use crate::store::{SourceFile, StoredTensor, TensorStore};
-use crate::{Checkpoint, Error, ModelConfig, Result, TensorInfo, architectures, digest, tokenizer};
+use crate::checkpoint::file_name;
+use crate::store::{Beside, SourceFile, StoredCheckpoint, StoredTensor, TensorStore};
+use crate::{Error, Result, architectures, digest, tokenizer};
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::Path;
 
 /// A model in one GGUF file.
-#[derive(Debug)]
-pub struct GgufCheckpoint {
-    config: ModelConfig,
-    header: GgufHeader,
-    store: TensorStore,
-}
+pub type GgufCheckpoint = StoredCheckpoint<GgufHeader>;
 
 impl GgufCheckpoint {
     /// Opens a file and checks everything but the tensors' bytes.
@@ -49,12 +44,12 @@ impl GgufCheckpoint {
         }
         let mut store = TensorStore { path: path.to_owned(), files: vec![file], tensors };
         store.keep_needed(&config, "the metadata")?;
-        Ok(Self { config, header, store })
+        Ok(Self { config, store, beside: header })
     }
 
     /// The file's metadata.
     pub fn metadata(&self) -> &BTreeMap<String, Value> {
-        &self.header.metadata
+        &self.beside.metadata
     }
 }
 
@@ -62,37 +57,22 @@ fn split_count(header: &GgufHeader) -> u64 {
     header.metadata.get("split.count").and_then(Value::as_u64).unwrap_or(0)
 }
 
-impl Checkpoint for GgufCheckpoint {
-    fn config(&self) -> &ModelConfig {
-        &self.config
+impl Beside for GgufHeader {
+    fn name(&self, store: &TensorStore) -> String {
+        let given = self.metadata.get("general.name").and_then(Value::as_str).filter(|name| !name.trim().is_empty());
+        given.map_or_else(|| file_name(&store.path), str::to_owned)
     }
 
-    fn path(&self) -> &Path {
-        &self.store.path
-    }
-
-    fn names(&self) -> Vec<String> {
-        self.store.names()
-    }
-
-    fn info(&self, name: &str) -> Option<TensorInfo> {
-        self.store.info(name)
-    }
-
-    fn load_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
-        self.store.load_rows(name, rows)
-    }
-
-    fn digest(&self) -> Result<String> {
+    fn digest(&self, store: &TensorStore) -> Result<String> {
         // One file: its own name says nothing, and a renamed copy is the same model.
-        digest::digest_files(vec![(String::new(), self.store.path.clone())])
+        digest::digest_files(vec![(String::new(), store.path.clone())])
     }
 
-    fn tokenizer_json(&self) -> Result<String> {
-        tokenizer::from_gguf(&Metadata { header: &self.header, path: &self.store.path })
+    fn tokenizer_json(&self, store: &TensorStore) -> Result<String> {
+        tokenizer::from_gguf(&Metadata { header: self, path: &store.path })
     }
 
     fn chat_template(&self) -> Option<String> {
-        self.header.metadata.get("tokenizer.chat_template").and_then(Value::as_str).map(str::to_owned)
+        self.metadata.get("tokenizer.chat_template").and_then(Value::as_str).map(str::to_owned)
     }
 }

@@ -1,9 +1,9 @@
 use super::{SafetensorsEntry, config_json, json, parse_header, shards};
-use crate::store::{SourceFile, StoredTensor, TensorStore};
-use crate::{Checkpoint, Error, ModelConfig, Result, TensorInfo, digest};
+use crate::checkpoint::file_name;
+use crate::store::{Beside, SourceFile, StoredCheckpoint, StoredTensor, TensorStore};
+use crate::{Error, ModelConfig, Result, digest};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Files beside the weights that decide what a model says.
@@ -17,10 +17,11 @@ const SIDE_FILES: [&str; 6] = [
 ];
 
 /// A model in a Hugging Face folder.
+pub type FolderCheckpoint = StoredCheckpoint<FolderFiles>;
+
+/// The files beside the weights; the tokenizer is read when it is asked for.
 #[derive(Debug)]
-pub struct FolderCheckpoint {
-    config: ModelConfig,
-    store: TensorStore,
+pub struct FolderFiles {
     chat_template: Option<String>,
 }
 
@@ -67,7 +68,7 @@ impl FolderCheckpoint {
         let mut store = TensorStore { path: folder.to_owned(), files, tensors };
         store.keep_needed(&config, &config_path.display().to_string())?;
         let chat_template = chat_template(folder, &tokenizer_config)?;
-        Ok(Self { config, store, chat_template })
+        Ok(Self { config, store, beside: FolderFiles { chat_template } })
     }
 }
 
@@ -140,39 +141,20 @@ fn chat_template(folder: &Path, tokenizer_config: &Value) -> Result<Option<Strin
     })
 }
 
-impl Checkpoint for FolderCheckpoint {
-    fn config(&self) -> &ModelConfig {
-        &self.config
+impl Beside for FolderFiles {
+    fn name(&self, store: &TensorStore) -> String {
+        file_name(&store.path)
     }
 
-    fn path(&self) -> &Path {
-        &self.store.path
-    }
-
-    fn names(&self) -> Vec<String> {
-        self.store.names()
-    }
-
-    fn info(&self, name: &str) -> Option<TensorInfo> {
-        self.store.info(name)
-    }
-
-    fn load_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
-        self.store.load_rows(name, rows)
-    }
-
-    fn digest(&self) -> Result<String> {
-        let side = SIDE_FILES.iter().map(|name| self.store.path.join(name)).filter(|path| path.exists());
-        let weights = self.store.files.iter().map(|file| file.path.clone());
-        let named = |path: PathBuf| {
-            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            (name, path)
-        };
+    fn digest(&self, store: &TensorStore) -> Result<String> {
+        let side = SIDE_FILES.iter().map(|name| store.path.join(name)).filter(|path| path.exists());
+        let weights = store.files.iter().map(|file| file.path.clone());
+        let named = |path: PathBuf| (file_name(&path), path);
         digest::digest_files(side.chain(weights).map(named).collect())
     }
 
-    fn tokenizer_json(&self) -> Result<String> {
-        let path = self.store.path.join("tokenizer.json");
+    fn tokenizer_json(&self, store: &TensorStore) -> Result<String> {
+        let path = store.path.join("tokenizer.json");
         if !path.exists() {
             let reason = format!("{} is missing; save the model's fast tokenizer there", path.display());
             return Err(Error::Tokenizer { reason });

@@ -1,0 +1,122 @@
+//! Weights that no sound model has: values that are not finite, tensors of nothing but zeros.
+
+use crate::error::Result;
+use crate::{Error, LayerFile, Split, TensorEntry};
+use thermocline_kernels::RowRef;
+
+/// The three tensors of a bundle, in its order of rows.
+const PROJECTIONS: [&str; 3] = ["gate", "up", "down"];
+
+/// One of them, and where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flaw {
+    /// The canonical tensor name.
+    pub tensor: String,
+    /// The layer and the checkpoint's number of the neuron, if it is a feed-forward weight.
+    pub neuron: Option<(usize, u32)>,
+    /// What it is.
+    pub kind: FlawKind,
+}
+
+/// What can be wrong with a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FlawKind {
+    /// NaN or infinite, or in a group whose scale is: indices into the canonical tensor. Of a group, the first column.
+    NotFinite {
+        /// The row.
+        row: usize,
+        /// The column.
+        column: usize,
+    },
+    /// Every weight of the tensor is zero (in quantised tensors: every scale).
+    AllZero,
+}
+
+impl std::fmt::Display for Flaw {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: ", self.tensor)?;
+        if let Some((layer, neuron)) = self.neuron {
+            write!(f, "layer {layer}, neuron {neuron}: ")?;
+        }
+        match self.kind {
+            FlawKind::NotFinite { row, column } => write!(f, "the weight at [{row}, {column}] is not finite"),
+            FlawKind::AllZero => f.write_str("every weight is zero"),
+        }
+    }
+}
+
+impl LayerFile {
+    /// The first flaw among `bundles`, the first neurons of the layer in split order. Only if they are all of the
+    /// layer's can a tensor be called all zero.
+    pub fn flaw(&self, bundles: &[u8]) -> Option<Flaw> {
+        let (layout, layer) = (self.layout(), self.layer());
+        let tensor = |which: usize| format!("model.layers.{layer}.mlp.{}_proj.weight", PROJECTIONS[which]);
+        let mut zero = [bundles.len() == self.order().len() * layout.bundle_bytes(); 3];
+        for (bundle, &id) in bundles.chunks_exact(layout.bundle_bytes()).zip(self.order()) {
+            for (which, zero) in zero.iter_mut().enumerate() {
+                let row = layout.row(bundle, which);
+                if let Some(at) = layout.encoding().first_not_finite(row) {
+                    // The column of the down matrix is stored as a row.
+                    let (row, column) = if which == 2 { (at, id as usize) } else { (id as usize, at) };
+                    let kind = FlawKind::NotFinite { row, column };
+                    return Some(Flaw { tensor: tensor(which), neuron: Some((layer, id)), kind });
+                }
+                *zero = *zero && layout.encoding().is_zero(row);
+            }
+        }
+        let which = zero.iter().position(|z| *z)?;
+        Some(Flaw { tensor: tensor(which), neuron: None, kind: FlawKind::AllZero })
+    }
+}
+
+impl TensorEntry {
+    /// The first flaw among `bytes`, the tensor's first rows as they are stored. Only a whole matrix is called all
+    /// zero: a bias may be.
+    pub fn flaw(&self, bytes: &[u8]) -> Option<Flaw> {
+        let flaw = |kind| Some(Flaw { tensor: self.name.clone(), neuron: None, kind });
+        let Some(encoding) = self.format.encoding() else {
+            let value = |b: &[u8]| b.try_into().map_or(0.0, f32::from_le_bytes);
+            let at = bytes.chunks_exact(4).position(|b| !value(b).is_finite())?;
+            return flaw(FlawKind::NotFinite { row: at / self.columns, column: at % self.columns });
+        };
+        let mut zero = bytes.len() as u64 == self.bytes;
+        for (row, bytes) in bytes.chunks_exact(self.row_bytes()).enumerate() {
+            let encoded = RowRef::from_matrix_row(encoding, self.columns, bytes);
+            if let Some(column) = encoding.first_not_finite(encoded) {
+                return flaw(FlawKind::NotFinite { row, column });
+            }
+            zero = zero && encoding.is_zero(encoded);
+        }
+        if zero { flaw(FlawKind::AllZero) } else { None }
+    }
+}
+
+impl Split {
+    /// Reads every weight and checks it: checksums first, then values. Memory: one layer's bundles, or one tensor.
+    /// `progress(done, total)` counts layers and files.
+    ///
+    /// # Errors
+    /// [`Error::Unsound`] for the first weight that is not finite or tensor that is all zero; and if a file cannot be
+    /// read or is damaged.
+    pub fn check_weights(&self, progress: &dyn Fn(usize, usize)) -> Result<()> {
+        let total = self.layers().len() + 2;
+        let sound = |path: &std::path::Path, flaw: Option<Flaw>| match flaw {
+            Some(flaw) => Err(Error::Unsound { path: path.to_owned(), flaw }),
+            None => Ok(()),
+        };
+        for (l, layer) in self.layers().iter().enumerate() {
+            progress(l, total);
+            let mut bundles = vec![0; layer.order().len() * layer.layout().bundle_bytes()];
+            layer.read_chunks(0..layer.index().len(), &mut bundles)?;
+            sound(layer.path(), layer.flaw(&bundles))?;
+        }
+        for (i, file) in [self.resident(), self.predictors()].into_iter().enumerate() {
+            progress(self.layers().len() + i, total);
+            for tensor in file.tensors() {
+                sound(file.path(), tensor.flaw(&file.read(&tensor.name)?))?;
+            }
+        }
+        progress(total, total);
+        Ok(())
+    }
+}
