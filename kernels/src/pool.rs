@@ -1,7 +1,7 @@
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle, Thread};
 
 /// Spins before a waiting worker sleeps: some tens of microseconds, longer than the serial parts of a token, shorter
@@ -14,7 +14,8 @@ const SPINS_TO_YIELD: u32 = 1_000;
 ///
 /// A decode step has some two hundred loops of 10 to 100 microseconds each; a work-stealing pool's hand-over (rayon:
 /// several microseconds once its threads have gone to sleep) would cost a tenth of the token. Waiting threads spin
-/// briefly, then park. The calling thread works too.
+/// briefly, then park. The calling thread works too, and it waits only for threads that have begun: on a busy machine a
+/// worker that the system has not woken in time misses the loop instead of holding it up.
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -34,20 +35,31 @@ pub struct PoolError {
     pub source: std::io::Error,
 }
 
-type Job = *const (dyn Fn(usize) + Sync);
+type Job = *const (dyn Fn() + Sync);
+
+/// Set in [`Shared::gate`] while threads may join the loop.
+const OPEN: u64 = 1 << 31;
 
 #[derive(Debug)]
 struct Shared {
-    epoch: AtomicUsize,
-    remaining: AtomicUsize,
+    /// The loop's number in the upper half; below it [`OPEN`] and how many threads have joined.
+    gate: AtomicU64,
+    /// Threads that joined and have ended.
+    done: AtomicU64,
     stop: AtomicBool,
     panicked: AtomicBool,
     parked: Vec<AtomicBool>,
     job: UnsafeCell<Option<Job>>,
 }
 
-// SAFETY: `job` is written only by the thread that runs `Pool::run` (which takes `&mut self`) before it raises `epoch`,
-// and read by workers only after they saw that rise (acquire/release) and before they lower `remaining`.
+/// The number of the loop that `gate` belongs to.
+fn epoch(gate: u64) -> u64 {
+    gate >> 32
+}
+
+// SAFETY: `job` is written only by the thread that runs `Pool::run` (which takes `&mut self`), while the gate is closed
+// and every thread that joined has ended; it is read only by threads that joined through the open gate (acquire after
+// release) and have not ended.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer inside is only followed while its referent is borrowed by `Pool::run`.
 unsafe impl Send for Shared {}
@@ -60,8 +72,8 @@ impl Pool {
     pub fn new(n_threads: usize) -> Result<Self, PoolError> {
         let n_workers = n_threads.max(1) - 1;
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            remaining: AtomicUsize::new(0),
+            gate: AtomicU64::new(0),
+            done: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             parked: (0..n_workers).map(|_| AtomicBool::new(false)).collect(),
@@ -88,37 +100,41 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Calls `f` once on every thread, with its number, and returns when all calls have returned.
+    /// Calls `f` on this thread and once on every other that comes before this one's call has returned; returns when all
+    /// calls have.
     ///
     /// # Panics
     /// If `f` panicked on any thread.
-    pub fn run<F: Fn(usize) + Sync>(&mut self, f: F) {
+    fn run<F: Fn() + Sync>(&mut self, f: F) {
         if self.workers.is_empty() {
-            return f(0);
+            return f();
         }
-        let job: &(dyn Fn(usize) + Sync) = &f;
+        let shared = &self.shared;
+        let job: &(dyn Fn() + Sync) = &f;
         let job = std::ptr::from_ref(job);
         // SAFETY: only the lifetime changes; every use ends before this function returns, while `f` is still alive.
         let job: Job = unsafe { std::mem::transmute(job) };
-        // SAFETY: no worker reads `job` between the end of the last run (`remaining` was 0) and the next epoch.
-        unsafe { *self.shared.job.get() = Some(job) };
-        self.shared.remaining.store(self.workers.len(), Ordering::Relaxed);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
-        for (parked, thread) in self.shared.parked.iter().zip(&self.threads) {
+        // SAFETY: the gate is closed and all who joined before have ended: nobody reads `job`.
+        unsafe { *shared.job.get() = Some(job) };
+        shared.done.store(0, Ordering::Relaxed);
+        let next = epoch(shared.gate.load(Ordering::Relaxed)).wrapping_add(1) << 32;
+        shared.gate.store(next | OPEN, Ordering::SeqCst);
+        for (parked, thread) in shared.parked.iter().zip(&self.threads) {
             if parked.swap(false, Ordering::SeqCst) {
                 thread.unpark();
             }
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| f(0)));
+        let mine = catch_unwind(AssertUnwindSafe(f));
+        let joined = shared.gate.fetch_and(!OPEN, Ordering::AcqRel) & (OPEN - 1);
         let mut spins = 0u32;
-        while self.shared.remaining.load(Ordering::Acquire) > 0 {
+        while shared.done.load(Ordering::Acquire) < joined {
             spins += 1;
             if spins > SPINS_TO_YIELD { thread::yield_now() } else { std::hint::spin_loop() }
         }
         if let Err(panic) = mine {
             resume_unwind(panic);
         }
-        assert!(!self.shared.panicked.swap(false, Ordering::Relaxed), "a compute thread panicked");
+        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a compute thread panicked");
     }
 
     /// Splits `data` in pieces of `chunk_len` and calls `f(index, piece)` once for each, on whichever thread is free.
@@ -133,7 +149,7 @@ impl Pool {
         let n_chunks = len.div_ceil(chunk_len);
         let base = Base(data.as_mut_ptr());
         let next = AtomicUsize::new(0);
-        self.run(|_| {
+        self.run(|| {
             loop {
                 let i = next.fetch_add(1, Ordering::Relaxed);
                 if i >= n_chunks {
@@ -167,7 +183,7 @@ unsafe impl<T: Send> Sync for Base<T> {}
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        self.shared.gate.fetch_add(1 << 32, Ordering::SeqCst);
         for thread in &self.threads {
             thread.unpark();
         }
@@ -182,29 +198,46 @@ fn work(shared: &Shared, index: usize) {
     let mut seen = 0;
     loop {
         let mut spins = 0u32;
-        while shared.epoch.load(Ordering::Acquire) == seen {
+        let mut gate = shared.gate.load(Ordering::Acquire);
+        while epoch(gate) == seen {
             spins += 1;
             if spins < SPINS_TO_PARK {
                 std::hint::spin_loop();
-                continue;
+            } else {
+                shared.parked[index].store(true, Ordering::SeqCst);
+                if epoch(shared.gate.load(Ordering::SeqCst)) == seen {
+                    thread::park();
+                }
+                shared.parked[index].store(false, Ordering::SeqCst);
             }
-            shared.parked[index].store(true, Ordering::SeqCst);
-            if shared.epoch.load(Ordering::SeqCst) == seen {
-                thread::park();
-            }
-            shared.parked[index].store(false, Ordering::SeqCst);
+            gate = shared.gate.load(Ordering::Acquire);
         }
-        seen = seen.wrapping_add(1);
+        seen = epoch(gate);
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
-        // SAFETY: the epoch rose, so `job` was written before and stays valid until `remaining` is lowered below.
+        if !join(&shared.gate, gate) {
+            continue;
+        }
+        // SAFETY: this thread joined, so `job` was written before and stays valid until `done` is raised below.
         let job = unsafe { (*shared.job.get()).map(|job| &*job) };
         if let Some(job) = job
-            && catch_unwind(AssertUnwindSafe(|| job(index + 1))).is_err()
+            && catch_unwind(AssertUnwindSafe(job)).is_err()
         {
             shared.panicked.store(true, Ordering::Relaxed);
         }
-        shared.remaining.fetch_sub(1, Ordering::Release);
+        shared.done.fetch_add(1, Ordering::Release);
     }
+}
+
+/// Joins the loop that was open when `seen` was read; false if it has been closed since.
+fn join(gate: &AtomicU64, mut seen: u64) -> bool {
+    let number = epoch(seen);
+    while seen & OPEN != 0 && epoch(seen) == number {
+        match gate.compare_exchange_weak(seen, seen + 1, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return true,
+            Err(now) => seen = now,
+        }
+    }
+    false
 }
