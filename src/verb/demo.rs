@@ -18,9 +18,7 @@ use thermocline_split::Split;
 const NOVEL: &str = include_str!("../../datasets/demo/novel.txt");
 /// Share of the text that calibrates; the rest evaluates.
 const CALIBRATION_SHARE: f64 = 0.8;
-const CALIBRATION_TOKENS: usize = 16 << 10;
 const WINDOW: usize = 512;
-const EVAL_WINDOWS: usize = 2;
 const SHARES: [f64; 4] = [0.1, 0.3, 0.5, 0.7];
 const PROMPT: &str = "It was late in the evening when";
 const N_PREDICT: usize = 64;
@@ -34,6 +32,10 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
         None => (built_in::write(&dir.join("demo-model"))?, (built_in::TEXT, "text by the demo model itself")),
     };
     super::run::limit_threads(args.threads)?;
+    let effort = match &args.model {
+        Some(_) => Effort { calibration_tokens: 16 << 10, eval_windows: 2 },
+        None => Effort { calibration_tokens: 64 << 10, eval_windows: 8 },
+    };
     let (text, text_name) = match &args.corpus {
         Some(path) => (fs::read_to_string(path).with_context(|| path.clone())?, super::eval::name(Path::new(path))),
         None => (own_text.0.to_owned(), own_text.1.to_owned()),
@@ -48,9 +50,9 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
         report: dir.join("report.html"),
     };
 
-    prepare(checkpoint.as_ref(), &tokenizer, calibration, &paths)?;
+    prepare(checkpoint.as_ref(), &tokenizer, calibration, effort, &paths)?;
     let mut results = runs(args.threads, &tokenizer, dir, &paths.split)?;
-    results.push(evaluate(&tokenizer, evaluation, &text_name, dir, &paths.split)?);
+    results.push(evaluate(&tokenizer, evaluation, &text_name, effort, dir, &paths.split)?);
 
     let step = Instant::now();
     // The profile says more about neurons than the split keeps, so the split is not drawn as well.
@@ -67,9 +69,11 @@ mod built_in {
     use super::*;
 
     pub const TEXT: &str = include_str!("../../datasets/demo/corpus.txt");
-    const FILES: [(&str, &[u8]); 3] = [
+    const FILES: [(&str, &[u8]); 5] = [
         ("config.json", include_bytes!("../../datasets/demo/model/config.json")),
+        ("generation_config.json", include_bytes!("../../datasets/demo/model/generation_config.json")),
         ("tokenizer.json", include_bytes!("../../datasets/demo/model/tokenizer.json")),
+        ("tokenizer_config.json", include_bytes!("../../datasets/demo/model/tokenizer_config.json")),
         ("model.safetensors", include_bytes!("../../datasets/demo/model/model.safetensors")),
     ];
 
@@ -93,6 +97,13 @@ mod built_in {
     pub fn write(_: &Path) -> anyhow::Result<PathBuf> {
         Err(Usage("this build has no demo model in it (feature demo-model); give a model with -m".to_owned()).into())
     }
+}
+
+/// How much is looked at: seconds for the model that is built in, about a minute for one ten times its size.
+#[derive(Clone, Copy)]
+struct Effort {
+    calibration_tokens: usize,
+    eval_windows: usize,
 }
 
 struct Paths {
@@ -121,10 +132,16 @@ fn divide(text: &str) -> (&str, &str) {
     text.split_at(cut)
 }
 
-fn prepare(checkpoint: &dyn Checkpoint, tokenizer: &Tokenizer, text: &str, paths: &Paths) -> anyhow::Result<()> {
+fn prepare(
+    checkpoint: &dyn Checkpoint,
+    tokenizer: &Tokenizer,
+    text: &str,
+    effort: Effort,
+    paths: &Paths,
+) -> anyhow::Result<()> {
     let step = Instant::now();
     let mut tokens = tokenizer.encode(text, false)?;
-    tokens.truncate(tokens.len().min(CALIBRATION_TOKENS) / WINDOW * WINDOW);
+    tokens.truncate(tokens.len().min(effort.calibration_tokens) / WINDOW * WINDOW);
     if tokens.is_empty() {
         return Err(Usage(format!("--corpus: four fifths of the text must have {WINDOW} tokens")).into());
     }
@@ -193,10 +210,17 @@ fn first_words(text: &str) -> String {
     words.join(" ")
 }
 
-fn evaluate(tokenizer: &Tokenizer, text: &str, text_name: &str, dir: &Path, split: &Path) -> anyhow::Result<PathBuf> {
+fn evaluate(
+    tokenizer: &Tokenizer,
+    text: &str,
+    text_name: &str,
+    effort: Effort,
+    dir: &Path,
+    split: &Path,
+) -> anyhow::Result<PathBuf> {
     let step = Instant::now();
     let tokens = tokenizer.encode(text, false)?;
-    let windows = Windows::new(&tokens, WINDOW, EVAL_WINDOWS).map_err(super::eval::usage)?;
+    let windows = Windows::new(&tokens, WINDOW, effort.eval_windows).map_err(super::eval::usage)?;
     let mut masks = vec![Mask::Dense];
     masks.extend(SHARES.map(Mask::Oracle));
     masks.extend(SHARES.map(Mask::Predicted));
