@@ -105,8 +105,8 @@ fn divergence(families: &[Family<'_>]) -> Option<Figure> {
     let series = over_share(families, sparse);
     let best = families.iter().flat_map(|f| &f.results).filter(|(_, r)| sparse(r).is_some());
     let best = best.min_by(|a, b| a.1.kl.unwrap_or(0.0).total_cmp(&b.1.kl.unwrap_or(0.0)))?.1;
-    let mut reading = format!(
-        "The closest to the dense model here is {} at {} active, {:.3} nats per token away, with the same likeliest \
+    let closest = format!(
+        "closest to the dense model here is {} at {} active, {:.3} nats per token away, with the same likeliest \
          token at {} of the positions.",
         best.mask,
         percent(best.active.unwrap_or(1.0)),
@@ -116,9 +116,11 @@ fn divergence(families: &[Family<'_>]) -> Option<Figure> {
     let equal = families.iter().flat_map(|f| &f.results).filter(|(_, r)| r.active.is_some() && r.kl == Some(0.0));
     let equal: Vec<String> =
         equal.map(|(_, r)| format!("{} at {}", r.mask, percent(r.active.unwrap_or(1.0)))).collect();
-    if !equal.is_empty() {
-        reading = format!("No distance at all, so not on this axis: {}. Of the others: {reading}", equal.join(", "));
-    }
+    let reading = if equal.is_empty() {
+        format!("The {closest}")
+    } else {
+        format!("No distance at all, so not on this axis: {}. Of the others the {closest}", equal.join(", "))
+    };
     Some(Figure::new(
         Chart {
             title: "Distance from the dense model".to_owned(),
