@@ -5,7 +5,7 @@ mod support;
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use support::{engine, ok, once, request, text};
+use support::{calibrating, engine, ok, once, request, splitting};
 use thermocline_datasets::Tokenizer;
 use thermocline_runtime::{Engine, Logits, Mode};
 
@@ -14,15 +14,9 @@ fn data(path: &str) -> PathBuf {
 }
 
 fn split() -> PathBuf {
-    let (model, corpus) = (data("demo/model"), data("demo/novel.txt"));
-    let profile = once("demo-model.profile", |path| {
-        let corpus = ["--corpus", text(&corpus), "--tokens", "1024"];
-        ok(&[&["calibrate", "-m", text(&model)], &corpus[..], &["-o", text(path)]].concat());
-    });
-    once("demo-model.bf16", |path| {
-        let given = ["--profile", text(&profile), "--encoding", "bf16"];
-        ok(&[&["split", "-m", text(&model)], &given[..], &["-o", text(path)]].concat());
-    })
+    let model = data("demo/model");
+    let profile = once("demo-model.profile", |path| drop(ok(&calibrating(&model, "1024", "128", path))));
+    once("demo-model.bf16", |path| drop(ok(&splitting(&model, &profile, &["--encoding", "bf16"], path))))
 }
 
 fn load() -> Engine {

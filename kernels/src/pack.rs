@@ -28,7 +28,7 @@ pub enum ScaleFit<'a> {
     /// square, c a non-negative number a column (1 if not given), usually the mean square of that input channel over a
     /// corpus. The first factor is the diagonal of the objective of GPTQ and AWQ. The second keeps large weights from
     /// being clipped for the sake of many small ones: inputs have heavy tails, which a mean square does not show, and
-    /// without it models with outlier channels lose more than by absmax (ARCHITECTURE.md has figures).
+    /// without it models with outlier channels lose more than by absmax (README has the figures).
     Weighted(Option<&'a [f32]>),
 }
 
@@ -40,7 +40,8 @@ pub enum ScaleFit<'a> {
 /// If a weight is not finite or too large, for `q8` and `q4`.
 ///
 /// # Panics
-/// If the encoding does not accept rows of this length, `out` is shorter than a row, or a weighted fit has another number of weights.
+/// If the encoding does not accept rows of this length, `out` is shorter than a row, or a weighted fit has another
+/// number of weights.
 pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) -> Result<(), PackError> {
     assert!(encoding.accepts(row.len()), "{encoding} cannot store rows of {}", row.len());
     if let ScaleFit::Weighted(Some(w)) = fit {
@@ -85,8 +86,9 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
 
 /// The f16 scale of one group.
 ///
-/// By least squares: for fixed codes q the best scale is sum(w v q) / sum(w q q) and lowers the error by its numerator squared over its
-/// denominator; the codes come from a grid of scales around the one that maps the largest value to the end of the range.
+/// By least squares: for fixed codes q the best scale is sum(w v q) / sum(w q q) and lowers the error by its numerator
+/// squared over its denominator; the codes come from a grid of scales around the one that maps the largest value to the
+/// end of the range.
 fn fit_scale(values: &[f32], fit: ScaleFit<'_>, low: f32, high: f32) -> f16 {
     let mut largest = 0.0f32;
     for &v in values {

@@ -90,7 +90,15 @@ pub fn bench(
     let token = |i: usize| ((i as u64 * 7919 + 13) % vocab) as u32;
     let prompt: Vec<u32> = (0..settings.n_prompt.max(1)).map(token).collect();
     let (mut prompts, mut decodes, mut dense_decodes) = (Vec::new(), Vec::new(), Vec::new());
-    let beside_dense = engine.plan().request.mode == Mode::Exact && engine.has_zeros();
+    let sparse_model = engine.split().manifest().config.activation.is_sparse();
+    let beside_dense = engine.plan().request.mode == Mode::Exact && sparse_model;
+    let decode = |engine: &mut Engine| -> Result<f64> {
+        let begin = Instant::now();
+        for i in 0..settings.n_gen {
+            engine.forward(&[token(settings.n_prompt + i)], Logits::Last)?;
+        }
+        Ok(begin.elapsed().as_secs_f64())
+    };
     let mut bytes = TierBytes::default();
     for repetition in 0..=settings.repetitions {
         progress(repetition, settings.repetitions + 1);
@@ -98,25 +106,19 @@ pub fn bench(
             engine.clear();
             engine.prefill(&prompt)?;
             engine.skip_zeros(false);
-            let begin = Instant::now();
-            for i in 0..settings.n_gen {
-                engine.forward(&[token(settings.n_prompt + i)], Logits::Last)?;
-            }
-            if repetition > 0 {
-                dense_decodes.push(settings.n_gen as f64 / begin.elapsed().as_secs_f64());
-            }
+            let seconds = decode(engine);
             engine.skip_zeros(true);
+            let seconds = seconds?;
+            if repetition > 0 {
+                dense_decodes.push(settings.n_gen as f64 / seconds);
+            }
         }
         engine.clear();
         let begin = Instant::now();
         engine.prefill(&prompt)?;
         let prompt_seconds = begin.elapsed().as_secs_f64();
         let before = engine.account();
-        let begin = Instant::now();
-        for i in 0..settings.n_gen {
-            engine.forward(&[token(settings.n_prompt + i)], Logits::Last)?;
-        }
-        let decode_seconds = begin.elapsed().as_secs_f64();
+        let decode_seconds = decode(engine)?;
         if repetition > 0 {
             prompts.push(prompt.len() as f64 / prompt_seconds);
             decodes.push(settings.n_gen as f64 / decode_seconds);

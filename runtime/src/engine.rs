@@ -245,11 +245,6 @@ impl Engine {
         crate::hardware::read_speed(files, &self.plan.staging, &streams.fetcher).map(Some)
     }
 
-    /// Whether exact mode can leave out neurons: those whose activation is exactly zero.
-    pub fn has_zeros(&self) -> bool {
-        self.config.activation != thermocline_datasets::Activation::Silu
-    }
-
     /// Whether decoding leaves out neurons that are exactly zero (the default) or computes them too, for comparison.
     /// The logits are the same.
     pub fn skip_zeros(&mut self, skip: bool) {

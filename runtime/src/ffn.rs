@@ -125,7 +125,7 @@ impl<'a> Block<'_, 'a> {
         // Scattered bundles, and the several streams of one bundle, defeat the hardware prefetcher.
         let ahead = PREFETCH_BYTES.div_ceil(layout.bundle_bytes());
         let mut first = 0;
-        if self.skip_zeros && self.activation != Activation::Silu {
+        if self.skip_zeros && self.activation.is_sparse() {
             while first + GATES <= n {
                 for i in (first + ahead..first + ahead + GATES).take_while(|i| *i < n) {
                     prefetch(layout.row(bundle(i), 0).codes);

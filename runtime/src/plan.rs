@@ -348,15 +348,15 @@ pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
 /// rows of neurons that fire. Gates and ups of dReLU are taken as independent and alike.
 fn rows_read(split: &Split) -> Result<f64> {
     let config = &split.manifest().config;
+    if !config.activation.is_sparse() {
+        return Ok(1.0);
+    }
     let mut share = 0.0;
     for l in 0..config.n_layers {
         let rates = activation_rates(split, l)?;
         let fires = rates.iter().map(|&r| f64::from(r)).sum::<f64>() / rates.len().max(1) as f64;
-        share += match config.activation {
-            Activation::Silu => 1.0,
-            Activation::Relu => (1.0 + 2.0 * fires) / 3.0,
-            Activation::Drelu => (1.0 + fires.sqrt() + fires) / 3.0,
-        };
+        let positive = if config.activation == Activation::Drelu { fires.sqrt() } else { fires };
+        share += (1.0 + positive + fires) / 3.0;
     }
     Ok(share / config.n_layers as f64)
 }

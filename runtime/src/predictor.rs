@@ -28,30 +28,23 @@ pub(crate) struct Predictor {
 
 impl Predictor {
     pub(crate) fn load(split: &Split, layer: usize) -> Result<Self> {
-        let name = |part: &str| format!("predictors.{layer}.{part}");
-        let file = split.predictors();
-        let config = &split.manifest().config;
-        let ffn = config.intermediate_size;
-        let (input, factors) = (file.entry(&name("input"))?, file.entry(&name("factors"))?);
-        let rank = input.rows;
-        let neurons = file.read_f32(&name("neurons"))?;
-        let fits = (input.columns, factors.rows, factors.columns) == (config.hidden_size, 2 * ffn, rank)
-            && input.format.encoding() == Some(Encoding::Q8)
-            && neurons.len() == 3 * ffn;
-        let (Some(encoding), true) = (factors.format.encoding(), fits) else {
+        let (input, factors, neurons) = split.stored_predictor(layer)?;
+        let (file, config) = (split.predictors(), &split.manifest().config);
+        let encodings = (input.format.encoding(), factors.format.encoding());
+        let (Some(Encoding::Q8), Some(encoding)) = encodings else {
             return Err(thermocline_split::Error::Corrupt {
                 path: file.path().to_owned(),
-                field: name("input, factors, neurons"),
-                reason: "shapes do not fit the model".to_owned(),
+                field: format!("predictors.{layer}.input, factors"),
+                reason: "not stored as a predictor is".to_owned(),
             }
             .into());
         };
         Ok(Self {
-            rank,
+            rank: input.rows,
             hidden_size: config.hidden_size,
             activation: config.activation,
-            input: file.read(&name("input"))?,
-            factors: file.read(&name("factors"))?,
+            input: file.read(&input.name)?,
+            factors: file.read(&factors.name)?,
             encoding,
             neurons,
         })

@@ -77,6 +77,24 @@ impl Split {
         &self.statistics
     }
 
+    /// The predictor of one layer as it is stored, its shapes checked: the entries of `input` `[rank, hidden_size]` and
+    /// `factors` `[2 * intermediate_size, rank]`, and the values of `neurons` `[3, intermediate_size]` (FORMAT.md).
+    ///
+    /// # Errors
+    /// If a part is missing, cannot be read, or does not fit the model.
+    pub fn stored_predictor(&self, layer: usize) -> Result<(&TensorEntry, &TensorEntry, Vec<f32>)> {
+        let name = |part: &str| format!("predictors.{layer}.{part}");
+        let file = &self.predictors;
+        let (input, factors) = (file.entry(&name("input"))?, file.entry(&name("factors"))?);
+        let (hidden, ffn) = (self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
+        let neurons = file.read_f32(&name("neurons"))?;
+        let shape = (2 * ffn, input.rows);
+        if input.columns != hidden || (factors.rows, factors.columns) != shape || neurons.len() != 3 * ffn {
+            return Err(corrupt(file.path(), name("input, factors, neurons"), "shapes do not fit the model"));
+        }
+        Ok((input, factors, neurons))
+    }
+
     /// The predictor of one layer, decoded, and the lengths of the down columns `[intermediate_size]`; both in the
     /// checkpoint's order of neurons, as [`crate::SplitCheckpoint`] gives the weights.
     ///
@@ -86,15 +104,10 @@ impl Split {
     /// # Panics
     /// If there is no such layer.
     pub fn predictor(&self, layer: usize) -> Result<(LowRank, Vec<f32>)> {
-        let name = |part: &str| format!("predictors.{layer}.{part}");
+        let (input, factors, neurons) = self.stored_predictor(layer)?;
         let file = &self.predictors;
-        let (input, factors) = (file.entry(&name("input"))?, file.entry(&name("factors"))?);
         let (rank, hidden, ffn) =
             (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
-        let neurons = file.read_f32(&name("neurons"))?;
-        if input.columns != hidden || (factors.rows, factors.columns) != (2 * ffn, rank) || neurons.len() != 3 * ffn {
-            return Err(corrupt(file.path(), name("input, factors, neurons"), "shapes do not fit the model"));
-        }
         let decode = |entry: &TensorEntry| -> Result<Vec<f32>> {
             let encoding = entry.format.encoding().ok_or_else(|| corrupt(file.path(), &entry.name, "not encoded"))?;
             let bytes = file.read(&entry.name)?;

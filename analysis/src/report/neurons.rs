@@ -3,7 +3,7 @@
 use crate::Result;
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::{ActiveSet, OVERLAP_LAGS, Profile, TOP_SHARES};
-use thermocline_datasets::{Activation, ModelConfig};
+use thermocline_datasets::ModelConfig;
 use thermocline_split::Split;
 
 /// Hottest neurons in the co-activation map: more would be finer than its pixels.
@@ -171,7 +171,7 @@ fn shape(c: &ModelConfig) -> Vec<(&'static str, String)> {
 /// What the statistics of a model count: a split says 0 for neurons that are not zero.
 fn active_set(config: &ModelConfig, share: f64) -> ActiveSet {
     match TOP_SHARES.iter().position(|&s| s == share) {
-        Some(top) if config.activation == Activation::Silu => ActiveSet::Top(top),
+        Some(top) if !config.activation.is_sparse() => ActiveSet::Top(top),
         _ => ActiveSet::Nonzero,
     }
 }
