@@ -53,7 +53,7 @@ DEVICE void attend_heads(const AttendArgs& args, AttendShared& shared, int first
 
   const int kv_head = blockIdx.x, split = blockIdx.y, dim = args.head_dim, pairs = dim / 2;
   const long long cache = static_cast<long long>(kv_head) * args.capacity * dim;
-  const float scale = 1.0f / sqrtf(static_cast<float>(dim));
+  const float scale = reciprocal(sqrtf(static_cast<float>(dim)));
   const float* cos = args.cos + static_cast<long long>(args.position) * pairs;
   const float* sin = args.sin + static_cast<long long>(args.position) * pairs;
   for (int i = threadIdx.x; i < H * dim; i += kThreads) {

@@ -19,7 +19,7 @@ struct Bf16 {
   static constexpr float kIn = 1.0f;
   static constexpr float kOut = 1.0f;
 
-  DEVICE static long long code_bytes(int columns) { return 2ll * columns; }
+  DEVICE static u32 code_bytes(u32 columns) { return 2 * columns; }
   DEVICE static float factor(int) { return 1.0f; }
   DEVICE static float4 four(const uint4& codes, int k) {
     const u32 a = k == 0 ? codes.x : codes.z, b = k == 0 ? codes.y : codes.w;
@@ -40,7 +40,7 @@ struct Q8 {
   static constexpr float kIn = 1.0f;
   static constexpr float kOut = 1.0f;
 
-  DEVICE static long long code_bytes(int columns) { return columns; }
+  DEVICE static u32 code_bytes(u32 columns) { return columns; }
   DEVICE static float factor(int) { return 1.0f; }
   DEVICE static float4 four(const uint4& codes, int k) {
     // A code plus 128 in the low byte of 2^23, less both: exact.
@@ -60,7 +60,7 @@ struct Q4 {
   static constexpr float kIn = kSmallIntegerIn;
   static constexpr float kOut = kSmallIntegerOut;
 
-  DEVICE static long long code_bytes(int columns) { return columns / 2; }
+  DEVICE static u32 code_bytes(u32 columns) { return columns / 2; }
   // Codes are used where they lie in their word, at this power of two.
   DEVICE static float factor(int column) {
     const float low = column % 4 == 0 ? 1.0f : column % 4 == 1 ? 0x1p-8f : 0x1p-16f;
@@ -81,31 +81,28 @@ struct Row {
   const unsigned char* codes;
   const unsigned char* scales;
 
-  DEVICE uint4 load_codes(int chunk) const { return load_stream(codes + 16ll * chunk); }
+  DEVICE uint4 load_codes(u32 chunk) const { return load_stream(codes + 16 * chunk); }
   // The bits of the scale of this chunk.
-  DEVICE u16 load_scale(int chunk) const {
-    if (!E::kScaled) return 0;
-    return load_stream_u16(scales + 2 * (chunk * E::kColumns / 32));
-  }
+  DEVICE u16 load_scale(u32 chunk) const { return E::kScaled ? load_stream_u16(scales + scale_at(chunk)) : 0; }
+  DEVICE static u32 scale_at(u32 chunk) { return chunk / (32 / E::kColumns) * 2; }
 };
 
 template <class E>
-DEVICE Row<E> matrix_row(const unsigned char* bytes, int columns) {
+DEVICE Row<E> matrix_row(const unsigned char* bytes, u32 columns) {
   return {bytes, bytes + E::code_bytes(columns)};
 }
 
 // Row `which` (0 gate, 1 up, 2 down) of a neuron's bundle.
 template <class E>
-DEVICE Row<E> bundle_row(const unsigned char* bundle, int hidden, int which) {
-  const int codes = static_cast<int>(E::code_bytes(hidden)), scales = hidden / 32 * 2;
-  return {bundle + which * codes, bundle + 3 * codes + which * scales};
+DEVICE Row<E> bundle_row(const unsigned char* bundle, u32 hidden, u32 which) {
+  const u32 codes = E::code_bytes(hidden), scales = E::kScaled ? hidden / 32 * 2 : 0;
+  return {bundle + which * codes, bundle + (3 * codes + which * scales)};
 }
 
 // Bytes from one row of a matrix to the next.
 template <class E>
-DEVICE long long row_stride(int columns) {
-  const long long bytes = E::code_bytes(columns) + (E::kScaled ? columns / 32 * 2 : 0);
-  return (bytes + 15) / 16 * 16;
+DEVICE u64 row_stride(u32 columns) {
+  return (E::code_bytes(columns) + (E::kScaled ? columns / 32 * 2 : 0) + 15) / 16 * 16;
 }
 
 template <class E>

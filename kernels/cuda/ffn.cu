@@ -29,7 +29,7 @@ DEVICE int team_threads(int hidden) {
 }  // namespace ffn_shape
 
 DEVICE float activate(int activation, float gate, float up) {
-  if (activation == 0) return gate / (1.0f + expf(-gate)) * up;
+  if (activation == 0) return gate * reciprocal(1.0f + expf(-gate)) * up;
   return fmaxf(gate, 0.0f) * (activation == 1 ? up : fmaxf(up, 0.0f));
 }
 
@@ -39,10 +39,10 @@ struct Chunks {
   uint4 codes[N];
   u16 scales[N];
 
-  DEVICE void fetch(const Row<E>& row, int first, int step, int n_chunks) {
+  DEVICE void fetch(const Row<E>& row, u32 first, u32 step, u32 n_chunks) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const int chunk = first + i * step;
+      const u32 chunk = first + i * step;
       if (chunk < n_chunks) {
         codes[i] = row.load_codes(chunk);
         scales[i] = row.load_scale(chunk);
@@ -50,15 +50,15 @@ struct Chunks {
     }
   }
 
-  DEVICE void store(unsigned char* bundle, int hidden, int which, int first, int step, int n_chunks) const {
+  DEVICE void store(unsigned char* bundle, u32 hidden, u32 which, u32 first, u32 step, u32 n_chunks) const {
     const Row<E> row = bundle_row<E>(bundle, hidden, which);
+    unsigned char *to_codes = bundle + (row.codes - bundle), *to_scales = bundle + (row.scales - bundle);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const int chunk = first + i * step;
+      const u32 chunk = first + i * step;
       if (chunk < n_chunks) {
-        *reinterpret_cast<uint4*>(const_cast<unsigned char*>(row.codes) + 16ll * chunk) = codes[i];
-        if (E::kScaled)
-          *reinterpret_cast<u16*>(const_cast<unsigned char*>(row.scales) + 2 * (chunk * E::kColumns / 32)) = scales[i];
+        *reinterpret_cast<uint4*>(to_codes + 16 * chunk) = codes[i];
+        if (E::kScaled) *reinterpret_cast<u16*>(to_scales + Row<E>::scale_at(chunk)) = scales[i];
       }
     }
   }
@@ -77,81 +77,110 @@ struct FfnArgs {
   const unsigned char* hot;
   const unsigned char* cold;
   unsigned char* cache;
-  int bundle_bytes, hidden, activation;
+  u32 bundle_bytes, hidden;
+  int activation;
   const float* x;
   float* partial;
 };
 
-// The sum of `gate` over the team, then of `up`; the same bits in all its threads. `scratch` [2][kMaxWarps] is for this
-// neuron alone. A barrier for the block if a team has more than one warp.
-DEVICE float2 team_sums(float gate, float up, int team_warps, float (*scratch)[ffn_shape::kMaxWarps]) {
-  // The lower half of the warp adds up gates, the upper half ups.
-  const bool upper = lane_id() >= 16;
-  float v = (upper ? up : gate) + __shfl_xor_sync(kAllLanes, upper ? gate : up, 16);
-#pragma unroll
-  for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
-  if (team_warps > 1) {
-    const int lane = lane_id() % 16, first_warp = warp_id() / team_warps * team_warps;
-    if (lane == 0) scratch[upper][warp_id()] = v;
-    __syncthreads();
-    v = lane < team_warps ? scratch[upper][first_warp + lane] : 0.0f;
-#pragma unroll
-    for (int step = 8; step > 0; step /= 2)
-      if (step < team_warps) v += __shfl_xor_sync(kAllLanes, v, step);
-    // With sixteen lanes and fewer partners the sum may not have reached this lane's group.
-    v = __shfl_sync(kAllLanes, v, upper ? 16 : 0);
-  }
-  const float other = __shfl_xor_sync(kAllLanes, v, 16);
-  return upper ? make_float2(other, v) : make_float2(v, other);
+// The items of a team: from `next` to before `last`, every `step`-th.
+struct FfnWork {
+  int next, last, step;
+  DEVICE int count() const { return next < last ? ceil_div(last - next, step) : 0; }
+};
+
+// The work of team `team` of `n_teams`.
+DEVICE FfnWork ffn_work(int team, int n_teams, int n_items, int n_link) {
+  if (n_teams == 1 || n_link == 0 || n_link == n_items) return {team, n_items, n_teams};
+  const int link_teams = min(n_link, max(1, n_teams / 4));
+  if (team < link_teams) return {team, n_link, link_teams};
+  return {n_link + team - link_teams, n_items, n_teams - link_teams};
 }
+
+// Adds up two numbers over a team.
+struct TeamSums {
+  // Where this thread leaves its warp's sums, and where it finds those of the warps of its team.
+  float* mine;
+  const float* theirs;
+  bool leaves, finds, alone;
+
+  DEVICE TeamSums(float* scratch, int team_warps) {
+    // The lower half of each warp adds up gates, the upper half ups.
+    float* half = scratch + (lane_id() < 16 ? 0 : ffn_shape::kMaxWarps);
+    mine = half + warp_id();
+    theirs = half + warp_id() / team_warps * team_warps + lane_id() % 16;
+    leaves = lane_id() % 16 == 0;
+    finds = lane_id() % 16 < team_warps;
+    alone = team_warps == 1;
+  }
+
+  // The same bits in all threads of the team. `turn` alternates between 0 and 1. A barrier for the block unless teams
+  // are warps.
+  DEVICE float2 operator()(float gate, float up, int turn) const {
+    const bool upper = lane_id() >= 16;
+    float v = (upper ? up : gate) + __shfl_xor_sync(kAllLanes, upper ? gate : up, 16);
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+    if (!alone) {
+      const int offset = turn * 2 * ffn_shape::kMaxWarps;
+      if (leaves) mine[offset] = v;
+      __syncthreads();
+      v = finds ? theirs[offset] : 0.0f;
+#pragma unroll
+      for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+    }
+    const float other = __shfl_xor_sync(kAllLanes, v, 16);
+    return upper ? make_float2(other, v) : make_float2(v, other);
+  }
+};
 
 // N: chunks a thread holds of a row. kAhead: whether the next neuron's are loaded early; else there are too many.
 template <class E, int N, bool kAhead>
 DEVICE void ffn_teams(const FfnArgs& args) {
   using namespace ffn_shape;
-  __shared__ float scratch[2][2][kMaxWarps];
+  __shared__ float scratch[2 * 2 * kMaxWarps];
 
-  const int hidden = args.hidden, n_chunks = hidden / E::kColumns;
-  const int team_size = team_threads<E>(hidden), teams = blockDim.x / team_size, team_warps = team_size / kWarp;
-  const int my_team = threadIdx.x / team_size, me = threadIdx.x % team_size;
+  const u32 hidden = args.hidden, n_chunks = hidden / E::kColumns;
+  const u32 team_size = team_threads<E>(hidden), teams = blockDim.x / team_size;
+  const u32 my_team = threadIdx.x / team_size, me = threadIdx.x % team_size;
+  const TeamSums team_sums(scratch, team_size / kWarp);
 
-  // The items of team `t` of this block: from `first` to before `last`, every `step`-th.
-  struct Work {
-    int first, last, step;
-    DEVICE int count() const { return first < last ? ceil_div(last - first, step) : 0; }
-  };
+  // Neighbouring items go to different blocks.
   const int n_items = args.counts[0], n_link = args.counts[1], n_teams = teams * gridDim.x;
-  auto work_of = [&](int t) -> Work {
-    // Neighbouring items go to different blocks.
-    const int team = t * gridDim.x + blockIdx.x;
-    if (n_teams == 1 || n_link == 0 || n_link == n_items) return {team, n_items, n_teams};
-    const int link_teams = min(n_link, max(1, n_teams / 4));
-    if (team < link_teams) return {team, n_link, link_teams};
-    return {n_link + team - link_teams, n_items, n_teams - link_teams};
-  };
-  const Work work = work_of(my_team);
+  FfnWork work = ffn_work(my_team * gridDim.x + blockIdx.x, n_teams, n_items, n_link);
+  const int my_rounds = work.count();
   int rounds = 0;
-  for (int t = 0; t < teams; t++) rounds = max(rounds, work_of(t).count());
+  for (u32 t = 0; t < teams; t++)
+    rounds = max(rounds, ffn_work(t * gridDim.x + blockIdx.x, n_teams, n_items, n_link).count());
 
-  auto bundle_of = [&](u32 from) -> const unsigned char* {
-    if (from & kSlot) return args.cache + static_cast<long long>(from & ~kSlot) * args.bundle_bytes;
-    if (from & kCold) return args.cold + static_cast<long long>(from & ~kCold) * args.bundle_bytes;
-    return args.hot + static_cast<long long>(from) * args.bundle_bytes;
+  // The item that is fetched next, itself asked for one round earlier.
+  uint2 item = make_uint2(0, kNone);
+  auto next_item = [&] {
+    if (work.next < work.last) item = args.items[work.next];
+    work.next += work.step;
   };
-  auto fetch = [&](int index, Neuron<E, N>& neuron) {
-    if (index >= work.last) return;
-    const uint2 item = args.items[index];
+  auto bundle_of = [&](u32 from) -> const unsigned char* {
+    const unsigned char* base = from & kSlot ? args.cache : from & kCold ? args.cold : args.hot;
+    return base + static_cast<u64>(from & ~(kSlot | kCold)) * args.bundle_bytes;
+  };
+  auto slot = [&](u32 to) { return args.cache + static_cast<u64>(to) * args.bundle_bytes; };
+  auto fetch = [&](int round, Neuron<E, N>& neuron) {
+    if (round >= my_rounds) return;
     const unsigned char* bundle = bundle_of(item.x);
     neuron.to = item.y;
     neuron.gate.fetch(bundle_row<E>(bundle, hidden, 0), me, team_size, n_chunks);
     neuron.up.fetch(bundle_row<E>(bundle, hidden, 1), me, team_size, n_chunks);
     neuron.down.fetch(bundle_row<E>(bundle, hidden, 2), me, team_size, n_chunks);
+    next_item();
   };
 
   Neuron<E, N> a, b;
-  if (kAhead) fetch(work.first, a);
+  if constexpr (kAhead) {
+    next_item();
+    fetch(0, a);
+  }
 
-  const Input<E> input(hidden);
+  const Input<E> input;
   input.stage(args.x, hidden);
   __syncthreads();
 
@@ -159,7 +188,7 @@ DEVICE void ffn_teams(const FfnArgs& args) {
   // The bias of every column of a chunk is the same: the sum of h times its scale.
   float biases[N] = {};
 
-  auto dot_chunk = [&](int chunk, const uint4& gate_codes, u16 gate_scale, const uint4& up_codes, u16 up_scale,
+  auto dot_chunk = [&](u32 chunk, const uint4& gate_codes, u16 gate_scale, const uint4& up_codes, u16 up_scale,
                        float2& sums) {
     float dots[2];
     const uint4 codes[2] = {gate_codes, up_codes};
@@ -168,7 +197,7 @@ DEVICE void ffn_teams(const FfnArgs& args) {
     sums.y += scale_value<E>(up_scale) * dots[1];
   };
   auto activation_of = [&](int round, float2 sums) {
-    sums = team_sums(sums.x, sums.y, team_warps, scratch[round % 2]);
+    sums = team_sums(sums.x, sums.y, round % 2);
     return activate(args.activation, sums.x * E::kOut, sums.y * E::kOut);
   };
   auto add_chunk = [&](float h, const uint4& codes, u16 scale, float (&output)[E::kColumns], float& bias) {
@@ -184,28 +213,26 @@ DEVICE void ffn_teams(const FfnArgs& args) {
       output[4 * k + 3] += factor * d.w;
     }
   };
-  auto slot = [&](u32 to) { return args.cache + static_cast<long long>(to) * args.bundle_bytes; };
 
   if constexpr (kAhead) {
     auto compute = [&](int round, const Neuron<E, N>& neuron) {
-      const bool active = work.first + round * work.step < work.last;
+      const bool active = round < my_rounds;
       float2 sums = make_float2(0.0f, 0.0f);
-      if (active) {
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-          const int chunk = me + i * team_size;
-          if (chunk < n_chunks)
-            dot_chunk(chunk, neuron.gate.codes[i], neuron.gate.scales[i], neuron.up.codes[i], neuron.up.scales[i], sums);
-        }
+      for (int i = 0; i < N; i++) {
+        const u32 chunk = me + i * team_size;
+        if (active && chunk < n_chunks)
+          dot_chunk(chunk, neuron.gate.codes[i], neuron.gate.scales[i], neuron.up.codes[i], neuron.up.scales[i], sums);
       }
       const float h = activation_of(round, sums);
-      if (active && h != 0.0f) {
+      if (!active) return;
+      if (h != 0.0f) {
 #pragma unroll
         for (int i = 0; i < N; i++)
           if (me + i * team_size < n_chunks)
             add_chunk(h, neuron.down.codes[i], neuron.down.scales[i], outputs[i], biases[i]);
       }
-      if (active && neuron.to != kNone) {
+      if (neuron.to != kNone) {
         neuron.gate.store(slot(neuron.to), hidden, 0, me, team_size, n_chunks);
         neuron.up.store(slot(neuron.to), hidden, 1, me, team_size, n_chunks);
         neuron.down.store(slot(neuron.to), hidden, 2, me, team_size, n_chunks);
@@ -213,52 +240,54 @@ DEVICE void ffn_teams(const FfnArgs& args) {
     };
     // The registers change roles instead of contents.
     for (int round = 0; round < rounds; round += 2) {
-      fetch(work.first + (round + 1) * work.step, b);
+      fetch(round + 1, b);
       compute(round, a);
       if (round + 1 == rounds) break;
-      fetch(work.first + (round + 2) * work.step, a);
+      fetch(round + 2, a);
       compute(round + 1, b);
     }
   } else {
     // Rows this wide fill the link and the memory without looking ahead, and would not fit in registers.
+#pragma unroll 1
     for (int round = 0; round < rounds; round++) {
-      const int index = work.first + round * work.step;
-      const bool active = index < work.last;
-      const uint2 item = active ? args.items[index] : make_uint2(0, kNone);
-      const unsigned char* bundle = bundle_of(item.x);
+      const bool active = round < my_rounds;
+      if (active) item = args.items[work.next + round * work.step];
+      const uint2 now = item;
+      const unsigned char* bundle = bundle_of(now.x);
+      const bool fills = now.y != kNone;
       Chunks<E, 1> one, other;
       float2 sums = make_float2(0.0f, 0.0f);
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < N; i++) {
-        const int chunk = me + i * team_size;
+        const u32 chunk = me + i * team_size;
         if (!active || chunk >= n_chunks) continue;
         one.fetch(bundle_row<E>(bundle, hidden, 0), chunk, 0, n_chunks);
         other.fetch(bundle_row<E>(bundle, hidden, 1), chunk, 0, n_chunks);
-        if (item.y != kNone) {
-          one.store(slot(item.y), hidden, 0, chunk, 0, n_chunks);
-          other.store(slot(item.y), hidden, 1, chunk, 0, n_chunks);
+        if (fills) {
+          one.store(slot(now.y), hidden, 0, chunk, 0, n_chunks);
+          other.store(slot(now.y), hidden, 1, chunk, 0, n_chunks);
         }
         dot_chunk(chunk, one.codes[0], one.scales[0], other.codes[0], other.scales[0], sums);
       }
       const float h = activation_of(round, sums);
 #pragma unroll
       for (int i = 0; i < N; i++) {
-        const int chunk = me + i * team_size;
-        if (!active || chunk >= n_chunks || (h == 0.0f && item.y == kNone)) continue;
+        const u32 chunk = me + i * team_size;
+        if (!active || chunk >= n_chunks || (h == 0.0f && !fills)) continue;
         one.fetch(bundle_row<E>(bundle, hidden, 2), chunk, 0, n_chunks);
-        if (item.y != kNone) one.store(slot(item.y), hidden, 2, chunk, 0, n_chunks);
         if (h != 0.0f) add_chunk(h, one.codes[0], one.scales[0], outputs[i], biases[i]);
+        if (fills) one.store(slot(now.y), hidden, 2, chunk, 0, n_chunks);
       }
     }
   }
 
   // The input is not needed any more: its place takes the sums, team by team, and gives them away in whole lines.
-  for (int t = 0; t < teams; t++) {
+  for (u32 t = 0; t < teams; t++) {
     __syncthreads();
     if (t != my_team) continue;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const int chunk = me + i * team_size;
+      const u32 chunk = me + i * team_size;
       if (chunk >= n_chunks) continue;
 #pragma unroll
       for (int k = 0; k < E::kColumns / 4; k++) {
@@ -268,13 +297,13 @@ DEVICE void ffn_teams(const FfnArgs& args) {
         v.y += outputs[i][4 * k + 1] * (E::factor(4 * k + 1) * E::kOut) - less;
         v.z += outputs[i][4 * k + 2] * (E::factor(4 * k + 2) * E::kOut) - less;
         v.w += outputs[i][4 * k + 3] * (E::factor(4 * k + 3) * E::kOut) - less;
-        input.part(chunk * Input<E>::kParts + k) = v;
+        input.part(chunk, k) = v;
       }
     }
   }
   __syncthreads();
-  float4* out = reinterpret_cast<float4*>(args.partial + static_cast<long long>(blockIdx.x) * hidden);
-  for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) out[i] = input.part(i);
+  float4* out = reinterpret_cast<float4*>(args.partial + static_cast<u64>(blockIdx.x) * hidden);
+  for (u32 i = threadIdx.x; i < hidden / 4; i += blockDim.x) out[i] = input.part(i);
 }
 
 // items, counts: from choose; {bundle, slot to fill} each, those over the link first.
@@ -287,7 +316,7 @@ DEVICE void ffn(const FfnArgs& args) {
   if (chunks_a_thread <= 1) {
     ffn_teams<E, 1, true>(args);
   } else if (chunks_a_thread <= 2) {
-    ffn_teams<E, 2, E::kColumns <= 16>(args);
+    ffn_teams<E, 2, E::kColumns <= 8>(args);
   } else if (E::kColumns <= 16 && chunks_a_thread <= 4) {
     ffn_teams<E, E::kColumns <= 16 ? 4 : 1, false>(args);
   } else if (E::kColumns <= 8) {
@@ -298,17 +327,20 @@ DEVICE void ffn(const FfnArgs& args) {
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_bf16(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
              unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
-  ffn<Bf16>({items, counts, hot, cold, cache, bundle_bytes, hidden, activation, x, partial});
+  ffn<Bf16>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+             static_cast<u32>(hidden), activation, x, partial});
 }
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_q8(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
            unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
-  ffn<Q8>({items, counts, hot, cold, cache, bundle_bytes, hidden, activation, x, partial});
+  ffn<Q8>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+             static_cast<u32>(hidden), activation, x, partial});
 }
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_q4(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
            unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
-  ffn<Q4>({items, counts, hot, cold, cache, bundle_bytes, hidden, activation, x, partial});
+  ffn<Q4>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+             static_cast<u32>(hidden), activation, x, partial});
 }
 
 // x [hidden] += the sum of partial [n_partials, hidden], and the CPU's share once it is there.

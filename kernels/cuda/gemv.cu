@@ -28,12 +28,12 @@ struct Quad {
   int chunk;
 
   // Past the last row it is the last one again: its sums are left out at the end.
-  DEVICE void fetch(const unsigned char* w, long long stride, int rows, int columns, int n_chunks) {
+  DEVICE void fetch(const unsigned char* w, u64 stride, int rows, int columns, int n_chunks) {
     if (chunk >= n_chunks) return;
 #pragma unroll
     for (int r = 0; r < gemv_shape::kRows; r++) {
       const int number = min(quad * gemv_shape::kRows + r, rows - 1);
-      const Row<E> row = matrix_row<E>(w + number * stride, columns);
+      const Row<E> row = matrix_row<E>(w + static_cast<u32>(number) * stride, columns);
       codes[r] = row.load_codes(chunk);
       scales[r] = row.load_scale(chunk);
     }
@@ -42,7 +42,7 @@ struct Quad {
 
 // w [rows] encoded rows of `columns`; x, norm_weight, normed_out [columns]; bias, residual, out [rows]; out may be the
 // residual. All vectors of `columns` start at a multiple of 16 bytes. Any grid of blocks of 256 threads.
-// Dynamic shared memory: 4 * columns, rounded up to 32 columns, and for q4 4 more for each 32 columns.
+// Dynamic shared memory for each 32 columns, the last of which may be fewer: q4 144 bytes, q8 160, bf16 192.
 template <class E>
 DEVICE void gemv(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight, float eps,
                  float* normed_out, const float* bias, const float* residual, float* out) {
@@ -58,14 +58,14 @@ DEVICE void gemv(const unsigned char* w, int rows, int columns, const float* x, 
   const int first = static_cast<int>(static_cast<long long>(n_quads) * team / n_teams);
   const int last = static_cast<int>(static_cast<long long>(n_quads) * (team + 1) / n_teams);
   const int start = warp_id() % team_warps * kWarp + lane_id(), step = team_warps * kWarp;
-  const long long stride = row_stride<E>(columns);
+  const u64 stride = row_stride<E>(columns);
 
   Quad<E> a, b;
   a.quad = first;
   a.chunk = start;
   if (first < last) a.fetch(w, stride, rows, columns, n_chunks);
 
-  const Input<E> input(columns);
+  const Input<E> input;
   if (norm_weight != nullptr) {
     input.stage_normed(x, norm_weight, eps, columns, normed_out);
   } else {

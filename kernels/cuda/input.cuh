@@ -1,28 +1,25 @@
 // The vector that weights are multiplied with, in shared memory.
 //
-// It lies in its natural order but for an exclusive or in the low bits of the index of each float4, by which a warp
-// whose lanes read the same part of neighbouring chunks, and one whose lanes read neighbouring parts of the vector, both
-// touch every bank once. After it come, for encodings with a bias, minus the bias times the sum of each chunk's inputs:
-// where the dot products of these chunks start from.
+// The inputs of a chunk are followed by one more float4, so that a warp whose lanes read the same part of neighbouring
+// chunks, and one whose lanes read neighbouring parts of the vector, both touch every bank once, and all parts of a
+// chunk lie at fixed distances from its first. For encodings with a bias that float4 holds minus the bias times the sum
+// of the chunk's inputs: where dot products with this chunk start from.
 #pragma once
 #include "decode.cuh"
 #include "reduce.cuh"
 
 template <class E>
 struct Input {
+  // float4s of a chunk's inputs.
   static constexpr int kParts = E::kColumns / 4;
 
   float4* values;
-  float* starts;
 
-  DEVICE Input(int columns) {
-    values = reinterpret_cast<float4*>(dynamic_shared());
-    starts = reinterpret_cast<float*>(values + 8 * ceil_div(columns, 32));
-  }
+  DEVICE Input() { values = reinterpret_cast<float4*>(dynamic_shared()); }
 
-  DEVICE float4& part(int index) const { return values[index ^ (index >> 3 & (kParts - 1))]; }
-  DEVICE const float4& part(int chunk, int k) const { return part(chunk * kParts + k); }
-  DEVICE float start(int chunk) const { return E::kBias != 0.0f ? starts[chunk] : 0.0f; }
+  DEVICE float4& part(int index) const { return values[index + index / kParts]; }
+  DEVICE float4& part(int chunk, int k) const { return values[chunk * (kParts + 1) + k]; }
+  DEVICE float start(int chunk) const { return E::kBias != 0.0f ? part(chunk, kParts).x : 0.0f; }
 
   // Part `index` of the vector `x`, which has zeros after its end.
   DEVICE static float4 fetch(const float* x, int columns, int index) {
@@ -38,7 +35,7 @@ struct Input {
       float sum = (v.x + v.y) + (v.z + v.w);
 #pragma unroll
       for (int step = 1; step < kParts; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-      if (exists && index % kParts == 0) starts[index / kParts] = sum * (-E::kBias / E::kOut);
+      if (exists && index % kParts == 0) part(index / kParts, kParts).x = sum * (-E::kBias / E::kOut);
     }
     if (!exists) return;
     const int c = 4 * index;

@@ -22,6 +22,9 @@ constexpr float kSmallIntegerOut = 1.0f;
 inline uint4 load_stream(const void* p) { return *static_cast<const uint4*>(p); }
 inline u16 load_stream_u16(const void* p) { return *static_cast<const u16*>(p); }
 
+inline float reciprocal(float v) { return 1.0f / v; }
+inline float rounded_product(float a, float b) { return a * b; }
+
 inline float half_to_float(u16 h) { return emulator::half_to_float(h); }
 inline u16 float_to_half(float f) { return emulator::float_to_half(f); }
 
@@ -59,6 +62,16 @@ __device__ __forceinline__ u16 float_to_half(float f) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
 }
+
+// Within one unit in the last place, without the branches of a division.
+__device__ __forceinline__ float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
+// A product that is never fused with an addition after it.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ uint4 dynamic_shared_words[];
