@@ -295,7 +295,7 @@ pub fn predict_scores(
         kernel: format!("predict_scores_{}", factors.encoding),
         grid: [ffn.div_ceil(THREADS as usize / 4).min(8 * device.n_multiprocessors()) as u32, 1],
         block: THREADS,
-        shared_bytes: 4 * factors.columns as u32,
+        shared_bytes: input_shared_bytes(factors.encoding, factors.columns),
         args: vec![
             address(&factors.data),
             u32_of(factors.columns),

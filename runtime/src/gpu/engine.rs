@@ -256,7 +256,7 @@ impl GpuEngine {
     }
 
     /// Device memory by a copy within it, the link by the fused kernel on cold neurons alone, the host by its threads.
-    fn measure(&self) -> Result<GpuSpeeds> {
+    fn measure(&mut self) -> Result<GpuSpeeds> {
         let device = &self.device;
         // The largest buffers that are free now: pieces of prompt batches.
         let [to, from] = &self.model.prefill.rows[0];
@@ -291,7 +291,7 @@ impl GpuEngine {
             Ok(ffn(device, m.layout, m.activation, &s.work, bundles, &s.normed, blocks, &s.partial)?)
         })?;
         device.synchronize()?;
-        let host = self.host.as_ref().map_or(0.0, |h| h.measure(PROBE_NEURONS));
+        let host = self.host.as_ref().map_or(0.0, |h| h.measure(PROBE_NEURONS, &mut self.serial));
         Ok(GpuSpeeds { device: memory, link, host })
     }
 }

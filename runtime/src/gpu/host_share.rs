@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
+use thermocline_kernels::cuda::launch::flag_value;
 use thermocline_kernels::{BundleLayout, Kernels};
 
 /// What the device takes for "the host has given up".
@@ -103,8 +104,8 @@ impl HostShare {
     }
 
     /// Bytes a second of rows read and computed with, on `n` neurons of the layer that has most cold ones; 0 if none
-    /// has. The device must be idle.
-    pub(super) fn measure(&self, n: usize) -> f64 {
+    /// has. The device must be idle. Takes numbers of tokens after `serial`, which is moved on: flags never go back.
+    pub(super) fn measure(&self, n: usize, serial: &mut u32) -> f64 {
         let shared = &self.shared;
         let bundle = shared.layout.bundle_bytes();
         let Some(layer) = (0..shared.cold.len()).max_by_key(|&l| shared.cold[l].len()) else { return 0.0 };
@@ -121,12 +122,13 @@ impl HostShare {
         }
         shared.count.words()[0].store(n as u32, Ordering::Relaxed);
         self.wake();
-        let flag = |turn: u32| turn * shared.cold.len() as u32 + layer as u32 + 1;
         let mut best = 0.0f64;
-        for turn in 0..6 {
+        for _ in 0..6 {
+            *serial += 1;
+            let flag = flag_value(*serial, layer, shared.cold.len());
             let (before, begin) = (self.bytes(), Instant::now());
-            shared.request_flag.words()[0].store(flag(turn), Ordering::Release);
-            while shared.result_flag.words()[0].load(Ordering::Acquire) != flag(turn) {
+            shared.request_flag.words()[0].store(flag, Ordering::Release);
+            while shared.result_flag.words()[0].load(Ordering::Acquire) != flag {
                 if shared.panicked.load(Ordering::SeqCst) {
                     return 0.0;
                 }
