@@ -44,7 +44,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     }
     let wanted = (prompt.len() + args.predict).max(64);
     let mut engine = load(split, &args.placement, wanted, BATCH, args.json)?;
-    let warnings = warnings(&engine);
+    let warnings = warnings(&engine)?;
     if !args.json {
         warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     }
@@ -161,7 +161,7 @@ pub fn request(args: &Placement, wanted: usize, batch: usize) -> anyhow::Result<
 }
 
 /// What a user must know before believing the figures.
-fn warnings(engine: &Engine) -> Vec<String> {
+fn warnings(engine: &Engine) -> anyhow::Result<Vec<String>> {
     let mut out: Vec<String> = engine.flaws().iter().take(FLAWS_SAID_MAX).map(ToString::to_string).collect();
     if engine.flaws().len() > FLAWS_SAID_MAX {
         out.push(format!("{} more such tensors", engine.flaws().len() - FLAWS_SAID_MAX));
@@ -169,11 +169,17 @@ fn warnings(engine: &Engine) -> Vec<String> {
     if engine.plan().streams() && !engine.reads_are_direct() {
         out.push("this file system has no direct reads; the page cache holds weights beyond --ram-budget".to_owned());
     }
+    if let Some(planted) = engine.split().planted()? {
+        out.push(format!(
+            "{} has random weights with planted activations: it measures speed and says nothing",
+            planted.model
+        ));
+    }
     let trained = engine.split().manifest().config.max_context;
     if engine.plan().request.context > trained {
         out.push(format!("-c is above the {trained} tokens that the model was trained for"));
     }
-    out
+    Ok(out)
 }
 
 /// The line that every run ends with.
