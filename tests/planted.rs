@@ -85,6 +85,30 @@ fn the_dense_engine_computes_exactly_what_was_planted() {
     assert!((later - expected).abs() < 0.04, "{later}, expected {expected}");
 }
 
+/// Exact mode reads every gate, and up and down rows of the neurons whose gate is positive: its account of bytes tells how
+/// many these were, token by token, on both sides of the border between the domains.
+#[test]
+fn the_token_engine_reads_exactly_the_planted_neurons() {
+    let (dir, model) = (tiny(), model(Shape::named("tiny").unwrap()));
+    let split = Split::open(&dir).unwrap();
+    let bundle_bytes = split.layers()[0].layout().bundle_bytes() as u64;
+    let (n, n_layers) = (model.shape().intermediate_size, model.shape().n_layers);
+    let neurons: Vec<Vec<_>> =
+        (0..n_layers).map(|l| model.layer(l)).map(|layer| (0..n).map(|p| layer.neuron(p)).collect()).collect();
+    let matrices = split.resident().tensors().iter().filter(|t| t.format.encoding().is_some());
+    let (embedding, others): (Vec<_>, Vec<_>) = matrices.partition(|t| t.name == "model.embed_tokens.weight");
+    let dense = embedding[0].row_bytes() as u64 + others.iter().map(|t| t.bytes).sum::<u64>();
+    let mut engine = engine(&dir, request(Mode::Exact, None, 2)).unwrap();
+    for token in model.border() - 40..model.border() + 40 {
+        let before = engine.account().bytes.host;
+        engine.forward(&[token as u32], Logits::Last).unwrap();
+        let read = engine.account().bytes.host - before;
+        let (pattern, domain) = (model.pattern(token), model.domain(token));
+        let active = neurons.iter().flatten().filter(|neuron| neuron.fires(pattern, domain)).count() as u64;
+        assert_eq!(read, dense + ((n * n_layers) as u64 + 2 * active) * bundle_bytes / 3, "token {token}");
+    }
+}
+
 #[test]
 fn the_report_says_what_the_trace_gives() {
     let report = Split::open(&tiny()).unwrap().planted().unwrap().unwrap();
