@@ -61,6 +61,7 @@ fn code(error: &anyhow::Error) -> u8 {
 
 fn datasets(error: &DatasetsError) -> u8 {
     match error {
+        DatasetsError::Planted { .. } => 2,
         DatasetsError::Corrupt { .. }
         | DatasetsError::UnsupportedVersion { .. }
         | DatasetsError::Unsupported { .. }
