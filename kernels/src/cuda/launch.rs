@@ -138,7 +138,7 @@ pub fn gemv(
         kernel: format!("gemv_{}", w.encoding),
         grid: [gemv_blocks(device, w), 1],
         block: THREADS,
-        shared_bytes: gemv_shared_bytes(w.columns),
+        shared_bytes: input_shared_bytes(w.encoding, w.columns),
         args: vec![
             address(&w.data),
             u32_of(w.rows),
@@ -162,8 +162,15 @@ fn gemv_blocks(device: &Device, w: &DeviceMatrix) -> u32 {
     useful.min(4 * device.n_multiprocessors()).max(1) as u32
 }
 
-fn gemv_shared_bytes(columns: usize) -> u32 {
-    4 * columns.next_multiple_of(GROUP) as u32 + 256
+/// Columns that a thread takes with one 16-byte load.
+fn chunk_columns(encoding: Encoding) -> usize {
+    16 * GROUP / encoding.code_bytes(GROUP)
+}
+
+/// Shared memory for a vector of `columns` inputs: each chunk's are followed by 16 bytes (`kernels/cuda/input.cuh`).
+fn input_shared_bytes(encoding: Encoding, columns: usize) -> u32 {
+    let chunk = chunk_columns(encoding);
+    (columns.div_ceil(GROUP) * (GROUP / chunk) * (4 * chunk + 16)) as u32
 }
 
 /// The shape of attention.
@@ -235,7 +242,7 @@ pub fn attend(
     let launch = Launch {
         kernel: "attend".to_owned(),
         grid: [heads.n_kv_heads as u32, n_splits as u32],
-        block: THREADS,
+        block: 128,
         shared_bytes: 0,
         args: vec![
             address(qkv),
@@ -284,7 +291,7 @@ pub fn predict_scores(
         kernel: format!("predict_scores_{}", factors.encoding),
         grid: [ffn.div_ceil(THREADS as usize / 4).min(8 * device.n_multiprocessors()) as u32, 1],
         block: THREADS,
-        shared_bytes: 4 * factors.columns as u32,
+        shared_bytes: input_shared_bytes(factors.encoding, factors.columns),
         args: vec![
             address(&factors.data),
             u32_of(factors.columns),
@@ -469,10 +476,11 @@ pub struct Bundles<'a> {
     pub cache: &'a View,
 }
 
-/// Threads of a block of the fused kernel: a thread has one group of 32 columns.
-fn ffn_threads(hidden: usize) -> u32 {
-    let groups = hidden.div_ceil(GROUP).next_power_of_two().max(32);
-    groups.clamp(THREADS as usize, 1024) as u32
+/// Threads of a block of the fused kernel: those that take one neuron, or several such teams (`team_threads` in
+/// `kernels/cuda/ffn.cu`).
+fn ffn_threads(encoding: Encoding, hidden: usize) -> u32 {
+    let team = (hidden / chunk_columns(encoding)).div_ceil(32).min(16) as u32 * 32;
+    if team > 128 { team } else { THREADS }
 }
 
 /// Blocks of the fused kernel: two for each multiprocessor.
@@ -503,8 +511,8 @@ pub fn ffn(
     let launch = Launch {
         kernel: format!("ffn_{}", layout.encoding()),
         grid: [n_blocks as u32, 1],
-        block: ffn_threads(hidden),
-        shared_bytes: 0,
+        block: ffn_threads(layout.encoding(), hidden),
+        shared_bytes: input_shared_bytes(layout.encoding(), hidden),
         args: vec![
             address(&work.items),
             address(&work.counts),
