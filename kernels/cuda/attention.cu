@@ -4,7 +4,6 @@
 namespace attention_shape {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMaxHeadDim = 256;
 // Heads times dimensions that one pass can hold: 8 * 256 or 16 * 128.
 constexpr int kMaxOutputs = 2048;
 }  // namespace attention_shape

@@ -69,19 +69,8 @@ pub(super) trait Backend: Debug + Send + Sync {
     fn end_capture(&self) -> Result<Box<dyn BackendGraph>>;
     fn synchronize(&self) -> Result<()>;
     fn record(&self) -> Result<Box<dyn BackendEvent>>;
-    /// `c[m, n] (+)= a[m, k] b[n, k]^T`, bf16 in, f32 out, row-major.
-    #[allow(clippy::too_many_arguments)]
-    fn gemm(
-        &self,
-        m: usize,
-        n: usize,
-        k: usize,
-        a: u64,
-        b: u64,
-        b_is_transposed: bool,
-        c: u64,
-        add: bool,
-    ) -> Result<()>;
+    /// See `gemm.rs`: `shape` is m, n, k and the stride of c.
+    fn gemm(&self, shape: [usize; 4], a: u64, b: u64, b_is_transposed: bool, c: u64, add: bool) -> Result<()>;
 }
 
 pub(super) trait BackendGraph: Debug + Send {

@@ -341,28 +341,20 @@ impl Backend for Driver {
         Ok(Box::new(DriverEvent { event, context: self.context }))
     }
 
-    fn gemm(
-        &self,
-        m: usize,
-        n: usize,
-        k: usize,
-        a: u64,
-        b: u64,
-        b_is_transposed: bool,
-        c: u64,
-        add: bool,
-    ) -> Result<()> {
+    fn gemm(&self, shape: [usize; 4], a: u64, b: u64, b_is_transposed: bool, c: u64, add: bool) -> Result<()> {
         self.enter()?;
         let library = self.gemm_library()?;
         // cuBLASLt counts by columns: a row-major matrix is its transpose there, so b comes first.
         let bf16 = lt_sys::cudaDataType::CUDA_R_16BF;
         let f32 = lt_sys::cudaDataType::CUDA_R_32F;
-        let layout = |kind, rows: usize, columns: usize| {
-            lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
+        let [m, n, k, c_stride] = shape;
+        let layout = |kind, rows: usize, columns: usize, stride: usize| {
+            lt::create_matrix_layout(kind, rows as u64, columns as u64, stride as i64)
                 .map_err(blas("cublasLtMatrixLayoutCreate"))
         };
         let (b_rows, b_columns) = if b_is_transposed { (k, n) } else { (n, k) };
-        let (left, right, out) = (layout(bf16, b_rows, b_columns)?, layout(bf16, k, m)?, layout(f32, n, m)?);
+        let (left, right, out) =
+            (layout(bf16, b_rows, b_columns, b_rows)?, layout(bf16, k, m, k)?, layout(f32, n, m, c_stride)?);
         let compute = lt_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let task = lt::create_matmul_desc(compute, f32).map_err(blas("cublasLtMatmulDescCreate"))?;
         let preference = lt::create_matmul_pref().map_err(blas("cublasLtMatmulPreferenceCreate"))?;

@@ -44,7 +44,7 @@ enum Task {
     Launch(Launch),
     Copy { to: u64, from: u64, bytes: usize },
     Fill { to: u64, value: u8, bytes: usize },
-    Gemm { shape: [usize; 3], a: u64, b: u64, b_is_transposed: bool, c: u64, add: bool },
+    Gemm { shape: [usize; 4], a: u64, b: u64, b_is_transposed: bool, c: u64, add: bool },
 }
 
 impl Emulator {
@@ -89,21 +89,27 @@ impl Kernels {
             // SAFETY: as above.
             Task::Fill { to, value, bytes } => unsafe { std::ptr::write_bytes(*to as *mut u8, *value, *bytes) },
             Task::Gemm { shape, a, b, b_is_transposed, c, add } => {
-                let [m, n, k] = *shape;
+                let [m, n, k, stride] = *shape;
                 // SAFETY: `gemm` has checked the three sizes; blocks are aligned to pages, offsets to elements.
                 let (a, b, c) = unsafe {
                     (
                         std::slice::from_raw_parts(*a as *const half::bf16, m * k),
                         std::slice::from_raw_parts(*b as *const half::bf16, n * k),
-                        std::slice::from_raw_parts_mut(*c as *mut f32, m * n),
+                        std::slice::from_raw_parts_mut(*c as *mut f32, (m - 1) * stride + n),
                     )
                 };
                 let a: Vec<f32> = a.iter().map(|v| v.to_f32()).collect();
                 let b: Vec<f32> = b.iter().map(|v| v.to_f32()).collect();
+                let mut product = vec![0.0; m * n];
                 if *b_is_transposed {
-                    crate::matmul(m, n, k, &a, &b, c, *add);
+                    crate::matmul(m, n, k, &a, &b, &mut product, false);
                 } else {
-                    crate::matmul_nn(m, n, k, &a, &b, c, *add);
+                    crate::matmul_nn(m, n, k, &a, &b, &mut product, false);
+                }
+                for (row, product) in c.chunks_mut(stride).zip(product.chunks_exact(n)) {
+                    for (c, p) in row.iter_mut().zip(product) {
+                        *c = if *add { *c + p } else { *p };
+                    }
                 }
             }
         }
@@ -208,18 +214,8 @@ impl Backend for Emulator {
         Ok(Box::new(EmulatedEvent(Instant::now())))
     }
 
-    fn gemm(
-        &self,
-        m: usize,
-        n: usize,
-        k: usize,
-        a: u64,
-        b: u64,
-        b_is_transposed: bool,
-        c: u64,
-        add: bool,
-    ) -> Result<()> {
-        self.give(Task::Gemm { shape: [m, n, k], a, b, b_is_transposed, c, add })
+    fn gemm(&self, shape: [usize; 4], a: u64, b: u64, b_is_transposed: bool, c: u64, add: bool) -> Result<()> {
+        self.give(Task::Gemm { shape, a, b, b_is_transposed, c, add })
     }
 }
 
@@ -282,7 +278,7 @@ pub fn build_emulator(folder: &Path) -> Result<PathBuf> {
     let unfinished = library.with_extension("partial");
     let mut command = Command::new("g++");
     command.args(["-O2", "-g1", "-std=c++17", "-shared", "-fPIC", "-DTHERMOCLINE_EMULATED", "-x", "c++", "-o"]);
-    let output = command.arg(&unfinished).arg(sources.join("emulator/emulator.cpp")).output();
+    let output = command.arg(&unfinished).arg(sources.join("emulator/launch.cpp")).output();
     let output = output.map_err(refused(Path::new("g++")))?;
     if !output.status.success() {
         return Err(CudaError::Compile(String::from_utf8_lossy(&output.stderr).into_owned()));

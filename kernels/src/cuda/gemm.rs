@@ -29,8 +29,10 @@ pub struct Gemm<'a> {
     pub b: &'a Split,
     /// Which of the two.
     pub b_is_transposed: bool,
-    /// f32 `[m, n]`.
+    /// f32 `[m, n]`, the first columns of rows of `c_stride`.
     pub c: &'a View,
+    /// From one row of c to the next, at least n.
+    pub c_stride: usize,
     /// Whether the product is added to c or replaces it.
     pub add: bool,
 }
@@ -50,7 +52,10 @@ pub fn gemm(device: &Device, task: &Gemm<'_>) -> Result<()> {
     };
     check(task.a, m * k);
     check(task.b, n * k);
-    assert!(task.c.len() >= 4 * m * n, "result");
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    assert!(task.c_stride >= n && task.c.len() >= 4 * ((m - 1) * task.c_stride + n), "result");
     device.keep([&task.a.hi, &task.b.hi, task.c].into_iter().chain(&task.a.lo).chain(&task.b.lo));
     let mut add = task.add;
     let pairs = [
@@ -60,7 +65,14 @@ pub fn gemm(device: &Device, task: &Gemm<'_>) -> Result<()> {
     ];
     for (a, b) in pairs {
         let (Some(a), Some(b)) = (a, b) else { continue };
-        device.backend().gemm(m, n, k, a.address(), b.address(), task.b_is_transposed, task.c.address(), add)?;
+        device.backend().gemm(
+            [m, n, k, task.c_stride],
+            a.address(),
+            b.address(),
+            task.b_is_transposed,
+            task.c.address(),
+            add,
+        )?;
         add = true;
     }
     Ok(())
