@@ -4,7 +4,6 @@
 namespace attention_shape {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMaxHeadDim = 256;
 // Heads times dimensions that one pass can hold: 8 * 256 or 16 * 128.
 constexpr int kMaxOutputs = 2048;
 }  // namespace attention_shape
@@ -53,7 +52,7 @@ DEVICE void attend_heads(const AttendArgs& args, AttendShared& shared, int first
 
   const int kv_head = blockIdx.x, split = blockIdx.y, dim = args.head_dim, pairs = dim / 2;
   const long long cache = static_cast<long long>(kv_head) * args.capacity * dim;
-  const float scale = reciprocal(sqrtf(static_cast<float>(dim)));
+  const float scale = rsqrtf(static_cast<float>(dim));
   const float* cos = args.cos + static_cast<long long>(args.position) * pairs;
   const float* sin = args.sin + static_cast<long long>(args.position) * pairs;
   for (int i = threadIdx.x; i < H * dim; i += kThreads) {
@@ -193,7 +192,7 @@ DEVICE void attend_group(const AttendArgs& args, AttendShared& shared, int begin
 // partial [n_heads, n_splits, head_dim + 2]: outputs not yet divided by the sum of the weights, the largest score, that
 // sum. Grid (n_kv_heads, n_splits), 128 threads. head_dim even, at most 256; at most 16 heads a group.
 // Floor: keys and values of the positions so far, once.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 2)
     attend(const float* qkv, const u32* step, u16* keys, u16* values, const float* rope_cos, const float* rope_sin,
            int n_heads, int n_kv_heads, int head_dim, int capacity, float* partial) {
   __shared__ AttendShared shared;

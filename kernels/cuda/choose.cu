@@ -54,6 +54,39 @@ struct ChooseShared {
   u32 found[2];
 };
 
+// The scores of a thread's neurons, as bits that order like them: number `first`, and every 32nd from there.
+struct Scores {
+  const Choose& c;
+  u32 each, first;
+  u32 kept[choose_shape::kKept];
+
+  DEVICE Scores(const Choose& choose) : c(choose) {
+    using namespace choose_shape;
+    each = (c.ffn + kThreads - 1) / kThreads;
+    first = warp_id() * each * kWarp + lane_id();
+#pragma unroll
+    for (u32 j = 0; j < kKept; j++) kept[j] = j < each && !c.every ? read(first + j * kWarp) : 0;
+  }
+
+  // Not a number, like anything that is not positive, counts as zero.
+  DEVICE u32 read(u32 neuron) const {
+    if (neuron >= c.ffn || c.every) return 0;
+    const float score = c.scores[neuron];
+    return score > 0.0f ? __float_as_uint(score) : 0;
+  }
+
+  // Calls `f` with the number and the bits of the score of each neuron, all lanes together; the last numbers may not
+  // exist.
+  template <class F>
+  DEVICE void for_each(F f) const {
+    using namespace choose_shape;
+#pragma unroll
+    for (u32 j = 0; j < kKept; j++)
+      if (j < each) f(first + j * kWarp, kept[j]);
+    for (u32 j = kKept; j < each; j++) f(first + j * kWarp, read(first + j * kWarp));
+  }
+};
+
 // The sum over the warps before this one, and over all; `mine` must be the same in all lanes of a warp.
 struct BlockCount {
   u32 before, all;
@@ -132,26 +165,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const u32 thread = threadIdx.x, lane = lane_id(), warp = warp_id();
   const u32 serial = c.step[2];
 
-  // 1. The active ones. Neuron j of this lane is first + 32 j.
-  const u32 each = (c.ffn + kThreads - 1) / kThreads, first = warp * each * kWarp + lane;
-  u32 kept[kKept];
-  auto read = [&](u32 neuron) -> u32 {
-    if (neuron >= c.ffn) return 0;
-    const float score = c.scores[neuron];
-    return score > 0.0f ? __float_as_uint(score) : 0;
-  };
-  if (!c.every) {
-#pragma unroll
-    for (u32 j = 0; j < kKept; j++) kept[j] = j < each ? read(first + j * kWarp) : 0;
-  }
-  // Calls `f` with the number and the bits of the score of each of this lane's neurons, all lanes together.
-  auto for_each = [&](auto f) {
-#pragma unroll
-    for (u32 j = 0; j < kKept; j++)
-      if (j < each) f(first + j * kWarp, kept[j]);
-    for (u32 j = kKept; j < each; j++) f(first + j * kWarp, read(first + j * kWarp));
-  };
-
+  // 1. The active ones.
+  Scores scores(c);
   for (u32 i = thread; i < kBins; i += kThreads) shared.bins[i] = 0;
   __syncthreads();
 
@@ -160,19 +175,19 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const bool top = !c.every && c.k > 0 && c.k < c.ffn, all = c.every || c.k >= c.ffn;
   if (top) {
     u32 bin, left = c.k;
-    for_each([&](u32 neuron, u32 bits) {
+    scores.for_each([&](u32 neuron, u32 bits) {
       if (neuron < c.ffn) atomicAdd(&shared.bins[bits >> 19], 1u);
     });
     __syncthreads();
     find_bin(shared, left, bin, left);
     limit = bin << 19;
-    for_each([&](u32 neuron, u32 bits) {
+    scores.for_each([&](u32 neuron, u32 bits) {
       if (neuron < c.ffn && bits >> 19 == limit >> 19) atomicAdd(&shared.bins[bits >> 9 & 1023], 1u);
     });
     __syncthreads();
     find_bin(shared, left, bin, left);
     limit |= bin << 9;
-    for_each([&](u32 neuron, u32 bits) {
+    scores.for_each([&](u32 neuron, u32 bits) {
       if (neuron < c.ffn && bits >> 9 == limit >> 9) atomicAdd(&shared.bins[bits & 511], 1u);
     });
     __syncthreads();
@@ -186,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     return top ? bits > limit : __uint_as_float(bits) > c.threshold;
   };
   u32 n_above = 0, n_ties = 0;
-  for_each([&](u32 neuron, u32 bits) {
+  scores.for_each([&](u32 neuron, u32 bits) {
     n_above += above(neuron, bits);
     n_ties += top && neuron < c.ffn && bits == limit;
   });
@@ -200,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const BlockCount active = count_over_warps(n_above + taken(ties_before + n_ties) - taken(ties_before), shared.warps[1]);
   u32 at = active.before, tie = ties_before;
   const u32 lower_lanes = (1u << lane) - 1;
-  for_each([&](u32 neuron, u32 bits) {
+  scores.for_each([&](u32 neuron, u32 bits) {
     const bool equal = top && neuron < c.ffn && bits == limit;
     const u32 equals = top ? __ballot_sync(kAllLanes, equal) : 0;
     const bool mine = above(neuron, bits) || (equal && tie + __popc(equals & lower_lanes) < ties);

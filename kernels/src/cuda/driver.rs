@@ -13,10 +13,11 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
+    include_str!("../../cuda/input.cuh"),
     include_str!("../../cuda/embed.cu"),
     include_str!("../../cuda/gemv.cu"),
     include_str!("../../cuda/attention.cu"),

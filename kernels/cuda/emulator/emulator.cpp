@@ -1,6 +1,6 @@
 // The emulator as a shared library: kernels by name, arguments as cuLaunchKernel takes them.
 //
-// g++ -O2 -std=c++17 -shared -fPIC -DTHERMOCLINE_EMULATED -o libthermocline_emulator.so launch.cpp
+// g++ -O2 -std=c++17 -shared -fPIC -DTHERMOCLINE_EMULATED -o libthermocline_emulator.so emulator.cpp
 
 #include <cstring>
 #include <tuple>
@@ -33,7 +33,7 @@ extern "C" int thermocline_emulate(const char* kernel, const uint32_t grid[3], c
   const dim3 blocks = {grid[0], grid[1], grid[2]}, threads = {block[0], block[1], block[2]};
 #define KERNEL(name) \
   if (std::strcmp(kernel, #name) == 0) return launch(name, blocks, threads, dynamic_shared_bytes, args) ? 0 : 2;
-#include "../kernels.inc"
+#include "kernels.hpp"
 #undef KERNEL
   return 1;
 }
