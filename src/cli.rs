@@ -289,11 +289,11 @@ pub enum ScalesName {
 #[derive(Debug, Args)]
 pub struct Split {
     /// Checkpoint: a .gguf file or a Hugging Face folder
-    #[arg(short, long, env = "THERMOCLINE_MODEL")]
-    pub model: PathBuf,
+    #[arg(short, long, required_unless_present = "planted", env = "THERMOCLINE_MODEL")]
+    pub model: Option<PathBuf>,
     /// Profile of that checkpoint
-    #[arg(long)]
-    pub profile: PathBuf,
+    #[arg(long, required_unless_present = "planted")]
+    pub profile: Option<PathBuf>,
     /// Split directory to write
     #[arg(short, long)]
     pub output: PathBuf,
@@ -323,6 +323,70 @@ pub struct Split {
     /// Print one JSON value and nothing else
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub planted: Planted,
+}
+
+/// A model to measure engines with, instead of one from a checkpoint.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Planted models: random weights, chosen activations")]
+pub struct Planted {
+    /// Write a split of random weights with planted activations: 70b, 34b, 13b, 7b or tiny; in q4
+    #[arg(
+        long = "planted",
+        id = "planted",
+        value_name = "SHAPE",
+        conflicts_with_all = [
+            "model", "profile", "encoding", "resident_encoding", "order", "chunk_neurons", "zstd_level",
+            "predictor_rank", "scales",
+        ]
+    )]
+    pub shape: Option<String>,
+    /// Statistics: a (10 % active, the hottest 18 % cover 60 %), b (10 %, 45 %) or c (4.4 %, 44 %) [default: a]
+    #[arg(long, value_name = "CASE")]
+    pub case: Option<String>,
+    /// Share of a layer's neurons that fire at a token, instead of the case's
+    #[arg(long, value_name = "SHARE")]
+    pub planted_active: Option<f64>,
+    /// Share of the activations that belong to the hottest 18 % of the neurons, instead of the case's
+    #[arg(long, value_name = "SHARE")]
+    pub planted_hot_cover: Option<f64>,
+    /// Neurons in a cluster whose gate rows are correlated; 1: none are [default: 32]
+    #[arg(long, value_name = "NEURONS")]
+    pub planted_clusters: Option<usize>,
+    /// Correlation of the gate rows of a cluster [default: 0.3]
+    #[arg(long, value_name = "R")]
+    pub planted_cluster_correlation: Option<f64>,
+    /// Correlation of neighbouring tokens' codes; 0 leaves the reuse that frequency alone gives [default: 0.2]
+    #[arg(long, value_name = "R")]
+    pub planted_reuse: Option<f64>,
+    /// Share of the hottest neurons that are other ones in the vocabulary's second half [default: 0.5]
+    #[arg(long, value_name = "SHARE")]
+    pub planted_shift: Option<f64>,
+    /// Noise of the predicted gates, in standard deviations of a gate row's sum [default: 0.1]
+    #[arg(long, value_name = "SD")]
+    pub planted_predictor_noise: Option<f64>,
+    /// Seed of everything random [default: 0]
+    #[arg(long, value_name = "SEED")]
+    pub planted_seed: Option<u64>,
+}
+
+impl Planted {
+    /// A flag that does nothing without `--planted`. (Not clap's `requires`: it excuses what another flag rules out.)
+    pub fn first_detail(&self) -> Option<&'static str> {
+        let given = [
+            ("--case", self.case.is_some()),
+            ("--planted-active", self.planted_active.is_some()),
+            ("--planted-hot-cover", self.planted_hot_cover.is_some()),
+            ("--planted-clusters", self.planted_clusters.is_some()),
+            ("--planted-cluster-correlation", self.planted_cluster_correlation.is_some()),
+            ("--planted-reuse", self.planted_reuse.is_some()),
+            ("--planted-shift", self.planted_shift.is_some()),
+            ("--planted-predictor-noise", self.planted_predictor_noise.is_some()),
+            ("--planted-seed", self.planted_seed.is_some()),
+        ];
+        given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -338,9 +402,9 @@ pub struct PlanArgs {
 pub struct Verify {
     /// Split directory
     pub split: PathBuf,
-    /// Checkpoint that it was made from
+    /// Checkpoint that it was made from; a planted split has none, and only its own checksums are checked
     #[arg(short, long, env = "THERMOCLINE_MODEL")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// Print one JSON value and nothing else
     #[arg(long)]
     pub json: bool,

@@ -61,6 +61,7 @@ fn code(error: &anyhow::Error) -> u8 {
 
 fn datasets(error: &DatasetsError) -> u8 {
     match error {
+        DatasetsError::Planted { .. } => 2,
         DatasetsError::Corrupt { .. }
         | DatasetsError::UnsupportedVersion { .. }
         | DatasetsError::Unsupported { .. }
@@ -99,7 +100,8 @@ fn runtime(error: &RuntimeError) -> u8 {
     match error {
         RuntimeError::DoesNotFit { .. } | RuntimeError::OutOfMemory(_) | RuntimeError::VramTooSmall { .. } => 3,
         #[cfg(feature = "cuda")]
-        RuntimeError::VramRefused { .. } | RuntimeError::Cuda(CudaError::OutOfMemory { .. } | CudaError::Pin { .. }) => 3,
+        RuntimeError::VramRefused { .. }
+        | RuntimeError::Cuda(CudaError::OutOfMemory { .. } | CudaError::Pin { .. }) => 3,
         RuntimeError::Setting { .. } | RuntimeError::PromptTooLong { .. } => 2,
         RuntimeError::Split(e) => split(e),
         RuntimeError::Text(e) => datasets(e),

@@ -64,6 +64,14 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A planted model that cannot be made.
+    #[error("{setting}: {reason}")]
+    Planted {
+        /// The flag or name at fault.
+        setting: &'static str,
+        /// What is wrong, and what would do.
+        reason: String,
+    },
     /// The chat template failed or ran over its limits.
     #[error("chat template: {reason}")]
     Template {

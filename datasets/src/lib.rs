@@ -11,6 +11,7 @@
 //! | texts, by path or glob, as token windows | [`Corpus`] |
 //! | messages to a prompt | [`ChatTemplate`] |
 //! | tiny models for tests | [`mod@write`] |
+//! | large models whose activations are planted, for measuring | [`planted`] |
 //! | failures, with file and field | [`Error`] |
 
 #![forbid(unsafe_code)]
@@ -31,6 +32,8 @@ pub mod gguf;
 pub mod huggingface;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod limits;
+pub mod planted;
+mod random;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod store;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
@@ -42,4 +45,5 @@ pub use checkpoint::{Checkpoint, MAX_NAME_CHARS, SourceDtype, TensorInfo, open_c
 pub use config::{Activation, Architecture, ModelConfig};
 pub use corpus::Corpus;
 pub use error::{Error, Result};
+pub use random::Random;
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -49,16 +49,24 @@ impl BundleLayout {
         RowRef { codes: &bundle[codes..codes + self.code_bytes], scales: &bundle[scales..scales + self.scale_bytes] }
     }
 
+    /// Codes and scales of row `which`, to be written.
+    ///
+    /// # Panics
+    /// As [`BundleLayout::row`].
+    pub fn row_mut<'a>(&self, bundle: &'a mut [u8], which: usize) -> (&'a mut [u8], &'a mut [u8]) {
+        assert!(which < 3, "a bundle has three rows");
+        let (codes, scales) = bundle.split_at_mut(3 * self.code_bytes);
+        let (c, s) = (which * self.code_bytes, which * self.scale_bytes);
+        (&mut codes[c..c + self.code_bytes], &mut scales[s..s + self.scale_bytes])
+    }
+
     /// Writes row `which`, given as a matrix row (codes, then scales), into a bundle.
     ///
     /// # Panics
     /// As [`BundleLayout::row`], or if `row` is shorter than a row.
     pub fn set_row(&self, bundle: &mut [u8], which: usize, row: &[u8]) {
-        assert!(which < 3, "a bundle has three rows");
-        let codes = which * self.code_bytes;
-        let scales = 3 * self.code_bytes + which * self.scale_bytes;
-        bundle[codes..codes + self.code_bytes].copy_from_slice(&row[..self.code_bytes]);
-        bundle[scales..scales + self.scale_bytes]
-            .copy_from_slice(&row[self.code_bytes..self.code_bytes + self.scale_bytes]);
+        let (codes, scales) = self.row_mut(bundle, which);
+        codes.copy_from_slice(&row[..self.code_bytes]);
+        scales.copy_from_slice(&row[self.code_bytes..self.code_bytes + self.scale_bytes]);
     }
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::{ActiveSet, Profile, disk};
-use thermocline_datasets::Checkpoint;
+use thermocline_datasets::{Checkpoint, ModelConfig};
 use thermocline_kernels::{BundleLayout, Encoding, ScaleFit};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -194,7 +194,8 @@ fn build(
     }
     progress(config.n_layers, config.n_layers + 1);
     let resident = write_resident(checkpoint, profile, options, dir)?;
-    let (predictors, statistics) = assemble_parts(checkpoint, profile, &partial, &packing)?;
+    let places: Vec<u64> = profile.sample_tokens()?.into_iter().take(TRACE_TOKENS_MAX).collect();
+    let (predictors, statistics) = assemble_parts(config, packing.predictor_rank, &places, &partial)?;
     let files = write_plain_files(checkpoint, dir)?;
     let ffn_bytes = layers.iter().map(|l| l.file_bytes).sum();
     let source = Source {
@@ -322,15 +323,14 @@ fn write_resident(
     writer.finish()
 }
 
-fn assemble_parts(
-    checkpoint: &dyn Checkpoint,
-    profile: &Profile,
+/// Puts the layers' parts together: predictors of rank `rank`, and statistics with the trace of the tokens at `places`.
+pub(crate) fn assemble_parts(
+    config: &ModelConfig,
+    rank: usize,
+    places: &[u64],
     partial: &Partial,
-    packing: &Packing,
 ) -> Result<(crate::TensorFileEntry, crate::TensorFileEntry)> {
-    let config = checkpoint.config();
-    let (ffn, rank) = (config.intermediate_size, packing.predictor_rank);
-    let n_trace = profile.meta().n_samples.min(TRACE_TOKENS_MAX);
+    let (ffn, n_trace) = (config.intermediate_size, places.len());
     let mut predictors = Vec::new();
     let mut statistics = vec![("trace.token".to_owned(), Format::U8, n_trace, 8)];
     for l in 0..config.n_layers {
@@ -343,7 +343,7 @@ fn assemble_parts(
     }
     let mut predictors = Writer::create(partial.dir(), "predictors.safetensors", predictors)?;
     let mut statistics = Writer::create(partial.dir(), "stats.safetensors", statistics)?;
-    let tokens: Vec<u8> = profile.sample_tokens()?.iter().take(n_trace).flat_map(|t| t.to_le_bytes()).collect();
+    let tokens: Vec<u8> = places.iter().flat_map(|t| t.to_le_bytes()).collect();
     statistics.write("trace.token", &tokens)?;
     for l in 0..config.n_layers {
         let part: PackedLayer = partial.read_part(l)?;
@@ -359,14 +359,16 @@ fn assemble_parts(
 }
 
 fn write_plain_files(checkpoint: &dyn Checkpoint, dir: &Path) -> Result<Vec<PlainFile>> {
-    let mut files = Vec::new();
     let template = checkpoint.chat_template().map(|t| ("chat_template.jinja", t));
-    for (name, text) in [("tokenizer.json", checkpoint.tokenizer_json()?)].into_iter().chain(template) {
-        let path = dir.join(name);
-        std::fs::write(&path, &text).map_err(io(&path))?;
-        files.push(PlainFile { file: name.to_owned(), checksum: format!("{:032x}", xxh3_128(text.as_bytes())) });
-    }
-    Ok(files)
+    let files = [("tokenizer.json", checkpoint.tokenizer_json()?)].into_iter().chain(template);
+    files.map(|(name, text)| write_plain_file(dir, name, &text)).collect()
+}
+
+/// Writes a small file that the manifest lists.
+pub(crate) fn write_plain_file(dir: &Path, name: &str, text: &str) -> Result<PlainFile> {
+    let path = dir.join(name);
+    std::fs::write(&path, text).map_err(io(&path))?;
+    Ok(PlainFile { file: name.to_owned(), checksum: format!("{:032x}", xxh3_128(text.as_bytes())) })
 }
 
 fn expected_bytes(checkpoint: &dyn Checkpoint, layout: &BundleLayout, options: &SplitOptions) -> u64 {

@@ -3,7 +3,7 @@
 use crate::error::{Result, corrupt, io, listed};
 use crate::{Error, chunk};
 use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use thermocline_kernels::{BundleLayout, Encoding};
@@ -303,59 +303,110 @@ pub(crate) fn write_layer(
     compression: chunk::Compression,
 ) -> Result<u64> {
     use rayon::prelude::*;
-    let n_chunks = order.len().div_ceil(chunk_neurons);
-    let tables = order.len() * 4 + n_chunks * ENTRY_BYTES;
-    let data_offset = ((HEADER_BYTES + tables) as u64).next_multiple_of(DATA_ALIGN);
     let chunks: Vec<_> = bundles
         .par_chunks(chunk_neurons * layout.bundle_bytes())
         .map(|raw| (raw.len() / layout.bundle_bytes(), chunk::encode(compression, raw)))
         .collect();
-    let mut offset = data_offset;
-    let mut meta = Vec::with_capacity(HEADER_BYTES - 8 + tables);
-    let file_bytes = data_offset + chunks.iter().map(|(_, (_, stored))| stored.len() as u64).sum::<u64>();
-    meta.extend_from_slice(MAGIC);
-    for v in [
-        VERSION,
-        layer as u32,
-        order.len() as u32,
-        layout.hidden_size() as u32,
-        layout.encoding().id(),
-        chunk_neurons as u32,
-        n_chunks as u32,
-        layout.bundle_bytes() as u32,
-    ] {
-        meta.extend_from_slice(&v.to_le_bytes());
-    }
-    for v in [data_offset, file_bytes, 0, 0] {
-        meta.extend_from_slice(&v.to_le_bytes());
-    }
-    debug_assert_eq!(meta.len(), HEADER_BYTES - 8);
-    for id in order {
-        meta.extend_from_slice(&id.to_le_bytes());
-    }
+    let mut writer = LayerWriter::create(path, layer, layout, order, chunk_neurons)?;
     for (n, (codec, stored)) in &chunks {
-        meta.extend_from_slice(&offset.to_le_bytes());
-        for v in [stored.len() as u32, codec.id(), *n as u32, 0] {
+        writer.list(*n, *codec, stored);
+        writer.append(stored)?;
+    }
+    writer.finish()
+}
+
+/// A layer file being written, chunk by chunk; what stands in front of the chunks comes last.
+pub(crate) struct LayerWriter<'a> {
+    path: &'a Path,
+    layer: usize,
+    layout: &'a BundleLayout,
+    order: &'a [u32],
+    chunk_neurons: usize,
+    file: BufWriter<File>,
+    index: Vec<u8>,
+    data_offset: u64,
+    /// Where the next chunk begins.
+    offset: u64,
+}
+
+impl<'a> LayerWriter<'a> {
+    /// Starts a file for neurons in this order ([`LayerFile::order`]).
+    pub(crate) fn create(
+        path: &'a Path,
+        layer: usize,
+        layout: &'a BundleLayout,
+        order: &'a [u32],
+        chunk_neurons: usize,
+    ) -> Result<Self> {
+        let n_chunks = order.len().div_ceil(chunk_neurons);
+        let tables = order.len() * 4 + n_chunks * ENTRY_BYTES;
+        let data_offset = ((HEADER_BYTES + tables) as u64).next_multiple_of(DATA_ALIGN);
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io(path))?);
+        file.seek(SeekFrom::Start(data_offset)).map_err(io(path))?;
+        let index = Vec::with_capacity(n_chunks * ENTRY_BYTES);
+        Ok(Self { path, layer, layout, order, chunk_neurons, file, index, data_offset, offset: data_offset })
+    }
+
+    /// Appends bundles as they are: whole chunks, but perhaps for the layer's last.
+    pub(crate) fn stored(&mut self, bundles: &[u8]) -> Result<()> {
+        let bundle_bytes = self.layout.bundle_bytes();
+        for chunk in bundles.chunks(self.chunk_neurons * bundle_bytes) {
+            self.list(chunk.len() / bundle_bytes, chunk::Codec::Stored, chunk);
+        }
+        self.append(bundles)
+    }
+
+    /// Enters the next chunk in the index.
+    fn list(&mut self, n_neurons: usize, codec: chunk::Codec, stored: &[u8]) {
+        self.index.extend_from_slice(&self.offset.to_le_bytes());
+        for v in [stored.len() as u32, codec.id(), n_neurons as u32, 0] {
+            self.index.extend_from_slice(&v.to_le_bytes());
+        }
+        self.index.extend_from_slice(&xxh3_64(stored).to_le_bytes());
+        self.offset += stored.len() as u64;
+    }
+
+    fn append(&mut self, stored: &[u8]) -> Result<()> {
+        self.file.write_all(stored).map_err(io(self.path))
+    }
+
+    /// Writes header, order and index. Returns the file's size.
+    pub(crate) fn finish(self) -> Result<u64> {
+        let mut meta = Vec::with_capacity(HEADER_BYTES - 8 + self.order.len() * 4 + self.index.len());
+        meta.extend_from_slice(MAGIC);
+        for v in [
+            VERSION,
+            self.layer as u32,
+            self.order.len() as u32,
+            self.layout.hidden_size() as u32,
+            self.layout.encoding().id(),
+            self.chunk_neurons as u32,
+            (self.index.len() / ENTRY_BYTES) as u32,
+            self.layout.bundle_bytes() as u32,
+        ] {
             meta.extend_from_slice(&v.to_le_bytes());
         }
-        meta.extend_from_slice(&xxh3_64(stored).to_le_bytes());
-        offset += stored.len() as u64;
-    }
-    let checksum = xxh3_64(&meta);
-    let (head, rest) = meta.split_at(HEADER_BYTES - 8);
-    let write = || -> std::io::Result<()> {
-        let mut file = std::io::BufWriter::with_capacity(1 << 20, File::create(path)?);
-        file.write_all(head)?;
-        file.write_all(&checksum.to_le_bytes())?;
-        file.write_all(rest)?;
-        file.seek(SeekFrom::Start(data_offset))?;
-        for (_, (_, stored)) in &chunks {
-            file.write_all(stored)?;
+        for v in [self.data_offset, self.offset, 0, 0] {
+            meta.extend_from_slice(&v.to_le_bytes());
         }
-        let file = file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
-        file.set_len(file_bytes)?;
-        file.sync_all()
-    };
-    write().map_err(io(path))?;
-    Ok(file_bytes)
+        debug_assert_eq!(meta.len(), HEADER_BYTES - 8);
+        for id in self.order {
+            meta.extend_from_slice(&id.to_le_bytes());
+        }
+        meta.extend_from_slice(&self.index);
+        let checksum = xxh3_64(&meta);
+        let (head, rest) = meta.split_at(HEADER_BYTES - 8);
+        let (mut file, file_bytes) = (self.file, self.offset);
+        let write = || -> std::io::Result<()> {
+            file.rewind()?;
+            file.write_all(head)?;
+            file.write_all(&checksum.to_le_bytes())?;
+            file.write_all(rest)?;
+            let file = file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+            file.set_len(file_bytes)?;
+            file.sync_all()
+        };
+        write().map_err(io(self.path))?;
+        Ok(file_bytes)
+    }
 }

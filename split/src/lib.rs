@@ -7,6 +7,7 @@
 //! | one layer's bundles on disk | [`LayerFile`] |
 //! | everything else on disk | [`TensorFile`] |
 //! | orders and chunk lengths, measured | [`mod@order`] |
+//! | make one of a planted model, without either | [`split_planted()`], [`planted_bytes`] |
 //! | a split seen as the dense model that it encodes | [`SplitCheckpoint`] |
 //! | proof against the checkpoint | [`verify()`] |
 //! | weights that no sound model has | [`Flaw`] |
@@ -26,6 +27,7 @@ mod open;
 pub mod order;
 mod pack_layer;
 mod partial;
+mod planted;
 mod tensor_file;
 mod verify;
 
@@ -37,5 +39,6 @@ pub use flaw::{Flaw, FlawKind};
 pub use layer_file::{ChunkEntry, LayerFile};
 pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
 pub use open::Split;
+pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

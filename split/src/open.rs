@@ -1,9 +1,11 @@
 //! A split directory, opened and checked.
 
 use crate::error::{Result, corrupt, listed};
+use crate::planted::REPORT_FILE;
 use crate::{LayerFile, Manifest, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::predictor::LowRank;
+use thermocline_datasets::planted::PlantedReport;
 use thermocline_kernels::{RowRef, unpack};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -155,6 +157,16 @@ impl Split {
             return Err(corrupt(&path, "checksum", "not the file that this split was made with"));
         }
         Ok(Some(text))
+    }
+
+    /// What a planted split says of itself; `None` if the weights come from a checkpoint.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is not what was written.
+    pub fn planted(&self) -> Result<Option<PlantedReport>> {
+        let Some(text) = self.plain_file(REPORT_FILE)? else { return Ok(None) };
+        let report = serde_json::from_str(&text);
+        report.map(Some).map_err(|e| corrupt(&self.dir.join(REPORT_FILE), "json", e.to_string()))
     }
 
     /// The tokenizer.

@@ -82,9 +82,14 @@ impl Partial {
     /// Whether layer `l` was finished by an earlier run and is whole.
     pub(crate) fn has_layer(&self, l: usize) -> bool {
         let Ok(file) = LayerFile::open(&self.layer_path(l)) else { return false };
-        let n_chunks = file.index().len();
-        let mut bundles = vec![0; file.order().len() * file.layout().bundle_bytes()];
-        file.read_chunks(0..n_chunks, &mut bundles).is_ok() && self.read_part(l).is_ok()
+        // Chunk by chunk: several threads may look at a layer each.
+        let bundle_bytes = file.layout().bundle_bytes();
+        let mut bundles = vec![0; file.chunk_neurons() * bundle_bytes];
+        let mut whole = |c: usize| {
+            let bundles = &mut bundles[..file.index()[c].n_neurons as usize * bundle_bytes];
+            file.read_chunks(c..c + 1, bundles).is_ok()
+        };
+        (0..file.index().len()).all(&mut whole) && self.read_part(l).is_ok()
     }
 
     /// Writes the part file, then moves the layer file in place: a layer file implies its part.

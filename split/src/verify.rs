@@ -1,7 +1,7 @@
 //! Proof of a split against the checkpoint that it was made from.
 
 use crate::error::Result;
-use crate::{Error, Split, SplitCheckpoint};
+use crate::{Error, Split, SplitCheckpoint, TensorFile};
 use serde::Serialize;
 use thermocline_datasets::{Checkpoint, SourceDtype};
 
@@ -57,13 +57,9 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
     }
     // Everything that the comparison of weights below does not read: predictors, statistics, tokenizer.
     for file in [split.predictors(), split.statistics(), split.resident()] {
-        for tensor in file.tensors() {
-            file.read(&tensor.name)?;
-        }
+        check_tensors(file)?;
     }
-    for file in &split.manifest().files {
-        split.plain_file(&file.file)?;
-    }
+    check_plain_files(&split)?;
     let n_chunks = split.layers().iter().map(|l| l.index().len() as u64).sum();
     let stored = SplitCheckpoint::new(split);
     let names = in_layer_order(checkpoint.names());
@@ -79,6 +75,27 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
     }
     progress(names.len(), names.len());
     Ok(report)
+}
+
+impl Split {
+    /// Reads everything and checks it without a checkpoint: checksums, and weights for values that are not finite and
+    /// tensors of zeros. `progress(done, total)` counts layers and files.
+    ///
+    /// # Errors
+    /// If a file cannot be read or is damaged, and [`Error::Unsound`] as from [`Split::check_weights`].
+    pub fn check(&self, progress: &dyn Fn(usize, usize)) -> Result<()> {
+        check_tensors(self.statistics())?;
+        check_plain_files(self)?;
+        self.check_weights(progress)
+    }
+}
+
+fn check_tensors(file: &TensorFile) -> Result<()> {
+    file.tensors().iter().try_for_each(|tensor| file.read(&tensor.name).map(drop))
+}
+
+fn check_plain_files(split: &Split) -> Result<()> {
+    split.manifest().files.iter().try_for_each(|file| split.plain_file(&file.file).map(drop))
 }
 
 /// Layer by layer, so that each layer's bundles are read once.

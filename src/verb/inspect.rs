@@ -40,11 +40,15 @@ fn split(path: &Path) -> anyhow::Result<Value> {
             })
         })
         .collect();
-    Ok(json!({
+    let mut value = json!({
         "kind": "split", "path": path, "format_version": m.version, "source": m.source, "config": m.config,
         "packing": m.packing, "dense_bytes": split.dense_bytes(), "resident_bytes": m.resident.file_bytes,
         "predictor_bytes": m.predictors.file_bytes, "statistics_bytes": m.statistics.file_bytes, "layers": layers,
-    }))
+    });
+    if let Some(report) = split.planted()? {
+        value["planted"] = serde_json::to_value(report)?;
+    }
+    Ok(value)
 }
 
 fn checkpoint(path: &Path) -> anyhow::Result<Value> {

@@ -129,6 +129,9 @@ mod gpu {
         device: Device,
         quiet: bool,
     ) -> anyhow::Result<Loaded> {
+        // One core is left to the thread that waits for the device.
+        let n_threads = args.threads.threads.unwrap_or_else(|| args.threads.count().saturating_sub(1).max(1));
+        let base = PlanRequest { n_threads, ..base };
         let plan = gpu_plan(&split, args, base, &device)?;
         if !quiet {
             eprintln!(

@@ -46,7 +46,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     let wanted = (prompt.len() + args.predict).max(64);
     let mut loaded = load(split, &args.placement, wanted, BATCH, args.json)?;
     let engine = loaded.decoder();
-    let warnings = warnings(engine);
+    let warnings = warnings(engine)?;
     if !args.json {
         warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     }
@@ -131,17 +131,23 @@ fn check_tensors(split: &Split, quiet: bool) -> anyhow::Result<()> {
 }
 
 /// What a user must know before believing the figures.
-fn warnings(engine: &dyn Decoder) -> Vec<String> {
+fn warnings(engine: &dyn Decoder) -> anyhow::Result<Vec<String>> {
     let mut out: Vec<String> = engine.flaws().iter().take(FLAWS_SAID_MAX).map(ToString::to_string).collect();
     if engine.flaws().len() > FLAWS_SAID_MAX {
         out.push(format!("{} more such tensors", engine.flaws().len() - FLAWS_SAID_MAX));
     }
     out.extend(engine.warnings());
+    if let Some(planted) = engine.split().planted()? {
+        out.push(format!(
+            "{} has random weights with planted activations: it measures speed and says nothing",
+            planted.model
+        ));
+    }
     let trained = engine.split().manifest().config.max_context;
     if engine.context() > trained {
         out.push(format!("-c is above the {trained} tokens that the model was trained for"));
     }
-    out
+    Ok(out)
 }
 
 /// The line that every run ends with.

@@ -1,19 +1,31 @@
 //! `split`: a checkpoint and its profile in, a split directory out.
 
 use crate::cli::{OrderName, ScalesName, Split};
+use crate::exit::Usage;
 use crate::output::{self, Progress};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use thermocline_calibrate::Profile;
+use thermocline_datasets::planted::{PlantedModel, Shape, Statistics};
 use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_split::order::{OrderKind, TABLE_CHUNKS};
-use thermocline_split::{Compression, Scales, SplitOptions, SplitReport};
+use thermocline_split::{Compression, Scales, SplitOptions, SplitReport, planted_bytes, split_planted};
 
 pub fn split(args: &Split) -> anyhow::Result<()> {
     super::run::limit_threads(args.threads)?;
-    let checkpoint = open_checkpoint(&args.model)?;
-    let profile = Profile::open(&args.profile)?;
+    if let Some(shape) = &args.planted.shape {
+        return planted(args, shape);
+    }
+    if let Some(flag) = args.planted.first_detail() {
+        return Err(Usage(format!("{flag} is for --planted; add that, or leave it out")).into());
+    }
+    let (Some(model), Some(profile)) = (&args.model, &args.profile) else {
+        return Err(Usage("split needs -m and --profile, or --planted".to_owned()).into());
+    };
+    let checkpoint = open_checkpoint(model)?;
+    let profile = Profile::open(profile)?;
     let mut options = defaults(checkpoint.as_ref(), args.encoding);
     options.resident_encoding = args.resident_encoding.unwrap_or(options.resident_encoding);
     options.order = match args.order {
@@ -36,6 +48,72 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
     }
     print(&report);
     println!("next: thermocline run -m {} -p \"Hello\" -n 64", args.output.display());
+    Ok(())
+}
+
+/// `--planted`: neither checkpoint nor profile.
+fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
+    let given = &args.planted;
+    let case = given.case.as_deref().unwrap_or("a");
+    let mut statistics = Statistics::case(case)?;
+    let of_case = statistics;
+    let set = |value: &mut f64, flag: Option<f64>| *value = flag.unwrap_or(*value);
+    set(&mut statistics.active_share, given.planted_active);
+    set(&mut statistics.hot_cover, given.planted_hot_cover);
+    set(&mut statistics.cluster_correlation, given.planted_cluster_correlation);
+    set(&mut statistics.reuse, given.planted_reuse);
+    set(&mut statistics.shift, given.planted_shift);
+    set(&mut statistics.predictor_noise, given.planted_predictor_noise);
+    statistics.cluster_neurons = given.planted_clusters.unwrap_or(statistics.cluster_neurons);
+    let case = if statistics == of_case { case } else { "custom" };
+    let model = PlantedModel::new(Shape::named(shape)?, case, statistics, given.planted_seed.unwrap_or(0))?;
+    let bytes = planted_bytes(&model)?;
+    if !args.json {
+        println!(
+            "{}: neurons {}, attention and head {}, predictors {}; {} of disk while it is written",
+            model.name(),
+            format_bytes(bytes.ffn),
+            format_bytes(bytes.resident),
+            format_bytes(bytes.predictors),
+            format_bytes(bytes.needed)
+        );
+    }
+    let progress = Mutex::new(Progress::new("split", args.json));
+    let on_layer = |done: usize, total: usize| {
+        let progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+        progress.set(done as u64, total as u64, format!("part {done}/{total}"));
+    };
+    let report = split_planted(&model, &args.output, &on_layer);
+    progress.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
+    let report = report?;
+    if args.json {
+        return output::json(&report);
+    }
+    println!(
+        "{}: {}, of which neurons {}",
+        report.path.display(),
+        format_bytes(report.bytes),
+        format_bytes(report.ffn_bytes)
+    );
+    if report.resumed_layers > 0 {
+        println!("{} layers were there from an interrupted run", report.resumed_layers);
+    }
+    let (m, p) = (&report.measured, model.statistics());
+    let percent = |v: f64| format!("{:.1} %", 100.0 * v);
+    println!("over {} tokens, all layers:      planted    measured", m.trace_tokens);
+    for (what, planted, measured) in [
+        ("active", Some(p.active_share), m.active_share),
+        ("hottest 18 % cover", Some(p.hot_cover), m.hot_cover),
+        ("active in the last token too", None, m.reuse[0]),
+        ("in one of the last 4", None, m.reuse[1]),
+        ("in one of the last 16", None, m.reuse[2]),
+        ("predictor recall", None, m.predictor_recall),
+    ] {
+        println!("{what:<32}{:>8}{:>12}", planted.map_or(String::new(), percent), percent(measured));
+    }
+    let inside = m.coactivation_inside.map_or(String::new(), |v| format!("{v:.2} in clusters, "));
+    println!("fire together, times chance: {inside}{:.2} outside", m.coactivation_outside);
+    println!("next: thermocline run -m {} -p \"t0\" -n 64 --temp 0", args.output.display());
     Ok(())
 }
 

@@ -1,4 +1,5 @@
 use super::TinyModel;
+use crate::Random;
 use crate::architectures::{self, Role};
 use half::bf16;
 
@@ -13,30 +14,6 @@ pub struct TinyTensor {
     pub values: Vec<f32>,
 }
 
-/// SplitMix64: tiny, seedable, and the same on every machine, which is all that is asked of it.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in [0, 1), with 24 bits.
-    fn uniform(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u32 << 24) as f32
-    }
-
-    /// About normal, mean 0, variance 1: the sum of twelve uniforms less six, so no transcendental function whose
-    /// last bit depends on the platform is involved.
-    fn normal(&mut self) -> f32 {
-        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
-    }
-}
-
 /// Every tensor of the model, in the order of its name list; equal arguments give equal weights.
 pub fn tiny_tensors(model: &TinyModel, seed: u64) -> Vec<TinyTensor> {
     architectures::tensors(&model.config())
@@ -44,7 +21,7 @@ pub fn tiny_tensors(model: &TinyModel, seed: u64) -> Vec<TinyTensor> {
         .enumerate()
         .map(|(index, spec)| {
             // Each tensor has its own stream, so that one model's layers do not change with another's vocabulary.
-            let mut random = Random(seed ^ (index as u64 + 1).wrapping_mul(0xD134_2543_DE82_EF95));
+            let mut random = Random::new(seed ^ (index as u64 + 1).wrapping_mul(0xD134_2543_DE82_EF95));
             let values = values(&mut random, spec.role, &spec.shape);
             TinyTensor { name: spec.name, shape: spec.shape, values }
         })

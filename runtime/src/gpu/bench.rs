@@ -62,12 +62,12 @@ impl GpuEngine {
     /// # Errors
     /// If prompt and generation do not fit in the context, or the device fails.
     pub fn bench(&mut self, settings: BenchSettings, progress: &dyn Fn(usize, usize)) -> Result<GpuBenchReport> {
-        let (needed, context) = (settings.n_prompt.max(1) + settings.n_gen, self.context());
+        let (needed, context) = (settings.n_prompt + settings.n_gen, self.context());
         if needed > context {
             return Err(Error::PromptTooLong { prompt_tokens: needed, context });
         }
         let vocab_size = self.split().manifest().config.vocab_size;
-        let prompt: Vec<u32> = (0..settings.n_prompt.max(1)).map(|i| bench_token(i, vocab_size)).collect();
+        let prompt: Vec<u32> = (0..settings.n_prompt).map(|i| bench_token(i, vocab_size)).collect();
         let (mut prompts, mut decodes) = (Vec::new(), Vec::new());
         let (mut before, mut seconds) = (self.account(), 0.0);
         for repetition in 0..=settings.repetitions {
@@ -79,8 +79,11 @@ impl GpuEngine {
             before = self.account();
             let begin = Instant::now();
             for i in 0..settings.n_gen {
-                let token =
-                    if settings.greedy { likeliest(&logits) } else { bench_token(settings.n_prompt + i, vocab_size) };
+                let token = if settings.greedy && !logits.is_empty() {
+                    likeliest(&logits)
+                } else {
+                    bench_token(settings.n_prompt + i, vocab_size)
+                };
                 logits = self.decode(token)?;
             }
             seconds = begin.elapsed().as_secs_f64();

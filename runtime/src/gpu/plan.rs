@@ -7,6 +7,7 @@ use crate::kv::KvCache;
 use crate::plan::{Mode, activation_rates, check_request, whole_chunks};
 use crate::{Error, PlanRequest, Result};
 use serde::Serialize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::cuda::launch::Heads;
 use thermocline_split::{Format, Split, TensorEntry};
 
@@ -240,7 +241,7 @@ impl GpuPlan {
         let slack = n_layers as u64 * 2 * ALIGN;
         let tables = cache_bytes(n, 0, bundle).max(8 * n as u64) * n_layers as u64;
         let shares: Vec<f64> = self.request.cache_share.map_or(CACHE_SHARES.to_vec(), |share| vec![share]);
-        let mut best: Option<(Vec<usize>, Vec<usize>, Policy, Replayed)> = None;
+        let mut divisions = Vec::new();
         for share in shares {
             let cache_budget =
                 if share > 0.0 { ((left as f64 * share) as u64).saturating_sub(tables + slack) } else { 0 };
@@ -252,35 +253,39 @@ impl GpuPlan {
             for (h, file) in hot.iter_mut().zip(split.layers()) {
                 *h = whole_chunks(*h, file.chunk_neurons(), n);
             }
-            let per_set = WAYS as u64 * (bundle + 8);
-            let sets: Vec<usize> =
-                hot.iter().map(|h| ((cache_budget / n_layers as u64 / per_set) as usize).min((n - h) / WAYS)).collect();
-            if share > 0.0 && sets.iter().all(|&s| s == 0) {
-                continue;
-            }
-            let policies: &[Policy] = if share > 0.0 { &Policy::CANDIDATES } else { &Policy::CANDIDATES[..1] };
-            for &policy in policies.iter().filter(|p| matches!(p, Policy::Lrfu { .. })) {
-                let r = replay_all(&traces, &sampled, n, &hot, &sets, policy);
-                let misses = |r: &Replayed| r.active - r.hot - r.cached;
-                if best.as_ref().is_none_or(|b| misses(&r) < misses(&b.3)) {
-                    best = Some((hot.clone(), sets.clone(), policy, r));
-                }
+            let each = (cache_budget / n_layers as u64 / (WAYS as u64 * (bundle + 8))) as usize;
+            let sets: Vec<usize> = hot.iter().map(|h| each.min((n - h) / WAYS)).collect();
+            if share == 0.0 || sets.iter().any(|&s| s > 0) {
+                divisions.push((hot, sets));
             }
         }
-        let Some((hot, sets, policy, replayed)) = best else {
+        // The policies are alike without a cache.
+        let jobs: Vec<(usize, Policy)> = (0..divisions.len())
+            .flat_map(|d| {
+                let cached = divisions[d].1.iter().any(|&s| s > 0);
+                Policy::CANDIDATES.into_iter().take(if cached { usize::MAX } else { 1 }).map(move |p| (d, p))
+            })
+            .collect();
+        let replays = in_parallel(self.request.base.n_threads, jobs.len(), |job| {
+            let (d, policy) = jobs[job];
+            replay_all(&traces, &sampled, n, &divisions[d].0, &divisions[d].1, policy)
+        });
+        let misses = |job: &usize| replays[*job].active - replays[*job].hot - replays[*job].cached;
+        let on_device = (0..jobs.len()).filter(|&job| matches!(jobs[job].1, Policy::Lrfu { .. }));
+        let Some(best) = on_device.min_by(|a, b| misses(a).total_cmp(&misses(b))) else {
             return Ok(Replayed { active: n as f64, ..Replayed::default() });
         };
-        if sets.iter().any(|&s| s > 0) {
-            for p in Policy::CANDIDATES {
-                let r = replay_all(&traces, &sampled, n, &hot, &sets, p);
-                self.cache_policies.push((format!("{p:?}"), r.cached / (r.active - r.hot).max(1.0)));
-            }
-        }
+        let (division, policy) = jobs[best];
+        (self.hot_neurons, self.cache_sets) = divisions.swap_remove(division);
         if let Policy::Lrfu { lambda } = policy {
             self.cache_lambda = lambda;
         }
-        (self.hot_neurons, self.cache_sets) = (hot, sets);
-        Ok(replayed)
+        if self.cache_slots() > 0 {
+            let compared = jobs.iter().zip(&replays).filter(|((d, _), _)| *d == division);
+            let hits = compared.map(|((_, p), r)| (p.to_string(), r.cached / (r.active - r.hot).max(1.0)));
+            self.cache_policies = hits.collect();
+        }
+        Ok(replays[best])
     }
 
     /// Slots of the cache.
@@ -313,6 +318,21 @@ impl GpuPlan {
             ),
         }
     }
+}
+
+/// `f` of 0 to `n`, by several threads.
+fn in_parallel<T: Send>(n_threads: usize, n: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let numbers = std::iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < n));
+        numbers.map(|i| (i, f(i))).collect::<Vec<_>>()
+    };
+    let mut results: Vec<(usize, T)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..n_threads.min(n)).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|w| w.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
+    });
+    results.sort_by_key(|(i, _)| *i);
+    results.into_iter().map(|(_, t)| t).collect()
 }
 
 fn replay_all(

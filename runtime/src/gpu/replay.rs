@@ -23,10 +23,20 @@ pub(super) enum Policy {
     Clock,
 }
 
+impl std::fmt::Display for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            // An octave a token forgets everything but the order of the last uses.
+            Policy::Lrfu { lambda } if *lambda >= 1.0 => f.write_str("LRU"),
+            Policy::Lrfu { lambda } => write!(f, "frequency, halved every {} tokens", 1.0 / lambda),
+            Policy::Clock => f.write_str("CLOCK"),
+        }
+    }
+}
+
 impl Policy {
     /// What is compared for every model.
     pub(super) const CANDIDATES: [Policy; 6] = [
-        // An octave a token forgets everything but the order of last uses.
         Policy::Lrfu { lambda: 1.0 },
         Policy::Lrfu { lambda: 1.0 / 8.0 },
         Policy::Lrfu { lambda: 1.0 / 32.0 },

@@ -1,0 +1,216 @@
+//! A planted model ([`thermocline_datasets::planted`]), written as a split: no checkpoint, no profile.
+
+mod layer;
+mod measure;
+mod resident;
+mod rows;
+
+use crate::build::{assemble_parts, write_plain_file};
+use crate::error::Result;
+use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, Source};
+use crate::pack_layer::FACTORS;
+use crate::partial::Partial;
+use crate::{Error, LayerFile};
+use measure::Counts;
+use rayon::prelude::*;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use thermocline_calibrate::disk;
+use thermocline_datasets::planted::{Measured, PlantedModel, PlantedReport};
+use thermocline_kernels::{BundleLayout, Encoding};
+
+/// Neurons in a chunk: at 70B a bundle is what a disk reads at a time, and memory needs no larger piece.
+const CHUNK_NEURONS: usize = 1;
+/// The file with settings and measurements.
+pub(crate) const REPORT_FILE: &str = "planted.json";
+/// Room for manifest, tokenizer and headers.
+const SMALL_FILES_BYTES: u64 = 64 << 20;
+
+/// Streams of random numbers; those of the datasets crate are below 16.
+const MATRIX: u64 = 16;
+const EMBEDDING: u64 = 17;
+const HEAD: u64 = 18;
+const BUNDLE: u64 = 19;
+const FACTOR: u64 = 20;
+
+/// What a planted split takes on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PlantedBytes {
+    /// Bundles, with the layer files' headers.
+    pub ffn: u64,
+    /// Embedding, attention, norms, head.
+    pub resident: u64,
+    /// Predictors.
+    pub predictors: u64,
+    /// Rates, energies and the trace.
+    pub statistics: u64,
+    /// Bytes that must be free for it while it is written.
+    pub needed: u64,
+}
+
+/// What a planted split turned out as.
+#[derive(Debug, Clone, Serialize)]
+pub struct PlantedSplit {
+    /// The split directory.
+    pub path: PathBuf,
+    /// The model's name.
+    pub model: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Size of the feed-forward bundles in it.
+    pub ffn_bytes: u64,
+    /// What its trace and predictors give.
+    pub measured: Measured,
+    /// Layers that an earlier, interrupted run had finished.
+    pub resumed_layers: usize,
+}
+
+/// Everything that decides the bytes.
+#[derive(Debug, Serialize)]
+struct Identity {
+    program: String,
+    planted: String,
+}
+
+/// The size of a planted split, before anything is written.
+///
+/// # Errors
+/// If the model's rows cannot be stored in q4.
+pub fn planted_bytes(model: &PlantedModel) -> Result<PlantedBytes> {
+    let (shape, layout) = (model.shape(), layout(model)?);
+    let (layers, n, rank) = (shape.n_layers as u64, shape.intermediate_size, layer::rank(model));
+    let header = 4096 + n * 36;
+    let ffn = layers * (n * layout.bundle_bytes() + header) as u64;
+    let predictor = rank * Encoding::Q8.row_stride(shape.hidden_size) + 2 * n * FACTORS.row_stride(rank) + 12 * n;
+    let statistics = 8 * n + model.trace_tokens().len() * n.div_ceil(8);
+    let (predictors, statistics) = (layers * predictor as u64, layers * statistics as u64);
+    let resident = resident::bytes(model);
+    // Until the end, predictors and statistics also lie in the parts that an interrupted run is continued from.
+    let needed = ffn + resident + 2 * (predictors + statistics) + SMALL_FILES_BYTES;
+    Ok(PlantedBytes { ffn, resident, predictors, statistics, needed })
+}
+
+fn layout(model: &PlantedModel) -> Result<BundleLayout> {
+    let hidden_size = model.shape().hidden_size;
+    BundleLayout::new(Encoding::Q4, hidden_size)
+        .ok_or_else(|| Error::Settings { what: format!("hidden size {hidden_size} is no multiple of 32") })
+}
+
+/// Writes the split of a planted model to `out`, which must not exist. `progress(done, total)` counts layers.
+///
+/// As [`crate::split()`] does, it grows as `OUT.partial`, can be continued after an interruption, and is renamed when it
+/// is complete. Layers are made in parallel. Memory: a few megabytes of bundles, and what is not bundles of one layer, a
+/// thread; one attention matrix or the embedding; the tokens' codes. Equal settings give equal bytes.
+///
+/// # Errors
+/// If the disk is full or cannot be written to, or another process writes the same split.
+pub fn split_planted(
+    model: &PlantedModel,
+    out: &Path,
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Result<PlantedSplit> {
+    let needed = planted_bytes(model)?.needed;
+    build(model, needed, out, progress).map_err(|error| match &error {
+        Error::Io { source, .. } if disk::is_full(source) => {
+            Error::DiskFull { path: out.to_owned(), needed, available: disk::Space::of(out).available_bytes }
+        }
+        _ => error,
+    })
+}
+
+/// One finished layer.
+struct Done {
+    entry: LayerEntry,
+    counts: Counts,
+    resumed: bool,
+}
+
+fn build(
+    model: &PlantedModel,
+    needed: u64,
+    out: &Path,
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Result<PlantedSplit> {
+    if out.exists() {
+        return Err(Error::Exists { path: out.to_owned() });
+    }
+    let layout = layout(model)?;
+    let identity = Identity { program: env!("CARGO_PKG_VERSION").to_owned(), planted: model.digest() };
+    let partial = Partial::open(out, &serde_json::to_string(&identity).unwrap_or_default())?;
+    partial.check_space(needed)?;
+
+    let (n_layers, n_done) = (model.shape().n_layers, AtomicUsize::new(0));
+    let count = || progress(n_done.fetch_add(1, Ordering::Relaxed) + 1, n_layers + 2);
+    // Attention and head are a sixth of a large model: one thread writes them while the others make layers. Nothing
+    // inside a layer runs in parallel, so that no thread holds two at a time.
+    let (layers, resident) = rayon::join(
+        || {
+            let layers = (0..n_layers).into_par_iter().with_max_len(1);
+            let done = layers.map(|l| make_layer(model, l, &layout, &partial).inspect(|_| count()));
+            done.collect::<Result<Vec<Done>>>()
+        },
+        || resident::write(model, partial.dir()).inspect(|_| count()),
+    );
+    let (layers, resident) = (layers?, resident?);
+    let mut counts = Counts::default();
+    layers.iter().for_each(|layer| counts += layer.counts);
+    let measured = counts.measured(model);
+    let resumed_layers = layers.iter().filter(|l| l.resumed).count();
+
+    let places: Vec<u64> = model.trace_tokens().map(|t| t as u64).collect();
+    let config = model.shape().config();
+    let (predictors, statistics) = assemble_parts(&config, layer::rank(model), &places, &partial)?;
+    let dir = partial.dir();
+    let report = serde_json::to_string_pretty(&PlantedReport::new(model, measured.clone())).unwrap_or_default();
+    let files = [("tokenizer.json", model.tokenizer_json()), (REPORT_FILE, report)];
+    let files = files.into_iter().map(|(name, text)| write_plain_file(dir, name, &text)).collect::<Result<_>>()?;
+    let layers: Vec<LayerEntry> = layers.into_iter().map(|layer| layer.entry).collect();
+    let ffn_bytes = layers.iter().map(|l| l.file_bytes).sum();
+    let bytes = ffn_bytes + resident.file_bytes + predictors.file_bytes + statistics.file_bytes;
+    let manifest = Manifest {
+        format: "thermocline-split".to_owned(),
+        version: FORMAT_VERSION,
+        source: Source {
+            model: model.name(),
+            model_digest: model.digest(),
+            ffn_dtype: "planted".to_owned(),
+            corpus_digest: model.digest(),
+            n_tokens: model.n_sampled() as u64,
+        },
+        config,
+        packing: Packing {
+            ffn_encoding: Encoding::Q4.name().to_owned(),
+            resident_encoding: Encoding::Q4.name().to_owned(),
+            chunk_neurons: CHUNK_NEURONS,
+            order: "frequency".to_owned(),
+            predictor_rank: layer::rank(model),
+            active_share: model.statistics().active_share,
+        },
+        layers,
+        resident,
+        predictors,
+        statistics,
+        files,
+        checksum: String::new(),
+    };
+    manifest.write(dir)?;
+    partial.publish(out)?;
+    progress(n_layers + 2, n_layers + 2);
+    Ok(PlantedSplit { path: out.to_owned(), model: model.name(), bytes, ffn_bytes, measured, resumed_layers })
+}
+
+fn make_layer(model: &PlantedModel, l: usize, layout: &BundleLayout, partial: &Partial) -> Result<Done> {
+    let resumed = partial.has_layer(l);
+    let packed = if resumed {
+        partial.read_part(l)?
+    } else {
+        let packed = layer::write(model, l, layout, partial)?;
+        partial.finish_layer(l, &packed)?;
+        packed
+    };
+    let file = format!("layers/{l:03}.thm");
+    let written = LayerFile::open(&partial.dir().join(&file))?;
+    let entry = LayerEntry { file, file_bytes: written.file_bytes(), checksum: written.checksum() };
+    Ok(Done { entry, counts: Counts::of(model, l, &packed), resumed })
+}

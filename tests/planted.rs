@@ -1,0 +1,238 @@
+//! Planted models: that the engines see exactly the activations that were planted, and that the walk goes on.
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod support;
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use support::{copy, engine, fails, files, json, llama, ok, once, request, split, text};
+use tempfile::TempDir;
+use thermocline_calibrate::coactivation::BitMatrix;
+use thermocline_calibrate::{RunOptions, Settings, calibrate};
+use thermocline_datasets::planted::{PlantedModel, Shape, Statistics, n_hot};
+use thermocline_runtime::{Logits, Mode};
+use thermocline_split::{Split, SplitCheckpoint, split_planted};
+
+const VOCAB: usize = 1024;
+
+fn tiny() -> PathBuf {
+    once("planted-tiny-a", |path| drop(ok(&["split", "--planted", "tiny", "-o", text(path)])))
+}
+
+fn model(shape: Shape) -> PlantedModel {
+    PlantedModel::new(shape, "a", Statistics::case("a").unwrap(), 0).unwrap()
+}
+
+/// What every layer of the dense engine computed over the whole vocabulary, token by token: `h` is not zero.
+fn computed(dir: &Path) -> Vec<BitMatrix> {
+    let (checkpoint, out) = (SplitCheckpoint::open(dir).unwrap(), TempDir::new().unwrap());
+    let tokens: Vec<u32> = (0..VOCAB as u32).collect();
+    let settings = Settings {
+        window_len: 128,
+        n_samples: VOCAB,
+        sample_run_len: 128,
+        second_moment: false,
+        ..Settings::default()
+    };
+    let profile = out.path().join("profile");
+    let profile = calibrate(&checkpoint, &tokens, &settings, &RunOptions::default(), &profile, &mut |_| ()).unwrap();
+    assert_eq!(profile.sample_tokens().unwrap(), (0..VOCAB as u64).collect::<Vec<_>>());
+    (0..checkpoint.split().layers().len()).map(|l| profile.layer(l).unwrap().active).collect()
+}
+
+/// Share of active neurons over some tokens, and the hottest ones' share of the activations.
+fn share_and_cover(active: &BitMatrix, tokens: std::ops::Range<usize>) -> (f64, f64) {
+    let hot = n_hot(active.n_columns());
+    let (n, all) = (tokens.len(), tokens.clone().map(|t| active.ones(t).count()).sum::<usize>());
+    let of_hot: usize = tokens.map(|t| active.ones(t).filter(|&i| i < hot).count()).sum();
+    (all as f64 / (n * active.n_columns()) as f64, of_hot as f64 / all as f64)
+}
+
+#[test]
+fn the_dense_engine_computes_exactly_what_was_planted() {
+    let (dir, model) = (tiny(), model(Shape::named("tiny").unwrap()));
+    let (split, planted) = (Split::open(&dir).unwrap(), *model.statistics());
+    let report = split.planted().unwrap().unwrap();
+    let (mut shares, mut covers, mut later) = (0.0, 0.0, 0.0);
+    let layers = computed(&dir);
+    for (l, active) in layers.iter().enumerate() {
+        let layer = model.layer(l);
+        for place in 0..active.n_columns() {
+            let neuron = layer.neuron(place);
+            for token in 0..VOCAB {
+                let fires = neuron.fires(model.pattern(token), model.domain(token));
+                assert_eq!(active.get(token, place), fires, "layer {l}, neuron {place}, token {token}");
+            }
+        }
+        // The trace that `plan` replays is the same.
+        let trace = split.statistics().read(&format!("layers.{l}.trace")).unwrap();
+        let rows = model.trace_tokens().flat_map(|t| active.row(t)).copied();
+        assert!(rows.eq(trace), "layer {l}");
+        let (share, cover) = share_and_cover(active, 0..model.border());
+        shares += share / layers.len() as f64;
+        covers += cover / layers.len() as f64;
+        later += share_and_cover(active, model.border()..VOCAB).1 / layers.len() as f64;
+    }
+    // Thresholds are quantiles over the whole vocabulary, so that a half of it is a sample: the mean share of 512
+    // tokens has an error of the share's own deviation over the root of 512, a little more as neighbours are alike.
+    let error = report.measured.active_share_sd / (model.border() as f64).sqrt() * 1.3;
+    assert!((shares - planted.active_share).abs() < 4.0 * error, "{shares}, error {error}");
+    // Hot and cold neurons' shares err by as much, relative to the share.
+    assert!((covers - planted.hot_cover).abs() < 4.0 * error / planted.active_share, "{covers}");
+    // Half of the hottest change places with others, which cover 9 % if there are as many of them.
+    let cold = (1.0 - planted.hot_cover) * 0.18 / 0.82;
+    let expected = (1.0 - planted.shift) * planted.hot_cover + planted.shift * cold;
+    assert!((later - expected).abs() < 0.04, "{later}, expected {expected}");
+}
+
+/// Exact mode reads every gate, and up and down rows of the neurons whose gate is positive: its account of bytes tells how
+/// many these were, token by token, on both sides of the border between the domains.
+#[test]
+fn the_token_engine_reads_exactly_the_planted_neurons() {
+    let (dir, model) = (tiny(), model(Shape::named("tiny").unwrap()));
+    let split = Split::open(&dir).unwrap();
+    let bundle_bytes = split.layers()[0].layout().bundle_bytes() as u64;
+    let (n, n_layers) = (model.shape().intermediate_size, model.shape().n_layers);
+    let neurons: Vec<Vec<_>> =
+        (0..n_layers).map(|l| model.layer(l)).map(|layer| (0..n).map(|p| layer.neuron(p)).collect()).collect();
+    let matrices = split.resident().tensors().iter().filter(|t| t.format.encoding().is_some());
+    let (embedding, others): (Vec<_>, Vec<_>) = matrices.partition(|t| t.name == "model.embed_tokens.weight");
+    let dense = embedding[0].row_bytes() as u64 + others.iter().map(|t| t.bytes).sum::<u64>();
+    let mut engine = engine(&dir, request(Mode::Exact, None, 2)).unwrap();
+    for token in model.border() - 40..model.border() + 40 {
+        let before = engine.account().bytes.host;
+        engine.forward(&[token as u32], Logits::Last).unwrap();
+        let read = engine.account().bytes.host - before;
+        let (pattern, domain) = (model.pattern(token), model.domain(token));
+        let active = neurons.iter().flatten().filter(|neuron| neuron.fires(pattern, domain)).count() as u64;
+        assert_eq!(read, dense + ((n * n_layers) as u64 + 2 * active) * bundle_bytes / 3, "token {token}");
+    }
+}
+
+#[test]
+fn the_report_says_what_the_trace_gives() {
+    let report = Split::open(&tiny()).unwrap().planted().unwrap().unwrap();
+    let (planted, measured) = (report.planted, report.measured);
+    // As above, over the 256 tokens of the trace; all layers together see the same codes.
+    let error = measured.active_share_sd / (measured.trace_tokens as f64).sqrt() * 1.3;
+    assert!((measured.active_share - planted.active_share).abs() < 4.0 * error, "{measured:?}");
+    assert!((measured.hot_cover - planted.hot_cover).abs() < 4.0 * error / planted.active_share, "{measured:?}");
+    assert!(measured.coactivation_inside.unwrap() > 1.2 && (measured.coactivation_outside - 1.0).abs() < 0.05);
+    assert!(measured.reuse.is_sorted() && measured.predictor_recall > 0.85, "{measured:?}");
+    let shown = json(&["inspect", text(&tiny()), "--json"]);
+    assert_eq!(shown["planted"], serde_json::to_value(Split::open(&tiny()).unwrap().planted().unwrap()).unwrap());
+    assert_eq!(shown["source"]["model"], "planted-tiny-a");
+}
+
+/// A knob each, against the same model without it.
+#[test]
+fn statistics_move_as_asked() {
+    let dir = TempDir::new().unwrap();
+    let made = |flags: &[&str]| {
+        let out = dir.path().join(format!("split{}", flags.concat()));
+        let given = ["split", "--planted", "tiny", "--case", "b", "--json", "-o", text(&out)];
+        let report = json(&[&given, flags].concat());
+        (report["measured"].clone(), report["model"].as_str().unwrap().to_owned())
+    };
+    let number = |value: &Value, field: &str| value[field].as_f64().unwrap();
+    let (plain, name) = made(&[]);
+    assert_eq!(name, "planted-tiny-b");
+    let (walk, name) = made(&["--planted-reuse", "0.8"]);
+    assert_eq!(name, "planted-tiny-custom");
+    assert!(walk["reuse"][0].as_f64().unwrap() > plain["reuse"][0].as_f64().unwrap() + 0.1, "{walk} {plain}");
+    let (tight, _) = made(&["--planted-cluster-correlation", "0.8"]);
+    assert!(number(&tight, "coactivation_inside") > 2.0 * number(&plain, "coactivation_inside"), "{tight} {plain}");
+    let (loose, _) = made(&["--planted-clusters", "1"]);
+    assert_eq!(loose["coactivation_inside"], Value::Null);
+    let (noisy, _) = made(&["--planted-predictor-noise", "1"]);
+    assert!(number(&noisy, "predictor_recall") < number(&plain, "predictor_recall") - 0.2, "{noisy} {plain}");
+    let (few, _) = made(&["--planted-active", "0.03", "--planted-hot-cover", "0.7"]);
+    assert!((number(&few, "active_share") - 0.03).abs() < 0.004 && (number(&few, "hot_cover") - 0.7).abs() < 0.05);
+}
+
+#[test]
+fn greedy_tokens_walk_through_the_vocabulary_and_around_its_end() {
+    let dir = tiny();
+    for mode in [&["--mode", "exact"][..], &["--mode", "sparse", "--active", "0.1"]] {
+        for start in [0, 470, 990] {
+            let prompt = format!("t{start} t{}", start + 1);
+            let given = ["run", "-m", text(&dir), "-p", &prompt, "-n", "80", "--temp", "0", "-t", "2", "--json"];
+            let answer = json(&[&given[..], mode].concat());
+            let want: Vec<Value> = (start + 2..start + 82).map(|t| Value::from(t % VOCAB)).collect();
+            assert_eq!(answer["tokens"], Value::from(want), "{mode:?} from {start}");
+            assert!(answer["warnings"][0].as_str().unwrap().contains("planted-tiny-a"));
+        }
+    }
+}
+
+/// The margins that larger models live by: after 80 layers the next token's logit is about what the head was made for.
+#[test]
+fn eighty_layers_leave_codes_and_names_alone() {
+    let deep = Shape { name: "deep", n_layers: 80, ..Shape::named("tiny").unwrap() };
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("deep");
+    split_planted(&model(deep), &out, &|_, _| ()).unwrap();
+    for mode in [Mode::Exact, Mode::Sparse { active: 0.1 }] {
+        let mut engine = engine(&out, request(mode, None, 2)).unwrap();
+        for token in 480..544u32 {
+            let mut logits = engine.forward(&[token], Logits::Last).unwrap();
+            let top = logits[token as usize + 1];
+            logits[token as usize + 1] = f32::NEG_INFINITY;
+            let second = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert!((14.0..30.0).contains(&top) && second < top - 5.0, "{mode:?}, {token}: {top}, {second}");
+        }
+    }
+}
+
+#[test]
+fn equal_settings_give_equal_bytes_on_any_number_of_threads() {
+    let dir = TempDir::new().unwrap();
+    let made = |name: &str, flags: &[&str]| {
+        let out = dir.path().join(name);
+        ok(&[&["split", "--planted", "tiny", "-o", text(&out)], flags].concat());
+        files(&out)
+    };
+    let bytes = files(&tiny());
+    assert!(made("one", &["-t", "1"]) == bytes && made("three", &["-t", "3"]) == bytes);
+    assert!(made("other", &["--planted-seed", "1"]) != bytes);
+}
+
+#[test]
+fn an_interrupted_planted_split_is_continued() {
+    let dir = TempDir::new().unwrap();
+    let (out, model) = (dir.path().join("split"), model(Shape::named("tiny").unwrap()));
+    let stop = |done: usize, _: usize| assert!(done < 3, "stopped");
+    let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| split_planted(&model, &out, &stop)));
+    assert!(stopped.is_err() && !out.exists());
+    let report = split_planted(&model, &out, &|_, _| ()).unwrap();
+    assert!(report.resumed_layers > 0, "{report:?}");
+    assert!(files(&out) == files(&tiny()));
+}
+
+#[test]
+fn verify_needs_no_checkpoint_for_a_planted_split_and_only_for_one() {
+    assert!(ok(&["verify", text(&tiny())]).stdout.contains("made without a checkpoint"));
+    let (_guard, damaged) = copy(&tiny());
+    let layer = damaged.join("layers/002.thm");
+    let mut bytes = std::fs::read(&layer).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&layer, bytes).unwrap();
+    assert!(fails(4, &["verify", text(&damaged)]).contains("layer 2"));
+    assert!(fails(2, &["verify", text(&split(&llama(), "q4", &[]))]).contains("needs -m"));
+}
+
+#[test]
+fn what_cannot_be_planted_is_refused_by_name() {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("split");
+    let refused = |flags: &[&str]| fails(2, &[&["split", "-o", text(&out)], flags].concat());
+    assert!(refused(&["--planted", "71b"]).contains("70b, 34b, 13b, 7b, tiny"));
+    assert!(refused(&["--planted", "tiny", "--case", "d"]).contains("a, b, c"));
+    assert!(refused(&["--planted", "tiny", "--planted-active", "0.9"]).contains("--planted-active"));
+    assert!(
+        refused(&["--planted", "tiny", "--planted-active", "0.5", "--planted-hot-cover", "0.9"]).contains("at most")
+    );
+    assert!(refused(&["--planted", "tiny", "-m", "model"]).contains("--model"));
+    assert!(refused(&["--planted-seed", "3", "-m", "model", "--profile", "p"]).contains("is for --planted"));
+    assert!(!out.exists());
+}
