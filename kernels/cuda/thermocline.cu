@@ -10,3 +10,4 @@
 #include "choose.cu"
 #include "ffn.cu"
 #include "prefill.cu"
+#include "attend_rows.cu"

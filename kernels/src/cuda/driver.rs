@@ -13,7 +13,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -25,6 +25,7 @@ const SOURCES: [&str; 11] = [
     include_str!("../../cuda/choose.cu"),
     include_str!("../../cuda/ffn.cu"),
     include_str!("../../cuda/prefill.cu"),
+    include_str!("../../cuda/attend_rows.cu"),
 ];
 
 /// Shared memory that every kernel may take without asking.

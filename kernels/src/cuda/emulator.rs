@@ -278,7 +278,7 @@ pub fn build_emulator(folder: &Path) -> Result<PathBuf> {
     let unfinished = library.with_extension("partial");
     let mut command = Command::new("g++");
     command.args(["-O2", "-g1", "-std=c++17", "-shared", "-fPIC", "-DTHERMOCLINE_EMULATED", "-x", "c++", "-o"]);
-    let output = command.arg(&unfinished).arg(sources.join("emulator/launch.cpp")).output();
+    let output = command.arg(&unfinished).arg(sources.join("emulator/emulator.cpp")).output();
     let output = output.map_err(refused(Path::new("g++")))?;
     if !output.status.success() {
         return Err(CudaError::Compile(String::from_utf8_lossy(&output.stderr).into_owned()));

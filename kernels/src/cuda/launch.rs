@@ -739,8 +739,11 @@ fn attend_rows_threads() -> u32 {
     THREADS
 }
 
-fn attend_rows_shared_bytes(_: Heads) -> u32 {
-    0
+/// Queries, a tile of keys or values with a column more, scores with a column more, and a number for each query
+/// (`Tiles` in `kernels/cuda/attend_rows.cu`).
+fn attend_rows_shared_bytes(heads: Heads) -> u32 {
+    let parts = heads.head_dim.div_ceil(4);
+    (32 * (16 * parts + 16 * (parts + 1) + 4 * 33 + 4)) as u32
 }
 
 fn pairs(out: [&View; 2], n: usize) {

@@ -15,7 +15,7 @@ fn decoded(layout: &BundleLayout, bundle: &[u8], which: usize) -> (Vec<f32>, Vec
     (values, sizes)
 }
 
-fn random_bundles(layout: &BundleLayout, n: usize, random: &mut Random) -> Vec<u8> {
+pub(crate) fn random_bundles(layout: &BundleLayout, n: usize, random: &mut Random) -> Vec<u8> {
     let mut bytes = vec![0; n * layout.bundle_bytes()];
     let mut packed = vec![0; layout.encoding().row_stride(layout.hidden_size())];
     for bundle in bytes.chunks_exact_mut(layout.bundle_bytes()) {

@@ -11,6 +11,7 @@ mod fatbin;
 mod ffn;
 mod matrix;
 mod predict;
+mod prefill;
 
 use std::path::Path;
 use std::sync::OnceLock;

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use thermocline_kernels::Encoding;
 use thermocline_kernels::cuda::launch::{Added, DeviceMatrix, Norm, embed, gemv};
 
-fn on_device(rows: &Rows) -> DeviceMatrix {
+pub(crate) fn on_device(rows: &Rows) -> DeviceMatrix {
     let data = upload(&rows.bytes).view();
     DeviceMatrix { encoding: rows.encoding, rows: rows.weights.len() / rows.columns, columns: rows.columns, data }
 }
