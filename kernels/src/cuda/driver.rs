@@ -256,8 +256,12 @@ impl Backend for Driver {
 
     fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
         self.enter()?;
-        // SAFETY: the caller has checked that the destination is as long.
-        unsafe { result::memcpy_htod_sync(to, from) }.map_err(driver("cuMemcpyHtoD"))
+        // On the queue of the kernels: a plain copy may return before it has arrived, and they do not wait for it.
+        // SAFETY: the caller has checked that the destination is as long; `from` outlives the copy.
+        unsafe {
+            result::memcpy_htod_async(to, from, self.compute).map_err(driver("cuMemcpyHtoDAsync"))?;
+            result::stream::synchronize(self.compute).map_err(driver("cuStreamSynchronize"))
+        }
     }
 
     fn download(&self, to: &mut [u8], from: u64) -> Result<()> {
