@@ -16,7 +16,7 @@ DEVICE void split_value(float v, u64 at, u16* hi, u16* lo) {
 template <class E>
 DEVICE void embed_rows(const u32* tokens, int n, const unsigned char* table, int columns, float* x) {
   for (int t = blockIdx.x; t < n; t += gridDim.x) {
-    const Row<E> row = matrix_row<E>(table + tokens[t] * row_stride<E>(columns), columns);
+    const Row<E> row = matrix_row<E>(table + static_cast<u64>(tokens[t]) * row_stride<E>(columns), columns);
     for (int c = threadIdx.x; c < columns; c += blockDim.x) x[static_cast<u64>(t) * columns + c] = weight<E>(row, c);
   }
 }
