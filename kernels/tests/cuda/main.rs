@@ -45,7 +45,7 @@ impl Random {
     }
 
     fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.bits()) * n as u64 >> 32) as usize
+        ((u64::from(self.bits()) * n as u64) >> 32) as usize
     }
 
     /// Within -1 and 1.
