@@ -123,6 +123,18 @@ impl Rows {
     }
 }
 
+/// A row of small whole numbers that every encoding stores exactly: the first of each group makes the scale 1.
+fn whole_row(encoding: Encoding, columns: usize, random: &mut Random) -> Vec<f32> {
+    let first = if encoding == Encoding::Q8 { -127.0 } else { -8.0 };
+    (0..columns).map(|c| if c % 32 == 0 { first } else { random.below(7) as f32 - 3.0 }).collect()
+}
+
+/// Few whole numbers, none where the rows have large ones: sums of their products are exact in any order.
+fn whole_input(columns: usize, random: &mut Random) -> Vec<f32> {
+    let mut value = |c: usize| if c % 32 != 0 && random.below(24) == 0 { random.below(5) as f32 - 2.0 } else { 0.0 };
+    (0..columns).map(&mut value).collect()
+}
+
 fn term_sizes<'a>(encoding: Encoding, row: RowRef<'a>, weights: &'a [f32]) -> impl Iterator<Item = f64> + 'a {
     weights.iter().enumerate().map(move |(c, w)| {
         let offset = if encoding == Encoding::Q4 {
