@@ -131,7 +131,8 @@ fn whole_row(encoding: Encoding, columns: usize, random: &mut Random) -> Vec<f32
 
 /// Few whole numbers, none where the rows have large ones: sums of their products are exact in any order.
 fn whole_input(columns: usize, random: &mut Random) -> Vec<f32> {
-    let mut value = |c: usize| if c % 32 != 0 && random.below(24) == 0 { random.below(5) as f32 - 2.0 } else { 0.0 };
+    let mut value =
+        |c: usize| if !c.is_multiple_of(32) && random.below(24) == 0 { random.below(5) as f32 - 2.0 } else { 0.0 };
     (0..columns).map(&mut value).collect()
 }
 
