@@ -3,10 +3,10 @@
 // One block of 1024 threads, once a layer: what counts is how often it waits, for memory or at a barrier.
 //
 // 1. Scores are read once, into registers. Non-negative floats order like their bits: counting the upper 12 finds the
-//    few among which the k-th largest lies, and two more rounds over these find it. A warp owns neighbouring neurons, so
-//    that counting before it is all it takes to write the active ones in ascending order.
-// 2. The active ones are looked up in the cache and divided into misses, hits and hot ones; the last of the misses may go
-//    to the CPU, which starts at once.
+//    few among which the k-th largest lies, and two more rounds over these find it. A warp owns neighbours, so that
+//    counting before it is all it takes to write the active ones in ascending order.
+// 2. The active ones are looked up in the cache and divided into misses, hits and hot ones; the last misses may go to
+//    the CPU, which starts at once.
 // 3. Misses that are read over the link compete for the slots of their sets. A neuron's key is recency and frequency in
 //    one number (LRFU, Lee et al. 2001): the logarithm of the sum of 2^(lambda * t) over the tokens t that used it. It
 //    never ages: only what is used grows. As an f32 it tells apart times that differ by now / 2^24 tokens: a sixteenth
@@ -286,7 +286,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
 #pragma unroll
     for (u32 b = 0; b < kBatch; b++) {
       const u32 cold = neurons[b] - c.n_hot;
-      const u32 missed = __ballot_sync(kAllLanes, kinds[b] == kMiss), hit = __ballot_sync(kAllLanes, kinds[b] == kCached);
+      const u32 missed = __ballot_sync(kAllLanes, kinds[b] == kMiss);
+      const u32 hit = __ballot_sync(kAllLanes, kinds[b] == kCached);
       if (kinds[b] == kMiss) {
         const u32 m = miss_at + __popc(missed & lower_lanes);
         if (m < n_link) {

@@ -7,8 +7,8 @@
 //     weight(c) = scale * (four(codes, c / 4)[c % 4] * kIn * factor(c) * kOut - kBias)
 //
 // where the powers of two `kIn * factor(c)` are put into the input (or, for down rows, taken from the output) once for
-// many weights, and the bias becomes `kBias * sum of the inputs`, also once. What is left of a q4 weight is one LOP3 and
-// one FFMA, and a shift for every eight.
+// many weights, and the bias becomes `kBias * sum of the inputs`, also once. What is left of a q4 weight is one LOP3,
+// one FFMA, and an eighth of a shift.
 #pragma once
 #include "platform.cuh"
 

@@ -5,8 +5,8 @@
 // Floor: the bundles' bytes, over the link for those that are read in place from pinned host memory (51 GB/s measured),
 // from device memory for the others (4470 GB/s).
 //
-// - A thread owns the same columns of every neuron: its outputs stay in registers from the first neuron to the last, and
-//   a row is one 16-byte load. x lies in shared memory; what is read of it serves the gate and the up row.
+// - A thread owns the same columns of every neuron: its outputs stay in registers from the first neuron to the last; a
+//   row is one 16-byte load. x lies in shared memory; what is read of it serves the gate and the up row.
 // - All three rows of the next neuron are on their way while this one is computed: 27 KB a block at hidden 8192 in q4.
 // - The link needs few bytes in flight and much time; a quarter of the teams reads it while the others compute with
 //   what is in device memory, so that the shorter of the two costs nothing.
