@@ -3,10 +3,10 @@
 // One block of 1024 threads, once a layer: what counts is how often it waits, for memory or at a barrier.
 //
 // 1. Scores are read once, into registers. Non-negative floats order like their bits: counting the upper 12 finds the
-//    few among which the k-th largest lies, and two more rounds over these find it. A warp owns neighbouring neurons, so
-//    that counting before it is all it takes to write the active ones in ascending order.
-// 2. The active ones are looked up in the cache and divided into misses, hits and hot ones; the last of the misses may go
-//    to the CPU, which starts at once.
+//    few among which the k-th largest lies, and two more rounds over these find it. A warp owns neighbours, so that
+//    counting before it is all it takes to write the active ones in ascending order.
+// 2. The active ones are looked up in the cache and divided into misses, hits and hot ones; the last misses may go to
+//    the CPU, which starts at once.
 // 3. Misses that are read over the link compete for the slots of their sets. A neuron's key is recency and frequency in
 //    one number (LRFU, Lee et al. 2001): the logarithm of the sum of 2^(lambda * t) over the tokens t that used it. It
 //    never ages: only what is used grows. As an f32 it tells apart times that differ by now / 2^24 tokens: a sixteenth
@@ -195,35 +195,45 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     limit |= bin;
     ties = left;
   }
-  auto above = [&](u32 neuron, u32 bits) {
-    if (neuron >= c.ffn) return false;
-    if (all) return true;
-    return top ? bits > limit : __uint_as_float(bits) > c.threshold;
-  };
+  // The least bits that are active without regard to ties.
+  u32 least = top ? limit + 1 : 0;
+  if (!top && !all && c.threshold >= 0.0f) least = c.threshold > 0.0f ? __float_as_uint(c.threshold) + 1 : 1;
+  auto above = [&](u32 neuron, u32 bits) { return neuron < c.ffn && bits >= least; };
+  auto at_limit = [&](u32 neuron, u32 bits) { return top && neuron < c.ffn && bits == limit; };
   u32 n_above = 0, n_ties = 0;
   scores.for_each([&](u32 neuron, u32 bits) {
     n_above += above(neuron, bits);
-    n_ties += top && neuron < c.ffn && bits == limit;
+    n_ties += at_limit(neuron, bits);
   });
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
     n_above += __shfl_xor_sync(kAllLanes, n_above, step);
     n_ties += __shfl_xor_sync(kAllLanes, n_ties, step);
   }
-  const u32 ties_before = count_over_warps(n_ties, shared.warps[0]).before;
+  const BlockCount tied = count_over_warps(n_ties, shared.warps[0]);
   auto taken = [&](u32 n) { return n < ties ? n : ties; };
-  const BlockCount active = count_over_warps(n_above + taken(ties_before + n_ties) - taken(ties_before), shared.warps[1]);
-  u32 at = active.before, tie = ties_before;
+  const u32 n_mine = n_above + taken(tied.before + n_ties) - taken(tied.before);
+  const BlockCount active = count_over_warps(n_mine, shared.warps[1]);
+  u32 at = active.before;
   const u32 lower_lanes = (1u << lane) - 1;
-  scores.for_each([&](u32 neuron, u32 bits) {
-    const bool equal = top && neuron < c.ffn && bits == limit;
-    const u32 equals = top ? __ballot_sync(kAllLanes, equal) : 0;
-    const bool mine = above(neuron, bits) || (equal && tie + __popc(equals & lower_lanes) < ties);
+  auto write = [&](u32 neuron, bool mine) {
     const u32 takes = __ballot_sync(kAllLanes, mine);
     if (mine) c.ids[at + __popc(takes & lower_lanes)] = neuron;
     at += __popc(takes);
-    tie += __popc(equals);
-  });
+  };
+  if (tied.all == ties) {
+    // As a rule all scores at the limit are wanted: there is one.
+    if (top) least = limit;
+    scores.for_each([&](u32 neuron, u32 bits) { write(neuron, above(neuron, bits)); });
+  } else {
+    u32 tie = tied.before;
+    scores.for_each([&](u32 neuron, u32 bits) {
+      const u32 equals = __ballot_sync(kAllLanes, at_limit(neuron, bits));
+      const bool wins = at_limit(neuron, bits) && tie + __popc(equals & lower_lanes) < ties;
+      write(neuron, wins || above(neuron, bits));
+      tie += __popc(equals);
+    });
+  }
   __syncthreads();
 
   // 2. What each of them is. The hot ones come first; a warp owns a range of the list.
@@ -231,22 +241,32 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const u32 n_rounds = share / kWarp;
   const float now = rounded_product(c.lambda, static_cast<float>(serial));
   enum Kind { kNothing, kHot, kCached, kMiss };
-  auto kind_of = [&](u32 i, u32& cold, u32& slot) {
-    cold = slot = kNone;
-    if (i >= n_active) return kNothing;
-    const u32 neuron = c.ids[i];
-    cold = neuron - c.n_hot;
-    if (neuron < c.n_hot) return kHot;
-    if (c.n_sets > 0) slot = c.slot_of[cold];
-    return slot == kNone ? kMiss : kCached;
+  // Some rounds at once: their loads wait together.
+  constexpr u32 kBatch = 4;
+  u32 neurons[kBatch], slots[kBatch];
+  Kind kinds[kBatch];
+  auto look_up = [&](u32 round) {
+#pragma unroll
+    for (u32 b = 0; b < kBatch; b++) {
+      const u32 i = begin + (round + b) * kWarp;
+      neurons[b] = round + b < n_rounds && i < n_active ? c.ids[i] : kNone;
+    }
+#pragma unroll
+    for (u32 b = 0; b < kBatch; b++) {
+      const bool cold = neurons[b] != kNone && neurons[b] >= c.n_hot;
+      slots[b] = cold && c.n_sets > 0 ? c.slot_of[neurons[b] - c.n_hot] : kNone;
+      kinds[b] = cold ? (slots[b] == kNone ? kMiss : kCached) : neurons[b] == kNone ? kNothing : kHot;
+    }
   };
   u32 n_hot = 0, n_miss = 0, n_cached = 0;
-  for (u32 round = 0; round < n_rounds; round++) {
-    u32 cold, slot;
-    const Kind kind = kind_of(begin + round * kWarp, cold, slot);
-    n_hot += __popc(__ballot_sync(kAllLanes, kind == kHot));
-    n_miss += __popc(__ballot_sync(kAllLanes, kind == kMiss));
-    n_cached += __popc(__ballot_sync(kAllLanes, kind == kCached));
+  for (u32 round = 0; round < n_rounds; round += kBatch) {
+    look_up(round);
+#pragma unroll
+    for (u32 b = 0; b < kBatch; b++) {
+      n_hot += __popc(__ballot_sync(kAllLanes, kinds[b] == kHot));
+      n_miss += __popc(__ballot_sync(kAllLanes, kinds[b] == kMiss));
+      n_cached += __popc(__ballot_sync(kAllLanes, kinds[b] == kCached));
+    }
   }
   const BlockCount misses = count_over_warps(n_miss, shared.warps[0]);
   const BlockCount hits = count_over_warps(n_cached, shared.warps[1]);
@@ -255,28 +275,37 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const u32 n_link = misses.all - n_cpu;
 
   u32 miss_at = misses.before, hit_at = hits.before;
-  for (u32 round = 0; round < n_rounds; round++) {
-    const u32 i = begin + round * kWarp;
-    u32 cold, slot;
-    const Kind kind = kind_of(i, cold, slot);
-    const u32 missed = __ballot_sync(kAllLanes, kind == kMiss), hit = __ballot_sync(kAllLanes, kind == kCached);
-    if (kind == kMiss) {
-      const u32 m = miss_at + __popc(missed & lower_lanes);
-      if (m < n_link) {
-        c.items[m] = make_uint2(0x40000000u | cold, c.n_sets > 0 ? kPending : kNone);
-      } else {
-        c.cpu_list[m - n_link] = cold;
-      }
-    } else if (kind == kCached) {
-      c.items[n_link + hit_at + __popc(hit & lower_lanes)] = make_uint2(0x80000000u | slot, kNone);
-      c.used[slot] = serial;
-    } else if (kind == kHot) {
-      c.items[n_link + hits.all + i] = make_uint2(cold + c.n_hot, kNone);
+  for (u32 round = 0; round < n_rounds; round += kBatch) {
+    look_up(round);
+    float keys[kBatch];
+#pragma unroll
+    for (u32 b = 0; b < kBatch; b++) {
+      const bool kept = c.n_sets > 0 && (kinds[b] == kMiss || kinds[b] == kCached);
+      keys[b] = kept ? c.key[neurons[b] - c.n_hot] : 0.0f;
     }
-    if (c.n_sets > 0 && (kind == kMiss || kind == kCached))
-      c.key[cold] = now + log2_of_one_plus_power(c.key[cold] - now);
-    miss_at += __popc(missed);
-    hit_at += __popc(hit);
+#pragma unroll
+    for (u32 b = 0; b < kBatch; b++) {
+      const u32 cold = neurons[b] - c.n_hot;
+      const u32 missed = __ballot_sync(kAllLanes, kinds[b] == kMiss);
+      const u32 hit = __ballot_sync(kAllLanes, kinds[b] == kCached);
+      if (kinds[b] == kMiss) {
+        const u32 m = miss_at + __popc(missed & lower_lanes);
+        if (m < n_link) {
+          c.items[m] = make_uint2(0x40000000u | cold, c.n_sets > 0 ? kPending : kNone);
+        } else {
+          c.cpu_list[m - n_link] = cold;
+        }
+      } else if (kinds[b] == kCached) {
+        c.items[n_link + hit_at + __popc(hit & lower_lanes)] = make_uint2(0x80000000u | slots[b], kNone);
+        c.used[slots[b]] = serial;
+      } else if (kinds[b] == kHot) {
+        c.items[n_link + hits.all + begin + (round + b) * kWarp] = make_uint2(neurons[b], kNone);
+      }
+      if (c.n_sets > 0 && (kinds[b] == kMiss || kinds[b] == kCached))
+        c.key[cold] = now + log2_of_one_plus_power(keys[b] - now);
+      miss_at += __popc(missed);
+      hit_at += __popc(hit);
+    }
   }
   if (n_cpu > 0) {
     for (u32 i = thread; i < c.hidden; i += kThreads) c.cpu_x[i] = c.x[i];

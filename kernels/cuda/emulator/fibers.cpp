@@ -203,7 +203,8 @@ bool run_grid(dim3 grid, dim3 threads, uint32_t dynamic_shared_bytes, const Body
   if (m.n == 0 || m.n > 1024 || m.n % 32 != 0) return false;
   if (m.n > m.n_stacks) {
     if (m.stacks != nullptr) munmap(m.stacks, m.n_stacks * kStackBytes);
-    void* p = mmap(nullptr, m.n * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* p = mmap(nullptr, m.n * kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     m.n_stacks = p == MAP_FAILED ? 0 : m.n;
     m.stacks = p == MAP_FAILED ? nullptr : static_cast<char*>(p);
     if (m.stacks == nullptr) return false;

@@ -9,13 +9,14 @@ fn log2_of_one_plus_power(d: f32) -> f32 {
     let t = d.clamp(-126.0, 126.0);
     let whole = (t + 12_582_912.0) - 12_582_912.0;
     let f = t - whole;
-    let p = [0.055_504_1, 0.240_226_5, 0.693_147_2, 1.0].iter().fold(0.009_618_1f32, |p, c| f.mul_add(p, *c));
+    let p =
+        [0.055_504_1, 0.240_226_5, std::f32::consts::LN_2, 1.0].iter().fold(0.009_618_1f32, |p, c| f.mul_add(p, *c));
     let y = f32::from_bits(((whole as i32 + 127) as u32) << 23).mul_add(p, 1.0);
     let e = ((y.to_bits() >> 23) as i32 - 127) as f32;
     let m = f32::from_bits(y.to_bits() & 0x7f_ffff | 0x3f80_0000);
     let s = (m - 1.0) / (m + 1.0);
     let square = s * s;
-    let series = [0.412_198_6, 0.577_078_0, 0.961_796_7, 2.885_390_1]
+    let series = [0.412_198_6, 0.577_078, 0.961_796_7, 2.885_39]
         .iter()
         .fold(0.320_598_9f32, |series, c| square.mul_add(series, *c));
     s.mul_add(series, e)
