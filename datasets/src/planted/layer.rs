@@ -110,13 +110,29 @@ impl<'m> PlantedLayer<'m> {
 
 /// Twice the threshold at which the share of `sums` above it is nearest to `rate`.
 fn threshold(sums: &[i16], rate: f64) -> i32 {
+    let wanted = ((rate * sums.len() as f64).round() as usize).min(sums.len() - 1);
     let mut sorted = sums.to_vec();
-    let wanted = (rate * sums.len() as f64).round() as usize;
-    let nth = wanted.min(sums.len() - 1);
-    let (_, &mut at, _) = sorted.select_nth_unstable_by(nth, |a, b| b.cmp(a));
-    // `at` has at most `wanted` sums above it; with it and its equals there are more.
-    let above = sums.iter().filter(|&&s| s > at).count();
-    let with = sums.iter().filter(|&&s| s >= at).count();
-    let twice = 2 * i32::from(at) + if wanted - above.min(wanted) <= with - wanted.min(with) { 1 } else { -1 };
-    twice.clamp(-THRESHOLD_MAX, THRESHOLD_MAX)
+    let (_, &mut at, _) = sorted.select_nth_unstable_by(wanted, |a, b| b.cmp(a));
+    // Half a step above `at` no more than `wanted` sums are left; half a step below it, with its equals, more.
+    let fewer = sums.iter().filter(|&&s| s > at).count();
+    let more = sums.iter().filter(|&&s| s >= at).count();
+    let half = if wanted - fewer <= more - wanted { 1 } else { -1 };
+    (2 * i32::from(at) + half).clamp(-THRESHOLD_MAX, THRESHOLD_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thresholds_leave_the_nearest_share_above_them() {
+        let sums: Vec<i16> = (0..1000).map(|i| i * 7 % 1000 / 3).collect();
+        let above = |twice: i32| sums.iter().filter(|&&s| 2 * i32::from(s) > twice).count() as f64;
+        for wanted in 0..990 {
+            let twice = threshold(&sums, f64::from(wanted) / 1000.0);
+            assert_eq!(twice.rem_euclid(2), 1);
+            // Sums come in threes: no threshold is nearer than this.
+            assert!((above(twice) - f64::from(wanted)).abs() <= 1.5, "{wanted}: {}", above(twice));
+        }
+    }
 }
