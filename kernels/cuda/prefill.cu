@@ -37,13 +37,6 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// x [n] in all, split.
-extern "C" __global__ void __launch_bounds__(256) split_rows(const float* x, u64 n, u16* hi, u16* lo) {
-  for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
-       i += static_cast<u64>(gridDim.x) * blockDim.x)
-    split_value(x[i], i, hi, lo);
-}
-
 // Decodes a row to hi and lo [columns]. A thread takes four columns, so that what is written, most of the bytes, comes
 // in whole lines.
 template <class E>

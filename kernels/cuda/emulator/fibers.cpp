@@ -101,7 +101,6 @@ struct Machine {
   // Hand-overs since something last happened: more than there are fibers, twice, and nothing ever will.
   uint32_t idle = 0;
   // What the threads brought to the barrier that is being gathered for, and to the last one.
-  bool any_now = false, any_before = false;
 
   ~Machine() {
     if (stacks != nullptr) munmap(stacks, n_stacks * kStackBytes);
@@ -134,8 +133,6 @@ void to_next(Machine& m, uint32_t first, uint32_t size) {
 void release(Machine& m) {
   m.arrived = 0;
   m.generation++;
-  m.any_before = m.any_now;
-  m.any_now = false;
 }
 
 void fiber_entry() {
@@ -165,13 +162,6 @@ void block_barrier() {
   m.idle = 0;
   if (++m.arrived == m.live) return release(m);
   for (const uint32_t before = m.generation; m.generation == before;) to_next(m, 0, m.n);
-}
-
-bool block_barrier_or(bool mine) {
-  machine.any_now |= mine;
-  block_barrier();
-  // The next barrier cannot be complete before this thread has come to it.
-  return machine.any_before;
 }
 
 const uint32_t* exchange(uint32_t mine) {

@@ -28,8 +28,8 @@ const SOURCES: [&str; 12] = [
     include_str!("../../cuda/attend_rows.cu"),
 ];
 
-/// Shared memory that every kernel may take without asking.
-const PLAIN_SHARED_BYTES: u32 = 48 << 10;
+/// Dynamic shared memory that every kernel may take without asking: with its own arrays it must stay below 48 KiB.
+const PLAIN_SHARED_BYTES: u32 = 4 << 10;
 
 /// Scratch memory that cuBLASLt may use; its advice for Hopper.
 const GEMM_WORKSPACE_BYTES: usize = 32 << 20;

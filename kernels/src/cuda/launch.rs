@@ -415,6 +415,7 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         floats(c.scores, c.ffn);
     }
     if cache.n_sets > 0 {
+        assert!(cache.n_ways <= 32 && cache.n_sets <= 0xffff, "a lane for each way, 16 bits for a set");
         let slots = cache.n_sets * cache.n_ways;
         assert!(cache.slot_of.len() >= 4 * n_cold && cache.key.len() >= 4 * n_cold, "cache tables");
         assert!(cache.owner.len() >= 4 * slots && cache.used.len() >= 4 * slots, "cache tables");

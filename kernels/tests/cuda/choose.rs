@@ -4,6 +4,9 @@ use thermocline_kernels::cuda::launch::{CacheTables, Choose, HostWork, Selection
 
 const NONE: u32 = u32::MAX;
 
+/// Misses that compete for slots at one token.
+const CANDIDATES: usize = 2048;
+
 /// `log2(1 + 2^d)`, operation by operation as in choose.cu: decisions hang on the last bit.
 fn log2_of_one_plus_power(d: f32) -> f32 {
     let t = d.clamp(-126.0, 126.0);
@@ -80,8 +83,9 @@ impl Model {
         let n_host = (self.share.mul_add(misses.len() as f32, 0.5) as usize).min(misses.len());
         let host = misses.split_off(misses.len() - n_host);
         let mut items: Vec<[u32; 2]> = Vec::new();
-        for &c in &misses {
-            items.push([0x4000_0000 | c as u32, self.admit(c, serial)]);
+        for (i, &c) in misses.iter().enumerate() {
+            let slot = if i < CANDIDATES { self.admit(c, serial) } else { NONE };
+            items.push([0x4000_0000 | c as u32, slot]);
         }
         items.extend(hits.iter().map(|slot| [0x8000_0000 | slot, NONE]));
         items.extend(ids[..hot].iter().map(|i| [*i, NONE]));
