@@ -231,22 +231,32 @@ extern "C" __global__ void __launch_bounds__(128, 2)
   }
 }
 
-// partial: see attend. out [n_heads, head_dim]. A block of any size for each head.
+// partial: see attend. out [n_heads, head_dim]. A block of any size for each head; at most 256 splits.
 extern "C" __global__ void __launch_bounds__(256)
     attend_combine(const float* partial, int head_dim, int n_splits, float* out) {
+  // What each split counts: zero for an empty one, whose largest score is minus infinity.
+  __shared__ float factors[256];
   const int head = blockIdx.x, width = head_dim + 2;
   const float* rows = partial + static_cast<long long>(head) * n_splits * width;
-  float most = rows[head_dim];
-  for (int i = 1; i < n_splits; i++) most = fmaxf(most, rows[i * width + head_dim]);
-  for (int c = threadIdx.x; c < head_dim; c += blockDim.x) {
-    float sum = 0.0f, weights = 0.0f;
-#pragma unroll 4
-    for (int i = 0; i < n_splits; i++) {
-      // Zero for an empty split, whose largest score is minus infinity.
-      const float f = expf(rows[i * width + head_dim] - most);
-      sum += f * rows[i * width + c];
-      weights += f * rows[i * width + head_dim + 1];
+  if (warp_id() == 0) {
+    float most = -__uint_as_float(0x7f800000u);
+    for (int i = lane_id(); i < n_splits; i += kWarp) most = fmaxf(most, rows[i * width + head_dim]);
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
+    float weights = 0.0f;
+    for (int i = lane_id(); i < n_splits; i += kWarp) {
+      factors[i] = expf(rows[i * width + head_dim] - most);
+      weights += factors[i] * rows[i * width + head_dim + 1];
     }
-    out[head * head_dim + c] = sum / weights;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) weights += __shfl_xor_sync(kAllLanes, weights, step);
+    for (int i = lane_id(); i < n_splits; i += kWarp) factors[i] /= weights;
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < head_dim; c += blockDim.x) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < n_splits; i++) sum += factors[i] * rows[i * width + c];
+    out[head * head_dim + c] = sum;
   }
 }

@@ -54,7 +54,8 @@ struct ChooseShared {
   u32 bins[choose_shape::kBins];
   u32 warps[2][choose_shape::kWarps];
   u32 found[2];
-  // Of each candidate.
+  u32 n_near;
+  // Of each candidate. Before that, `cold` has the bits of the scores near the limit.
   u32 cold[choose_shape::kCandidates];
   float key[choose_shape::kCandidates];
   u16 set[choose_shape::kCandidates];
@@ -218,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   // 1. The active ones.
   Scores scores(c);
   for (u32 i = thread; i < kBins; i += kThreads) shared.bins[i] = 0;
+  if (thread == 0) shared.n_near = 0;
   __syncthreads();
 
   // All above `limit` are active, and the first `ties` of those at it.
@@ -238,15 +240,32 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
       u32 bin, left = c.k;
       find_bin(shared, left, bin, left);
       limit = bin << 19;
+      // Those near the limit are few, as a rule: they are put together, so that two more rounds cost little.
       scores.for_each([&](u32 neuron, u32 bits) {
-        if (neuron < c.ffn && bits != 0 && bits >> 19 == limit >> 19) atomicAdd(&shared.bins[bits >> 9 & 1023], 1u);
+        if (neuron >= c.ffn || bits == 0 || bits >> 19 != limit >> 19) return;
+        const u32 i = atomicAdd(&shared.n_near, 1u);
+        if (i < kCandidates) shared.cold[i] = bits;
       });
+      __syncthreads();
+      const u32 n_near = shared.n_near;
+      if (n_near <= kCandidates) {
+        for (u32 i = thread; i < n_near; i += kThreads) atomicAdd(&shared.bins[shared.cold[i] >> 9 & 1023], 1u);
+      } else {
+        scores.for_each([&](u32 neuron, u32 bits) {
+          if (neuron < c.ffn && bits != 0 && bits >> 19 == limit >> 19) atomicAdd(&shared.bins[bits >> 9 & 1023], 1u);
+        });
+      }
       __syncthreads();
       find_bin(shared, left, bin, left);
       limit |= bin << 9;
-      scores.for_each([&](u32 neuron, u32 bits) {
-        if (neuron < c.ffn && bits != 0 && bits >> 9 == limit >> 9) atomicAdd(&shared.bins[bits & 511], 1u);
-      });
+      if (n_near <= kCandidates) {
+        for (u32 i = thread; i < n_near; i += kThreads)
+          if (shared.cold[i] >> 9 == limit >> 9) atomicAdd(&shared.bins[shared.cold[i] & 511], 1u);
+      } else {
+        scores.for_each([&](u32 neuron, u32 bits) {
+          if (neuron < c.ffn && bits != 0 && bits >> 9 == limit >> 9) atomicAdd(&shared.bins[bits & 511], 1u);
+        });
+      }
       __syncthreads();
       find_bin(shared, left, bin, left);
       limit |= bin;

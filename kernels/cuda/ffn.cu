@@ -342,11 +342,40 @@ extern "C" __global__ void __launch_bounds__(512, 1)
              static_cast<u32>(hidden), activation, x, partial});
 }
 
+// Waits until the CPU has raised its flag for this layer; false if it has given up. For one warp of every block.
+//
+// Only the first block looks at the flag itself and passes the word on: reads of one line over the link come one after
+// another, a microsecond each, and 256 blocks would wait for as long as the layer takes.
+DEVICE bool host_is_done(u32* passed_on, const u32* cpu_flag, const u32* step, int layer, int n_layers) {
+  const u32 wanted = step[2] * static_cast<u32>(n_layers) + static_cast<u32>(layer) + 1;
+  // What choose has put here is not yet done.
+  const u32 done = wanted != 0 ? wanted : 1;
+  volatile u32* word = passed_on;
+  u32 flag = 0;
+  if (lane_id() == 0) {
+    if (blockIdx.x == 0) {
+      // The flag goes up, and may wrap around. All bits set: the CPU has given up.
+      while (true) {
+        flag = *const_cast<const volatile u32*>(cpu_flag);
+        if (flag == kNone || static_cast<int>(flag - wanted) >= 0) break;
+        wait_a_little();
+      }
+      __threadfence_system();
+      flag = flag == kNone ? kNone : done;
+      *word = flag;
+    } else {
+      while (flag = *word, flag != done && flag != kNone) wait_a_little();
+      __threadfence();
+    }
+  }
+  return __shfl_sync(kAllLanes, flag, 0) != kNone;
+}
+
 // x [hidden] += the sum of partial [n_partials, hidden], and the CPU's share once it is there.
 // Floor: the partial sums from the second-level cache. A block of 256 threads for every 32 columns: eight threads of
 // four columns each, 32 of these over the rows, then a fixed tree. hidden is a multiple of 32.
 extern "C" __global__ void __launch_bounds__(256)
-    finish(const float* partial, int n_partials, int hidden, const u32* counts, const float* cpu_y, const u32* cpu_flag,
+    finish(const float* partial, int n_partials, int hidden, u32* counts, const float* cpu_y, const u32* cpu_flag,
            const u32* step, int layer, int n_layers, float* x) {
   __shared__ float4 sums[8][8];
   const int part = threadIdx.x % 8, first_row = threadIdx.x / 8;
@@ -375,19 +404,7 @@ extern "C" __global__ void __launch_bounds__(256)
   float total = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < 8; warp++) total += reinterpret_cast<const float*>(sums[warp])[lane_id()];
-  if (cpu_flag != nullptr && counts[4] > 0) {
-    // One lane looks; the flag of the CPU goes up, and may wrap around. All bits set: the CPU has given up.
-    const u32 wanted = step[2] * static_cast<u32>(n_layers) + static_cast<u32>(layer) + 1;
-    u32 flag = 0;
-    if (lane_id() == 0) {
-      while (true) {
-        flag = *const_cast<const volatile u32*>(cpu_flag);
-        if (flag == kNone || static_cast<int>(flag - wanted) >= 0) break;
-        wait_a_little();
-      }
-      __threadfence_system();
-    }
-    if (__shfl_sync(kAllLanes, flag, 0) != kNone) total += const_cast<const volatile float*>(cpu_y)[column];
-  }
+  if (cpu_flag != nullptr && counts[4] > 0 && host_is_done(counts + 7, cpu_flag, step, layer, n_layers))
+    total += const_cast<const volatile float*>(cpu_y)[column];
   x[column] += total;
 }

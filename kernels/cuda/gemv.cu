@@ -4,9 +4,7 @@
 // instructions for each; this kernel takes 2.9 to 3.2 in q4, 2.3 of them for the weight itself.
 //
 // - Four rows at a time: what is read of the vector from shared memory is used four times.
-// - A row is divided over as many warps as have a chunk for each lane, up to eight; such a team walks over its share of
-//   the rows. With 8192 columns or more that is the whole block, so that few rows still keep every warp busy and the
-//   rows divide evenly over the blocks.
+// - A row is divided over a team of up to eight warps, each of which walks over its share of the rows.
 // - The next chunk of all four rows is on its way while this one is computed: 2.3 KB a warp in q4. The first is asked
 //   for before the vector is put into shared memory.
 #include "input.cuh"
@@ -43,6 +41,23 @@ struct Quad {
   }
 };
 
+// Warps that share a row: few, so that a row's end (sums over lanes and warps, about half a chunk's work) comes seldom,
+// but enough that no team has a quad more than the others to do while these wait.
+DEVICE int best_team(int n_quads, int n_chunks) {
+  using namespace gemv_shape;
+  int best = 1, least = 0x7fffffff;
+#pragma unroll
+  for (int warps = 1; warps <= kWarps; warps *= 2) {
+    const int rounds = ceil_div(n_quads, static_cast<int>(gridDim.x) * (kWarps / warps));
+    const int work = rounds * (2 * ceil_div(n_chunks, warps * kWarp) + 1);
+    if (work < least) {
+      least = work;
+      best = warps;
+    }
+  }
+  return best;
+}
+
 // w [rows] encoded rows of `columns`; x, norm_weight, normed_out [columns]; bias, residual, out [rows]; out may be the
 // residual. All vectors of `columns` start at a multiple of 16 bytes. Any grid of blocks of 256 threads.
 // Dynamic shared memory for each 32 columns, the last of which may be fewer: q4 144 bytes, q8 160, bf16 192.
@@ -53,10 +68,10 @@ DEVICE void gemv(const unsigned char* w, int rows, int columns, const float* x, 
   __shared__ float partial[kBatch][kWarps][kRows];
 
   const int n_chunks = ceil_div(columns, E::kColumns);
-  int team_warps = 1;
-  while (team_warps < kWarps && team_warps * kWarp < n_chunks) team_warps *= 2;
+  const int n_quads = ceil_div(rows, kRows);
+  const int team_warps = best_team(n_quads, n_chunks);
   const int teams = kWarps / team_warps;
-  const int n_quads = ceil_div(rows, kRows), n_teams = teams * gridDim.x;
+  const int n_teams = teams * gridDim.x;
   const int team = blockIdx.x * teams + warp_id() / team_warps;
   const int first = static_cast<int>(static_cast<long long>(n_quads) * team / n_teams);
   const int last = static_cast<int>(static_cast<long long>(n_quads) * (team + 1) / n_teams);
@@ -136,17 +151,17 @@ DEVICE void gemv(const unsigned char* w, int rows, int columns, const float* x, 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 3)
     gemv_bf16(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight, float eps,
               float* normed_out, const float* bias, const float* residual, float* out) {
   gemv<Bf16>(w, rows, columns, x, norm_weight, eps, normed_out, bias, residual, out);
 }
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 3)
     gemv_q8(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight, float eps,
             float* normed_out, const float* bias, const float* residual, float* out) {
   gemv<Q8>(w, rows, columns, x, norm_weight, eps, normed_out, bias, residual, out);
 }
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 3)
     gemv_q4(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight, float eps,
             float* normed_out, const float* bias, const float* residual, float* out) {
   gemv<Q4>(w, rows, columns, x, norm_weight, eps, normed_out, bias, residual, out);

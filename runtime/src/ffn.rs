@@ -104,7 +104,7 @@ impl FfnSums {
 }
 
 /// Adds `n` neurons, given by their bundles, to `sums` `[hidden]`, as [`FfnSums::add`] does within a block; returns the
-/// rows that were read, of three a neuron.
+/// rows that were read, of three a neuron. Most of them should fire: whole bundles are read ahead.
 #[cfg(feature = "cuda")]
 pub(crate) fn add_bundles<'a>(
     kernels: &Kernels,
@@ -118,7 +118,7 @@ pub(crate) fn add_bundles<'a>(
     let waiting = [(0.0, &[][..]); 4];
     let mut block =
         Block { kernels, layout, activation, skip_zeros: true, x, sums, waiting, n_waiting: 0, rows_read: 0 };
-    block.add_all(n, bundle);
+    block.add_whole(0..n, bundle);
     block.finish()
 }
 
@@ -163,11 +163,17 @@ impl<'a> Block<'_, 'a> {
                 first += GATES;
             }
         }
-        for i in first..n {
-            if i + ahead < n {
+        self.add_whole(first..n, bundle);
+    }
+
+    /// Adds neurons of which most should fire.
+    fn add_whole(&mut self, neurons: std::ops::Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
+        let ahead = PREFETCH_BYTES.div_ceil(self.layout.bundle_bytes());
+        for i in neurons.clone() {
+            if i + ahead < neurons.end {
                 prefetch(bundle(i + ahead));
             }
-            let (g, u) = self.kernels.pre_activations(&layout, bundle(i), self.x);
+            let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x);
             self.add(g, u, bundle(i));
         }
     }

@@ -80,6 +80,7 @@ inline void wait_a_little() { emulator::yield_to_host(); }
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp() { emulator::exchange(0); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 template <class T>

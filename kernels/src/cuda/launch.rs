@@ -162,7 +162,7 @@ pub fn gemv(
 fn gemv_blocks(device: &Device, w: &DeviceMatrix) -> u32 {
     let team_warps = w.columns.div_ceil(32 * chunk_columns(w.encoding)).next_power_of_two().min(8);
     let useful = w.rows.div_ceil(4 * (8 / team_warps));
-    useful.min(2 * device.n_multiprocessors()).max(1) as u32
+    useful.min(3 * device.n_multiprocessors()).max(1) as u32
 }
 
 /// A vector in shared memory, as `kernels/cuda/input.cuh` lays it out: 16 more bytes for each 16 bytes of codes.
@@ -246,6 +246,7 @@ pub fn attend(
     floats(out, heads.n_heads * heads.head_dim);
     floats(rope.cos, heads.capacity * heads.head_dim / 2);
     floats(rope.sin, heads.capacity * heads.head_dim / 2);
+    assert!(n_splits <= 256, "splits");
     let launch = Launch {
         kernel: "attend".to_owned(),
         grid: [heads.n_kv_heads as u32, n_splits as u32],

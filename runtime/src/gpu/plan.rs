@@ -20,6 +20,10 @@ const SPLIT_POSITIONS: usize = 32;
 /// Layers whose trace is replayed: evenly spread; more would not change the choice.
 const REPLAYED_LAYERS: usize = 8;
 
+/// Looking neurons up and managing the slots costs every layer time, so that a cache must spare at least a tenth of the
+/// reads from pinned memory.
+const CACHE_MUST_WIN: f64 = 0.9;
+
 /// Shares of the memory for neurons that are tried as cache.
 const CACHE_SHARES: [f64; 7] = [0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75];
 
@@ -272,9 +276,13 @@ impl GpuPlan {
         });
         let misses = |job: &usize| replays[*job].active - replays[*job].hot - replays[*job].cached;
         let on_device = (0..jobs.len()).filter(|&job| matches!(jobs[job].1, Policy::Lrfu { .. }));
-        let Some(best) = on_device.min_by(|a, b| misses(a).total_cmp(&misses(b))) else {
+        let Some(mut best) = on_device.min_by(|a, b| misses(a).total_cmp(&misses(b))) else {
             return Ok(Replayed { active: n as f64, ..Replayed::default() });
         };
+        let without = (0..jobs.len()).find(|&job| divisions[jobs[job].0].1.iter().all(|&s| s == 0));
+        if let Some(without) = without.filter(|w| misses(&best) > CACHE_MUST_WIN * misses(w)) {
+            best = without;
+        }
         let (division, policy) = jobs[best];
         (self.hot_neurons, self.cache_sets) = divisions.swap_remove(division);
         if let Policy::Lrfu { lambda } = policy {
