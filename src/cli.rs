@@ -115,14 +115,52 @@ pub struct Placement {
     /// RAM for weights, caches and buffers: 8 (GiB), 64MiB, or auto, which holds everything; the rest stays on disk
     #[arg(long, default_value = "auto", value_parser = parse_budget, env = "THERMOCLINE_RAM_BUDGET")]
     pub ram_budget: std::option::Option<u64>,
-    /// VRAM; this build has no GPU engine and accepts only auto or 0
-    #[arg(long, default_value = "auto", env = "THERMOCLINE_VRAM_BUDGET")]
-    pub vram_budget: String,
+    /// VRAM for everything that the process takes there: 16 (GiB), 8GiB, auto, which is most of what is free, or 0, which
+    /// runs on the CPU
+    #[arg(long, default_value = "auto", value_parser = parse_vram, env = "THERMOCLINE_VRAM_BUDGET")]
+    pub vram_budget: VramBudget,
+    /// With a GPU: share of the neurons that are neither in VRAM nor cached which the CPU's threads compute, 0 to 1, or
+    /// auto, which follows the measured speeds
+    #[arg(long, default_value = "auto", value_parser = parse_share, value_name = "SHARE", env = "THERMOCLINE_CPU_SHARE")]
+    pub cpu_share: std::option::Option<f64>,
+    /// With a GPU: share of the VRAM left for neurons that caches those of late, 0 to 1, or auto, which replays the
+    /// split's trace
+    #[arg(long, default_value = "auto", value_parser = parse_share, value_name = "SHARE", env = "THERMOCLINE_CACHE_SHARE")]
+    pub cache_share: std::option::Option<f64>,
     /// Context length in tokens, prompt included [default: what prompt and answer need; plan: 512]
     #[arg(short = 'c', long, value_name = "TOKENS", env = "THERMOCLINE_CTX_SIZE")]
     pub ctx_size: Option<usize>,
     #[command(flatten)]
     pub threads: Threads,
+}
+
+/// Where to compute, and with how much memory of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VramBudget {
+    /// Most of what is free, if there is a GPU; else the CPU.
+    Auto,
+    /// The CPU.
+    None,
+    /// So many bytes.
+    Bytes(u64),
+}
+
+fn parse_vram(text: &str) -> Result<VramBudget, String> {
+    if text.trim() == "0" {
+        return Ok(VramBudget::None);
+    }
+    Ok(parse_budget(text)?.map_or(VramBudget::Auto, VramBudget::Bytes))
+}
+
+/// A share, or `auto`.
+fn parse_share(text: &str) -> Result<std::option::Option<f64>, String> {
+    if text.eq_ignore_ascii_case("auto") {
+        return Ok(None);
+    }
+    match text.parse::<f64>() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(Some(share)),
+        _ => Err(format!("{text:?}: expected a share from 0 to 1, or auto")),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -420,6 +458,9 @@ pub struct Eval {
     /// What computes
     #[arg(long, value_enum, default_value = "batch")]
     pub engine: EngineName,
+    /// VRAM for --engine decode: a size, auto, or 0, which computes on the CPU
+    #[arg(long, default_value = "0", value_parser = parse_vram)]
+    pub vram_budget: VramBudget,
     #[command(flatten)]
     pub threads: Threads,
     /// Print one JSON value and nothing else
@@ -437,6 +478,9 @@ pub struct Bench {
     /// Tokens to generate
     #[arg(long, default_value_t = 64)]
     pub n_gen: usize,
+    /// Generate what the model finds likeliest instead of arbitrary tokens (GPU)
+    #[arg(long)]
+    pub greedy: bool,
     /// Repetitions, after one that is not counted
     #[arg(short, long, default_value_t = 5)]
     pub repetitions: usize,

@@ -4,6 +4,8 @@
 use std::process::ExitCode;
 use thermocline_calibrate::Error as CalibrateError;
 use thermocline_datasets::Error as DatasetsError;
+#[cfg(feature = "cuda")]
+use thermocline_kernels::cuda::CudaError;
 use thermocline_runtime::Error as RuntimeError;
 use thermocline_split::Error as SplitError;
 
@@ -96,7 +98,10 @@ fn split(error: &SplitError) -> u8 {
 
 fn runtime(error: &RuntimeError) -> u8 {
     match error {
-        RuntimeError::DoesNotFit { .. } | RuntimeError::OutOfMemory(_) => 3,
+        RuntimeError::DoesNotFit { .. } | RuntimeError::OutOfMemory(_) | RuntimeError::VramTooSmall { .. } => 3,
+        #[cfg(feature = "cuda")]
+        RuntimeError::VramRefused { .. }
+        | RuntimeError::Cuda(CudaError::OutOfMemory { .. } | CudaError::Pin { .. }) => 3,
         RuntimeError::Setting { .. } | RuntimeError::PromptTooLong { .. } => 2,
         RuntimeError::Split(e) => split(e),
         RuntimeError::Text(e) => datasets(e),

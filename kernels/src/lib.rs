@@ -8,12 +8,15 @@
 //! | the plain loops that every variant is tested against | [`mod@reference`] |
 //! | rows of a resident matrix times a vector or a batch | [`gemv`], [`matmul`] |
 //! | threads that wait for work without sleeping | [`Pool`] |
+//! | the GPU: device, memory, graphs, kernels | `cuda` (feature) |
 //! | memory aligned for O_DIRECT and for vectors | [`AlignedBuf`] |
 //!
 //! This is the only crate of the workspace with `unsafe` code.
 
 mod aligned;
 mod bundle;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dispatch;
 mod encoding;
 mod gemv;

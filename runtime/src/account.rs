@@ -6,11 +6,11 @@ use std::time::Duration;
 /// Bytes of weights that were read, by where they lay.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct TierBytes {
-    /// Device memory (no GPU engine in this version: always 0).
+    /// Device memory, by the GPU engine: matrices, predictors, keys and values, hot neurons.
     pub device: u64,
     /// Cache slots that hold cold neurons of late.
     pub cache: u64,
-    /// Weights and predictors that stay in RAM. Exact mode counts the rows that it read; where a gate shows that a neuron
+    /// Weights and predictors that stay in RAM; with a GPU the cold neurons, which lie in pinned RAM. Exact mode counts the rows that it read; where a gate shows that a neuron
     /// is zero, that is one of three.
     pub host: u64,
     /// Read from disk (whole chunks, read-ahead that was not used included).
@@ -53,4 +53,8 @@ pub struct Account {
     pub chunks_foreseen_used: u64,
     /// Time spent waiting for the disk.
     pub disk_wait: Duration,
+    /// With a GPU: the part of `bytes.host` that the device read over the link; the host's threads read the rest.
+    pub link_bytes: u64,
+    /// The device's own counters when they were last read.
+    pub(crate) device_totals: [u64; 5],
 }

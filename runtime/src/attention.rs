@@ -27,6 +27,12 @@ impl Rope {
         Self { cos, sin: (0..n).map(|i| angle(i).sin() as f32).collect(), half }
     }
 
+    /// Cosines and sines, for another engine.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn into_tables(self) -> (Vec<f32>, Vec<f32>) {
+        (self.cos, self.sin)
+    }
+
     pub(crate) fn bytes(config: &ModelConfig, context: usize) -> u64 {
         (2 * 4 * context * (config.head_dim / 2)) as u64
     }

@@ -1,8 +1,8 @@
 //! Measured speed, beside the planned one.
 
 use crate::account::TierBytes;
+use crate::decoder::Decoder;
 use crate::engine::{Engine, Logits};
-use crate::generate::measure_speeds;
 use crate::hardware::{Hardware, peak_rss_bytes};
 use crate::plan::{Mode, Plan, Prediction};
 use crate::{Error, Result};
@@ -16,6 +16,8 @@ pub struct BenchSettings {
     pub n_prompt: usize,
     /// Tokens that are generated.
     pub n_gen: usize,
+    /// Whether what is generated is what the model finds likeliest, or arbitrary tokens (GPU only).
+    pub greedy: bool,
     /// Repetitions; one more comes first and is not counted.
     pub repetitions: usize,
 }
@@ -32,7 +34,7 @@ pub struct Timing {
 }
 
 impl Timing {
-    fn new(runs: Vec<f64>) -> Self {
+    pub(crate) fn new(runs: Vec<f64>) -> Self {
         let mut sorted = runs.clone();
         sorted.sort_by(f64::total_cmp);
         let n = runs.len().max(1) as f64;
@@ -69,6 +71,11 @@ pub struct BenchReport {
     pub peak_rss_bytes: u64,
 }
 
+/// The token at place `i` of every measurement.
+pub(crate) fn bench_token(i: usize, vocab_size: usize) -> u32 {
+    ((i as u64 * 7919 + 13) % vocab_size as u64) as u32
+}
+
 /// Measures prompt and decode speed. Tokens are arbitrary but fixed (a linear congruence over the vocabulary), so that
 /// sparse mode sees changing inputs; nothing is sampled. `kernel_speed`, in bytes a second, is measured last: its
 /// buffer is no part of the peak memory.
@@ -86,8 +93,8 @@ pub fn bench(
     if needed > context {
         return Err(Error::PromptTooLong { prompt_tokens: needed, context });
     }
-    let vocab = engine.split().manifest().config.vocab_size as u64;
-    let token = |i: usize| ((i as u64 * 7919 + 13) % vocab) as u32;
+    let vocab = engine.split().manifest().config.vocab_size;
+    let token = |i: usize| bench_token(i, vocab);
     let prompt: Vec<u32> = (0..settings.n_prompt.max(1)).map(token).collect();
     let (mut prompts, mut decodes, mut dense_decodes) = (Vec::new(), Vec::new(), Vec::new());
     let sparse_model = engine.split().manifest().config.activation.is_sparse();
@@ -126,17 +133,17 @@ pub fn bench(
         }
     }
     progress(settings.repetitions + 1, settings.repetitions + 1);
-    let speeds = measure_speeds(engine)?;
+    let speeds = Decoder::speeds(engine)?;
     let peak_rss_bytes = peak_rss_bytes();
     let hardware = Hardware {
         n_threads: engine.plan().request.n_threads,
-        ram_bytes_per_second: speeds.ram,
+        ram_bytes_per_second: speeds.ram.unwrap_or(f64::INFINITY),
         kernel_bytes_per_second: kernel_speed()?,
         disk_bytes_per_second: speeds.disk.unwrap_or(f64::INFINITY),
     };
     let decode_tok_s = Timing::new(decodes);
     let disk_limit = speeds.disk.map(|d| d / bytes.disk.max(1) as f64);
-    let ram_limit = speeds.ram / (bytes.host + bytes.cache).max(1) as f64;
+    let (limit_seconds, _) = speeds.limit(bytes, 0);
     Ok(BenchReport {
         settings,
         hardware,
@@ -145,7 +152,7 @@ pub fn bench(
         dense_decode_tok_s: beside_dense.then(|| Timing::new(dense_decodes)),
         predicted: engine.plan().predict(&hardware),
         bytes_per_token: bytes,
-        limit_share: decode_tok_s.median / disk_limit.unwrap_or(f64::INFINITY).min(ram_limit),
+        limit_share: decode_tok_s.median * limit_seconds,
         disk_limit_share: disk_limit.map(|limit| decode_tok_s.median / limit),
         decode_tok_s,
         peak_rss_bytes,

@@ -9,7 +9,7 @@ use crate::kv::KvCache;
 use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
 use crate::plan::{Mode, Plan, decoded_bytes};
-use crate::predictor::{Predictor, top_k};
+use crate::predictor::{Predictor, n_active, top_k};
 use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
@@ -49,6 +49,8 @@ pub struct Engine {
     rope: Rope,
     sums: FfnSums,
     batch: FfnBatch,
+    /// The neurons that the last layer computed for the last decoded token, ascending.
+    active: Vec<u32>,
     account: Account,
     flaws: Vec<Flaw>,
 }
@@ -167,6 +169,7 @@ impl Engine {
             rope: Rope::new(&config, plan.request.context),
             sums: FfnSums::new(layout, config.activation, n),
             batch: FfnBatch::new(layout, config.activation, n),
+            active: Vec::new(),
             account: Account::default(),
             flaws,
             plan,
@@ -194,6 +197,12 @@ impl Engine {
     /// What it cost so far.
     pub fn account(&self) -> Account {
         self.account
+    }
+
+    /// The neurons of the last layer that the last token decoded in sparse mode computed, ascending; for comparison with
+    /// another engine.
+    pub fn last_active(&self) -> &[u32] {
+        &self.active
     }
 
     /// Tokens in the context.
@@ -306,10 +315,10 @@ impl Engine {
         for (&token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
             self.embed(token, x)?;
         }
-        let k = active_share.map_or(0, |s| ((s * self.config.intermediate_size as f32).round() as usize).max(1));
+        let k = active_share.map_or(0, |s| n_active(s, self.config.intermediate_size));
         let mut foreseen = Foreseen::default();
         let mut scores = vec![0.0; self.config.intermediate_size];
-        let mut active = Vec::with_capacity(k);
+        let mut active = std::mem::take(&mut self.active);
         let mut normed = vec![0.0; n * hidden];
         for l in 0..self.config.n_layers {
             if let Err(e) = self.attend(l, n, past, &mut x, &mut normed) {
@@ -356,6 +365,7 @@ impl Engine {
             }
             self.sums.finish(&mut x);
         }
+        self.active = active;
         let out = self.head(&x, logits)?;
         self.kv.advance(n);
         Ok(out)
@@ -364,8 +374,7 @@ impl Engine {
     fn embed(&mut self, token: u32, out: &mut [f32]) -> Result<()> {
         let row = token as usize;
         if row >= self.config.vocab_size {
-            let reason = format!("token {token} of a vocabulary of {}", self.config.vocab_size);
-            return Err(Error::Setting { flag: "prompt", reason });
+            return Err(crate::decoder::unknown_token(token, self.config.vocab_size));
         }
         let entry = &self.embedding.entry;
         let row_bytes = entry.row_bytes() as u64;

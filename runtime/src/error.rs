@@ -17,6 +17,49 @@ pub enum Error {
         /// What takes it.
         what: String,
     },
+    /// The VRAM budget is too small for what must be on the device.
+    #[error(
+        "--vram-budget {budget_bytes} bytes is too small: {needed_bytes} bytes are needed for {what}; \
+         give more, lower -c (context), or run on the CPU (--vram-budget 0)"
+    )]
+    VramTooSmall {
+        /// What was asked for.
+        budget_bytes: u64,
+        /// The least that works.
+        needed_bytes: u64,
+        /// What takes it.
+        what: String,
+    },
+    /// The device has less memory than the plan takes.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "{source}: the plan takes {needed_bytes} bytes; give a smaller --vram-budget, or free memory on the device"
+    )]
+    VramRefused {
+        /// What the plan takes.
+        needed_bytes: u64,
+        /// The device's answer.
+        source: thermocline_kernels::cuda::CudaError,
+    },
+    /// The GPU, or its driver, failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] thermocline_kernels::cuda::CudaError),
+    /// The system refuses to start a thread that computes for the device.
+    #[cfg(feature = "cuda")]
+    #[error("cannot start host thread {nth} of {n_threads}: {source}; use fewer threads (-t)")]
+    HostThreads {
+        /// Which one, from 1.
+        nth: usize,
+        /// Threads wanted.
+        n_threads: usize,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A thread that computes for the device has failed.
+    #[cfg(feature = "cuda")]
+    #[error("a thread that computes cold neurons has failed; this is a bug, please report it with the message above")]
+    HostThreadFailed,
     /// A file was replaced or cut while the model ran.
     #[error("{path}: the file changed while it was in use (read {got} of {expected} bytes at {offset}); start again", path = .path.display())]
     ModelChanged {

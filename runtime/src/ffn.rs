@@ -103,6 +103,25 @@ impl FfnSums {
     }
 }
 
+/// Adds `n` neurons, given by their bundles, to `sums` `[hidden]`, as [`FfnSums::add`] does within a block; returns the
+/// rows that were read, of three a neuron.
+#[cfg(feature = "cuda")]
+pub(crate) fn add_bundles<'a>(
+    kernels: &Kernels,
+    layout: BundleLayout,
+    activation: Activation,
+    x: &[f32],
+    sums: &mut [f32],
+    n: usize,
+    bundle: impl Fn(usize) -> &'a [u8],
+) -> u64 {
+    let waiting = [(0.0, &[][..]); 4];
+    let mut block =
+        Block { kernels, layout, activation, skip_zeros: true, x, sums, waiting, n_waiting: 0, rows_read: 0 };
+    block.add_all(n, bundle);
+    block.finish()
+}
+
 /// One block of one span, on one thread.
 struct Block<'s, 'a> {
     kernels: &'s Kernels,

@@ -1,7 +1,7 @@
 //! One prompt, answered.
 
 use crate::account::TierBytes;
-use crate::engine::{Engine, Logits};
+use crate::decoder::{Decoder, Speeds};
 use crate::hardware::peak_rss_bytes;
 use crate::plan::Mode;
 use crate::sampler::{Sampler, SamplerSettings};
@@ -59,11 +59,11 @@ pub struct RunReport {
     pub foreseen_used: Option<f64>,
     /// Share of the decode time spent waiting for the disk.
     pub disk_wait_share: f64,
-    /// RAM speed used for the limit.
-    pub ram_bytes_per_second: f64,
-    /// Disk speed used for the limit; `null` if nothing is streamed.
-    pub disk_bytes_per_second: Option<f64>,
-    /// Decode speed as a share of what these bytes at these speeds allow (RAM and disk at the same time).
+    /// Bytes per decoded token that a GPU read from pinned memory; part of `bytes_per_token.host`.
+    pub link_bytes_per_token: u64,
+    /// Speeds used for the limit.
+    pub bytes_per_second: Speeds,
+    /// Decode speed as a share of what these bytes at these speeds allow ([`Speeds::limit`]).
     pub limit_share: f64,
     /// What the limit is.
     pub limit: &'static str,
@@ -73,27 +73,13 @@ pub struct RunReport {
     pub timeline: Vec<(usize, TierBytes)>,
 }
 
-/// Speeds against which a run is judged.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Speeds {
-    pub ram: f64,
-    pub disk: Option<f64>,
-}
-
-/// Measures RAM, and the disk if the engine streams.
-pub(crate) fn measure_speeds(engine: &mut Engine) -> Result<Speeds> {
-    let ram = engine.measure_ram_speed();
-    let disk = engine.measure_disk_speed()?;
-    Ok(Speeds { ram, disk })
-}
-
 /// Answers `prompt` (token ids; the engine's context is cleared first). `on_token` gets each token as it comes and
 /// returns whether to go on.
 ///
 /// # Errors
 /// If the prompt does not fit in the context, a setting is out of range, or the disk fails.
 pub fn generate(
-    engine: &mut Engine,
+    engine: &mut dyn Decoder,
     prompt: &[u32],
     settings: &GenerateSettings,
     on_token: &mut dyn FnMut(u32) -> bool,
@@ -101,7 +87,7 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(Error::Setting { flag: "-p", reason: "the prompt has no tokens".to_owned() });
     }
-    let context = engine.plan().request.context;
+    let context = engine.context();
     if prompt.len() > context {
         return Err(Error::PromptTooLong { prompt_tokens: prompt.len(), context });
     }
@@ -132,7 +118,7 @@ pub fn generate(
         if tokens.len() >= settings.n_predict || engine.len() >= context {
             break FinishReason::Length;
         }
-        logits = engine.forward(&[token], Logits::Last)?;
+        logits = engine.decode(token)?;
         decode_time = decode.elapsed();
         let now = engine.account();
         timeline.push((tokens.len(), now.bytes.minus(last.bytes)));
@@ -140,9 +126,9 @@ pub fn generate(
     };
     let n_decoded = timeline.len() as u64;
     let bytes = last.bytes.minus(before.bytes);
-    let speeds = measure_speeds(engine)?;
-    let (ram_seconds, disk_seconds) =
-        ((bytes.host + bytes.cache) as f64 / speeds.ram, speeds.disk.map_or(0.0, |d| bytes.disk as f64 / d));
+    let link_bytes = last.link_bytes - before.link_bytes;
+    let speeds = engine.speeds()?;
+    let (limit_seconds, limit) = speeds.limit(bytes, link_bytes);
     let seconds = decode_time.as_secs_f64();
     let (hits, misses) = (last.cache_hits - before.cache_hits, last.cache_misses - before.cache_misses);
     let ratio = |a: u64, b: u64| (b > 0).then(|| a as f64 / b as f64);
@@ -150,7 +136,7 @@ pub fn generate(
         tokens,
         prompt_tokens: prompt.len(),
         finish_reason,
-        mode: engine.plan().request.mode,
+        mode: engine.mode(),
         prompt_tok_s: prompt.len() as f64 / ttft.as_secs_f64(),
         decode_tok_s: if seconds > 0.0 { n_decoded as f64 / seconds } else { 0.0 },
         ttft_s: ttft.as_secs_f64(),
@@ -166,10 +152,10 @@ pub fn generate(
             last.chunks_foreseen - before.chunks_foreseen,
         ),
         disk_wait_share: if seconds > 0.0 { (last.disk_wait - before.disk_wait).as_secs_f64() / seconds } else { 0.0 },
-        ram_bytes_per_second: speeds.ram,
-        disk_bytes_per_second: speeds.disk,
-        limit_share: if seconds > 0.0 { ram_seconds.max(disk_seconds) / seconds } else { 0.0 },
-        limit: if disk_seconds > ram_seconds { "disk" } else { "ram" },
+        link_bytes_per_token: link_bytes / n_decoded.max(1),
+        bytes_per_second: speeds,
+        limit_share: if seconds > 0.0 { limit_seconds / seconds } else { 0.0 },
+        limit,
         peak_rss_bytes: peak_rss_bytes(),
         timeline,
     })

@@ -73,7 +73,7 @@ impl LayerFfn {
 
     /// The first flaw among the hot bundles.
     pub(crate) fn flaw(&self) -> Option<Flaw> {
-        self.index.file().flaw(self.hot_bytes())
+        self.index.file().flaw(0, self.hot_bytes())
     }
 
     /// The hot bundles.

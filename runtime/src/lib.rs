@@ -3,7 +3,7 @@
 //! | concept | where |
 //! | --- | --- |
 //! | what goes where, and the expected speed | [`Plan`], [`PlanRequest`], [`Hardware`] |
-//! | tokens in, logits out | [`Engine`] |
+//! | tokens in, logits out | [`Engine`] on the CPU, `GpuEngine`; [`Decoder`] is what both can |
 //! | logits in, token out | [`Sampler`] |
 //! | a prompt answered, with its account | [`generate`], [`RunReport`] |
 //! | measured speed beside the planned one | [`bench()`] |
@@ -18,11 +18,14 @@ mod attention;
 mod bench;
 pub mod budget;
 mod cache;
+mod decoder;
 mod engine;
 mod error;
 mod fetch;
 mod ffn;
 mod generate;
+#[cfg(feature = "cuda")]
+mod gpu;
 pub mod hardware;
 mod kv;
 mod layer_ffn;
@@ -36,9 +39,12 @@ mod stream;
 
 pub use account::{Account, TierBytes};
 pub use bench::{BenchReport, BenchSettings, Timing, bench};
+pub use decoder::{Decoder, Speeds};
 pub use engine::{Engine, Logits};
 pub use error::{Error, Result};
 pub use generate::{FinishReason, GenerateSettings, RunReport, generate};
+#[cfg(feature = "cuda")]
+pub use gpu::{GpuBenchReport, GpuBytes, GpuEngine, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds};
 pub use hardware::{Hardware, StagingShape};
 pub use plan::{FixedBytes, Mode, Plan, PlanRequest, Prediction};
 pub use predictor::top_k;

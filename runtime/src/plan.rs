@@ -123,7 +123,7 @@ impl Plan {
     /// # Errors
     /// [`Error::DoesNotFit`] if the budget cannot hold what must be in memory.
     pub fn new(split: &Split, request: PlanRequest) -> Result<Self> {
-        check(&request)?;
+        check_request(&request)?;
         let config = &split.manifest().config;
         let layout = *split.layers()[0].layout();
         let (bundle, n) = (layout.bundle_bytes() as u64, config.intermediate_size);
@@ -256,7 +256,7 @@ impl Plan {
     }
 }
 
-fn check(request: &PlanRequest) -> Result<()> {
+pub(crate) fn check_request(request: &PlanRequest) -> Result<()> {
     let bad = |flag, reason: String| Err(Error::Setting { flag, reason });
     if let Mode::Sparse { active } = request.mode
         && !(active > 0.0 && active <= 1.0)
@@ -303,7 +303,7 @@ fn take_rows(t: &TensorEntry, left: &mut u64) -> usize {
 }
 
 /// A prefix that ends between chunks.
-fn whole_chunks(neurons: usize, chunk_neurons: usize, n: usize) -> usize {
+pub(crate) fn whole_chunks(neurons: usize, chunk_neurons: usize, n: usize) -> usize {
     if neurons == n { n } else { neurons / chunk_neurons * chunk_neurons }
 }
 
@@ -362,7 +362,7 @@ fn rows_read(split: &Split) -> Result<f64> {
 }
 
 /// One layer's activation rates in split order, `[intermediate_size]`.
-fn activation_rates(split: &Split, layer: usize) -> Result<Vec<f32>> {
+pub(crate) fn activation_rates(split: &Split, layer: usize) -> Result<Vec<f32>> {
     let name = format!("layers.{layer}.activation_rate");
     let rates = split.statistics().read_f32(&name)?;
     let n = split.manifest().config.intermediate_size;

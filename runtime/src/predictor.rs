@@ -79,6 +79,11 @@ impl Predictor {
     }
 }
 
+/// Neurons that make up a share of a layer, at least one.
+pub(crate) fn n_active(share: f32, n_neurons: usize) -> usize {
+    ((share * n_neurons as f32).round() as usize).max(1)
+}
+
 /// The numbers of the `k` highest scores, ascending, into `out`; ties go to the lower number.
 ///
 /// Non-negative floats order like their bits. Counting their upper 11 bits finds the few among which the k-th largest

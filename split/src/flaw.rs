@@ -46,13 +46,13 @@ impl std::fmt::Display for Flaw {
 }
 
 impl LayerFile {
-    /// The first flaw among `bundles`, the first neurons of the layer in split order. Only if they are all of the
-    /// layer's can a tensor be called all zero.
-    pub fn flaw(&self, bundles: &[u8]) -> Option<Flaw> {
+    /// The first flaw among `bundles`, the neurons of the layer from `first` on in split order. Only if they are all of
+    /// the layer's can a tensor be called all zero.
+    pub fn flaw(&self, first: usize, bundles: &[u8]) -> Option<Flaw> {
         let (layout, layer) = (self.layout(), self.layer());
         let tensor = |which: usize| format!("model.layers.{layer}.mlp.{}_proj.weight", PROJECTIONS[which]);
         let mut zero = [bundles.len() == self.order().len() * layout.bundle_bytes(); 3];
-        for (bundle, &id) in bundles.chunks_exact(layout.bundle_bytes()).zip(self.order()) {
+        for (bundle, &id) in bundles.chunks_exact(layout.bundle_bytes()).zip(&self.order()[first..]) {
             for (which, zero) in zero.iter_mut().enumerate() {
                 let row = layout.row(bundle, which);
                 if let Some(at) = layout.encoding().first_not_finite(row) {
@@ -108,7 +108,7 @@ impl Split {
             progress(l, total);
             let mut bundles = vec![0; layer.order().len() * layer.layout().bundle_bytes()];
             layer.read_chunks(0..layer.index().len(), &mut bundles)?;
-            sound(layer.path(), layer.flaw(&bundles))?;
+            sound(layer.path(), layer.flaw(0, &bundles))?;
         }
         for (i, file) in [self.resident(), self.predictors()].into_iter().enumerate() {
             progress(self.layers().len() + i, total);

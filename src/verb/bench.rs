@@ -1,5 +1,7 @@
 //! `bench`: measured speed beside the planned one.
 
+use super::load::{Loaded, load};
+use super::run::tiers;
 use crate::cli::Bench;
 use crate::output::{self, Progress};
 use serde::Serialize;
@@ -29,9 +31,19 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let layout = *split.layers()[0].layout();
     let threads = args.placement.threads.checked()?;
     let kernel = || Ok(kernel_speed(&mut Pool::new(threads)?, &AlignedBuf::zeroed(KERNEL_PROBE_BYTES)?, &layout));
-    let settings = BenchSettings { n_prompt: args.n_prompt, n_gen: args.n_gen, repetitions: args.repetitions };
+    let settings = BenchSettings {
+        n_prompt: args.n_prompt,
+        n_gen: args.n_gen,
+        repetitions: args.repetitions,
+        greedy: args.greedy,
+    };
     let model = split.manifest().source.model.clone();
-    let mut engine = super::run::load(split, &args.placement, args.n_prompt + args.n_gen, 128, args.json)?;
+    let wanted = args.n_prompt + args.n_gen;
+    let mut engine = match load(split, &args.placement, wanted, 128, args.json)? {
+        Loaded::Cpu(engine) => engine,
+        #[cfg(feature = "cuda")]
+        Loaded::Gpu(mut engine) => return on_gpu(args, settings, &model, &mut engine),
+    };
     let progress = Progress::new("bench", args.json);
     let on_run = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("run {done}/{total}"));
     let report = thermocline_runtime::bench(&mut engine, settings, kernel, &on_run);
@@ -63,12 +75,79 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let b = &report.bytes_per_token;
     let disk = report.disk_limit_share.map_or(String::new(), |s| format!(", {:.0} % of the disk limit", 100.0 * s));
     println!(
-        "{:.1} tok/s; per token: RAM {}, cache {}, disk {}; {:.0} % of the limit{disk}; peak memory {}",
+        "{:.1} tok/s; per token: {}; {:.0} % of the limit{disk}; peak memory {}",
         d.median,
-        format_bytes(b.host),
-        format_bytes(b.cache),
-        format_bytes(b.disk),
+        tiers(b),
         100.0 * report.limit_share,
+        format_bytes(report.peak_rss_bytes)
+    );
+    Ok(())
+}
+
+/// What `bench --json` prints where there is a GPU.
+#[cfg(feature = "cuda")]
+#[derive(Serialize)]
+struct GpuOutput {
+    version: &'static str,
+    command: Vec<String>,
+    cpu: String,
+    model: String,
+    #[serde(flatten)]
+    report: thermocline_runtime::GpuBenchReport,
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(
+    args: &Bench,
+    settings: BenchSettings,
+    model: &str,
+    engine: &mut thermocline_runtime::GpuEngine,
+) -> anyhow::Result<()> {
+    let progress = Progress::new("bench", args.json);
+    let on_run = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("run {done}/{total}"));
+    let report = engine.bench(settings, &on_run);
+    progress.finish();
+    let report = report?;
+    if args.json {
+        return output::json(&GpuOutput {
+            version: env!("CARGO_PKG_VERSION"),
+            command: std::env::args().skip(1).collect(),
+            cpu: super::doctor::cpu_name(),
+            model: model.to_owned(),
+            report,
+        });
+    }
+    super::plan::print_gpu(&report.plan);
+    let (p, d, h) = (&report.prompt_tok_s, &report.decode_tok_s, &report.hardware);
+    let gb = |speed: f64| speed / 1e9;
+    println!(
+        "speeds   {:>8.0} GB/s VRAM, {:.1} GB/s link, {:.1} GB/s CPU, each alone",
+        gb(h.device),
+        gb(h.link),
+        gb(h.host)
+    );
+    println!("prompt   {:>8.1} tok/s (+- {:.1} %), {} tokens", p.median, 100.0 * p.spread, settings.n_prompt);
+    println!("decode   {:>8.1} tok/s (+- {:.1} %), {} tokens", d.median, 100.0 * d.spread, settings.n_gen);
+    println!("planned  {:>8.1} tok/s, bound by {}", report.predicted.tok_s, report.predicted.bottleneck);
+    println!("         {}", report.predicted.formula);
+    println!(
+        "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses",
+        gb(report.link_bytes_per_second),
+        gb(report.host_bytes_per_second),
+        100.0 * report.host_share
+    );
+    println!(
+        "VRAM     planned {}, the driver counts {}",
+        format_bytes(report.plan.total_bytes),
+        format_bytes(report.device_used_bytes)
+    );
+    let hits = report.cache_hit_rate.map_or(String::new(), |h| format!(", cache hits {:.0} %", 100.0 * h));
+    println!(
+        "{:.1} tok/s; per token: {}{hits}; {:.0} % of the {} limit; peak memory {}",
+        d.median,
+        tiers(&report.bytes_per_token),
+        100.0 * report.limit_share,
+        report.limit,
         format_bytes(report.peak_rss_bytes)
     );
     Ok(())

@@ -1,6 +1,6 @@
 //! `demo`: everything once, on a small model, from checkpoint to report.
 
-use crate::cli::{Demo, ModeName, Placement, Threads};
+use crate::cli::{Demo, ModeName, Placement, Threads, VramBudget};
 use crate::exit::Usage;
 use anyhow::Context;
 use serde_json::Value;
@@ -169,7 +169,10 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
         mode,
         active: 0.3,
         ram_budget,
-        vram_budget: "auto".to_owned(),
+        // The demo shows budgets of RAM.
+        vram_budget: VramBudget::None,
+        cpu_share: None,
+        cache_share: None,
         ctx_size: None,
         threads,
     };
@@ -185,10 +188,11 @@ fn run(placement: &Placement, tokenizer: &Tokenizer, dir: &Path, name: &str) -> 
     let step = Instant::now();
     let prompt = tokenizer.encode(PROMPT, true)?;
     let split = Split::open(&placement.model)?;
-    let mut engine = super::run::load(split, placement, prompt.len() + N_PREDICT, 128, false)?;
+    let mut loaded = super::load::load(split, placement, prompt.len() + N_PREDICT, 128, false)?;
+    let engine = loaded.decoder();
     let sampler = SamplerSettings { seed: 1, ..SamplerSettings::default() };
     let settings = GenerateSettings { n_predict: N_PREDICT, sampler, stop: Vec::new() };
-    let report = generate(&mut engine, &prompt, &settings, &mut |_| true)?;
+    let report = generate(engine, &prompt, &settings, &mut |_| true)?;
     let text = tokenizer.decode(&report.tokens)?;
     // The peak is the whole demo's, calibration included: it would say nothing about this run.
     let account = super::run::account(&report);
@@ -197,10 +201,10 @@ fn run(placement: &Placement, tokenizer: &Tokenizer, dir: &Path, name: &str) -> 
     let mut value = serde_json::to_value(&report)?;
     if let Value::Object(fields) = &mut value {
         fields.insert("text".to_owned(), text.into());
-        fields.insert("plan".to_owned(), serde_json::to_value(engine.plan())?);
+        fields.insert("plan".to_owned(), engine.plan_json());
         fields.insert("peak_rss_bytes".to_owned(), Value::Null);
     }
-    let total_bytes = engine.plan().total_bytes;
+    let total_bytes = engine.plan_json()["total_bytes"].as_u64().unwrap_or(0);
     Ok((save(dir, name, &value)?, total_bytes))
 }
 

@@ -99,11 +99,41 @@ fn in_effect(settings: &Settings) -> String {
     format!("{} sets {set}", path.display())
 }
 
-/// Whether there is a GPU, and why it is not used.
+/// The GPU that `run` would use, or why it would use none.
+#[cfg(not(feature = "cuda"))]
 fn gpu() -> String {
-    let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
-    match driver.as_deref().and_then(|v| v.lines().next()) {
-        Some(version) => format!("not used: this version has no GPU engine (found {version})"),
-        None => "none found, and this version has no GPU engine: everything runs on the CPU".to_owned(),
+    "this build has no GPU engine (feature cuda): everything runs on the CPU".to_owned()
+}
+
+/// The GPU that `run` would use, or why it would use none.
+#[cfg(feature = "cuda")]
+fn gpu() -> String {
+    match measure_gpu() {
+        Ok(line) => line,
+        Err(e) => format!("none: {e}; everything runs on the CPU"),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn measure_gpu() -> Result<String, thermocline_kernels::cuda::CudaError> {
+    use thermocline_kernels::cuda::{Device, Queue};
+    /// Bytes that are copied to measure the link: large enough that nothing else counts.
+    const LINK_BYTES: usize = 64 << 20;
+    let device = Device::open(0)?;
+    let (free, total) = device.memory()?;
+    let (host, memory) = (device.pin(AlignedBuf::zeroed(LINK_BYTES)?)?, device.allocate(LINK_BYTES)?);
+    let mut best = 0.0f64;
+    for _ in 0..5 {
+        let begin = device.record()?;
+        device.copy(Queue::Compute, &memory.view(), &host.view())?;
+        best = best.max(LINK_BYTES as f64 / device.record()?.since(&begin)? / 1e6);
+    }
+    let gb = 1e9;
+    Ok(format!(
+        "{}, {} multiprocessors, {:.1} GB, {:.1} GB free, {best:.1} GB/s over the link",
+        device.name(),
+        device.n_multiprocessors(),
+        total as f64 / gb,
+        free as f64 / gb
+    ))
 }

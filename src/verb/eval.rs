@@ -1,6 +1,6 @@
 //! `eval`: a model and a text in, perplexity, KL divergence and recall out.
 
-use crate::cli::{EngineName, Eval, MaskName};
+use crate::cli::{EngineName, Eval, MaskName, ModeName, Placement};
 use crate::exit::Usage;
 use crate::output::{self, Progress};
 use anyhow::Context;
@@ -10,7 +10,6 @@ use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
-use thermocline_runtime::{Engine, Mode, Plan, PlanRequest};
 use thermocline_split::{Split, SplitCheckpoint};
 
 /// Where masks were applied, for people who compare figures.
@@ -130,24 +129,32 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
     let progress = Progress::new("eval", args.json);
     let mut results = Vec::new();
     for (i, mask) in masks.iter().enumerate() {
-        let mode = match mask {
-            Mask::Dense | Mask::Exact => Mode::Exact,
-            Mask::Predicted(active) => Mode::Sparse { active: *active as f32 },
+        let (mode, active) = match mask {
+            Mask::Dense | Mask::Exact => (ModeName::Exact, 1.0),
+            Mask::Predicted(active) => (ModeName::Sparse, *active as f32),
             Mask::Oracle(_) | Mask::OracleH(_) => {
                 let text = "--engine decode runs dense, exact and predicted; an oracle needs --engine batch";
                 return Err(Usage(text.to_owned()).into());
             }
         };
-        let n_threads = args.threads.count();
-        let request = PlanRequest { mode, ram_budget_bytes: None, context: windows.ctx(), batch: 1, n_threads };
+        let placement = Placement {
+            model: args.model.clone(),
+            mode,
+            active,
+            ram_budget: None,
+            vram_budget: args.vram_budget,
+            cpu_share: None,
+            cache_share: None,
+            ctx_size: None,
+            threads: args.threads,
+        };
         let split = Split::open(&args.model).with_context(|| "--engine decode needs a split")?;
-        let plan = Plan::new(&split, request)?;
-        let mut engine = Engine::load(split, plan, &|_, _| ())?;
+        let mut loaded = super::load::load(split, &placement, windows.ctx(), 1, true)?;
         let on_token = |done: usize, total: usize| {
             let (done, total) = (i * total + done, masks.len() * total);
             progress.set(done as u64, total as u64, format!("token {done}/{total}"));
         };
-        results.push(evaluate_decode(&mut engine, windows, &on_token).map_err(usage)?);
+        results.push(evaluate_decode(loaded.decoder(), windows, &on_token).map_err(usage)?);
     }
     progress.finish();
     Ok(results)

@@ -9,6 +9,7 @@ mod doctor;
 #[cfg(feature = "analysis")]
 mod eval;
 mod inspect;
+mod load;
 mod plan;
 #[cfg(feature = "analysis")]
 mod report;

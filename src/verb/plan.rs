@@ -17,7 +17,13 @@ struct Output {
 
 pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let split = Split::open(&args.placement.model)?;
-    let plan = Plan::new(&split, super::run::request(&args.placement, 512, 128)?)?;
+    let request = super::load::request(&args.placement, 512, 128);
+    #[cfg(feature = "cuda")]
+    if let Some(device) = super::load::open_device(&args.placement, args.json)? {
+        let plan = super::load::gpu_plan(&split, &args.placement, request, &device)?;
+        return if args.json { output::json(&GpuOutput { plan }) } else { print_gpu_plan(&plan, &device) };
+    }
+    let plan = Plan::new(&split, request)?;
     let hardware = Hardware::measure(&split, plan.request.n_threads)?;
     let predicted = plan.predict(&hardware);
     if args.json {
@@ -66,4 +72,60 @@ pub fn print(plan: &Plan) {
             format_bytes(exact)
         );
     }
+}
+
+/// What `plan --json` prints where there is a GPU. `bench` measures the speeds that a prediction needs.
+#[cfg(feature = "cuda")]
+#[derive(Serialize)]
+struct GpuOutput {
+    plan: thermocline_runtime::GpuPlan,
+}
+
+#[cfg(feature = "cuda")]
+fn print_gpu_plan(
+    plan: &thermocline_runtime::GpuPlan,
+    device: &thermocline_kernels::cuda::Device,
+) -> anyhow::Result<()> {
+    println!("{}", device.name());
+    print_gpu(plan);
+    println!(
+        "expected per token: VRAM {}, cache {}, RAM {}; `bench` says how fast that is here",
+        format_bytes(plan.device_bytes_per_token),
+        format_bytes(plan.cache_bytes_per_token),
+        format_bytes(plan.host_bytes_per_token)
+    );
+    Ok(())
+}
+
+/// The tiers of a GPU as a table.
+#[cfg(feature = "cuda")]
+pub fn print_gpu(plan: &thermocline_runtime::GpuPlan) {
+    let row = |name: &str, bytes: u64, what: String| println!("  {name:<18} {:>10}  {what}", format_bytes(bytes));
+    println!(
+        "VRAM budget {}; all weights {}",
+        format_bytes(plan.request.vram_budget_bytes),
+        format_bytes(plan.dense_bytes)
+    );
+    let fixed = &plan.fixed;
+    row("matrices", fixed.matrices, "attention, head".to_owned());
+    let (hot, layers) = (plan.hot_neurons.iter().sum::<usize>(), plan.hot_neurons.len());
+    row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
+    let expected = match plan.cache_slots() {
+        0 => String::new(),
+        n => format!(
+            "{n} slots; expected to hold {:.0} % of the cold neurons that a token needs",
+            100.0 * plan.cache_hit_rate
+        ),
+    };
+    row("neuron cache", plan.cache_bytes, expected);
+    for (policy, hits) in &plan.cache_policies {
+        println!("    {policy}: {:.1} % of the cold neurons, replayed", 100.0 * hits);
+    }
+    row("predictors", fixed.predictors, String::new());
+    row("keys and values", fixed.kv_cache, format!("{} tokens", plan.request.base.context));
+    row("norms, scratch", fixed.vectors + fixed.scratch, String::new());
+    row("prompt buffers", fixed.prefill, String::new());
+    row("CUDA context", fixed.context, "taken before the first weight, other processes' included".to_owned());
+    row("total", plan.total_bytes, String::new());
+    row("pinned RAM", plan.pinned_bytes, "the other neurons".to_owned());
 }

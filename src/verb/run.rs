@@ -1,6 +1,7 @@
 //! `run`: a prompt in, an answer out, and what it cost.
 
-use crate::cli::{ModeName, Placement, Run, Threads};
+use super::load::load;
+use crate::cli::{Run, Threads};
 use crate::exit::Usage;
 use crate::output::{self, Progress};
 use anyhow::Context;
@@ -10,7 +11,7 @@ use std::io::Write;
 use thermocline_datasets::{ChatMessage, ChatTemplate, Tokenizer};
 use thermocline_kernels::Pool;
 use thermocline_runtime::budget::format_bytes;
-use thermocline_runtime::{Engine, GenerateSettings, Mode, Plan, PlanRequest, RunReport, SamplerSettings, generate};
+use thermocline_runtime::{Decoder, GenerateSettings, RunReport, SamplerSettings, TierBytes, generate};
 use thermocline_split::Split;
 
 /// Prompt tokens that are computed at once: enough to amortise decoding the weights, small enough for small budgets.
@@ -27,7 +28,7 @@ struct Output<'a> {
     warnings: Vec<String>,
     #[serde(flatten)]
     report: &'a RunReport,
-    plan: &'a Plan,
+    plan: serde_json::Value,
 }
 
 pub fn run(args: &Run) -> anyhow::Result<()> {
@@ -43,8 +44,9 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
         check_tensors(&split, args.json)?;
     }
     let wanted = (prompt.len() + args.predict).max(64);
-    let mut engine = load(split, &args.placement, wanted, BATCH, args.json)?;
-    let warnings = warnings(&engine)?;
+    let mut loaded = load(split, &args.placement, wanted, BATCH, args.json)?;
+    let engine = loaded.decoder();
+    let warnings = warnings(engine)?;
     if !args.json {
         warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     }
@@ -63,7 +65,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     };
     let mut stream = tokenizer.decode_stream();
     let mut answer = String::new();
-    let eos = config_eos(&engine);
+    let eos = engine.split().manifest().config.eos_token_ids.clone();
     let mut on_token = |token: u32| {
         if !eos.contains(&token)
             && let Some(piece) = stream.push(token)
@@ -76,7 +78,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
         }
         true
     };
-    let report = generate(&mut engine, &prompt, &settings, &mut on_token)?;
+    let report = generate(engine, &prompt, &settings, &mut on_token)?;
     if let Some(rest) = stream.finish() {
         if !args.json {
             print!("{rest}");
@@ -89,16 +91,12 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
             text: &answer,
             warnings,
             report: &report,
-            plan: engine.plan(),
+            plan: engine.plan_json(),
         });
     }
     println!("\n");
     println!("{}", account(&report));
     Ok(())
-}
-
-fn config_eos(engine: &Engine) -> Vec<u32> {
-    engine.split().manifest().config.eos_token_ids.clone()
 }
 
 fn prompt(args: &Run) -> anyhow::Result<String> {
@@ -132,43 +130,13 @@ fn check_tensors(split: &Split, quiet: bool) -> anyhow::Result<()> {
     Ok(checked?)
 }
 
-/// Plans and loads, with a progress bar. `wanted` is the context if none is given.
-pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: bool) -> anyhow::Result<Engine> {
-    let plan = Plan::new(&split, request(args, wanted, batch)?)?;
-    let progress = Progress::new("load", quiet);
-    let on_layer = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
-    let engine = Engine::load(split, plan, &on_layer);
-    progress.finish();
-    Ok(engine?)
-}
-
-/// What the flags ask for.
-pub fn request(args: &Placement, wanted: usize, batch: usize) -> anyhow::Result<PlanRequest> {
-    if !matches!(args.vram_budget.as_str(), "auto" | "0") {
-        let text = "--vram-budget: this build runs on the CPU only; leave it out, or give 0, and use --ram-budget";
-        return Err(Usage(text.to_owned()).into());
-    }
-    Ok(PlanRequest {
-        mode: match args.mode {
-            ModeName::Exact => Mode::Exact,
-            ModeName::Sparse => Mode::Sparse { active: args.active },
-        },
-        ram_budget_bytes: args.ram_budget,
-        context: args.ctx_size.unwrap_or(wanted),
-        batch,
-        n_threads: args.threads.count(),
-    })
-}
-
 /// What a user must know before believing the figures.
-fn warnings(engine: &Engine) -> anyhow::Result<Vec<String>> {
+fn warnings(engine: &dyn Decoder) -> anyhow::Result<Vec<String>> {
     let mut out: Vec<String> = engine.flaws().iter().take(FLAWS_SAID_MAX).map(ToString::to_string).collect();
     if engine.flaws().len() > FLAWS_SAID_MAX {
         out.push(format!("{} more such tensors", engine.flaws().len() - FLAWS_SAID_MAX));
     }
-    if engine.plan().streams() && !engine.reads_are_direct() {
-        out.push("this file system has no direct reads; the page cache holds weights beyond --ram-budget".to_owned());
-    }
+    out.extend(engine.warnings());
     if let Some(planted) = engine.split().planted()? {
         out.push(format!(
             "{} has random weights with planted activations: it measures speed and says nothing",
@@ -176,7 +144,7 @@ fn warnings(engine: &Engine) -> anyhow::Result<Vec<String>> {
         ));
     }
     let trained = engine.split().manifest().config.max_context;
-    if engine.plan().request.context > trained {
+    if engine.context() > trained {
         out.push(format!("-c is above the {trained} tokens that the model was trained for"));
     }
     Ok(out)
@@ -187,19 +155,23 @@ pub fn account(r: &RunReport) -> String {
     let b = &r.bytes_per_token;
     let hits = r.cache_hit_rate.map_or(String::new(), |h| format!(", cache hits {:.0} %", 100.0 * h));
     format!(
-        "{} tokens at {:.1} tok/s (prompt {} at {:.0} tok/s); per token: RAM {}, cache {}, disk {}{hits}; \
+        "{} tokens at {:.1} tok/s (prompt {} at {:.0} tok/s); per token: {}{hits}; \
          {:.0} % of the {} limit; peak memory {}",
         r.tokens.len(),
         r.decode_tok_s,
         r.prompt_tokens,
         r.prompt_tok_s,
-        format_bytes(b.host),
-        format_bytes(b.cache),
-        format_bytes(b.disk),
+        tiers(b),
         100.0 * r.limit_share,
         r.limit,
         format_bytes(r.peak_rss_bytes)
     )
+}
+
+/// Bytes by tier; VRAM only where there is a GPU.
+pub fn tiers(b: &TierBytes) -> String {
+    let vram = if b.device > 0 { format!("VRAM {}, ", format_bytes(b.device)) } else { String::new() };
+    format!("{vram}RAM {}, cache {}, disk {}", format_bytes(b.host), format_bytes(b.cache), format_bytes(b.disk))
 }
 
 /// Threads for measurements outside an engine.

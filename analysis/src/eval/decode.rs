@@ -3,7 +3,7 @@
 use super::likelihood::{TokenScores, cross_entropy};
 use super::{Evaluation, Mask, Windows};
 use crate::{Error, Result};
-use thermocline_runtime::{Engine, Logits, Mode};
+use thermocline_runtime::{Decoder, Mode};
 
 /// Decodes `windows` token by token with `engine`, in its own mode. There is no dense reference here: KL, agreement and
 /// recall are `None`. `progress(done, total)` counts tokens.
@@ -11,11 +11,11 @@ use thermocline_runtime::{Engine, Logits, Mode};
 /// # Errors
 /// If a window is longer than the engine's context, the disk fails, or the outputs are not finite.
 pub fn evaluate_decode(
-    engine: &mut Engine,
+    engine: &mut dyn Decoder,
     windows: &Windows<'_>,
     progress: &dyn Fn(usize, usize),
 ) -> Result<Evaluation> {
-    let context = engine.plan().request.context;
+    let context = engine.context();
     if windows.ctx() > context {
         let reason = format!("{} tokens do not fit in the engine's context of {context}", windows.ctx());
         return Err(Error::Setting { flag: "--ctx", reason });
@@ -29,12 +29,12 @@ pub fn evaluate_decode(
         progress(position, windows.tokens().len());
         // The last token of a window predicts nothing that is counted.
         if let Some(next) = windows.next(position) {
-            let logits = engine.forward(&[token], Logits::Last)?;
+            let logits = engine.decode(token)?;
             scores.losses.push(cross_entropy(&logits, next));
         }
     }
     progress(windows.tokens().len(), windows.tokens().len());
-    let mask = match engine.plan().request.mode {
+    let mask = match engine.mode() {
         Mode::Exact => Mask::Exact,
         // 0.3 as f32 is 0.30000001 as f64; nobody asked for more than six digits.
         Mode::Sparse { active } => Mask::Predicted((f64::from(active) * 1e6).round() / 1e6),

@@ -1,0 +1,74 @@
+//! The fused kernel alone: bundles of several sizes, scattered in pinned memory, read in place. Needs a GPU; prints one
+//! line a size, with the copy engine's speed as the limit.
+//!
+//!     cargo bench -p thermocline-kernels --bench link
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, WorkList, ffn, ffn_blocks};
+use thermocline_kernels::cuda::{Device, Queue};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
+
+/// Pinned memory over which the bundles are scattered: far beyond any cache.
+const POOL_BYTES: usize = 2 << 30;
+/// Bytes of one launch: long enough that starting it counts little.
+const LAUNCH_BYTES: usize = 64 << 20;
+const REPETITIONS: usize = 9;
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    // `cargo test` runs benches too, in a build that says so.
+    if std::env::args().any(|a| a == "--test") {
+        return;
+    }
+    let device = match Device::open(0) {
+        Ok(device) => device,
+        Err(e) => return println!("nothing measured: {e}"),
+    };
+    let mut host = AlignedBuf::zeroed(POOL_BYTES).unwrap();
+    let mut state = 1u64;
+    for word in bytemuck::cast_slice_mut::<u8, u64>(&mut host) {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // Scales are halves: no exponent of all ones.
+        *word = (state ^ state >> 29) & 0x3fff_3fff_3fff_3fff;
+    }
+    let cold = device.pin(host).unwrap();
+    let target = device.allocate(LAUNCH_BYTES).unwrap();
+    let copies = (0..REPETITIONS).map(|i| {
+        let begin = device.record().unwrap();
+        device.copy(Queue::Compute, &target.view(), &cold.slice(i * LAUNCH_BYTES, LAUNCH_BYTES)).unwrap();
+        LAUNCH_BYTES as f64 / device.record().unwrap().since(&begin).unwrap() / 1e6
+    });
+    let limit = median(copies.collect());
+    println!("{}; copy engine {limit:.1} GB/s", device.name());
+    println!("{:>8} {:>10} {:>10} {:>8}", "hidden", "bundle B", "GB/s", "of copy");
+    let n_blocks = ffn_blocks(&device);
+    for hidden in [1024, 2048, 4096, 8192, 16384] {
+        let layout = BundleLayout::new(Encoding::Q4, hidden).unwrap();
+        let (bundle, n_pool) = (layout.bundle_bytes(), POOL_BYTES / layout.bundle_bytes());
+        let n = LAUNCH_BYTES / bundle;
+        let view = |bytes: usize| device.allocate(bytes).unwrap().view();
+        let work = WorkList { ids: view(16), items: view(8 * n), counts: view(32), totals: view(64) };
+        let (x, partial, none) = (view(4 * hidden), view(4 * hidden * n_blocks), view(16));
+        device.write(&x, bytemuck::cast_slice(&vec![0.01f32; hidden])).unwrap();
+        device.write(&work.counts, bytemuck::cast_slice(&[n as u32, n as u32, 0, 0, 0, n as u32, 0, 0])).unwrap();
+        let speeds = (0..REPETITIONS).map(|_| {
+            let items: Vec<[u32; 2]> = (0..n)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    [0x4000_0000 | ((state >> 33) % n_pool as u64) as u32, u32::MAX]
+                })
+                .collect();
+            device.write(&work.items, bytemuck::cast_slice(&items)).unwrap();
+            let bundles = Bundles { hot: &none, cold: &cold.view(), cache: &none };
+            let begin = device.record().unwrap();
+            ffn(&device, layout, Nonlinearity::Relu, &work, bundles, &x, n_blocks, &partial).unwrap();
+            (n * bundle) as f64 / device.record().unwrap().since(&begin).unwrap() / 1e6
+        });
+        let speed = median(speeds.collect());
+        println!("{hidden:>8} {bundle:>10} {speed:>10.1} {:>7.0}%", 100.0 * speed / limit);
+    }
+}

@@ -1,0 +1,394 @@
+// The fused feed-forward layer: active neurons, one bundle at a time, from wherever each lies.
+//
+//     partial[block] = sum over the block's neurons of h * down,  h = act(gate . x, up . x)
+//
+// Floor: the bundles' bytes, over the link for those that are read in place from pinned host memory (51 GB/s measured),
+// from device memory for the others (4470 GB/s).
+//
+// - A thread owns the same columns of every neuron: its outputs stay in registers from the first neuron to the last, and
+//   a row is one 16-byte load. x lies in shared memory; what is read of it serves the gate and the up row.
+// - All three rows of the next neuron are on their way while this one is computed: 27 KB a block at hidden 8192 in q4.
+// - The link needs few bytes in flight and much time; a quarter of the teams reads it while the others compute with
+//   what is in device memory, so that the shorter of the two costs nothing.
+// - Nothing depends on which block is faster: the same work gives the same bits.
+#include "input.cuh"
+
+namespace ffn_shape {
+constexpr int kMaxThreads = 512;
+constexpr int kMaxWarps = kMaxThreads / kWarp;
+constexpr u32 kSlot = 0x80000000u;
+constexpr u32 kCold = 0x40000000u;
+
+// Threads that compute a neuron together. Up to 128 a power of two, and a block of 256 threads holds several teams;
+// else the team is the block.
+template <class E>
+DEVICE int team_threads(int hidden) {
+  const int warps = ceil_div(hidden / E::kColumns, kWarp);
+  return (warps > kMaxWarps ? kMaxWarps : warps == 3 ? 4 : warps) * kWarp;
+}
+}  // namespace ffn_shape
+
+DEVICE float activate(int activation, float gate, float up) {
+  if (activation == 0) return gate * reciprocal(1.0f + expf(-gate)) * up;
+  return fmaxf(gate, 0.0f) * (activation == 1 ? up : fmaxf(up, 0.0f));
+}
+
+// What one thread holds of one row: N chunks, a team's width apart.
+template <class E, int N>
+struct Chunks {
+  uint4 codes[N];
+  u16 scales[N];
+
+  DEVICE void fetch(const Row<E>& row, u32 first, u32 step, u32 n_chunks) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const u32 chunk = first + i * step;
+      if (chunk < n_chunks) {
+        codes[i] = row.load_codes(chunk);
+        scales[i] = row.load_scale(chunk);
+      }
+    }
+  }
+
+  DEVICE void store(unsigned char* bundle, u32 hidden, u32 which, u32 first, u32 step, u32 n_chunks) const {
+    const Row<E> row = bundle_row<E>(bundle, hidden, which);
+    unsigned char *to_codes = bundle + (row.codes - bundle), *to_scales = bundle + (row.scales - bundle);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const u32 chunk = first + i * step;
+      if (chunk < n_chunks) {
+        *reinterpret_cast<uint4*>(to_codes + 16 * chunk) = codes[i];
+        if (E::kScaled) *reinterpret_cast<u16*>(to_scales + Row<E>::scale_at(chunk)) = scales[i];
+      }
+    }
+  }
+};
+
+// One neuron: its rows, and the cache slot that is to be filled with it.
+template <class E, int N>
+struct Neuron {
+  Chunks<E, N> gate, up, down;
+  u32 to;
+};
+
+struct FfnArgs {
+  const uint2* items;
+  const u32* counts;
+  const unsigned char* hot;
+  const unsigned char* cold;
+  unsigned char* cache;
+  u32 bundle_bytes, hidden;
+  int activation;
+  const float* x;
+  float* partial;
+};
+
+// The items of a team: from `next` to before `last`, every `step`-th.
+struct FfnWork {
+  int next, last, step;
+  DEVICE int count() const { return next < last ? ceil_div(last - next, step) : 0; }
+};
+
+// The work of team `team` of `n_teams`.
+DEVICE FfnWork ffn_work(int team, int n_teams, int n_items, int n_link) {
+  if (n_teams == 1 || n_link == 0 || n_link == n_items) return {team, n_items, n_teams};
+  const int link_teams = min(n_link, max(1, n_teams / 4));
+  if (team < link_teams) return {team, n_link, link_teams};
+  return {n_link + team - link_teams, n_items, n_teams - link_teams};
+}
+
+// Adds up two numbers over a team.
+struct TeamSums {
+  // Where this thread leaves its warp's sums, and where it finds those of the warps of its team.
+  float* mine;
+  const float* theirs;
+  bool leaves, finds, alone;
+
+  DEVICE TeamSums(float* scratch, int team_warps) {
+    // The lower half of each warp adds up gates, the upper half ups.
+    float* half = scratch + (lane_id() < 16 ? 0 : ffn_shape::kMaxWarps);
+    mine = half + warp_id();
+    theirs = half + warp_id() / team_warps * team_warps + lane_id() % 16;
+    leaves = lane_id() % 16 == 0;
+    finds = lane_id() % 16 < team_warps;
+    alone = team_warps == 1;
+  }
+
+  // The same bits in all threads of the team. `turn` alternates between 0 and 1. A barrier for the block unless teams
+  // are warps.
+  DEVICE float2 operator()(float gate, float up, int turn) const {
+    const bool upper = lane_id() >= 16;
+    float v = (upper ? up : gate) + __shfl_xor_sync(kAllLanes, upper ? gate : up, 16);
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+    if (!alone) {
+      const int offset = turn * 2 * ffn_shape::kMaxWarps;
+      if (leaves) mine[offset] = v;
+      __syncthreads();
+      v = finds ? theirs[offset] : 0.0f;
+#pragma unroll
+      for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+    }
+    const float other = __shfl_xor_sync(kAllLanes, v, 16);
+    return upper ? make_float2(other, v) : make_float2(v, other);
+  }
+};
+
+// N: chunks a thread holds of a row. kAhead: whether the next neuron's are loaded early; else there are too many.
+template <class E, int N, bool kAhead>
+DEVICE void ffn_teams(const FfnArgs& args) {
+  using namespace ffn_shape;
+  __shared__ float scratch[2 * 2 * kMaxWarps];
+
+  const u32 hidden = args.hidden, n_chunks = hidden / E::kColumns;
+  const u32 team_size = team_threads<E>(hidden), teams = blockDim.x / team_size;
+  const u32 my_team = threadIdx.x / team_size, me = threadIdx.x % team_size;
+  const TeamSums team_sums(scratch, team_size / kWarp);
+
+  // Neighbouring items go to different blocks.
+  const int n_items = args.counts[0], n_link = args.counts[1], n_teams = teams * gridDim.x;
+  FfnWork work = ffn_work(my_team * gridDim.x + blockIdx.x, n_teams, n_items, n_link);
+  const int my_rounds = work.count();
+  int rounds = 0;
+  for (u32 t = 0; t < teams; t++)
+    rounds = max(rounds, ffn_work(t * gridDim.x + blockIdx.x, n_teams, n_items, n_link).count());
+
+  // The item that is fetched next, itself asked for one round earlier.
+  uint2 item = make_uint2(0, kNone);
+  auto next_item = [&] {
+    if (work.next < work.last) item = args.items[work.next];
+    work.next += work.step;
+  };
+  auto bundle_of = [&](u32 from) -> const unsigned char* {
+    const unsigned char* base = from & kSlot ? args.cache : from & kCold ? args.cold : args.hot;
+    return base + static_cast<u64>(from & ~(kSlot | kCold)) * args.bundle_bytes;
+  };
+  auto slot = [&](u32 to) { return args.cache + static_cast<u64>(to) * args.bundle_bytes; };
+  auto fetch = [&](int round, Neuron<E, N>& neuron) {
+    if (round >= my_rounds) return;
+    const unsigned char* bundle = bundle_of(item.x);
+    neuron.to = item.y;
+    neuron.gate.fetch(bundle_row<E>(bundle, hidden, 0), me, team_size, n_chunks);
+    neuron.up.fetch(bundle_row<E>(bundle, hidden, 1), me, team_size, n_chunks);
+    neuron.down.fetch(bundle_row<E>(bundle, hidden, 2), me, team_size, n_chunks);
+    next_item();
+  };
+
+  Neuron<E, N> a, b;
+  if constexpr (kAhead) {
+    next_item();
+    fetch(0, a);
+  }
+
+  const Input<E> input;
+  input.stage(args.x, hidden);
+  __syncthreads();
+
+  float outputs[N][E::kColumns] = {};
+  // The bias of every column of a chunk is the same: the sum of h times its scale.
+  float biases[N] = {};
+
+  auto dot_chunk = [&](u32 chunk, const uint4& gate_codes, u16 gate_scale, const uint4& up_codes, u16 up_scale,
+                       float2& sums) {
+    float dots[2];
+    const uint4 codes[2] = {gate_codes, up_codes};
+    input.template dot<2>(chunk, codes, dots);
+    sums.x += scale_value<E>(gate_scale) * dots[0];
+    sums.y += scale_value<E>(up_scale) * dots[1];
+  };
+  auto activation_of = [&](int round, float2 sums) {
+    sums = team_sums(sums.x, sums.y, round % 2);
+    return activate(args.activation, sums.x * E::kOut, sums.y * E::kOut);
+  };
+  auto add_chunk = [&](float h, const uint4& codes, u16 scale, float (&output)[E::kColumns], float& bias) {
+    const float scaled = h * scale_value<E>(scale);
+    if (E::kBias != 0.0f) bias += scaled;
+    const float factor = scaled * E::kIn;
+#pragma unroll
+    for (int k = 0; k < E::kColumns / 4; k++) {
+      const float4 d = E::four(codes, k);
+      output[4 * k] += factor * d.x;
+      output[4 * k + 1] += factor * d.y;
+      output[4 * k + 2] += factor * d.z;
+      output[4 * k + 3] += factor * d.w;
+    }
+  };
+
+  if constexpr (kAhead) {
+    auto compute = [&](int round, const Neuron<E, N>& neuron) {
+      const bool active = round < my_rounds;
+      float2 sums = make_float2(0.0f, 0.0f);
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        const u32 chunk = me + i * team_size;
+        if (active && chunk < n_chunks)
+          dot_chunk(chunk, neuron.gate.codes[i], neuron.gate.scales[i], neuron.up.codes[i], neuron.up.scales[i], sums);
+      }
+      const float h = activation_of(round, sums);
+      if (!active) return;
+      if (h != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+          if (me + i * team_size < n_chunks)
+            add_chunk(h, neuron.down.codes[i], neuron.down.scales[i], outputs[i], biases[i]);
+      }
+      if (neuron.to != kNone) {
+        neuron.gate.store(slot(neuron.to), hidden, 0, me, team_size, n_chunks);
+        neuron.up.store(slot(neuron.to), hidden, 1, me, team_size, n_chunks);
+        neuron.down.store(slot(neuron.to), hidden, 2, me, team_size, n_chunks);
+      }
+    };
+    // The registers change roles instead of contents.
+    for (int round = 0; round < rounds; round += 2) {
+      fetch(round + 1, b);
+      compute(round, a);
+      if (round + 1 == rounds) break;
+      fetch(round + 2, a);
+      compute(round + 1, b);
+    }
+  } else {
+    // Rows this wide fill the link and the memory without looking ahead, and would not fit in registers.
+#pragma unroll 1
+    for (int round = 0; round < rounds; round++) {
+      const bool active = round < my_rounds;
+      if (active) item = args.items[work.next + round * work.step];
+      const uint2 now = item;
+      const unsigned char* bundle = bundle_of(now.x);
+      const bool fills = now.y != kNone;
+      Chunks<E, 1> one, other;
+      float2 sums = make_float2(0.0f, 0.0f);
+#pragma unroll 1
+      for (int i = 0; i < N; i++) {
+        const u32 chunk = me + i * team_size;
+        if (!active || chunk >= n_chunks) continue;
+        one.fetch(bundle_row<E>(bundle, hidden, 0), chunk, 0, n_chunks);
+        other.fetch(bundle_row<E>(bundle, hidden, 1), chunk, 0, n_chunks);
+        if (fills) {
+          one.store(slot(now.y), hidden, 0, chunk, 0, n_chunks);
+          other.store(slot(now.y), hidden, 1, chunk, 0, n_chunks);
+        }
+        dot_chunk(chunk, one.codes[0], one.scales[0], other.codes[0], other.scales[0], sums);
+      }
+      const float h = activation_of(round, sums);
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        const u32 chunk = me + i * team_size;
+        if (!active || chunk >= n_chunks || (h == 0.0f && !fills)) continue;
+        one.fetch(bundle_row<E>(bundle, hidden, 2), chunk, 0, n_chunks);
+        if (h != 0.0f) add_chunk(h, one.codes[0], one.scales[0], outputs[i], biases[i]);
+        if (fills) one.store(slot(now.y), hidden, 2, chunk, 0, n_chunks);
+      }
+    }
+  }
+
+  // The input is not needed any more: its place takes the sums, team by team, and gives them away in whole lines.
+  for (u32 t = 0; t < teams; t++) {
+    __syncthreads();
+    if (t != my_team) continue;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const u32 chunk = me + i * team_size;
+      if (chunk >= n_chunks) continue;
+#pragma unroll
+      for (int k = 0; k < E::kColumns / 4; k++) {
+        float4 v = t == 0 ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : input.part(chunk, k);
+        const float less = biases[i] * E::kBias;
+        v.x += outputs[i][4 * k] * (E::factor(4 * k) * E::kOut) - less;
+        v.y += outputs[i][4 * k + 1] * (E::factor(4 * k + 1) * E::kOut) - less;
+        v.z += outputs[i][4 * k + 2] * (E::factor(4 * k + 2) * E::kOut) - less;
+        v.w += outputs[i][4 * k + 3] * (E::factor(4 * k + 3) * E::kOut) - less;
+        input.part(chunk, k) = v;
+      }
+    }
+  }
+  __syncthreads();
+  float4* out = reinterpret_cast<float4*>(args.partial + static_cast<u64>(blockIdx.x) * hidden);
+  for (u32 i = threadIdx.x; i < hidden / 4; i += blockDim.x) out[i] = input.part(i);
+}
+
+// items, counts: from choose; {bundle, slot to fill} each, those over the link first.
+// hot, cache: device memory; cold: pinned host memory. Bundles of `bundle_bytes`, a multiple of 16. x [hidden] and
+// partial [blocks, hidden] start at a multiple of 16 bytes; hidden is a multiple of 32, at most 32768.
+// Block: team_threads, or 256 if that is at most 128. Dynamic shared memory: as gemv, with `hidden` columns.
+template <class E>
+DEVICE void ffn(const FfnArgs& args) {
+  const int chunks_a_thread = ceil_div(args.hidden / E::kColumns, ffn_shape::kMaxThreads);
+  if (chunks_a_thread <= 1) {
+    ffn_teams<E, 1, true>(args);
+  } else if (chunks_a_thread <= 2) {
+    ffn_teams<E, 2, E::kColumns <= 8>(args);
+  } else if (E::kColumns <= 16 && chunks_a_thread <= 4) {
+    ffn_teams<E, E::kColumns <= 16 ? 4 : 1, false>(args);
+  } else if (E::kColumns <= 8) {
+    ffn_teams<E, E::kColumns <= 8 ? 8 : 1, false>(args);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    ffn_bf16(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
+             unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
+  ffn<Bf16>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+             static_cast<u32>(hidden), activation, x, partial});
+}
+extern "C" __global__ void __launch_bounds__(512, 1)
+    ffn_q8(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
+           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
+  ffn<Q8>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+             static_cast<u32>(hidden), activation, x, partial});
+}
+extern "C" __global__ void __launch_bounds__(512, 1)
+    ffn_q4(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
+           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
+  ffn<Q4>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+             static_cast<u32>(hidden), activation, x, partial});
+}
+
+// x [hidden] += the sum of partial [n_partials, hidden], and the CPU's share once it is there.
+// Floor: the partial sums from the second-level cache. A block of 256 threads for every 32 columns: eight threads of
+// four columns each, 32 of these over the rows, then a fixed tree. hidden is a multiple of 32.
+extern "C" __global__ void __launch_bounds__(256)
+    finish(const float* partial, int n_partials, int hidden, const u32* counts, const float* cpu_y, const u32* cpu_flag,
+           const u32* step, int layer, int n_layers, float* x) {
+  __shared__ float4 sums[8][8];
+  const int part = threadIdx.x % 8, first_row = threadIdx.x / 8;
+  const float4* rows = reinterpret_cast<const float4*>(partial) + blockIdx.x * 8 + part;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+  for (int row = first_row; row < n_partials; row += 32) {
+    const float4 v = rows[static_cast<long long>(row) * (hidden / 4)];
+    sum.x += v.x;
+    sum.y += v.y;
+    sum.z += v.z;
+    sum.w += v.w;
+  }
+#pragma unroll
+  for (int lanes = 8; lanes < kWarp; lanes *= 2) {
+    sum.x += __shfl_xor_sync(kAllLanes, sum.x, lanes);
+    sum.y += __shfl_xor_sync(kAllLanes, sum.y, lanes);
+    sum.z += __shfl_xor_sync(kAllLanes, sum.z, lanes);
+    sum.w += __shfl_xor_sync(kAllLanes, sum.w, lanes);
+  }
+  if (lane_id() < 8) sums[warp_id()][part] = sum;
+  __syncthreads();
+  if (warp_id() > 0) return;
+
+  const int column = blockIdx.x * 32 + lane_id();
+  float total = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < 8; warp++) total += reinterpret_cast<const float*>(sums[warp])[lane_id()];
+  if (cpu_flag != nullptr && counts[4] > 0) {
+    // One lane looks; the flag of the CPU goes up, and may wrap around. All bits set: the CPU has given up.
+    const u32 wanted = step[2] * static_cast<u32>(n_layers) + static_cast<u32>(layer) + 1;
+    u32 flag = 0;
+    if (lane_id() == 0) {
+      while (true) {
+        flag = *const_cast<const volatile u32*>(cpu_flag);
+        if (flag == kNone || static_cast<int>(flag - wanted) >= 0) break;
+        wait_a_little();
+      }
+      __threadfence_system();
+    }
+    if (__shfl_sync(kAllLanes, flag, 0) != kNone) total += const_cast<const volatile float*>(cpu_y)[column];
+  }
+  x[column] += total;
+}

@@ -1,0 +1,105 @@
+// Everything that differs between the two CUDA compilers and a plain C++ compiler with the emulator.
+//
+// nvcc, NVRTC (all files pasted in the order of thermocline.cu, without any header) and g++ compile the same kernels;
+// this is the only file that knows which of them it is. Compile without -ftz=true or --use_fast_math: q4 decoding
+// multiplies subnormal numbers (see small_integer).
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifdef THERMOCLINE_EMULATED
+
+#include "emulator/emulator.hpp"
+
+// A non-negative integer below 2^24 as a float, up to a power of two:
+// `x * kSmallIntegerIn * small_integer(n) * kSmallIntegerOut == x * n`.
+inline float small_integer(u32 n) { return static_cast<float>(n); }
+constexpr float kSmallIntegerIn = 1.0f;
+constexpr float kSmallIntegerOut = 1.0f;
+
+inline uint4 load_stream(const void* p) { return *static_cast<const uint4*>(p); }
+inline u16 load_stream_u16(const void* p) { return *static_cast<const u16*>(p); }
+
+inline float reciprocal(float v) { return 1.0f / v; }
+inline float rounded_product(float a, float b) { return a * b; }
+
+inline float half_to_float(u16 h) { return emulator::half_to_float(h); }
+inline u16 float_to_half(float f) { return emulator::float_to_half(f); }
+
+#else
+
+// The bits of a small integer, taken as a float, are that integer times 2^-149: a subnormal number, exact, and made by
+// no instruction at all. FFMA takes subnormal operands at full speed. The two factors keep products in the normal
+// range: an input may be as large as 2^47, and keeps all its bits down to 2^-57.
+__device__ __forceinline__ float small_integer(u32 n) { return __uint_as_float(n); }
+#define kSmallIntegerIn 0x1p80f
+#define kSmallIntegerOut 0x1p69f
+
+// Weights are read once: they should not push anything out of the first-level cache. Volatile, so that loads stay
+// where they are written, ahead of the arithmetic of the chunk before.
+__device__ __forceinline__ uint4 load_stream(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+__device__ __forceinline__ u16 load_stream_u16(const void* p) {
+  u16 v;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ float half_to_float(u16 h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+__device__ __forceinline__ u16 float_to_half(float f) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+
+// Within one unit in the last place, without the branches of a division.
+__device__ __forceinline__ float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
+// A product that is never fused with an addition after it.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ uint4 dynamic_shared_words[];
+  return reinterpret_cast<unsigned char*>(dynamic_shared_words);
+}
+
+// Between two looks at a flag in host memory.
+__device__ __forceinline__ void wait_a_little() {
+  asm volatile("nanosleep.u32 200;");
+}
+
+#endif
+
+constexpr int kWarp = 32;
+constexpr u32 kAllLanes = 0xffffffffu;
+constexpr u32 kNone = 0xffffffffu;
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+DEVICE int lane_id() { return threadIdx.x % kWarp; }
+DEVICE int warp_id() { return threadIdx.x / kWarp; }
+
+DEVICE float bf16_to_float(u16 b) { return __uint_as_float(static_cast<u32>(b) << 16); }
+
+// Rounds to nearest even; a NaN stays one.
+DEVICE u16 float_to_bf16(float f) {
+  const u32 bits = __float_as_uint(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<u16>(bits >> 16 | 0x40);
+  return static_cast<u16>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}

@@ -1,0 +1,45 @@
+// Sums over the lanes of a warp and the threads of a block, always in the same order.
+#pragma once
+#include "platform.cuh"
+
+// Every lane gets the sum.
+DEVICE float warp_sum(float v) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  return v;
+}
+
+DEVICE float warp_max(float v) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, step));
+  return v;
+}
+
+// Sums N values over the warp with N - 1 + log2(32 / N) shuffles: a lane gives away the half of its values that its
+// partner keeps. Lane l gets the sum of value l / (32 / N). N is a power of two up to 32.
+template <int N, int kStep = kWarp / 2>
+DEVICE float warp_sum_each(float (&v)[N]) {
+  if constexpr (N > 1) {
+    const bool upper = lane_id() & kStep;
+    float kept[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+      const float give = upper ? v[i] : v[i + N / 2];
+      kept[i] = (upper ? v[i + N / 2] : v[i]) + __shfl_xor_sync(kAllLanes, give, kStep);
+    }
+    return warp_sum_each<N / 2, kStep / 2>(kept);
+  } else {
+#pragma unroll
+    for (int step = kStep; step > 0; step /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], step);
+    return v[0];
+  }
+}
+
+// Every thread gets the sum. `scratch` holds 32 floats of shared memory that nobody uses any more.
+DEVICE float block_sum(float v, float* scratch) {
+  v = warp_sum(v);
+  if (lane_id() == 0) scratch[warp_id()] = v;
+  __syncthreads();
+  const int n_warps = blockDim.x / kWarp;
+  return warp_sum(lane_id() < n_warps ? scratch[lane_id()] : 0.0f);
+}

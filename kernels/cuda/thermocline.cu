@@ -1,0 +1,13 @@
+// All kernels. For NVRTC, the same files are pasted together in this order.
+#include "platform.cuh"
+#include "decode.cuh"
+#include "reduce.cuh"
+#include "input.cuh"
+#include "embed.cu"
+#include "gemv.cu"
+#include "attention.cu"
+#include "predict.cu"
+#include "choose.cu"
+#include "ffn.cu"
+#include "prefill.cu"
+#include "attend_rows.cu"

@@ -1,0 +1,759 @@
+//! Every kernel, with its shapes: what it reads and writes is checked here before it is launched.
+//!
+//! The sources in `kernels/cuda/` say how each works. All numbers are f32 unless said otherwise; every function gives
+//! the compute queue one kernel and does not wait.
+//!
+//! # Errors
+//! Each function fails if the driver does.
+//!
+//! # Panics
+//! Each function panics if a view is smaller than the shapes say: a mistake of the caller, never of the input.
+
+use super::backend::{Arg, Launch};
+use super::device::Device;
+use super::error::Result;
+use super::memory::View;
+use crate::{BundleLayout, Encoding, GROUP};
+
+/// Threads of most kernels' blocks.
+const THREADS: u32 = 256;
+
+/// What the token in progress is, `[token, position, serial]`: three u32, at [`Step::BYTES`].
+#[derive(Debug, Clone, Copy)]
+pub struct Step;
+
+impl Step {
+    /// Its size.
+    pub const BYTES: usize = 16;
+}
+
+/// An encoded matrix on the device, rows at [`Encoding::row_stride`].
+#[derive(Debug, Clone)]
+pub struct DeviceMatrix {
+    /// How rows are stored.
+    pub encoding: Encoding,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub columns: usize,
+    /// The rows.
+    pub data: View,
+}
+
+impl DeviceMatrix {
+    fn check(&self) {
+        assert!(self.data.len() >= self.rows * self.encoding.row_stride(self.columns), "matrix data");
+    }
+}
+
+/// Numbers by which the kernels know activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Nonlinearity {
+    /// `silu(g) u`.
+    Silu = 0,
+    /// `relu(g) u`.
+    Relu = 1,
+    /// `relu(g) relu(u)`.
+    Drelu = 2,
+}
+
+fn floats(view: &View, n: usize) {
+    assert!(view.len() >= 4 * n, "{} bytes for {n} numbers", view.len());
+}
+
+fn address(view: &View) -> Arg {
+    Arg::Address(view.address())
+}
+
+fn optional(view: Option<&View>) -> Arg {
+    Arg::Address(view.map_or(0, View::address))
+}
+
+fn u32_of(n: usize) -> Arg {
+    Arg::U32(u32::try_from(n).expect("a size below 2^32"))
+}
+
+/// `x[c] = table[token, c]`; copies the step that the host wrote into mapped memory to the device.
+///
+/// # Errors
+/// See the module.
+pub fn embed(device: &Device, table: &DeviceMatrix, host_step: &View, step: &View, x: &View) -> Result<()> {
+    table.check();
+    floats(x, table.columns);
+    assert!(host_step.len() >= Step::BYTES && step.len() >= Step::BYTES, "step");
+    let launch = Launch {
+        kernel: format!("embed_{}", table.encoding),
+        grid: [table.columns.div_ceil(THREADS as usize) as u32, 1],
+        block: THREADS,
+        shared_bytes: 0,
+        args: vec![address(host_step), address(step), address(&table.data), u32_of(table.columns), address(x)],
+    };
+    device.launch(launch, &[host_step, step, &table.data, x])
+}
+
+/// The RMSNorm before a matrix product.
+#[derive(Debug, Clone, Copy)]
+pub struct Norm<'a> {
+    /// `[columns]`.
+    pub weight: &'a View,
+    /// Added to the mean of squares.
+    pub eps: f32,
+    /// Where the normalised input goes too, `[columns]`.
+    pub out: Option<&'a View>,
+}
+
+/// What is added to a matrix product.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Added<'a> {
+    /// `[rows]`.
+    pub bias: Option<&'a View>,
+    /// `[rows]`; may be the output itself.
+    pub residual: Option<&'a View>,
+}
+
+/// `out[r] = w[r, :] norm(x) + bias[r] + residual[r]`.
+///
+/// # Errors
+/// See the module.
+pub fn gemv(
+    device: &Device,
+    w: &DeviceMatrix,
+    x: &View,
+    norm: Option<Norm<'_>>,
+    added: Added<'_>,
+    out: &View,
+) -> Result<()> {
+    w.check();
+    floats(x, w.columns);
+    floats(out, w.rows);
+    for view in [added.bias, added.residual].into_iter().flatten() {
+        floats(view, w.rows);
+    }
+    let (weight, normed) = (norm.map(|n| n.weight), norm.and_then(|n| n.out));
+    for view in [weight, normed].into_iter().flatten() {
+        floats(view, w.columns);
+    }
+    let launch = Launch {
+        kernel: format!("gemv_{}", w.encoding),
+        grid: [gemv_blocks(device, w), 1],
+        block: THREADS,
+        shared_bytes: input_shared_bytes(w.encoding, w.columns),
+        args: vec![
+            address(&w.data),
+            u32_of(w.rows),
+            u32_of(w.columns),
+            address(x),
+            optional(weight),
+            Arg::F32(norm.map_or(0.0, |n| n.eps)),
+            optional(normed),
+            optional(added.bias),
+            optional(added.residual),
+            address(out),
+        ],
+    };
+    let mut uses = vec![&w.data, x, out];
+    uses.extend([weight, normed, added.bias, added.residual].into_iter().flatten());
+    device.launch(launch, &uses)
+}
+
+fn gemv_blocks(device: &Device, w: &DeviceMatrix) -> u32 {
+    let useful = w.rows.div_ceil(8);
+    useful.min(4 * device.n_multiprocessors()).max(1) as u32
+}
+
+/// A vector in shared memory, as `kernels/cuda/input.cuh` lays it out: 16 more bytes for each 16 bytes of codes.
+fn input_shared_bytes(encoding: Encoding, columns: usize) -> u32 {
+    let chunk = chunk_columns(encoding);
+    (columns.next_multiple_of(GROUP) / chunk * (4 * chunk + 16)) as u32
+}
+
+/// Columns whose codes are 16 bytes.
+fn chunk_columns(encoding: Encoding) -> usize {
+    match encoding {
+        Encoding::Bf16 => 8,
+        Encoding::Q8 => 16,
+        Encoding::Q4 => 32,
+    }
+}
+
+/// The shape of attention.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Positions that the cache holds.
+    pub capacity: usize,
+}
+
+impl Heads {
+    fn qkv(&self) -> usize {
+        (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+    }
+
+    /// Values of the keys, or the values, of one layer.
+    pub fn cache_values(&self) -> usize {
+        self.n_kv_heads * self.capacity * self.head_dim
+    }
+
+    /// Numbers of the partial results over `n_splits` ranges of positions.
+    pub fn partial_values(&self, n_splits: usize) -> usize {
+        self.n_heads * n_splits * (self.head_dim + 2)
+    }
+
+    fn check(&self, qkv: &View, n: usize, keys: &View, values: &View) {
+        floats(qkv, n * self.qkv());
+        assert!(keys.len() >= 2 * self.cache_values() && values.len() >= 2 * self.cache_values(), "key/value cache");
+    }
+}
+
+/// Cosines and sines `[capacity, head_dim / 2]`.
+#[derive(Debug, Clone, Copy)]
+pub struct RopeTables<'a> {
+    /// Cosines.
+    pub cos: &'a View,
+    /// Sines.
+    pub sin: &'a View,
+}
+
+/// Attention of the step's token over the cache, to which its key and value are appended (f16
+/// `[n_kv_heads, capacity, head_dim]` each). `qkv` is `[q | k | v]`; `out` is `[n_heads, head_dim]`; `partial` holds
+/// [`Heads::partial_values`].
+///
+/// # Errors
+/// See the module.
+#[allow(clippy::too_many_arguments)]
+pub fn attend(
+    device: &Device,
+    heads: Heads,
+    n_splits: usize,
+    qkv: &View,
+    step: &View,
+    [keys, values]: [&View; 2],
+    rope: RopeTables<'_>,
+    partial: &View,
+    out: &View,
+) -> Result<()> {
+    heads.check(qkv, 1, keys, values);
+    floats(partial, heads.partial_values(n_splits));
+    floats(out, heads.n_heads * heads.head_dim);
+    floats(rope.cos, heads.capacity * heads.head_dim / 2);
+    floats(rope.sin, heads.capacity * heads.head_dim / 2);
+    let launch = Launch {
+        kernel: "attend".to_owned(),
+        grid: [heads.n_kv_heads as u32, n_splits as u32],
+        block: 128,
+        shared_bytes: 0,
+        args: vec![
+            address(qkv),
+            address(step),
+            address(keys),
+            address(values),
+            address(rope.cos),
+            address(rope.sin),
+            u32_of(heads.n_heads),
+            u32_of(heads.n_kv_heads),
+            u32_of(heads.head_dim),
+            u32_of(heads.capacity),
+            address(partial),
+        ],
+    };
+    device.launch(launch, &[qkv, step, keys, values, rope.cos, rope.sin, partial])?;
+    let launch = Launch {
+        kernel: "attend_combine".to_owned(),
+        grid: [heads.n_heads as u32, 1],
+        block: 128,
+        shared_bytes: 0,
+        args: vec![address(partial), u32_of(heads.head_dim), u32_of(n_splits), address(out)],
+    };
+    device.launch(launch, &[partial, out])
+}
+
+/// Scores of all neurons from the predictor's inner vector `z [rank]`: `factors` are rows `[2 * ffn, rank]`, `neurons`
+/// is `[3, ffn]` (FORMAT.md).
+///
+/// # Errors
+/// See the module.
+pub fn predict_scores(
+    device: &Device,
+    factors: &DeviceMatrix,
+    z: &View,
+    neurons: &View,
+    activation: Nonlinearity,
+    scores: &View,
+) -> Result<()> {
+    factors.check();
+    let ffn = factors.rows / 2;
+    floats(z, factors.columns);
+    floats(neurons, 3 * ffn);
+    floats(scores, ffn);
+    let launch = Launch {
+        kernel: format!("predict_scores_{}", factors.encoding),
+        grid: [ffn.div_ceil(THREADS as usize / 4).min(8 * device.n_multiprocessors()) as u32, 1],
+        block: THREADS,
+        shared_bytes: input_shared_bytes(factors.encoding, factors.columns),
+        args: vec![
+            address(&factors.data),
+            u32_of(factors.columns),
+            address(z),
+            address(neurons),
+            u32_of(ffn),
+            Arg::U32(activation as u32),
+            address(scores),
+        ],
+    };
+    device.launch(launch, &[&factors.data, z, neurons, scores])
+}
+
+/// Which neurons a token computes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Selection {
+    /// All.
+    Every,
+    /// The so many of highest score.
+    Top(usize),
+    /// Those whose score is above this.
+    Above(f32),
+}
+
+/// The cache of one layer: a cold neuron (number: its place minus the hot ones) may be in a slot of set `number % sets`.
+#[derive(Debug, Clone)]
+pub struct CacheTables {
+    /// Sets; 0 if there is no cache.
+    pub n_sets: usize,
+    /// Slots of a set.
+    pub n_ways: usize,
+    /// u32 `[n_cold]`: slot, or all ones.
+    pub slot_of: View,
+    /// u32 `[n_sets * n_ways]`: cold number, or all ones.
+    pub owner: View,
+    /// `[n_cold]`: recency and frequency in one number, see `kernels/cuda/choose.cu`.
+    pub key: View,
+    /// u32 `[n_sets * n_ways]`: serial of the last token that used the slot.
+    pub used: View,
+    /// Octaves that a key falls behind per token: large is least-recently-used, small is least-frequently-used.
+    pub lambda: f32,
+}
+
+/// Where the host reads what it is to compute: mapped memory.
+#[derive(Debug, Clone)]
+pub struct HostWork {
+    /// Share of the neurons that are neither hot nor cached.
+    pub share: f32,
+    /// u32 `[ffn]`: cold numbers.
+    pub list: View,
+    /// `[hidden]`.
+    pub x: View,
+    /// u32: length of the list.
+    pub count: View,
+    /// u32: the layer's number, raised last ([`flag_value`]).
+    pub flag: View,
+}
+
+/// The value that the flags of layer `layer` reach in the token of that serial number.
+pub fn flag_value(serial: u32, layer: usize, n_layers: usize) -> u32 {
+    serial.wrapping_mul(n_layers as u32).wrapping_add(layer as u32 + 1)
+}
+
+/// What [`choose`] decides.
+#[derive(Debug, Clone)]
+pub struct WorkList {
+    /// u32 `[ffn]`: the active neurons, ascending.
+    pub ids: View,
+    /// u32 pairs `[ffn]`: where each bundle comes from and which slot it fills.
+    pub items: View,
+    /// u32 `[8]`: items, over the link, cached, hot, host, active.
+    pub counts: View,
+    /// u64 `[8]`: the same, added up over all layers and tokens.
+    pub totals: View,
+}
+
+/// Selects the active neurons of a layer, looks them up in the cache, and divides the work.
+#[derive(Debug, Clone, Copy)]
+pub struct Choose<'a> {
+    /// `[ffn]`.
+    pub scores: &'a View,
+    /// Neurons.
+    pub ffn: usize,
+    /// Neurons in device memory for good.
+    pub n_hot: usize,
+    /// Which are active.
+    pub selection: Selection,
+    /// The cache.
+    pub cache: &'a CacheTables,
+    /// The step.
+    pub step: &'a View,
+    /// This layer, of `n_layers`.
+    pub layer: usize,
+    /// As above.
+    pub n_layers: usize,
+    /// The host's part, if it has one.
+    pub host: Option<&'a HostWork>,
+    /// The normalised input, `[hidden]`.
+    pub x: &'a View,
+    /// Its length.
+    pub hidden: usize,
+    /// The result.
+    pub out: &'a WorkList,
+}
+
+/// See [`Choose`].
+///
+/// # Errors
+/// See the module.
+pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
+    let n_cold = c.ffn - c.n_hot;
+    let (cache, out) = (c.cache, c.out);
+    if c.selection != Selection::Every {
+        floats(c.scores, c.ffn);
+    }
+    if cache.n_sets > 0 {
+        let slots = cache.n_sets * cache.n_ways;
+        assert!(cache.slot_of.len() >= 4 * n_cold && cache.key.len() >= 4 * n_cold, "cache tables");
+        assert!(cache.owner.len() >= 4 * slots && cache.used.len() >= 4 * slots, "cache tables");
+    }
+    assert!(out.ids.len() >= 4 * c.ffn && out.items.len() >= 8 * c.ffn, "work list");
+    assert!(out.counts.len() >= 32 && out.totals.len() >= 64, "counts");
+    floats(c.x, c.hidden);
+    if let Some(host) = c.host {
+        assert!(host.list.len() >= 4 * n_cold && host.count.len() >= 4 && host.flag.len() >= 4, "host work");
+        floats(&host.x, c.hidden);
+    }
+    let (every, k, threshold) = match c.selection {
+        Selection::Every => (1, 0, 0.0),
+        Selection::Top(k) => (0, k.clamp(1, c.ffn), 0.0),
+        Selection::Above(threshold) => (0, 0, threshold),
+    };
+    let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    let host = |field: fn(&HostWork) -> &View| c.host.map_or(0, |h| field(h).address());
+    // The fields of `struct Choose` in kernels/cuda/choose.cu, with its padding.
+    let words = vec![
+        c.scores.address(),
+        pair(c.ffn as u32, k as u32),
+        pair(c.n_hot as u32, every),
+        pair(f32::to_bits(threshold), cache.n_sets as u32),
+        pair(cache.n_ways as u32, 0),
+        cache.slot_of.address(),
+        cache.owner.address(),
+        cache.key.address(),
+        cache.used.address(),
+        pair(cache.lambda.to_bits(), 0),
+        c.step.address(),
+        pair(c.layer as u32, c.n_layers as u32),
+        pair(c.host.map_or(0.0, |h| h.share).to_bits(), 0),
+        host(|h| &h.list),
+        host(|h| &h.x),
+        c.x.address(),
+        pair(c.hidden as u32, 0),
+        host(|h| &h.count),
+        host(|h| &h.flag),
+        out.ids.address(),
+        out.items.address(),
+        out.counts.address(),
+        out.totals.address(),
+    ];
+    let launch = Launch {
+        kernel: "choose".to_owned(),
+        grid: [1, 1],
+        block: 1024,
+        shared_bytes: 0,
+        args: vec![Arg::Struct(words)],
+    };
+    let mut uses = vec![c.scores, c.step, c.x, &cache.slot_of, &cache.owner, &cache.key, &cache.used];
+    uses.extend([&out.ids, &out.items, &out.counts, &out.totals]);
+    uses.extend(c.host.iter().flat_map(|h| [&h.list, &h.x, &h.count, &h.flag]));
+    device.launch(launch, &uses)
+}
+
+/// Where the bundles of a layer lie.
+#[derive(Debug, Clone, Copy)]
+pub struct Bundles<'a> {
+    /// The first neurons of the layer, in device memory.
+    pub hot: &'a View,
+    /// The others, in pinned host memory.
+    pub cold: &'a View,
+    /// The cache's slots.
+    pub cache: &'a View,
+}
+
+/// Threads of a block of the fused kernel. A team of up to 16 warps has a chunk of columns for each thread; small teams
+/// share a block.
+fn ffn_threads(layout: BundleLayout) -> u32 {
+    let warps = layout.hidden_size().div_ceil(32 * chunk_columns(layout.encoding())).min(16);
+    let team = if warps == 3 { 4 } else { warps as u32 };
+    if team <= 4 { THREADS } else { 32 * team }
+}
+
+/// Blocks of the fused kernel: two for each multiprocessor.
+pub fn ffn_blocks(device: &Device) -> usize {
+    2 * device.n_multiprocessors()
+}
+
+/// The fused hot/cold kernel: `partial[b, :] = sum h_i d_i` over the items of block b. `partial` is
+/// `[n_blocks, hidden]`.
+///
+/// # Errors
+/// See the module.
+#[allow(clippy::too_many_arguments)]
+pub fn ffn(
+    device: &Device,
+    layout: BundleLayout,
+    activation: Nonlinearity,
+    work: &WorkList,
+    bundles: Bundles<'_>,
+    x: &View,
+    n_blocks: usize,
+    partial: &View,
+) -> Result<()> {
+    let hidden = layout.hidden_size();
+    assert!(hidden.is_multiple_of(GROUP), "the hidden size is a multiple of {GROUP}");
+    floats(x, hidden);
+    floats(partial, n_blocks * hidden);
+    let launch = Launch {
+        kernel: format!("ffn_{}", layout.encoding()),
+        grid: [n_blocks as u32, 1],
+        block: ffn_threads(layout),
+        shared_bytes: input_shared_bytes(layout.encoding(), hidden),
+        args: vec![
+            address(&work.items),
+            address(&work.counts),
+            address(bundles.hot),
+            address(bundles.cold),
+            address(bundles.cache),
+            u32_of(layout.bundle_bytes()),
+            u32_of(hidden),
+            Arg::U32(activation as u32),
+            address(x),
+            address(partial),
+        ],
+    };
+    device.launch(launch, &[&work.items, &work.counts, bundles.hot, bundles.cold, bundles.cache, x, partial])
+}
+
+/// What the host gives back: mapped memory.
+#[derive(Debug, Clone)]
+pub struct HostResult {
+    /// `[hidden]`.
+    pub y: View,
+    /// u32, raised last ([`flag_value`]); all ones if the host gives up.
+    pub flag: View,
+}
+
+/// `x += sum over blocks of partial (+ the host's part)`, in a fixed order.
+///
+/// # Errors
+/// See the module.
+#[allow(clippy::too_many_arguments)]
+pub fn finish(
+    device: &Device,
+    partial: &View,
+    n_blocks: usize,
+    hidden: usize,
+    counts: &View,
+    host: Option<&HostResult>,
+    step: &View,
+    (layer, n_layers): (usize, usize),
+    x: &View,
+) -> Result<()> {
+    floats(partial, n_blocks * hidden);
+    floats(x, hidden);
+    if let Some(host) = host {
+        floats(&host.y, hidden);
+    }
+    let launch = Launch {
+        kernel: "finish".to_owned(),
+        grid: [hidden.div_ceil(GROUP) as u32, 1],
+        block: THREADS,
+        shared_bytes: 0,
+        args: vec![
+            address(partial),
+            u32_of(n_blocks),
+            u32_of(hidden),
+            address(counts),
+            optional(host.map(|h| &h.y)),
+            optional(host.map(|h| &h.flag)),
+            address(step),
+            u32_of(layer),
+            u32_of(n_layers),
+            address(x),
+        ],
+    };
+    let mut uses = vec![partial, counts, step, x];
+    uses.extend(host.iter().flat_map(|h| [&h.y, &h.flag]));
+    device.launch(launch, &uses)
+}
+
+/// `x[t, :] = table[tokens[t], :]`; `tokens` are u32.
+///
+/// # Errors
+/// See the module.
+pub fn embed_rows(device: &Device, table: &DeviceMatrix, tokens: &View, n: usize, x: &View) -> Result<()> {
+    table.check();
+    floats(tokens, n);
+    floats(x, n * table.columns);
+    let args = vec![address(tokens), u32_of(n), address(&table.data), u32_of(table.columns), address(x)];
+    by_rows(device, format!("embed_rows_{}", table.encoding), n, args, &[tokens, &table.data, x])
+}
+
+/// RMSNorm of `x [n, columns]`, split into bfloat16 `[high, low]`.
+///
+/// # Errors
+/// See the module.
+pub fn norm_rows(device: &Device, x: &View, norm: Norm<'_>, n: usize, columns: usize, out: [&View; 2]) -> Result<()> {
+    floats(x, n * columns);
+    floats(norm.weight, columns);
+    pairs(out, n * columns);
+    let args = vec![
+        address(x),
+        address(norm.weight),
+        Arg::F32(norm.eps),
+        u32_of(n),
+        u32_of(columns),
+        address(out[0]),
+        address(out[1]),
+    ];
+    by_rows(device, "norm_rows".to_owned(), n, args, &[x, norm.weight, out[0], out[1]])
+}
+
+/// Decodes rows `first .. first + n` of a matrix into bfloat16 `[high, low]`, each `[n, columns]`.
+///
+/// # Errors
+/// See the module.
+pub fn unpack_rows(device: &Device, w: &DeviceMatrix, first: usize, n: usize, out: [&View; 2]) -> Result<()> {
+    assert!(first + n <= w.rows, "rows of the matrix");
+    w.check();
+    pairs(out, n * w.columns);
+    let stride = w.encoding.row_stride(w.columns);
+    let rows = w.data.slice(first * stride, n * stride);
+    let args =
+        vec![address(&rows), u32_of(n), u32_of(w.columns), Arg::U64(stride as u64), address(out[0]), address(out[1])];
+    by_rows(device, format!("unpack_rows_{}", w.encoding), n, args, &[&rows, out[0], out[1]])
+}
+
+/// Decodes `n` bundles into bfloat16 `[high, low]` of gate, up and down rows, each `[n, hidden]`.
+///
+/// # Errors
+/// See the module.
+pub fn unpack_bundles(
+    device: &Device,
+    layout: BundleLayout,
+    bundles: &View,
+    n: usize,
+    out: [[&View; 2]; 3],
+) -> Result<()> {
+    let hidden = layout.hidden_size();
+    assert!(bundles.len() >= n * layout.bundle_bytes(), "bundles");
+    let mut args = vec![address(bundles), u32_of(n), u32_of(layout.bundle_bytes()), u32_of(hidden)];
+    let mut uses = vec![bundles];
+    for pair in out {
+        pairs(pair, n * hidden);
+        args.extend(pair.map(address));
+        uses.extend(pair);
+    }
+    by_rows(device, format!("unpack_bundles_{}", layout.encoding()), n, args, &uses)
+}
+
+/// `h = act(gate, up)`, split into bfloat16 `[high, low]`; all `[n, columns]`.
+///
+/// # Errors
+/// See the module.
+pub fn gate_rows(
+    device: &Device,
+    [gate, up]: [&View; 2],
+    (n, columns): (usize, usize),
+    activation: Nonlinearity,
+    out: [&View; 2],
+) -> Result<()> {
+    floats(gate, n * columns);
+    floats(up, n * columns);
+    pairs(out, n * columns);
+    let args = vec![
+        address(gate),
+        address(up),
+        Arg::U64((n * columns) as u64),
+        Arg::U32(activation as u32),
+        address(out[0]),
+        address(out[1]),
+    ];
+    by_rows(device, "gate_rows".to_owned(), n, args, &[gate, up, out[0], out[1]])
+}
+
+/// `x[t, :] += bias` for `x [n, columns]`.
+///
+/// # Errors
+/// See the module.
+pub fn add_bias_rows(device: &Device, x: &View, bias: &View, n: usize, columns: usize) -> Result<()> {
+    floats(x, n * columns);
+    floats(bias, columns);
+    let args = vec![address(x), address(bias), u32_of(n), u32_of(columns)];
+    by_rows(device, "add_bias_rows".to_owned(), n, args, &[x, bias])
+}
+
+/// Causal attention of `n` new positions, the first of which is `past`: queries in `qkv` (rows `[q | k | v]`) are
+/// turned in place, keys and values appended; `out` is bfloat16 `[high, low]`, each `[n, n_heads * head_dim]`.
+///
+/// # Errors
+/// See the module.
+#[allow(clippy::too_many_arguments)]
+pub fn attend_rows(
+    device: &Device,
+    heads: Heads,
+    (n, past): (usize, usize),
+    qkv: &View,
+    [keys, values]: [&View; 2],
+    rope: RopeTables<'_>,
+    out: [&View; 2],
+) -> Result<()> {
+    heads.check(qkv, n, keys, values);
+    assert!(past + n <= heads.capacity, "the context");
+    floats(rope.cos, heads.capacity * heads.head_dim / 2);
+    floats(rope.sin, heads.capacity * heads.head_dim / 2);
+    pairs(out, n * heads.n_heads * heads.head_dim);
+    let shape = [heads.n_heads, heads.n_kv_heads, heads.head_dim, heads.capacity].map(u32_of);
+    let mut args = vec![address(qkv), u32_of(n), u32_of(past), address(keys), address(values)];
+    args.extend([address(rope.cos), address(rope.sin)]);
+    args.extend(shape.clone());
+    by_rows(device, "rope_append_rows".to_owned(), n, args, &[qkv, keys, values, rope.cos, rope.sin])?;
+    let mut args = vec![address(qkv), u32_of(n), u32_of(past), address(keys), address(values)];
+    args.extend(shape);
+    args.extend(out.map(address));
+    let launch = Launch {
+        kernel: "attend_rows".to_owned(),
+        grid: attend_rows_grid(heads, n),
+        block: attend_rows_threads(),
+        shared_bytes: attend_rows_shared_bytes(heads),
+        args,
+    };
+    device.launch(launch, &[qkv, keys, values, out[0], out[1]])
+}
+
+fn attend_rows_grid(heads: Heads, n: usize) -> [u32; 2] {
+    [heads.n_heads as u32, n.div_ceil(32) as u32]
+}
+
+fn attend_rows_threads() -> u32 {
+    THREADS
+}
+
+/// Queries, a tile of keys or values with a column more, scores with a column more, and a number for each query
+/// (`Tiles` in `kernels/cuda/attend_rows.cu`).
+fn attend_rows_shared_bytes(heads: Heads) -> u32 {
+    let parts = heads.head_dim.div_ceil(4);
+    (32 * (16 * parts + 16 * (parts + 1) + 4 * 33 + 4)) as u32
+}
+
+fn pairs(out: [&View; 2], n: usize) {
+    assert!(out.iter().all(|view| view.len() >= 2 * n), "{} and {} bytes for {n} values", out[0].len(), out[1].len());
+}
+
+/// A block for each row.
+fn by_rows(device: &Device, kernel: String, n: usize, args: Vec<Arg>, uses: &[&View]) -> Result<()> {
+    if n == 0 {
+        return Ok(());
+    }
+    device.launch(Launch { kernel, grid: [n as u32, 1], block: THREADS, shared_bytes: 0, args }, uses)
+}

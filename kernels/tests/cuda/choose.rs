@@ -1,0 +1,206 @@
+use crate::{Random, device, pinned, poisoned, read, upload};
+use proptest::prelude::*;
+use thermocline_kernels::cuda::launch::{CacheTables, Choose, HostWork, Selection, WorkList, choose, flag_value};
+
+const NONE: u32 = u32::MAX;
+
+/// `log2(1 + 2^d)`, operation by operation as in choose.cu: decisions hang on the last bit.
+fn log2_of_one_plus_power(d: f32) -> f32 {
+    let t = d.clamp(-126.0, 126.0);
+    let whole = (t + 12_582_912.0) - 12_582_912.0;
+    let f = t - whole;
+    let p = [0.055_504_1, 0.240_226_5, 0.693_147_2, 1.0].iter().fold(0.009_618_1f32, |p, c| f.mul_add(p, *c));
+    let y = f32::from_bits(((whole as i32 + 127) as u32) << 23).mul_add(p, 1.0);
+    let e = ((y.to_bits() >> 23) as i32 - 127) as f32;
+    let m = f32::from_bits(y.to_bits() & 0x7f_ffff | 0x3f80_0000);
+    let s = (m - 1.0) / (m + 1.0);
+    let square = s * s;
+    let series = [0.412_198_6, 0.577_078_0, 0.961_796_7, 2.885_390_1]
+        .iter()
+        .fold(0.320_598_9f32, |series, c| square.mul_add(series, *c));
+    s.mul_add(series, e)
+}
+
+#[derive(Clone)]
+struct Model {
+    n_hot: usize,
+    n_sets: usize,
+    n_ways: usize,
+    lambda: f32,
+    share: f32,
+    slot_of: Vec<u32>,
+    owner: Vec<u32>,
+    key: Vec<f32>,
+    used: Vec<u32>,
+}
+
+/// One token's work.
+#[derive(Debug, Default, PartialEq)]
+struct Work {
+    ids: Vec<u32>,
+    items: Vec<[u32; 2]>,
+    counts: [u32; 8],
+    host: Vec<u32>,
+}
+
+fn active(scores: &[f32], selection: Selection) -> Vec<u32> {
+    let score = |i: u32| if scores[i as usize] > 0.0 { scores[i as usize] } else { 0.0 };
+    let all = 0..scores.len() as u32;
+    match selection {
+        Selection::Every => all.collect(),
+        Selection::Above(threshold) => all.filter(|i| score(*i) > threshold).collect(),
+        Selection::Top(k) => {
+            let mut ids: Vec<u32> = all.collect();
+            ids.sort_by(|a, b| score(*b).total_cmp(&score(*a)).then(a.cmp(b)));
+            ids.truncate(k);
+            ids.sort_unstable();
+            ids
+        }
+    }
+}
+
+impl Model {
+    fn token(&mut self, ids: Vec<u32>, serial: u32) -> Work {
+        let now = self.lambda * serial as f32;
+        let hot = ids.partition_point(|i| (*i as usize) < self.n_hot);
+        let cold: Vec<usize> = ids[hot..].iter().map(|i| *i as usize - self.n_hot).collect();
+        let (mut misses, mut hits) = (Vec::new(), Vec::new());
+        for &c in &cold {
+            match self.n_sets {
+                0 => misses.push(c),
+                _ if self.slot_of[c] == NONE => misses.push(c),
+                _ => hits.push(self.slot_of[c]),
+            }
+            if self.n_sets > 0 {
+                self.key[c] = now + log2_of_one_plus_power(self.key[c] - now);
+            }
+        }
+        hits.iter().for_each(|slot| self.used[*slot as usize] = serial);
+        let n_host = (self.share.mul_add(misses.len() as f32, 0.5) as usize).min(misses.len());
+        let host = misses.split_off(misses.len() - n_host);
+        let mut items: Vec<[u32; 2]> = Vec::new();
+        for &c in &misses {
+            items.push([0x4000_0000 | c as u32, self.admit(c, serial)]);
+        }
+        items.extend(hits.iter().map(|slot| [0x8000_0000 | slot, NONE]));
+        items.extend(ids[..hot].iter().map(|i| [*i, NONE]));
+        let n = |n: usize| n as u32;
+        let counts = [n(items.len()), n(misses.len()), n(hits.len()), n(hot), n(n_host), n(ids.len()), 0, 0];
+        Work { ids, items, counts, host: host.iter().map(|c| *c as u32).collect() }
+    }
+
+    /// The slot that a miss takes.
+    fn admit(&mut self, cold: usize, serial: u32) -> u32 {
+        if self.n_sets == 0 {
+            return NONE;
+        }
+        let first = cold % self.n_sets * self.n_ways;
+        let slots = first..first + self.n_ways;
+        let empty = slots.clone().find(|s| self.owner[*s] == NONE);
+        let key_of = |s: usize| self.key[self.owner[s] as usize];
+        let weakest = || {
+            let free = slots.filter(|s| self.used[*s] != serial);
+            let slot = free.min_by(|a, b| key_of(*a).total_cmp(&key_of(*b)))?;
+            (key_of(slot) < self.key[cold]).then_some(slot)
+        };
+        let Some(slot) = empty.or_else(weakest) else { return NONE };
+        if self.owner[slot] != NONE {
+            self.slot_of[self.owner[slot] as usize] = NONE;
+        }
+        (self.owner[slot], self.used[slot], self.slot_of[cold]) = (cold as u32, serial, slot as u32);
+        slot as u32
+    }
+}
+
+fn selection(ffn: usize) -> impl Strategy<Value = Selection> {
+    prop_oneof![
+        1 => Just(Selection::Every),
+        6 => (1..=ffn).prop_map(Selection::Top),
+        2 => (1..=ffn.div_ceil(10)).prop_map(Selection::Top),
+        2 => (0.0f32..1.0).prop_map(Selection::Above),
+    ]
+}
+
+fn sizes() -> impl Strategy<Value = (usize, Selection, usize)> {
+    prop_oneof![10 => 1usize..300, 4 => 1000usize..3000, 1 => Just(28_672usize), 1 => Just(34_000)]
+        .prop_flat_map(|ffn| (Just(ffn), selection(ffn), prop_oneof![Just(0), Just(ffn), 0..=ffn]))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn choose_does_what_the_model_does(
+        (ffn, selection, n_hot) in sizes(),
+        (n_sets, n_ways) in (prop_oneof![Just(0usize), 1usize..60, Just(5000)], 1usize..9),
+        lambda in prop_oneof![Just(0.0f32), Just(0.01), Just(1.0), Just(20.0)],
+        share in prop_oneof![Just(0.0f32), Just(0.3), Just(0.77), Just(1.0)],
+        first_serial in prop_oneof![Just(1u32), Just(1_000_000), Just(0x5555_5550)],
+        coarse in any::<bool>(),
+        seed: u64,
+    ) {
+        let random = &mut Random::new(seed);
+        let (n_cold, hidden, n_slots) = (ffn - n_hot, 40, n_sets * n_ways);
+        let never = |n: usize| vec![NONE; n];
+        let mut model = Model {
+            n_hot, n_sets, n_ways, lambda, share,
+            slot_of: never(n_cold), owner: never(n_slots), key: vec![f32::NEG_INFINITY; n_cold], used: vec![0; n_slots],
+        };
+        let (slot_of, owner) = (upload(&model.slot_of), upload(&model.owner));
+        let (key, used) = (upload(&model.key), upload(&model.used));
+        let cache = CacheTables {
+            n_sets, n_ways, slot_of: slot_of.view(), owner: owner.view(), key: key.view(), used: used.view(), lambda,
+        };
+        let x = random.values(hidden);
+        let x_memory = upload(&x);
+        let totals = upload(&[5u64; 8]);
+        let mut expected_totals = [5u64; 8];
+        let mut scores = random.values(ffn);
+        for serial in first_serial..first_serial + 4 {
+            // Some neurons change; negative scores and NaN count as zero, and coarse ones have many ties.
+            for score in &mut scores {
+                match random.below(8) {
+                    0 => *score = f32::NAN,
+                    1 | 2 => *score = if coarse { (random.value() * 4.0).round() } else { random.value() * random.value().exp2() },
+                    _ => {}
+                }
+            }
+            let (list, host_x) = (pinned(&vec![7u32; n_cold]), pinned(&vec![0f32; hidden]));
+            let (count, flag) = (pinned(&[99u32]), pinned(&[98u32]));
+            let host = HostWork { share, list: list.view(), x: host_x.view(), count: count.view(), flag: flag.view() };
+            let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
+            let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
+            choose(device(), &Choose {
+                scores: &upload(&scores).view(), ffn, n_hot, selection, cache: &cache,
+                step: &upload(&[0u32, 3, serial, 0]).view(), layer: 1, n_layers: 3, host: Some(&host),
+                x: &x_memory.view(), hidden, out: &out,
+            }).unwrap();
+
+            let want = model.token(active(&scores, selection), serial);
+            let got = Work {
+                ids: read::<u32>(&ids)[..want.ids.len()].to_vec(),
+                items: read::<[u32; 2]>(&items)[..want.items.len()].to_vec(),
+                counts: read::<[u32; 8]>(&counts)[0],
+                host: read::<u32>(&list)[..want.host.len()].to_vec(),
+            };
+            prop_assert_eq!(got.counts, want.counts);
+            prop_assert!(got == want, "{:?}\n{:?}", got, want);
+            if want.host.is_empty() {
+                prop_assert_eq!((read::<u32>(&count)[0], read::<u32>(&flag)[0]), (99, 98), "the host is left alone");
+            } else {
+                let flags = (read::<u32>(&count)[0], read::<u32>(&flag)[0]);
+                prop_assert_eq!(flags, (want.host.len() as u32, flag_value(serial, 1, 3)));
+                prop_assert_eq!(&read::<f32>(&host_x)[..hidden], &x[..]);
+            }
+            if n_sets > 0 {
+                prop_assert_eq!(read::<u32>(&slot_of), model.slot_of.clone());
+                prop_assert_eq!(read::<u32>(&owner), model.owner.clone());
+                prop_assert_eq!(read::<u32>(&used), model.used.clone());
+                let bits = |keys: &[f32]| keys.iter().map(|k| k.to_bits()).collect::<Vec<_>>();
+                prop_assert_eq!(bits(&read::<f32>(&key)), bits(&model.key));
+            }
+            expected_totals.iter_mut().zip(want.counts).for_each(|(total, n)| *total += u64::from(n));
+            prop_assert_eq!(read::<u64>(&totals), expected_totals);
+        }
+    }
+}

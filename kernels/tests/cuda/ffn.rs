@@ -1,0 +1,217 @@
+use crate::{Random, U, additions, assert_near, device, dot, pinned, poisoned, read, term_sizes, upload, wide};
+use proptest::prelude::*;
+use std::time::Duration;
+use thermocline_kernels::cuda::launch::{Bundles, HostResult, Nonlinearity, WorkList, ffn, finish, flag_value};
+use thermocline_kernels::{BundleLayout, Encoding, ScaleFit, pack, unpack};
+
+const NONE: u32 = u32::MAX;
+
+/// A row's values, and the sizes of its terms.
+fn decoded(layout: &BundleLayout, bundle: &[u8], which: usize) -> (Vec<f32>, Vec<f64>) {
+    let mut values = vec![0.0; layout.hidden_size()];
+    let row = layout.row(bundle, which);
+    unpack(layout.encoding(), row, &mut values);
+    let sizes = term_sizes(layout.encoding(), row, &values).collect();
+    (values, sizes)
+}
+
+pub(crate) fn random_bundles(layout: &BundleLayout, n: usize, random: &mut Random) -> Vec<u8> {
+    let mut bytes = vec![0; n * layout.bundle_bytes()];
+    let mut packed = vec![0; layout.encoding().row_stride(layout.hidden_size())];
+    for bundle in bytes.chunks_exact_mut(layout.bundle_bytes()) {
+        for which in 0..3 {
+            pack(layout.encoding(), &random.values(layout.hidden_size()), ScaleFit::Absmax, &mut packed).unwrap();
+            layout.set_row(bundle, which, &packed);
+        }
+    }
+    bytes
+}
+
+/// The sum over the neurons, and a bound of the kernel's error, for each column.
+fn reference(layout: &BundleLayout, bundles: &[&[u8]], activation: Nonlinearity, x: &[f32]) -> Vec<(f64, f64)> {
+    let x = wide(x);
+    let error = additions(layout.hidden_size()) * U;
+    let mut out = vec![(0.0, 0.0); x.len()];
+    for bundle in bundles {
+        let [(g, g_error), (u, u_error)] = [0, 1].map(|which| {
+            let (row, sizes) = decoded(layout, bundle, which);
+            let size: f64 = sizes.iter().zip(&x).map(|(s, x)| s * x.abs()).sum();
+            (dot(&row, &x), size * error)
+        });
+        let act = match activation {
+            Nonlinearity::Silu => g / (1.0 + (-g).exp()),
+            _ => g.max(0.0),
+        };
+        let up = if activation == Nonlinearity::Drelu { u.max(0.0) } else { u };
+        // No activation is steeper than 1.1; the exponential and the reciprocal round a few times.
+        let h_error = 1.1 * g_error * (up.abs() + u_error) + act.abs() * u_error + (act * up).abs() * 16.0 * U;
+        let (down, sizes) = decoded(layout, bundle, 2);
+        for ((out, d), size) in out.iter_mut().zip(&down).zip(&sizes) {
+            out.0 += act * up * f64::from(*d);
+            out.1 +=
+                h_error * f64::from(d.abs()) + ((act * up).abs() + h_error) * size * (bundles.len() as f64 + 24.0) * U;
+        }
+    }
+    out
+}
+
+fn hidden() -> impl Strategy<Value = usize> {
+    prop_oneof![4 => (1usize..40).prop_map(|g| 32 * g), 1 => Just(576usize), 1 => Just(896), 1 => Just(5120), 1 => Just(8192)]
+}
+
+struct Case {
+    layout: BundleLayout,
+    activation: Nonlinearity,
+    n_blocks: usize,
+    /// Neurons over the link, in the cache, hot.
+    counts: [usize; 3],
+}
+
+fn check(case: &Case, seed: u64) {
+    let Case { layout, activation, n_blocks, counts: [n_link, n_cached, n_hot] } = *case;
+    let random = &mut Random::new(seed);
+    let (hidden, bytes) = (layout.hidden_size(), layout.bundle_bytes());
+    let x = random.values(hidden);
+    let hot = random_bundles(&layout, n_hot + 1, random);
+    let cold = random_bundles(&layout, n_link + 1, random);
+    let mut slots = random_bundles(&layout, n_cached, random);
+    // Slots to fill lie behind those that are read.
+    slots.resize((n_cached + n_link + 1) * bytes, 0x5a);
+    let link = (0..n_link).map(|i| {
+        let to = if random.below(2) == 0 { (n_cached + i) as u32 } else { NONE };
+        [0x4000_0000 | (n_link - i) as u32, to]
+    });
+    let mut items: Vec<[u32; 2]> = link.collect();
+    items.extend((0..n_cached).map(|i| [0x8000_0000 | i as u32, NONE]));
+    items.extend((0..n_hot).map(|i| [i as u32 + 1, NONE]));
+    let n = items.len() as u32;
+    let words = [n, n_link as u32, n_cached as u32, n_hot as u32, 0, n, 0, 0];
+    items.push([0, 0]);
+    let work = WorkList {
+        ids: poisoned(4).view(),
+        items: upload(&items).view(),
+        counts: upload(&words).view(),
+        totals: poisoned(64).view(),
+    };
+    let cache = upload(&slots);
+    let partial = poisoned(4 * n_blocks * hidden);
+    let (hot_memory, cold_memory) = (upload(&hot).view(), pinned(&cold).view());
+    let bundles = Bundles { hot: &hot_memory, cold: &cold_memory, cache: &cache.view() };
+    let x_memory = upload(&x);
+    ffn(device(), layout, activation, &work, bundles, &x_memory.view(), n_blocks, &partial.view()).unwrap();
+
+    let chosen: Vec<&[u8]> = items[..n as usize]
+        .iter()
+        .map(|[from, _]| {
+            let at = (from & 0x3fff_ffff) as usize * bytes;
+            &(if from & 0x8000_0000 != 0 {
+                &slots
+            } else if from & 0x4000_0000 != 0 {
+                &cold
+            } else {
+                &hot
+            })[at..at + bytes]
+        })
+        .collect();
+    let want = reference(&layout, &chosen, activation, &x);
+    let got = read::<f32>(&partial);
+    for (c, (want, tolerance)) in want.into_iter().enumerate() {
+        let sum: f64 = (0..n_blocks).map(|b| f64::from(got[b * hidden + c])).sum();
+        assert_near(sum as f32, sum, f64::INFINITY, "");
+        assert!((sum - want).abs() <= tolerance + 1e-30, "{layout:?} column {c}: {sum} {want} {tolerance:e}");
+    }
+    let filled = read::<u8>(&cache);
+    for (i, [from, to]) in items[..n_link].iter().enumerate() {
+        let slot = &filled[(n_cached + i) * bytes..][..bytes];
+        if *to == NONE {
+            assert!(slot.iter().all(|b| *b == 0x5a), "slot {i} was not to be filled");
+            continue;
+        }
+        let at = (from & 0x3fff_ffff) as usize * bytes;
+        for which in 0..3 {
+            let (got, want) = (layout.row(slot, which), layout.row(&cold[at..at + bytes], which));
+            assert!(got.codes == want.codes && got.scales == want.scales, "slot {i}, row {which}");
+        }
+    }
+    assert_eq!(filled[..n_cached * bytes], slots[..n_cached * bytes], "slots that are read stay as they are");
+}
+
+fn activation() -> impl Strategy<Value = Nonlinearity> {
+    prop_oneof![Just(Nonlinearity::Silu), Just(Nonlinearity::Relu), Just(Nonlinearity::Drelu)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn ffn_adds_up_the_neurons_and_fills_the_cache(
+        encoding in 0usize..3, hidden in hidden(), activation in activation(), n_blocks in 1usize..7,
+        counts in [0usize..20, 0usize..12, 0usize..25], seed: u64,
+    ) {
+        let layout = BundleLayout::new(Encoding::ALL[encoding], hidden).unwrap();
+        let counts = if hidden > 5000 { counts.map(|n| n / 4) } else { counts };
+        check(&Case { layout, activation, n_blocks, counts }, seed);
+    }
+
+    #[test]
+    fn finish_adds_up_the_blocks_and_the_hosts_part(
+        n_partials in 1usize..80, hidden in hidden(), host in 0usize..3, serial: u32, layer in 0usize..3, seed: u64,
+    ) {
+        let random = &mut Random::new(seed);
+        let (partial, x, y) = (random.values(n_partials * hidden), random.values(hidden), random.values(hidden));
+        // 0: no host; 1: a host without work; 2: a host with work.
+        let counts = upload(&[0u32, 0, 0, 0, u32::from(host == 2), 0, 0, 0]);
+        let step = upload(&[0u32, 0, serial, 0]);
+        let flag = flag_value(serial, layer, 3);
+        // It may be further already.
+        let flag = pinned(&[if flag == u32::MAX { flag } else { flag.wrapping_add(u32::from(seed % 2 == 0)) }]);
+        let result = HostResult { y: pinned(&y).view(), flag: flag.view() };
+        let sum = upload(&x);
+        finish(
+            device(), &upload(&partial).view(), n_partials, hidden, &counts.view(), (host > 0).then_some(&result),
+            &step.view(), (layer, 3), &sum.view(),
+        ).unwrap();
+        let gave_up = flag.words()[0].load(std::sync::atomic::Ordering::Relaxed) == u32::MAX;
+        for (c, got) in read::<f32>(&sum).into_iter().enumerate() {
+            let mut terms: Vec<f64> = partial.iter().skip(c).step_by(hidden).map(|v| f64::from(*v)).collect();
+            terms.push(x[c].into());
+            if host == 2 && !gave_up {
+                terms.push(y[c].into());
+            }
+            let (want, size) = terms.iter().fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
+            assert_near(got, want, size * (n_partials as f64 / 32.0 + 16.0) * U, &format!("column {c}"));
+        }
+    }
+}
+
+#[test]
+fn ffn_takes_the_widest_rows() {
+    for encoding in Encoding::ALL {
+        for hidden in [10_240, 16_384, 32_768] {
+            let layout = BundleLayout::new(encoding, hidden).unwrap();
+            check(&Case { layout, activation: Nonlinearity::Silu, n_blocks: 2, counts: [3, 1, 2] }, hidden as u64);
+        }
+    }
+}
+
+#[test]
+fn finish_waits_for_the_host() {
+    let hidden = 64;
+    let flag = pinned(&[flag_value(8, 1, 2)]);
+    let y = pinned(&vec![0.0f32; hidden]);
+    let (host_flag, host_y) = (flag.clone(), y.clone());
+    let host = std::thread::spawn(move || {
+        use std::sync::atomic::Ordering;
+        std::thread::sleep(Duration::from_millis(20));
+        host_y.words().iter().take(hidden).for_each(|y| y.store(3f32.to_bits(), Ordering::Relaxed));
+        host_flag.words()[0].store(flag_value(9, 1, 2), Ordering::Release);
+    });
+    let (partial, x) = (upload(&vec![1.0f32; hidden]), upload(&vec![0.5f32; hidden]));
+    let counts = upload(&[0u32, 0, 0, 0, 1, 0, 0, 0]);
+    let result = HostResult { y: y.view(), flag: flag.view() };
+    let step = upload(&[0u32, 0, 9, 0]);
+    finish(device(), &partial.view(), 1, hidden, &counts.view(), Some(&result), &step.view(), (1, 2), &x.view())
+        .unwrap();
+    assert_eq!(read::<f32>(&x), vec![4.5; hidden]);
+    host.join().unwrap();
+}

@@ -1,0 +1,78 @@
+use crate::{Random, Rows, U, additions, assert_near, device, pinned, poisoned, read, upload, wide};
+use proptest::prelude::*;
+use thermocline_kernels::Encoding;
+use thermocline_kernels::cuda::launch::{Added, DeviceMatrix, Norm, embed, gemv};
+
+pub(crate) fn on_device(rows: &Rows) -> DeviceMatrix {
+    let data = upload(&rows.bytes).view();
+    DeviceMatrix { encoding: rows.encoding, rows: rows.weights.len() / rows.columns, columns: rows.columns, data }
+}
+
+/// An encoding and a number of columns that it accepts.
+pub(crate) fn shape(groups: impl Strategy<Value = usize>) -> impl Strategy<Value = (Encoding, usize)> {
+    (0usize..3, groups, 0usize..32).prop_map(|(e, groups, less)| {
+        let encoding = Encoding::ALL[e];
+        (encoding, if encoding == Encoding::Bf16 { groups * 32 - less } else { groups * 32 })
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn embed_decodes_a_row_and_copies_the_step((encoding, columns) in shape(1usize..40), seed: u64, token in 0usize..5) {
+        let table = Rows::random(encoding, 5, columns, &mut Random::new(seed));
+        let host_step = pinned(&[token as u32, 7, 9, 0]);
+        let (step, x) = (poisoned(16), poisoned(4 * columns));
+        embed(device(), &on_device(&table), &host_step.view(), &step.view(), &x.view()).unwrap();
+        prop_assert_eq!(&read::<u32>(&step)[..3], &[token as u32, 7, 9]);
+        prop_assert_eq!(read::<f32>(&x), table.weights(token));
+    }
+
+    #[test]
+    fn gemv_agrees_with_the_plain_loop(
+        (encoding, columns) in shape(prop_oneof![1usize..20, Just(18), Just(28), Just(256), Just(300)]),
+        rows in prop_oneof![1usize..80, Just(700)],
+        (normed, biased, added) in any::<(bool, bool, bool)>(),
+        seed: u64,
+    ) {
+        let random = &mut Random::new(seed);
+        let rows = if columns > 2000 { rows.min(80) } else { rows };
+        let w = Rows::random(encoding, rows, columns, random);
+        let (x, weight, bias) = (random.values(columns), random.values(columns), random.values(rows));
+        let residual = random.values(rows);
+        let eps = 1e-5f32;
+        let norm_weight = upload(&weight);
+        let (x_memory, bias_memory) = (upload(&x), upload(&bias));
+        let normed_out = poisoned(4 * columns);
+        // The output is the residual itself where there is one.
+        let out = if added { upload(&residual) } else { poisoned(4 * rows) };
+        let (normed_view, weight_view, bias_view, out_view) =
+            (normed_out.view(), norm_weight.view(), bias_memory.view(), out.view());
+        let norm = normed.then_some(Norm { weight: &weight_view, eps, out: Some(&normed_view) });
+        let addition = Added { bias: biased.then_some(&bias_view), residual: added.then_some(&out_view) };
+        gemv(device(), &on_device(&w), &x_memory.view(), norm, addition, &out_view).unwrap();
+
+        let x = wide(&x);
+        // Relative error of a normalised input: half that of its mean square, and a few roundings.
+        let input_error = if normed { (columns as f64 / 1024.0 + 24.0) * U } else { 0.0 };
+        let input: Vec<f64> = if normed {
+            let mean = x.iter().map(|v| v * v).sum::<f64>() / columns as f64;
+            let scale = 1.0 / (mean + f64::from(eps)).sqrt();
+            x.iter().zip(&weight).map(|(x, w)| x * scale * f64::from(*w)).collect()
+        } else {
+            x
+        };
+        if normed {
+            for (got, want) in read::<f32>(&normed_out).iter().zip(&input) {
+                assert_near(*got, *want, input_error * want.abs(), "normalised input");
+            }
+        }
+        for (r, got) in read::<f32>(&out).iter().enumerate() {
+            let (product, size) = w.dot(r, &input);
+            let more = f64::from(if biased { bias[r] } else { 0.0 }) + f64::from(if added { residual[r] } else { 0.0 });
+            let tolerance = (additions(columns) * U + input_error) * size + 4.0 * U * (more.abs() + 2.0);
+            assert_near(*got, product + more, tolerance, &format!("{encoding} row {r} of {rows} x {columns}"));
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Tokens in, logits out, on whatever computes: what generation, evaluation and measurement need of an engine.
+
+use crate::account::{Account, TierBytes};
+use crate::engine::{Engine, Logits};
+use crate::plan::Mode;
+use crate::{Error, Result};
+use serde::Serialize;
+use thermocline_split::{Flaw, Split};
+
+/// An engine with one sequence's state.
+pub trait Decoder {
+    /// The split that it was loaded from.
+    fn split(&self) -> &Split;
+    /// How it chooses neurons.
+    fn mode(&self) -> Mode;
+    /// Tokens that its context holds.
+    fn context(&self) -> usize;
+    /// Tokens in the context.
+    fn len(&self) -> usize;
+    /// Whether the context is empty.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Forgets the sequence.
+    fn clear(&mut self);
+    /// Appends a prompt and returns its last token's logits, `[vocab]`. Prompts are computed densely in either mode.
+    ///
+    /// # Errors
+    /// If the prompt does not fit in the context, or disk or device fail.
+    fn prefill(&mut self, prompt: &[u32]) -> Result<Vec<f32>>;
+    /// Appends one token and returns the next one's logits, `[vocab]`.
+    ///
+    /// # Errors
+    /// As [`Decoder::prefill`].
+    fn decode(&mut self, token: u32) -> Result<Vec<f32>>;
+    /// What it cost so far.
+    fn account(&self) -> Account;
+    /// The speeds of what it reads from, measured now or when it was loaded.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    fn speeds(&mut self) -> Result<Speeds>;
+    /// Weights that no sound model has.
+    fn flaws(&self) -> &[Flaw];
+    /// Its plan, for machines.
+    fn plan_json(&self) -> serde_json::Value;
+    /// What a user must know before believing the figures.
+    fn warnings(&self) -> Vec<String>;
+}
+
+/// Bytes a second of everything that weights are read from; `None` for what is not used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Speeds {
+    /// Device memory.
+    pub device: Option<f64>,
+    /// Pinned memory, read by the device.
+    pub link: Option<f64>,
+    /// RAM, read by the threads.
+    pub ram: Option<f64>,
+    /// The disk.
+    pub disk: Option<f64>,
+}
+
+impl Speeds {
+    /// The least time in seconds for these bytes, and what sets it. RAM and disk are read at the same time, and so are
+    /// link and RAM; device memory comes on top, because a layer's attention must end before its neurons are known.
+    /// `link_bytes` of `bytes.host` go over the link.
+    pub fn limit(&self, bytes: TierBytes, link_bytes: u64) -> (f64, &'static str) {
+        let seconds = |bytes: u64, speed: Option<f64>| speed.map_or(0.0, |s| bytes as f64 / s);
+        let Some(_) = self.device else {
+            let (ram, disk) = (seconds(bytes.host + bytes.cache, self.ram), seconds(bytes.disk, self.disk));
+            return if disk > ram { (disk, "disk") } else { (ram, "RAM") };
+        };
+        let device = seconds(bytes.device + bytes.cache, self.device);
+        let (link, ram) = (seconds(link_bytes, self.link), seconds(bytes.host - link_bytes.min(bytes.host), self.ram));
+        let name = match (device > link.max(ram), ram > 0.0) {
+            (true, _) => "VRAM",
+            (false, true) => "VRAM + link and RAM",
+            (false, false) => "VRAM + link",
+        };
+        (device + link.max(ram), name)
+    }
+}
+
+impl Decoder for Engine {
+    fn split(&self) -> &Split {
+        self.split()
+    }
+
+    fn mode(&self) -> Mode {
+        self.plan().request.mode
+    }
+
+    fn context(&self) -> usize {
+        self.plan().request.context
+    }
+
+    fn len(&self) -> usize {
+        self.len()
+    }
+
+    fn clear(&mut self) {
+        self.clear();
+    }
+
+    fn prefill(&mut self, prompt: &[u32]) -> Result<Vec<f32>> {
+        self.prefill(prompt)
+    }
+
+    fn decode(&mut self, token: u32) -> Result<Vec<f32>> {
+        self.forward(&[token], Logits::Last)
+    }
+
+    fn account(&self) -> Account {
+        self.account()
+    }
+
+    fn speeds(&mut self) -> Result<Speeds> {
+        let ram = Some(self.measure_ram_speed());
+        Ok(Speeds { ram, disk: self.measure_disk_speed()?, ..Speeds::default() })
+    }
+
+    fn flaws(&self) -> &[Flaw] {
+        self.flaws()
+    }
+
+    fn plan_json(&self) -> serde_json::Value {
+        serde_json::json!(self.plan())
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let mut out = Vec::new();
+        if self.plan().streams() && !self.reads_are_direct() {
+            out.push(
+                "this file system has no direct reads; the page cache holds weights beyond --ram-budget".to_owned(),
+            );
+        }
+        out
+    }
+}
+
+/// The error for a token that the vocabulary does not have.
+pub(crate) fn unknown_token(token: u32, vocab_size: usize) -> Error {
+    Error::Setting { flag: "prompt", reason: format!("token {token} of a vocabulary of {vocab_size}") }
+}

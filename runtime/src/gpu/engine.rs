@@ -1,0 +1,349 @@
+//! Tokens in, logits out, on a GPU.
+
+use super::host_share::HostShare;
+use super::load::Model;
+use super::plan::{GpuPlan, GpuPrediction, GpuSpeeds};
+use super::prefill::Batch;
+use super::token;
+use crate::account::{Account, TierBytes};
+use crate::decoder::{Decoder, Speeds, unknown_token};
+use crate::plan::Mode;
+use crate::{Error, Result};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use thermocline_kernels::cuda::launch::{Bundles, ffn};
+use thermocline_kernels::cuda::{Device, Graph, Queue};
+use thermocline_split::{Flaw, Split};
+
+/// Cold neurons on which link and host are measured.
+const PROBE_NEURONS: usize = 4096;
+
+/// A model loaded onto a GPU, with one sequence's state.
+#[derive(Debug)]
+pub struct GpuEngine {
+    split: Arc<Split>,
+    plan: GpuPlan,
+    device: Device,
+    model: Model,
+    host: Option<HostShare>,
+    host_share: f32,
+    token: Graph,
+    /// Tokens in the context.
+    len: usize,
+    /// Tokens that were ever computed; the caches' clock.
+    serial: u32,
+    speeds: GpuSpeeds,
+    account: Account,
+}
+
+impl GpuEngine {
+    /// Loads what `plan` says. `host_share`, from 0 to 1, is the host threads' share of the cold neurons that are not
+    /// cached; `None`: what the measured speeds of link and threads suggest. `progress(done, total)` counts layers.
+    ///
+    /// # Errors
+    /// If a file cannot be read or is damaged, or device or host have not the memory.
+    pub fn load(
+        split: Split,
+        plan: GpuPlan,
+        device: Device,
+        host_share: Option<f32>,
+        progress: &dyn Fn(usize, usize),
+    ) -> Result<Self> {
+        let config = split.manifest().config.clone();
+        let model = Model::load(&split, &plan, &device, progress)?;
+        for layer in model.layers.iter().filter(|l| l.cache.n_sets > 0) {
+            device.fill(&layer.cache.slot_of, 0xff)?;
+            device.fill(&layer.cache.owner, 0xff)?;
+            // Every byte 0xff is NaN; this is -3.4e38, older than any use.
+            device.fill(&layer.cache.key, 0xfe)?;
+            device.fill(&layer.cache.used, 0)?;
+        }
+        let streams = plan.pinned_bytes > 0 && plan.hot_neurons.iter().any(|&h| h < config.intermediate_size);
+        let wanted = streams && matches!(plan.request.base.mode, Mode::Sparse { .. }) && host_share != Some(0.0);
+        let host =
+            wanted.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
+        let mut engine = Self {
+            // A graph of nothing, until the share is known.
+            token: device.capture(|| Ok(()))?,
+            split: Arc::new(split),
+            plan,
+            device,
+            model,
+            host,
+            host_share: 0.0,
+            len: 0,
+            serial: 0,
+            speeds: GpuSpeeds { device: f64::INFINITY, link: f64::INFINITY, host: 0.0 },
+            account: Account::default(),
+        };
+        engine.speeds = engine.measure()?;
+        engine.host_share = match host_share {
+            Some(share) => share.clamp(0.0, 1.0),
+            None if engine.host.is_some() => engine.plan.predict(&engine.speeds).host_share as f32,
+            None => 0.0,
+        };
+        engine.token = token::record(&engine.device, &config, &engine.plan, &engine.model, engine.host_share)?;
+        Ok(engine)
+    }
+
+    /// What is where.
+    pub fn plan(&self) -> &GpuPlan {
+        &self.plan
+    }
+
+    /// The split that it was loaded from.
+    pub fn split(&self) -> &Split {
+        &self.split
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Weights that no sound model has.
+    pub fn flaws(&self) -> &[Flaw] {
+        &self.model.flaws
+    }
+
+    /// What it cost so far.
+    pub fn account(&self) -> Account {
+        self.account
+    }
+
+    /// The speeds that were measured when it was loaded.
+    pub fn measured(&self) -> GpuSpeeds {
+        self.speeds
+    }
+
+    /// The host threads' share of the cold neurons that are not cached.
+    pub fn host_share(&self) -> f32 {
+        self.host_share
+    }
+
+    /// What the plan expects at these speeds.
+    pub fn predicted(&self) -> GpuPrediction {
+        self.plan.predict(&self.speeds)
+    }
+
+    /// Tokens in the context.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the context is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets the sequence; the cache keeps its neurons.
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// The neurons of the last layer that the last decoded token computed, ascending; for comparison with another engine.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn last_active(&self) -> Result<Vec<u32>> {
+        let work = &self.model.scratch.work;
+        let counts: Vec<u32> = self.device.read_all(&work.counts)?;
+        let mut ids: Vec<u32> = self.device.read_all(&work.ids)?;
+        ids.truncate(counts[5] as usize);
+        Ok(ids)
+    }
+
+    /// Appends a prompt and returns its last token's logits.
+    ///
+    /// # Errors
+    /// As [`GpuEngine::forward`].
+    pub fn prefill(&mut self, prompt: &[u32]) -> Result<Vec<f32>> {
+        let (vocab_size, context) = (self.split.manifest().config.vocab_size, self.plan.request.base.context);
+        if self.len + prompt.len() > context {
+            return Err(Error::PromptTooLong { prompt_tokens: self.len + prompt.len(), context });
+        }
+        if let Some(&token) = prompt.iter().find(|&&t| t as usize >= vocab_size) {
+            return Err(unknown_token(token, vocab_size));
+        }
+        for tokens in prompt.chunks(self.plan.request.base.batch.clamp(1, context)) {
+            let (config, n) = (&self.split.manifest().config, tokens.len());
+            let (device, plan, model, past) = (&self.device, &self.plan, &self.model, self.len);
+            let batch = Batch { device, config, plan, model, n, past };
+            let ran = batch.run(tokens);
+            // Also after an error, so that no work is left that uses this sequence.
+            self.device.synchronize()?;
+            ran?;
+            let link_bytes = batch.link_bytes();
+            self.account.bytes.host += link_bytes;
+            self.account.link_bytes += link_bytes;
+            self.account.bytes.device += plan.fixed.matrices + plan.hot_bytes;
+            self.len += n;
+        }
+        if prompt.is_empty() { Ok(Vec::new()) } else { Ok(self.device.read_all(&self.model.scratch.logits)?) }
+    }
+
+    /// Appends one token and returns the next one's logits, `[vocab]`.
+    ///
+    /// # Errors
+    /// If the context is full, the token is not in the vocabulary, or the device fails.
+    pub fn forward(&mut self, token: u32) -> Result<Vec<f32>> {
+        let (vocab_size, context) = (self.split.manifest().config.vocab_size, self.plan.request.base.context);
+        if self.len >= context {
+            return Err(Error::PromptTooLong { prompt_tokens: self.len + 1, context });
+        }
+        if token as usize >= vocab_size {
+            return Err(unknown_token(token, vocab_size));
+        }
+        self.serial = self.serial.wrapping_add(1);
+        for (word, value) in self.model.mapped.step.words().iter().zip([token, self.len as u32, self.serial]) {
+            word.store(value, Ordering::Release);
+        }
+        if let Some(host) = &self.host {
+            host.wake();
+        }
+        let before = self.host.as_ref().map_or(0, HostShare::bytes);
+        let ran = self.token.start().and_then(|()| self.device.synchronize());
+        if let Some(host) = &self.host {
+            host.rest()?;
+        }
+        ran?;
+        self.len += 1;
+        let host_bytes = self.host.as_ref().map_or(0, HostShare::bytes) - before;
+        self.count(host_bytes);
+        let mut logits = vec![0.0; vocab_size];
+        for (logit, word) in logits.iter_mut().zip(self.model.mapped.logits.words()) {
+            *logit = f32::from_bits(word.load(Ordering::Relaxed));
+        }
+        Ok(logits)
+    }
+
+    /// Adds a token to the account. `host_bytes`: what the host's threads have read.
+    fn count(&mut self, host_bytes: u64) {
+        let config = &self.split.manifest().config;
+        let bundle = self.model.layout.bundle_bytes() as u64;
+        let fixed = &self.plan.fixed;
+        let n = (config.n_layers * config.intermediate_size) as u64;
+        let kv = 2 * 2 * (config.n_layers * config.n_kv_heads * config.head_dim * self.len) as u64;
+        let mut bytes = TierBytes { device: fixed.matrices + fixed.predictors + kv, ..TierBytes::default() };
+        let a = &mut self.account;
+        if self.plan.request.base.mode == Mode::Exact {
+            let hot = self.plan.hot_neurons.iter().sum::<usize>() as u64;
+            bytes.device += hot * bundle;
+            bytes.host += (n - hot) * bundle;
+            a.neurons_computed += n;
+        } else {
+            // The kernels add up since the model was loaded.
+            let words = self.model.mapped.totals.words();
+            let total = |i: usize| {
+                let half = |w: usize| u64::from(words[w].load(Ordering::Relaxed));
+                half(2 * i) | half(2 * i + 1) << 32
+            };
+            let now = [total(1), total(2), total(3), total(4), total(5)];
+            let [link, cached, hot, host, active] = std::array::from_fn(|i| now[i] - a.device_totals[i]);
+            a.device_totals = now;
+            bytes.device += hot * bundle;
+            bytes.cache += cached * bundle;
+            bytes.host += link * bundle + host_bytes;
+            a.link_bytes += link * bundle;
+            a.cache_hits += cached;
+            a.cache_misses += link + host;
+            a.neurons_computed += active;
+        }
+        a.neurons_total += n;
+        a.bytes.device += bytes.device;
+        a.bytes.cache += bytes.cache;
+        a.bytes.host += bytes.host;
+    }
+
+    /// Device memory by a copy within it, the link by the fused kernel on cold neurons alone, the host by its threads.
+    fn measure(&mut self) -> Result<GpuSpeeds> {
+        let device = &self.device;
+        // The largest buffers that are free now: pieces of prompt batches.
+        let [to, from] = &self.model.prefill.rows[0];
+        let best = |bytes: f64, work: &dyn Fn() -> Result<()>| -> Result<f64> {
+            let mut best = 0.0f64;
+            for _ in 0..4 {
+                let begin = device.record()?;
+                work()?;
+                let ms = device.record()?.since(&begin)?;
+                best = best.max(bytes / (ms * 1e-3));
+            }
+            Ok(best)
+        };
+        const COPIES: usize = 8;
+        let copied = 2.0 * (to.len() * COPIES) as f64;
+        let memory = best(copied, &|| (0..COPIES).try_for_each(|_| Ok(device.copy(Queue::Compute, to, from)?)))?;
+        let bundle = self.model.layout.bundle_bytes();
+        let layer = self.model.layers.iter().max_by_key(|l| l.cold.len());
+        let Some(layer) = layer.filter(|l| l.n_hot < self.split.manifest().config.intermediate_size) else {
+            return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0 });
+        };
+        let n_cold = self.split.manifest().config.intermediate_size - layer.n_hot;
+        let n = PROBE_NEURONS.min(n_cold);
+        let s = &self.model.scratch;
+        let items: Vec<[u32; 2]> = (0..n).map(|i| [0x4000_0000 | (i * n_cold / n) as u32, u32::MAX]).collect();
+        device.write(&s.work.items, bytemuck::cast_slice(&items))?;
+        device.write(&s.work.counts, bytemuck::cast_slice(&[n as u32, n as u32, 0, 0, 0, n as u32, 0, 0]))?;
+        device.fill(&s.normed, 0)?;
+        let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots };
+        let link = best((n * bundle) as f64, &|| {
+            let (m, blocks) = (&self.model, self.model.n_blocks);
+            Ok(ffn(device, m.layout, m.activation, &s.work, bundles, &s.normed, blocks, &s.partial)?)
+        })?;
+        device.synchronize()?;
+        let host = self.host.as_ref().map_or(0.0, |h| h.measure(PROBE_NEURONS, &mut self.serial));
+        Ok(GpuSpeeds { device: memory, link, host })
+    }
+}
+
+impl Decoder for GpuEngine {
+    fn split(&self) -> &Split {
+        self.split()
+    }
+
+    fn mode(&self) -> Mode {
+        self.plan.request.base.mode
+    }
+
+    fn context(&self) -> usize {
+        self.plan.request.base.context
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn clear(&mut self) {
+        self.clear();
+    }
+
+    fn prefill(&mut self, prompt: &[u32]) -> Result<Vec<f32>> {
+        self.prefill(prompt)
+    }
+
+    fn decode(&mut self, token: u32) -> Result<Vec<f32>> {
+        self.forward(token)
+    }
+
+    fn account(&self) -> Account {
+        self.account
+    }
+
+    fn speeds(&mut self) -> Result<Speeds> {
+        let finite = |speed: f64| (speed.is_finite() && speed > 0.0).then_some(speed);
+        let s = self.speeds;
+        Ok(Speeds { device: finite(s.device), link: finite(s.link), ram: finite(s.host), disk: None })
+    }
+
+    fn flaws(&self) -> &[Flaw] {
+        self.flaws()
+    }
+
+    fn plan_json(&self) -> serde_json::Value {
+        serde_json::json!(self.plan)
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        if self.device.is_emulated() { vec!["the GPU is emulated on the CPU".to_owned()] } else { Vec::new() }
+    }
+}

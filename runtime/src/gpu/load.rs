@@ -1,0 +1,538 @@
+//! A split's bytes, on the device and in pinned host memory, as a plan says.
+
+use super::plan::{ALIGN, GpuPlan, GpuRequest, aligned, device_matrices, heads, pinned_embedding};
+use crate::plan::Mode;
+use crate::{Error, Result};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use thermocline_datasets::{Activation, ModelConfig};
+use thermocline_kernels::cuda::launch::{
+    CacheTables, DeviceMatrix, HostResult, HostWork, Nonlinearity, Step, WorkList, ffn_blocks,
+};
+use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
+use thermocline_split::{Flaw, LayerFile, Split, TensorEntry};
+
+/// Neurons, or rows of a matrix, of a prompt batch's piece: large enough for the tensor cores, small in memory.
+const PREFILL_PIECE: usize = 4096;
+
+/// One layer.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub input_norm: View,
+    pub ffn_norm: View,
+    /// `[q | k | v]` rows.
+    pub qkv: DeviceMatrix,
+    pub qkv_bias: Option<View>,
+    pub o: DeviceMatrix,
+    pub keys: View,
+    pub values: View,
+    pub n_hot: usize,
+    pub hot: View,
+    /// Pinned: the other neurons' bundles.
+    pub cold: Memory,
+    pub cache: CacheTables,
+    pub slots: View,
+    pub predictor: Option<DevicePredictor>,
+    /// Exact mode: all neurons, listed once.
+    pub every: Option<WorkList>,
+}
+
+#[derive(Debug)]
+pub(super) struct DevicePredictor {
+    pub input: DeviceMatrix,
+    pub factors: DeviceMatrix,
+    pub neurons: View,
+}
+
+/// What a token needs besides weights, and keeps only until the next.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    pub step: View,
+    pub x: View,
+    pub normed: View,
+    pub qkv: View,
+    pub attention_partial: View,
+    pub attention: View,
+    pub z: View,
+    pub scores: View,
+    pub work: WorkList,
+    pub partial: View,
+    pub logits: View,
+}
+
+/// Buffers of prompt batches.
+#[derive(Debug)]
+pub(super) struct PrefillBuffers {
+    pub tokens: View,
+    pub x: View,
+    /// bfloat16 pairs `[batch, widest]`.
+    pub input: [View; 2],
+    pub qkv: View,
+    pub gate: View,
+    pub up: View,
+    pub h: [View; 2],
+    /// Stored bundles or rows, one being copied while the other is computed with.
+    pub stored: [View; 2],
+    /// Gate, up and down of a piece, high and low.
+    pub rows: [[View; 2]; 3],
+}
+
+/// Mapped host memory through which host and device talk.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    /// `[token, position, serial]`.
+    pub step: Memory,
+    pub logits: Memory,
+    pub totals: Memory,
+    /// One word in a page each: written by one side, watched by the other.
+    pub request_flag: Memory,
+    pub result_flag: Memory,
+    pub count: Memory,
+    pub list: Memory,
+    pub x: Memory,
+    pub y: Memory,
+}
+
+/// A model where a token can use it.
+#[derive(Debug)]
+pub(super) struct Model {
+    pub layout: BundleLayout,
+    pub activation: Nonlinearity,
+    pub layers: Vec<Layer>,
+    pub embedding: DeviceMatrix,
+    pub head: DeviceMatrix,
+    pub final_norm: View,
+    pub rope: [View; 2],
+    pub scratch: Scratch,
+    pub prefill: PrefillBuffers,
+    pub mapped: Mapped,
+    pub n_blocks: usize,
+    pub flaws: Vec<Flaw>,
+}
+
+pub(super) fn prefill_piece(config: &ModelConfig) -> usize {
+    PREFILL_PIECE.min(config.intermediate_size)
+}
+
+fn kernel_activation(activation: Activation) -> Nonlinearity {
+    match activation {
+        Activation::Silu => Nonlinearity::Silu,
+        Activation::Relu => Nonlinearity::Relu,
+        Activation::Drelu => Nonlinearity::Drelu,
+    }
+}
+
+fn qkv_width(config: &ModelConfig) -> usize {
+    (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+}
+
+fn rank(split: &Split) -> usize {
+    split.predictors().entry("predictors.0.input").map_or(0, |t| t.rows)
+}
+
+/// Bytes of each part of [`Scratch`], in order; the last is the lists of exact mode.
+fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 15] {
+    let config = &split.manifest().config;
+    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+    let every = if request.base.mode == Mode::Exact { config.n_layers * aligned(8 * ffn as u64) as usize } else { 0 };
+    [
+        Step::BYTES,
+        4 * hidden,
+        4 * hidden,
+        4 * qkv_width(config),
+        4 * heads(config, request.base.context).partial_values(n_splits),
+        4 * config.n_heads * config.head_dim,
+        4 * rank(split),
+        4 * ffn,
+        4 * ffn,
+        8 * ffn,
+        32,
+        64,
+        4 * request.n_blocks * hidden,
+        4 * config.vocab_size,
+        every,
+    ]
+}
+
+pub(super) fn scratch_bytes(split: &Split, request: &GpuRequest, n_splits: usize) -> u64 {
+    scratch_parts(split, request, n_splits).iter().map(|&b| aligned(b as u64)).sum::<u64>()
+        + if request.base.mode == Mode::Exact { split.layers().len() as u64 * ALIGN } else { 0 }
+}
+
+/// Bytes of each part of [`PrefillBuffers`]: tokens, x, input (twice), q/k/v, gate, up, h (twice), stored (twice), rows
+/// (six times).
+fn prefill_parts(split: &Split, batch: usize, piece: usize) -> [usize; 8] {
+    let config = &split.manifest().config;
+    let hidden = config.hidden_size;
+    let widest = hidden.max(config.n_heads * config.head_dim);
+    let row = device_matrices(split).map(TensorEntry::row_bytes).max().unwrap_or(0);
+    let stored = piece * split.layers()[0].layout().bundle_bytes().max(row);
+    [
+        4 * batch,
+        4 * batch * hidden,
+        2 * batch * widest,
+        4 * batch * qkv_width(config),
+        4 * batch * piece,
+        2 * batch * piece,
+        stored,
+        2 * piece * widest,
+    ]
+}
+
+pub(super) fn prefill_bytes(split: &Split, batch: usize, piece: usize) -> u64 {
+    let counts = [1, 1, 2, 1, 2, 2, 2, 6];
+    prefill_parts(split, batch, piece).iter().zip(counts).map(|(&b, n)| n * aligned(b as u64)).sum()
+}
+
+/// One block of device memory, handed out piece by piece.
+struct Arena {
+    memory: Memory,
+    next: Mutex<usize>,
+}
+
+impl Arena {
+    fn take(&self, bytes: usize) -> View {
+        let mut next = self.next.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let view = self.memory.slice(*next, bytes);
+        *next += aligned(bytes as u64) as usize;
+        view
+    }
+
+    fn put(&self, device: &Device, bytes: &[u8]) -> Result<View> {
+        let view = self.take(bytes.len());
+        device.write(&view, bytes)?;
+        Ok(view)
+    }
+}
+
+impl Model {
+    /// Reads, checks and places everything. `progress(done, total)` counts layers.
+    pub(super) fn load(
+        split: &Split,
+        plan: &GpuPlan,
+        device: &Device,
+        progress: &dyn Fn(usize, usize),
+    ) -> Result<Self> {
+        let config = &split.manifest().config;
+        let (hidden, n_layers) = (config.hidden_size, config.n_layers);
+        let layout = *split.layers()[0].layout();
+        if !hidden.is_multiple_of(32) || layout.hidden_size() != hidden {
+            let reason = format!("the GPU engine needs a hidden size that is a multiple of 32, not {hidden}");
+            return Err(misfit(split, "config.hidden_size", reason));
+        }
+        let bytes = plan.total_bytes - plan.fixed.context;
+        let memory = device.allocate(bytes as usize).map_err(|e| match e {
+            CudaError::OutOfMemory { .. } => Error::VramRefused { needed_bytes: bytes, source: e },
+            other => other.into(),
+        })?;
+        let arena = Arena { memory, next: Mutex::new(0) };
+        let loader = Loader { split, plan, device, arena: &arena };
+        let n_threads = plan.request.base.n_threads.min(n_layers);
+        let next = AtomicUsize::new(0);
+        let mut loaded: Vec<Option<(Layer, Option<Flaw>)>> = (0..n_layers).map(|_| None).collect();
+        std::thread::scope(|scope| {
+            let (sender, receiver) = mpsc::channel();
+            for _ in 0..n_threads {
+                let (sender, next, loader) = (sender.clone(), &next, &loader);
+                scope.spawn(move || {
+                    loop {
+                        let l = next.fetch_add(1, Ordering::Relaxed);
+                        if l >= n_layers || sender.send((l, loader.layer(l))).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            for (done, (l, layer)) in receiver.iter().enumerate() {
+                progress(done, n_layers);
+                loaded[l] = Some(layer?);
+            }
+            Ok::<(), Error>(())
+        })?;
+        let (mut layers, flaws): (Vec<Layer>, Vec<Option<Flaw>>) = loaded.into_iter().flatten().unzip();
+        let mut flaws: Vec<Flaw> = flaws.into_iter().flatten().collect();
+        progress(n_layers, n_layers);
+
+        let vocab = (config.vocab_size, hidden);
+        let (head, embedding) = match pinned_embedding(split) {
+            None => {
+                let table = loader.matrix(&["model.embed_tokens.weight"], &[vocab], &mut flaws)?;
+                (table.clone(), table)
+            }
+            Some(entry) => {
+                let encoding = loader.encoding(entry)?;
+                check_shape(split, entry, vocab)?;
+                let mut host = AlignedBuf::zeroed(entry.bytes as usize)?;
+                split.resident().read_into(entry, &mut host[..entry.bytes as usize])?;
+                flaws.extend(entry.flaw(&host[..entry.bytes as usize]));
+                let data = device.pin(host)?.view();
+                let table = DeviceMatrix { encoding, rows: vocab.0, columns: vocab.1, data };
+                (loader.matrix(&["lm_head.weight"], &[vocab], &mut flaws)?, table)
+            }
+        };
+        let scratch = loader.scratch()?;
+        if plan.request.base.mode == Mode::Exact {
+            for layer in &mut layers {
+                layer.every = Some(loader.list_all(layer.n_hot, &scratch.work)?);
+            }
+        }
+        let final_norm = loader.vector("model.norm.weight", hidden)?;
+        let (cos, sin) = crate::attention::Rope::new(config, plan.request.base.context).into_tables();
+        let rope = [arena.put(device, bytemuck::cast_slice(&cos))?, arena.put(device, bytemuck::cast_slice(&sin))?];
+        Ok(Self {
+            layout,
+            activation: kernel_activation(config.activation),
+            layers,
+            embedding,
+            head,
+            final_norm,
+            rope,
+            scratch,
+            prefill: loader.prefill(),
+            mapped: loader.mapped()?,
+            n_blocks: ffn_blocks(device),
+            flaws,
+        })
+    }
+}
+
+struct Loader<'a> {
+    split: &'a Split,
+    plan: &'a GpuPlan,
+    device: &'a Device,
+    arena: &'a Arena,
+}
+
+impl Loader<'_> {
+    fn encoding(&self, entry: &TensorEntry) -> Result<Encoding> {
+        entry.format.encoding().ok_or_else(|| misfit(self.split, &entry.name, "not an encoded matrix".to_owned()))
+    }
+
+    /// Matrices of one encoding and as many columns, one below the other.
+    fn matrix(&self, names: &[&str], shapes: &[(usize, usize)], flaws: &mut Vec<Flaw>) -> Result<DeviceMatrix> {
+        let file = self.split.resident();
+        let entries = names.iter().map(|name| file.entry(name)).collect::<Result<Vec<_>, _>>()?;
+        let encoding = self.encoding(entries[0])?;
+        let mut bytes = Vec::with_capacity(entries.iter().map(|e| e.bytes as usize).sum());
+        for (entry, &shape) in entries.iter().zip(shapes) {
+            check_shape(self.split, entry, shape)?;
+            if entry.format != entries[0].format {
+                let reason = format!("its encoding differs from that of {}", entries[0].name);
+                return Err(misfit(self.split, &entry.name, reason));
+            }
+            let start = bytes.len();
+            bytes.resize(start + entry.bytes as usize, 0);
+            file.read_into(entry, &mut bytes[start..])?;
+            flaws.extend(entry.flaw(&bytes[start..]));
+        }
+        let rows = shapes.iter().map(|s| s.0).sum();
+        Ok(DeviceMatrix { encoding, rows, columns: shapes[0].1, data: self.arena.put(self.device, &bytes)? })
+    }
+
+    fn vector(&self, name: &str, n: usize) -> Result<View> {
+        let values = self.split.resident().read_f32(name)?;
+        if values.len() != n {
+            return Err(misfit(self.split, name, format!("{} values, expected {n}", values.len())));
+        }
+        self.arena.put(self.device, bytemuck::cast_slice(&values))
+    }
+
+    fn layer(&self, l: usize) -> Result<(Layer, Option<Flaw>)> {
+        let config = &self.split.manifest().config;
+        let (hidden, ffn, head) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (q, kv) = (config.n_heads * head, config.n_kv_heads * head);
+        let name = |rest: &str| format!("model.layers.{l}.{rest}");
+        let mut flaws = Vec::new();
+        let [wq, wk, wv, wo] = ["q", "k", "v", "o"].map(|p| name(&format!("self_attn.{p}_proj.weight")));
+        let shapes = [(q, hidden), (kv, hidden), (kv, hidden)];
+        let qkv = self.matrix(&[&wq, &wk, &wv], &shapes, &mut flaws)?;
+        let o = self.matrix(&[&wo], &[(hidden, q)], &mut flaws)?;
+        let qkv_bias = if config.qkv_bias {
+            let mut all = Vec::with_capacity(q + 2 * kv);
+            for (p, n) in [("q", q), ("k", kv), ("v", kv)] {
+                let name = name(&format!("self_attn.{p}_proj.bias"));
+                let values = self.split.resident().read_f32(&name)?;
+                if values.len() != n {
+                    return Err(misfit(self.split, &name, format!("{} values, expected {n}", values.len())));
+                }
+                all.extend(values);
+            }
+            Some(self.arena.put(self.device, bytemuck::cast_slice(&all))?)
+        } else {
+            None
+        };
+        let predictor = match self.plan.request.base.mode {
+            Mode::Exact => None,
+            Mode::Sparse { .. } => Some(self.predictor(l)?),
+        };
+        let file = &self.split.layers()[l];
+        let n_hot = self.plan.hot_neurons[l];
+        let (hot, hot_flaw) = self.hot(file, n_hot)?;
+        let (cold, cold_flaw) = self.cold(file, n_hot)?;
+        let values = heads(config, self.plan.request.base.context).cache_values();
+        let n_sets = self.plan.cache_sets[l];
+        let (n_cold, slots) = (ffn - n_hot, n_sets * self.plan.cache_ways);
+        // Without a cache the kernels read none of the tables.
+        let table = |n: usize| if n_sets > 0 { self.arena.take(4 * n) } else { self.arena.take(0) };
+        let cache = CacheTables {
+            n_sets,
+            n_ways: self.plan.cache_ways,
+            slot_of: table(n_cold),
+            owner: table(slots),
+            key: table(n_cold),
+            used: table(slots),
+            lambda: self.plan.cache_lambda,
+        };
+        let layer = Layer {
+            input_norm: self.vector(&name("input_layernorm.weight"), hidden)?,
+            ffn_norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,
+            qkv,
+            qkv_bias,
+            o,
+            keys: self.arena.take(2 * values),
+            values: self.arena.take(2 * values),
+            n_hot,
+            hot,
+            cold,
+            cache,
+            slots: self.arena.take(slots * file.layout().bundle_bytes()),
+            predictor,
+            every: None,
+        };
+        Ok((layer, flaws.into_iter().next().or(hot_flaw).or(cold_flaw)))
+    }
+
+    fn predictor(&self, l: usize) -> Result<DevicePredictor> {
+        let (input, factors, neurons) = self.split.stored_predictor(l)?;
+        let file = self.split.predictors();
+        let matrix = |entry: &TensorEntry| -> Result<DeviceMatrix> {
+            let encoding = self.encoding(entry)?;
+            let data = self.arena.put(self.device, &file.read(&entry.name)?)?;
+            Ok(DeviceMatrix { encoding, rows: entry.rows, columns: entry.columns, data })
+        };
+        let neurons = self.arena.put(self.device, bytemuck::cast_slice(&neurons))?;
+        Ok(DevicePredictor { input: matrix(input)?, factors: matrix(factors)?, neurons })
+    }
+
+    fn hot(&self, file: &LayerFile, n_hot: usize) -> Result<(View, Option<Flaw>)> {
+        let mut bytes = vec![0; n_hot * file.layout().bundle_bytes()];
+        file.read_chunks(0..n_hot.div_ceil(file.chunk_neurons()), &mut bytes)?;
+        Ok((self.arena.put(self.device, &bytes)?, file.flaw(0, &bytes)))
+    }
+
+    fn cold(&self, file: &LayerFile, n_hot: usize) -> Result<(Memory, Option<Flaw>)> {
+        let len = (file.order().len() - n_hot) * file.layout().bundle_bytes();
+        let mut host = AlignedBuf::zeroed(len)?;
+        file.read_chunks(n_hot.div_ceil(file.chunk_neurons())..file.index().len(), &mut host[..len])?;
+        let flaw = file.flaw(n_hot, &host[..len]);
+        Ok((self.device.pin(host)?, flaw))
+    }
+
+    fn scratch(&self) -> Result<Scratch> {
+        let plan = self.plan;
+        let parts = scratch_parts(self.split, &plan.request, plan.n_splits);
+        let views = parts[..14].iter().map(|&bytes| self.arena.take(bytes)).collect::<Vec<_>>();
+        let [
+            step,
+            x,
+            normed,
+            qkv,
+            attention_partial,
+            attention,
+            z,
+            scores,
+            ids,
+            items,
+            counts,
+            totals,
+            partial,
+            logits,
+        ] = <[View; 14]>::try_from(views).expect("fourteen parts");
+        self.device.write(&totals, &[0; 64])?;
+        let work = WorkList { ids, items, counts, totals };
+        Ok(Scratch { step, x, normed, qkv, attention_partial, attention, z, scores, work, partial, logits })
+    }
+
+    /// A list of all neurons of a layer, those in pinned memory first: the kernel's blocks take turns, and so each has
+    /// its part of the slow ones.
+    fn list_all(&self, n_hot: usize, shared: &WorkList) -> Result<WorkList> {
+        let n = self.split.manifest().config.intermediate_size;
+        let cold = (0..n - n_hot).map(|c| [0x4000_0000 | c as u32, u32::MAX]);
+        let items: Vec<[u32; 2]> = cold.chain((0..n_hot).map(|h| [h as u32, u32::MAX])).collect();
+        let counts = [n, n - n_hot, 0, n_hot, 0, n, 0, 0].map(|v| v as u32);
+        Ok(WorkList {
+            ids: shared.ids.clone(),
+            items: self.arena.put(self.device, bytemuck::cast_slice(&items))?,
+            counts: self.arena.put(self.device, bytemuck::cast_slice(&counts))?,
+            totals: shared.totals.clone(),
+        })
+    }
+
+    fn prefill(&self) -> PrefillBuffers {
+        let request = &self.plan.request.base;
+        let batch = request.batch.min(request.context);
+        let [tokens, x, input, qkv, product, h, stored, rows] =
+            prefill_parts(self.split, batch, self.plan.prefill_neurons);
+        let take = |bytes| self.arena.take(bytes);
+        PrefillBuffers {
+            tokens: take(tokens),
+            x: take(x),
+            input: [take(input), take(input)],
+            qkv: take(qkv),
+            gate: take(product),
+            up: take(product),
+            h: [take(h), take(h)],
+            stored: [take(stored), take(stored)],
+            rows: std::array::from_fn(|_| [take(rows), take(rows)]),
+        }
+    }
+
+    fn mapped(&self) -> Result<Mapped> {
+        let config = &self.split.manifest().config;
+        let pin = |bytes: usize| -> Result<Memory> { Ok(self.device.pin(AlignedBuf::zeroed(bytes)?)?) };
+        Ok(Mapped {
+            step: pin(Step::BYTES)?,
+            logits: pin(4 * config.vocab_size)?,
+            totals: pin(64)?,
+            request_flag: pin(4)?,
+            result_flag: pin(4)?,
+            count: pin(4)?,
+            list: pin(4 * config.intermediate_size)?,
+            x: pin(4 * config.hidden_size)?,
+            y: pin(4 * config.hidden_size)?,
+        })
+    }
+}
+
+impl Mapped {
+    /// What the kernels write for the host's threads, `share` of the misses.
+    pub(super) fn work(&self, share: f32) -> HostWork {
+        HostWork {
+            share,
+            list: self.list.view(),
+            x: self.x.view(),
+            count: self.count.view(),
+            flag: self.request_flag.view(),
+        }
+    }
+
+    /// What the kernels read from them.
+    pub(super) fn result(&self) -> HostResult {
+        HostResult { y: self.y.view(), flag: self.result_flag.view() }
+    }
+}
+
+fn check_shape(split: &Split, entry: &TensorEntry, shape: (usize, usize)) -> Result<()> {
+    if (entry.rows, entry.columns) == shape {
+        return Ok(());
+    }
+    Err(misfit(split, &entry.name, format!("[{}, {}], expected {shape:?}", entry.rows, entry.columns)))
+}
+
+fn misfit(split: &Split, field: &str, reason: String) -> Error {
+    let path = split.resident().path().to_owned();
+    thermocline_split::Error::Corrupt { path, field: field.to_owned(), reason }.into()
+}

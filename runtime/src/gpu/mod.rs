@@ -1,0 +1,24 @@
+//! The GPU engine: hot neurons in device memory, cold ones read in place from pinned host memory, the token one graph.
+//!
+//! | concept | where |
+//! | --- | --- |
+//! | what goes where in a VRAM budget, and the expected speed | `plan` |
+//! | cache policies and sizes, replayed on the split's trace | `replay` |
+//! | the split's bytes, on the device and pinned | `load` |
+//! | one token as one CUDA graph | `token` |
+//! | prompts, by whole layers | `prefill` |
+//! | the threads that compute a share of the cold neurons | `host_share` |
+//! | tokens in, logits out | `engine` |
+
+mod bench;
+mod engine;
+mod host_share;
+mod load;
+mod plan;
+mod prefill;
+mod replay;
+mod token;
+
+pub use bench::GpuBenchReport;
+pub use engine::GpuEngine;
+pub use plan::{GpuBytes, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds};

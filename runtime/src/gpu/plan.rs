@@ -1,0 +1,417 @@
+//! What goes where in a VRAM budget, and how fast that should be.
+
+use super::replay::{LayerTrace, Policy, Replayed, WAYS};
+use crate::attention::Rope;
+use crate::budget::format_bytes;
+use crate::kv::KvCache;
+use crate::plan::{Mode, activation_rates, check_request, whole_chunks};
+use crate::{Error, PlanRequest, Result};
+use serde::Serialize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use thermocline_kernels::cuda::launch::Heads;
+use thermocline_split::{Format, Split, TensorEntry};
+
+/// Every piece of device memory begins at a multiple of this.
+pub(super) const ALIGN: u64 = 256;
+
+/// Positions that a block of the attention kernel takes at least, so that a short context is not cut into crumbs.
+const SPLIT_POSITIONS: usize = 32;
+
+/// Layers whose trace is replayed: evenly spread; more would not change the choice.
+const REPLAYED_LAYERS: usize = 8;
+
+/// Shares of the memory for neurons that are tried as cache.
+const CACHE_SHARES: [f64; 7] = [0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75];
+
+/// What is to be planned.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct GpuRequest {
+    /// Mode, context, batch, threads and RAM.
+    pub base: PlanRequest,
+    /// Bytes that the process may take on the device.
+    pub vram_budget_bytes: u64,
+    /// Bytes that the driver has taken for the context already.
+    pub context_bytes: u64,
+    /// Multiprocessors: the fused kernel's sums are one row for each block.
+    pub n_blocks: usize,
+    /// Slots of the device cache: `None` leaves it to the replay, 0 is none.
+    pub cache_share: Option<f64>,
+}
+
+/// Device memory, by purpose.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct GpuBytes {
+    /// Attention matrices and the head.
+    pub matrices: u64,
+    /// Norms and biases.
+    pub vectors: u64,
+    /// Predictors, in sparse mode.
+    pub predictors: u64,
+    /// Keys and values, and the tables of rotary embeddings.
+    pub kv_cache: u64,
+    /// Activations, sums, work lists.
+    pub scratch: u64,
+    /// Buffers of prompt batches.
+    pub prefill: u64,
+    /// The driver's context.
+    pub context: u64,
+}
+
+impl GpuBytes {
+    fn total(&self) -> u64 {
+        self.matrices + self.vectors + self.predictors + self.kv_cache + self.scratch + self.prefill + self.context
+    }
+}
+
+/// The division of a model between the device and pinned host memory.
+#[derive(Debug, Clone, Serialize)]
+pub struct GpuPlan {
+    /// What was asked for.
+    pub request: GpuRequest,
+    /// Device memory besides neurons.
+    pub fixed: GpuBytes,
+    /// Neurons in device memory of each layer: a prefix of the split order.
+    pub hot_neurons: Vec<usize>,
+    /// Bytes of them.
+    pub hot_bytes: u64,
+    /// Sets of the cache of each layer, [`GpuPlan::cache_ways`] slots each.
+    pub cache_sets: Vec<usize>,
+    /// Slots of a set.
+    pub cache_ways: usize,
+    /// Bytes of the cache and its tables.
+    pub cache_bytes: u64,
+    /// Octaves by which a cached neuron's standing falls per token, chosen by replay.
+    pub cache_lambda: f32,
+    /// What the replay of the split's trace saw for each policy with this division: name, share of the cold neurons that
+    /// were in the cache.
+    pub cache_policies: Vec<(String, f64)>,
+    /// Pinned host memory.
+    pub pinned_bytes: u64,
+    /// Device memory in all.
+    pub total_bytes: u64,
+    /// All weights of the model as encoded here.
+    pub dense_bytes: u64,
+    /// Ranges of positions that attention is divided into.
+    pub n_splits: usize,
+    /// Neurons of a prompt batch's piece.
+    pub prefill_neurons: usize,
+    /// Device bytes that every token reads: matrices, predictors, keys and values of a full context, hot neurons.
+    pub device_bytes_per_token: u64,
+    /// Bytes that a token is expected to read from the cache.
+    pub cache_bytes_per_token: u64,
+    /// Bytes that a token is expected to need from pinned memory.
+    pub host_bytes_per_token: u64,
+    /// Share of the cold neurons that the cache is expected to hold.
+    pub cache_hit_rate: f64,
+}
+
+/// Speeds that bound a token, in bytes a second.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct GpuSpeeds {
+    /// Device memory, read by the product kernel.
+    pub device: f64,
+    /// Pinned host memory, read in place by the fused kernel.
+    pub link: f64,
+    /// The same memory, read and computed with by the host's threads; 0 without them.
+    pub host: f64,
+}
+
+/// A speed and where it comes from.
+#[derive(Debug, Clone, Serialize)]
+pub struct GpuPrediction {
+    /// Decode speed.
+    pub tok_s: f64,
+    /// Share of the cold neurons that are not cached which the host's threads compute.
+    pub host_share: f64,
+    /// `device`, `link` or `link + host`.
+    pub bottleneck: &'static str,
+    /// The formula, with its numbers.
+    pub formula: String,
+}
+
+pub(super) fn aligned(bytes: u64) -> u64 {
+    bytes.next_multiple_of(ALIGN)
+}
+
+impl GpuPlan {
+    /// Divides `split`. Matrices, keys and values, and scratch memory come first; the rest is divided between a hot
+    /// prefix of each layer (the neurons of highest activation rate over all layers) and the cache, by replaying the
+    /// split's trace. In exact mode every neuron is read by every token: there is no cache, and every layer has an
+    /// equal prefix.
+    ///
+    /// # Errors
+    /// [`Error::VramTooSmall`] if the budget cannot hold what must be on the device, [`Error::DoesNotFit`] if
+    /// `--ram-budget` cannot hold the rest.
+    pub fn new(split: &Split, request: GpuRequest) -> Result<Self> {
+        check_request(&request.base)?;
+        let config = &split.manifest().config;
+        let layout = *split.layers()[0].layout();
+        let (bundle, n, n_layers) = (layout.bundle_bytes() as u64, config.intermediate_size, config.n_layers);
+        let context = request.base.context;
+        let n_splits = (context / SPLIT_POSITIONS).clamp(1, (request.n_blocks / config.n_kv_heads).max(1));
+        let prefill_neurons = super::load::prefill_piece(config);
+        let fixed = fixed_bytes(split, &request, n_splits, prefill_neurons);
+        let budget = request.vram_budget_bytes;
+        let Some(left) = budget.checked_sub(fixed.total()) else {
+            return Err(Error::VramTooSmall {
+                budget_bytes: budget,
+                needed_bytes: fixed.total(),
+                what: describe(&fixed),
+            });
+        };
+        let all = aligned(n as u64 * bundle) * n_layers as u64;
+        let mut plan = Self {
+            request,
+            fixed,
+            hot_neurons: vec![n; n_layers],
+            hot_bytes: 0,
+            cache_sets: vec![0; n_layers],
+            cache_ways: WAYS,
+            cache_bytes: 0,
+            cache_lambda: 1.0,
+            cache_policies: Vec::new(),
+            pinned_bytes: 0,
+            total_bytes: 0,
+            dense_bytes: split.dense_bytes(),
+            n_splits,
+            prefill_neurons,
+            device_bytes_per_token: 0,
+            cache_bytes_per_token: 0,
+            host_bytes_per_token: 0,
+            cache_hit_rate: 0.0,
+        };
+        let active = match request.base.mode {
+            Mode::Exact => 1.0,
+            Mode::Sparse { active } => f64::from(active),
+        };
+        let mut replayed = None;
+        if all > left {
+            match request.base.mode {
+                Mode::Exact => {
+                    let each = (left / n_layers as u64 / bundle) as usize;
+                    let prefix = |f: &thermocline_split::LayerFile| whole_chunks(each.min(n), f.chunk_neurons(), n);
+                    plan.hot_neurons = split.layers().iter().map(prefix).collect();
+                }
+                Mode::Sparse { .. } => replayed = Some(plan.divide(split, left)?),
+            }
+        }
+        plan.hot_bytes = plan.hot_neurons.iter().map(|&h| aligned(h as u64 * bundle)).sum();
+        plan.cache_bytes =
+            plan.hot_neurons.iter().zip(&plan.cache_sets).map(|(&h, &s)| cache_bytes(n - h, s, bundle)).sum();
+        plan.total_bytes = plan.fixed.total() + plan.hot_bytes + plan.cache_bytes;
+        let cold = plan.hot_neurons.iter().map(|&h| (n - h) as u64 * bundle).sum::<u64>();
+        plan.pinned_bytes = cold + pinned_embedding(split).map_or(0, |t| t.bytes);
+        if let Some(ram) = request.base.ram_budget_bytes
+            && plan.pinned_bytes > ram
+        {
+            let what = format!("the neurons that are not in VRAM ({}), pinned", format_bytes(cold));
+            return Err(Error::DoesNotFit { budget_bytes: ram, needed_bytes: plan.pinned_bytes, what });
+        }
+        let total = (n_layers * n) as f64 * active;
+        let r = replayed.unwrap_or(Replayed {
+            active: n as f64,
+            hot: plan.hot_neurons.iter().sum::<usize>() as f64 / n_layers as f64,
+            cached: 0.0,
+        });
+        // The trace has the profile's active share; another share is scaled.
+        let bytes_of = |neurons: f64| (total * neurons / r.active.max(1.0) * bundle as f64) as u64;
+        let fixed_reads = plan.fixed.matrices + plan.fixed.predictors + KvCache::bytes(config, context);
+        plan.device_bytes_per_token = fixed_reads + bytes_of(r.hot);
+        plan.cache_bytes_per_token = bytes_of(r.cached);
+        plan.host_bytes_per_token = bytes_of(r.active - r.hot - r.cached);
+        plan.cache_hit_rate = if r.active > r.hot { r.cached / (r.active - r.hot) } else { 0.0 };
+        Ok(plan)
+    }
+
+    /// Fills in hot prefixes and cache for `left` bytes: of several divisions the one whose replay reads least from
+    /// pinned memory.
+    fn divide(&mut self, split: &Split, left: u64) -> Result<Replayed> {
+        let config = &split.manifest().config;
+        let (n, n_layers) = (config.intermediate_size, config.n_layers);
+        let bundle = split.layers()[0].layout().bundle_bytes() as u64;
+        let mut rates = Vec::with_capacity(n_layers * n);
+        for l in 0..n_layers {
+            rates.extend(activation_rates(split, l)?.into_iter().map(|r| (r, l as u32)));
+        }
+        rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        let step = n_layers.div_ceil(REPLAYED_LAYERS);
+        let sampled: Vec<usize> = (0..n_layers).step_by(step).collect();
+        let traces = sampled.iter().map(|&l| LayerTrace::load(split, l)).collect::<Result<Vec<_>>>()?;
+        // Rounding to chunks and to the alignment of device memory.
+        let slack = n_layers as u64 * 2 * ALIGN;
+        let tables = cache_bytes(n, 0, bundle).max(8 * n as u64) * n_layers as u64;
+        let shares: Vec<f64> = self.request.cache_share.map_or(CACHE_SHARES.to_vec(), |share| vec![share]);
+        let mut divisions = Vec::new();
+        for share in shares {
+            let cache_budget =
+                if share > 0.0 { ((left as f64 * share) as u64).saturating_sub(tables + slack) } else { 0 };
+            let hot_budget = (left as f64 * (1.0 - share)) as u64;
+            let mut hot = vec![0usize; n_layers];
+            for (_, l) in rates.iter().take((hot_budget.saturating_sub(slack) / bundle) as usize) {
+                hot[*l as usize] += 1;
+            }
+            for (h, file) in hot.iter_mut().zip(split.layers()) {
+                *h = whole_chunks(*h, file.chunk_neurons(), n);
+            }
+            let each = (cache_budget / n_layers as u64 / (WAYS as u64 * (bundle + 8))) as usize;
+            let sets: Vec<usize> = hot.iter().map(|h| each.min((n - h) / WAYS)).collect();
+            if share == 0.0 || sets.iter().any(|&s| s > 0) {
+                divisions.push((hot, sets));
+            }
+        }
+        // The policies are alike without a cache.
+        let jobs: Vec<(usize, Policy)> = (0..divisions.len())
+            .flat_map(|d| {
+                let cached = divisions[d].1.iter().any(|&s| s > 0);
+                Policy::CANDIDATES.into_iter().take(if cached { usize::MAX } else { 1 }).map(move |p| (d, p))
+            })
+            .collect();
+        let replays = in_parallel(self.request.base.n_threads, jobs.len(), |job| {
+            let (d, policy) = jobs[job];
+            replay_all(&traces, &sampled, n, &divisions[d].0, &divisions[d].1, policy)
+        });
+        let misses = |job: &usize| replays[*job].active - replays[*job].hot - replays[*job].cached;
+        let on_device = (0..jobs.len()).filter(|&job| matches!(jobs[job].1, Policy::Lrfu { .. }));
+        let Some(best) = on_device.min_by(|a, b| misses(a).total_cmp(&misses(b))) else {
+            return Ok(Replayed { active: n as f64, ..Replayed::default() });
+        };
+        let (division, policy) = jobs[best];
+        (self.hot_neurons, self.cache_sets) = divisions.swap_remove(division);
+        if let Policy::Lrfu { lambda } = policy {
+            self.cache_lambda = lambda;
+        }
+        if self.cache_slots() > 0 {
+            let compared = jobs.iter().zip(&replays).filter(|((d, _), _)| *d == division);
+            let hits = compared.map(|((_, p), r)| (p.to_string(), r.cached / (r.active - r.hot).max(1.0)));
+            self.cache_policies = hits.collect();
+        }
+        Ok(replays[best])
+    }
+
+    /// Slots of the cache.
+    pub fn cache_slots(&self) -> usize {
+        self.cache_sets.iter().sum::<usize>() * self.cache_ways
+    }
+
+    /// Expected decode speed: device memory, then link and host side by side.
+    pub fn predict(&self, speeds: &GpuSpeeds) -> GpuPrediction {
+        let device = (self.device_bytes_per_token + self.cache_bytes_per_token) as f64;
+        let host = self.host_bytes_per_token as f64;
+        let (device_seconds, host_seconds) = (device / speeds.device, host / (speeds.link + speeds.host));
+        let bottleneck = match (device_seconds > host_seconds, speeds.host > 0.0) {
+            (true, _) => "device",
+            (false, true) => "link + host",
+            (false, false) => "link",
+        };
+        let gb = 1e9;
+        GpuPrediction {
+            tok_s: 1.0 / (device_seconds + host_seconds),
+            host_share: speeds.host / (speeds.link + speeds.host),
+            bottleneck,
+            formula: format!(
+                "tok/s = 1 / ({:.2} GB device / {:.0} GB/s + {:.3} GB pinned / ({:.1} GB/s link + {:.1} GB/s host))",
+                device / gb,
+                speeds.device / gb,
+                host / gb,
+                speeds.link / gb,
+                speeds.host / gb
+            ),
+        }
+    }
+}
+
+/// `f` of 0 to `n`, by several threads.
+fn in_parallel<T: Send>(n_threads: usize, n: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let numbers = std::iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < n));
+        numbers.map(|i| (i, f(i))).collect::<Vec<_>>()
+    };
+    let mut results: Vec<(usize, T)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..n_threads.min(n)).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|w| w.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
+    });
+    results.sort_by_key(|(i, _)| *i);
+    results.into_iter().map(|(_, t)| t).collect()
+}
+
+fn replay_all(
+    traces: &[LayerTrace],
+    layers: &[usize],
+    n: usize,
+    hot: &[usize],
+    sets: &[usize],
+    policy: Policy,
+) -> Replayed {
+    let mut sum = Replayed::default();
+    for (trace, &l) in traces.iter().zip(layers) {
+        let r = trace.replay(n, hot[l], sets[l], WAYS, policy);
+        sum.active += r.active;
+        sum.hot += r.hot;
+        sum.cached += r.cached;
+    }
+    let count = traces.len().max(1) as f64;
+    Replayed { active: sum.active / count, hot: sum.hot / count, cached: sum.cached / count }
+}
+
+/// Slots, and what the kernels keep about them and about `n_cold` neurons.
+pub(super) fn cache_bytes(n_cold: usize, n_sets: usize, bundle: u64) -> u64 {
+    if n_sets == 0 {
+        return 0;
+    }
+    let slots = (n_sets * WAYS) as u64;
+    aligned(slots * bundle) + 2 * aligned(4 * slots) + 2 * aligned(4 * n_cold as u64)
+}
+
+/// The embedding, if only single rows of it are read: then it stays in host memory.
+pub(super) fn pinned_embedding(split: &Split) -> Option<&TensorEntry> {
+    let tied = split.manifest().config.tie_word_embeddings;
+    split.resident().tensors().iter().find(|t| !tied && t.name == "model.embed_tokens.weight")
+}
+
+/// Matrices that lie on the device.
+pub(super) fn device_matrices(split: &Split) -> impl Iterator<Item = &TensorEntry> {
+    let pinned = pinned_embedding(split).map(|t| t.name.as_str());
+    split.resident().tensors().iter().filter(move |t| t.format.encoding().is_some() && Some(t.name.as_str()) != pinned)
+}
+
+fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neurons: usize) -> GpuBytes {
+    let config = &split.manifest().config;
+    let sum = |tensors: &mut dyn Iterator<Item = &TensorEntry>| tensors.map(|t| aligned(t.bytes)).sum::<u64>();
+    let vectors = sum(&mut split.resident().tensors().iter().filter(|t| t.format == Format::F32));
+    let predictors = match request.base.mode {
+        Mode::Exact => 0,
+        Mode::Sparse { .. } => sum(&mut split.predictors().tensors().iter()),
+    };
+    let context = request.base.context;
+    let kv_cache = KvCache::bytes(config, context)
+        + 2 * config.n_layers as u64 * ALIGN
+        + 2 * aligned(Rope::bytes(config, context));
+    GpuBytes {
+        matrices: sum(&mut device_matrices(split)),
+        // q, k and v biases become one vector.
+        vectors: vectors + config.n_layers as u64 * ALIGN,
+        predictors,
+        kv_cache,
+        scratch: super::load::scratch_bytes(split, request, n_splits),
+        prefill: super::load::prefill_bytes(split, request.base.batch.min(context), prefill_neurons),
+        context: request.context_bytes,
+    }
+}
+
+/// The shape of attention.
+pub(super) fn heads(config: &thermocline_datasets::ModelConfig, capacity: usize) -> Heads {
+    Heads { n_heads: config.n_heads, n_kv_heads: config.n_kv_heads, head_dim: config.head_dim, capacity }
+}
+
+fn describe(b: &GpuBytes) -> String {
+    format!(
+        "attention and head {}, predictors {}, keys and values {}, scratch {}, prompt buffers {}, CUDA context {}",
+        format_bytes(b.matrices),
+        format_bytes(b.predictors),
+        format_bytes(b.kv_cache),
+        format_bytes(b.scratch + b.vectors),
+        format_bytes(b.prefill),
+        format_bytes(b.context)
+    )
+}

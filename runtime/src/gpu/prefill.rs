@@ -1,0 +1,167 @@
+//! Prompts: whole layers stream through the copy engine, a piece ahead, into products on the tensor cores.
+//!
+//! A prompt touches nearly every neuron, so that nothing is predicted: each piece of a layer's weights is decoded once
+//! to bfloat16 pairs (16 bits of precision, `kernels::cuda::gemm`) and multiplied with all tokens of the batch.
+
+use super::load::{Layer, Model};
+use super::plan::{GpuPlan, heads};
+use crate::Result;
+use thermocline_datasets::ModelConfig;
+use thermocline_kernels::Encoding;
+use thermocline_kernels::cuda::launch::{
+    Added, DeviceMatrix, Norm, RopeTables, add_bias_rows, attend_rows, embed_rows, gate_rows, gemv, norm_rows,
+    unpack_bundles, unpack_rows,
+};
+use thermocline_kernels::cuda::{Device, Gemm, Queue, Split, View, gemm};
+
+/// One batch of a prompt in progress.
+pub(super) struct Batch<'a> {
+    pub device: &'a Device,
+    pub config: &'a ModelConfig,
+    pub plan: &'a GpuPlan,
+    pub model: &'a Model,
+    /// Tokens of the batch.
+    pub n: usize,
+    /// Tokens before it.
+    pub past: usize,
+}
+
+/// Cold neurons `first .. first + n` (counted from the first cold one) of a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Piece {
+    layer: usize,
+    first: usize,
+    n: usize,
+}
+
+impl Batch<'_> {
+    /// Appends `tokens`; the logits of the last one are in `Scratch::logits` when the device has finished.
+    pub(super) fn run(&self, tokens: &[u32]) -> Result<()> {
+        let (device, buffers, s) = (self.device, &self.model.prefill, &self.model.scratch);
+        device.write(&buffers.tokens, bytemuck::cast_slice(tokens))?;
+        embed_rows(device, &self.model.embedding, &buffers.tokens, self.n, &buffers.x)?;
+        let pieces = self.cold_pieces();
+        if let Some(&first) = pieces.first() {
+            self.fetch(first, 0)?;
+        }
+        let mut next = 0;
+        for (l, layer) in self.model.layers.iter().enumerate() {
+            self.attention(layer)?;
+            self.feed_forward(l, layer, &pieces, &mut next)?;
+        }
+        let row = 4 * self.config.hidden_size;
+        device.copy(Queue::Compute, &s.x, &buffers.x.slice((self.n - 1) * row, row))?;
+        let norm = Norm { weight: &self.model.final_norm, eps: self.config.rms_norm_eps, out: None };
+        gemv(device, &self.model.head, &s.x, Some(norm), Added::default(), &s.logits)?;
+        Ok(())
+    }
+
+    /// Bytes of cold neurons that a batch reads over the link.
+    pub(super) fn link_bytes(&self) -> u64 {
+        let bundle = self.model.layout.bundle_bytes() as u64;
+        let cold = self.model.layers.iter().map(|l| (self.config.intermediate_size - l.n_hot) as u64);
+        cold.sum::<u64>() * bundle
+    }
+
+    fn attention(&self, layer: &Layer) -> Result<()> {
+        let (device, config, buffers) = (self.device, self.config, &self.model.prefill);
+        let (n, hidden) = (self.n, config.hidden_size);
+        let input = [&buffers.input[0], &buffers.input[1]];
+        let norm = Norm { weight: &layer.input_norm, eps: config.rms_norm_eps, out: None };
+        norm_rows(device, &buffers.x, norm, n, hidden, input)?;
+        self.multiply(&layer.qkv, &buffers.qkv, false)?;
+        if let Some(bias) = &layer.qkv_bias {
+            add_bias_rows(device, &buffers.qkv, bias, n, layer.qkv.rows)?;
+        }
+        let heads = heads(config, self.plan.request.base.context);
+        let rope = RopeTables { cos: &self.model.rope[0], sin: &self.model.rope[1] };
+        let cache = [&layer.keys, &layer.values];
+        attend_rows(device, heads, (n, self.past), &buffers.qkv, cache, rope, input)?;
+        self.multiply(&layer.o, &buffers.x, true)
+    }
+
+    /// `out[n, rows] (+)= input[n, columns] w^T`, a piece of rows at a time.
+    fn multiply(&self, w: &DeviceMatrix, out: &View, add: bool) -> Result<()> {
+        let (device, buffers) = (self.device, &self.model.prefill);
+        let [hi, lo] = &buffers.rows[0];
+        let a = self.input();
+        for first in (0..w.rows).step_by(self.plan.prefill_neurons) {
+            let n = self.plan.prefill_neurons.min(w.rows - first);
+            unpack_rows(device, w, first, n, [hi, lo])?;
+            let b = pair(hi, lo, w.encoding);
+            let c = out.slice(4 * first, out.len() - 4 * first);
+            let (m, k) = (self.n, w.columns);
+            let task = Gemm { m, n, k, a: &a, b: &b, b_is_transposed: true, c: &c, c_stride: w.rows, add };
+            gemm(device, &task)?;
+        }
+        Ok(())
+    }
+
+    fn feed_forward(&self, l: usize, layer: &Layer, pieces: &[Piece], next: &mut usize) -> Result<()> {
+        let (device, config, buffers) = (self.device, self.config, &self.model.prefill);
+        let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: None };
+        let input = [&buffers.input[0], &buffers.input[1]];
+        norm_rows(device, &buffers.x, norm, self.n, config.hidden_size, input)?;
+        let bundle = self.model.layout.bundle_bytes();
+        for first in (0..layer.n_hot).step_by(self.plan.prefill_neurons) {
+            let n = self.plan.prefill_neurons.min(layer.n_hot - first);
+            self.neurons(&layer.hot.slice(first * bundle, n * bundle), n)?;
+        }
+        while let Some(piece) = pieces.get(*next).filter(|p| p.layer == l) {
+            // This piece is there; the next one's buffer was last used by the piece before this one.
+            device.order(Queue::Copy, Queue::Compute)?;
+            device.order(Queue::Compute, Queue::Copy)?;
+            if let Some(&ahead) = pieces.get(*next + 1) {
+                self.fetch(ahead, *next + 1)?;
+            }
+            self.neurons(&buffers.stored[*next % 2].slice(0, piece.n * bundle), piece.n)?;
+            *next += 1;
+        }
+        Ok(())
+    }
+
+    /// `x += FFN(input)` for the `n` neurons of `bundles`.
+    fn neurons(&self, bundles: &View, n: usize) -> Result<()> {
+        let (device, buffers, model) = (self.device, &self.model.prefill, self.model);
+        let (m, hidden) = (self.n, self.config.hidden_size);
+        let rows = &buffers.rows;
+        unpack_bundles(device, model.layout, bundles, n, std::array::from_fn(|i| [&rows[i][0], &rows[i][1]]))?;
+        let weights: [Split; 3] = std::array::from_fn(|i| pair(&rows[i][0], &rows[i][1], model.layout.encoding()));
+        let a = self.input();
+        for (b, c) in [(&weights[0], &buffers.gate), (&weights[1], &buffers.up)] {
+            gemm(device, &Gemm { m, n, k: hidden, a: &a, b, b_is_transposed: true, c, c_stride: n, add: false })?;
+        }
+        let h = [&buffers.h[0], &buffers.h[1]];
+        gate_rows(device, [&buffers.gate, &buffers.up], (m, n), model.activation, h)?;
+        let a = Split { hi: h[0].clone(), lo: Some(h[1].clone()) };
+        let (b, c) = (&weights[2], &buffers.x);
+        gemm(device, &Gemm { m, n: hidden, k: n, a: &a, b, b_is_transposed: false, c, c_stride: hidden, add: true })?;
+        Ok(())
+    }
+
+    fn input(&self) -> Split {
+        let [hi, lo] = &self.model.prefill.input;
+        Split { hi: hi.clone(), lo: Some(lo.clone()) }
+    }
+
+    fn cold_pieces(&self) -> Vec<Piece> {
+        let step = self.plan.prefill_neurons;
+        let of_layer = |(layer, l): (usize, &Layer)| {
+            let n_cold = self.config.intermediate_size - l.n_hot;
+            (0..n_cold).step_by(step).map(move |first| Piece { layer, first, n: step.min(n_cold - first) })
+        };
+        self.model.layers.iter().enumerate().flat_map(of_layer).collect()
+    }
+
+    fn fetch(&self, piece: Piece, nth: usize) -> Result<()> {
+        let bundle = self.model.layout.bundle_bytes();
+        let from = self.model.layers[piece.layer].cold.slice(piece.first * bundle, piece.n * bundle);
+        let to = self.model.prefill.stored[nth % 2].slice(0, piece.n * bundle);
+        Ok(self.device.copy(Queue::Copy, &to, &from)?)
+    }
+}
+
+/// bfloat16 rows have nothing in their low half.
+fn pair(hi: &View, lo: &View, encoding: Encoding) -> Split {
+    Split { hi: hi.clone(), lo: (encoding != Encoding::Bf16).then(|| lo.clone()) }
+}

@@ -1,0 +1,162 @@
+//! From flags to a loaded engine: on the GPU if there is one, else on the CPU, and it says which.
+
+use crate::cli::{ModeName, Placement};
+use crate::output::Progress;
+use thermocline_runtime::{Decoder, Engine, Mode, Plan, PlanRequest};
+use thermocline_split::Split;
+
+#[cfg(feature = "cuda")]
+pub use gpu::{gpu_plan, open_device};
+
+/// A loaded model.
+pub enum Loaded {
+    Cpu(Box<Engine>),
+    #[cfg(feature = "cuda")]
+    Gpu(Box<thermocline_runtime::GpuEngine>),
+}
+
+impl Loaded {
+    pub fn decoder(&mut self) -> &mut dyn Decoder {
+        match self {
+            Loaded::Cpu(engine) => &mut **engine,
+            #[cfg(feature = "cuda")]
+            Loaded::Gpu(engine) => &mut **engine,
+        }
+    }
+}
+
+/// Plans and loads, with a progress bar. `wanted` is the context if none is given.
+pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: bool) -> anyhow::Result<Loaded> {
+    let request = request(args, wanted, batch);
+    #[cfg(feature = "cuda")]
+    if let Some(device) = open_device(args, quiet)? {
+        return gpu::load(split, args, request, device, quiet);
+    }
+    #[cfg(not(feature = "cuda"))]
+    if matches!(args.vram_budget, crate::cli::VramBudget::Bytes(_)) {
+        let text = "--vram-budget: this build has no GPU engine; give 0, or build with the feature cuda";
+        return Err(crate::exit::Usage(text.to_owned()).into());
+    }
+    load_on_cpu(split, request, quiet)
+}
+
+/// The same on the CPU, whatever there is.
+fn load_on_cpu(split: Split, request: PlanRequest, quiet: bool) -> anyhow::Result<Loaded> {
+    let plan = Plan::new(&split, request)?;
+    let progress = Progress::new("load", quiet);
+    let on_layer = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
+    let engine = Engine::load(split, plan, &on_layer);
+    progress.finish();
+    Ok(Loaded::Cpu(Box::new(engine?)))
+}
+
+/// What the flags ask for.
+pub fn request(args: &Placement, wanted: usize, batch: usize) -> PlanRequest {
+    PlanRequest {
+        mode: match args.mode {
+            ModeName::Exact => Mode::Exact,
+            ModeName::Sparse => Mode::Sparse { active: args.active },
+        },
+        ram_budget_bytes: args.ram_budget,
+        context: args.ctx_size.unwrap_or(wanted),
+        batch,
+        n_threads: args.threads.count(),
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::Loaded;
+    use crate::cli::{Placement, VramBudget};
+    use crate::output::Progress;
+    use thermocline_kernels::cuda::launch::ffn_blocks;
+    use thermocline_kernels::cuda::{CudaError, Device};
+    use thermocline_runtime::budget::format_bytes;
+    use thermocline_runtime::{Error, GpuEngine, GpuPlan, GpuRequest, PlanRequest};
+    use thermocline_split::Split;
+
+    /// Names the emulator's library, in place of a GPU: for tests and debugging.
+    const EMULATOR: &str = "THERMOCLINE_CUDA_EMULATOR";
+
+    /// Free memory that `auto` leaves to others.
+    const LEFT_BYTES: usize = 256 << 20;
+
+    /// Share of the budget by which the hot neurons shrink if the device refuses the first plan.
+    const SHRINK: f64 = 0.9;
+
+    /// The GPU that the flags ask for; `None` if they, or the machine, have none.
+    pub fn open_device(args: &Placement, quiet: bool) -> anyhow::Result<Option<Device>> {
+        if args.vram_budget == VramBudget::None {
+            return Ok(None);
+        }
+        let opened = match std::env::var_os(EMULATOR) {
+            Some(library) => Device::emulated(library.as_ref()),
+            None => Device::open(0),
+        };
+        match (opened, args.vram_budget) {
+            (Ok(device), _) => Ok(Some(device)),
+            (Err(e @ (CudaError::NoDriver | CudaError::NoDevice { .. })), VramBudget::Auto) => {
+                if !quiet {
+                    eprintln!("running on the CPU: {e}");
+                }
+                Ok(None)
+            }
+            (Err(e), _) => Err(Error::from(e).into()),
+        }
+    }
+
+    /// The plan for a device and a budget.
+    pub fn gpu_plan(split: &Split, args: &Placement, base: PlanRequest, device: &Device) -> anyhow::Result<GpuPlan> {
+        let (free, total) = device.memory()?;
+        let vram_budget_bytes = match args.vram_budget {
+            VramBudget::Bytes(bytes) => bytes,
+            _ => total.saturating_sub(LEFT_BYTES) as u64,
+        };
+        let request = GpuRequest {
+            base,
+            vram_budget_bytes,
+            context_bytes: (total - free) as u64,
+            n_blocks: ffn_blocks(device),
+            cache_share: args.cache_share,
+        };
+        Ok(GpuPlan::new(split, request)?)
+    }
+
+    pub(super) fn load(
+        split: Split,
+        args: &Placement,
+        base: PlanRequest,
+        device: Device,
+        quiet: bool,
+    ) -> anyhow::Result<Loaded> {
+        // One core is left to the thread that waits for the device.
+        let n_threads = args.threads.threads.unwrap_or_else(|| args.threads.count().saturating_sub(1).max(1));
+        let base = PlanRequest { n_threads, ..base };
+        let plan = gpu_plan(&split, args, base, &device)?;
+        if !quiet {
+            eprintln!(
+                "{}: {} of VRAM, {} pinned in RAM",
+                device.name(),
+                format_bytes(plan.total_bytes),
+                format_bytes(plan.pinned_bytes)
+            );
+        }
+        let progress = Progress::new("load", quiet);
+        let on_layer =
+            |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
+        let share = args.cpu_share.map(|s| s as f32);
+        let dir = split.dir().to_owned();
+        let mut engine = GpuEngine::load(split, plan.clone(), device.clone(), share, &on_layer);
+        if let Err(e @ Error::VramRefused { .. }) = &engine {
+            // Others may have taken memory since it was counted: once, with less.
+            let mut smaller = plan.request;
+            smaller.vram_budget_bytes = (plan.total_bytes as f64 * SHRINK) as u64;
+            progress.note(&format!("{e}; trying with {}", format_bytes(smaller.vram_budget_bytes)));
+            let split = Split::open(&dir)?;
+            let plan = GpuPlan::new(&split, smaller)?;
+            engine = GpuEngine::load(split, plan, device, share, &on_layer);
+        }
+        progress.finish();
+        Ok(Loaded::Gpu(Box::new(engine?)))
+    }
+}
