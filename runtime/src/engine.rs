@@ -15,7 +15,7 @@ use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
 use std::sync::Arc;
 use thermocline_datasets::ModelConfig;
-use thermocline_kernels::{Kernels, Pool, ops};
+use thermocline_kernels::{Kernels, Pool, QuantisedInput, ops};
 use thermocline_split::{Flaw, Split, TensorEntry};
 
 /// Norms and biases of one layer.
@@ -48,6 +48,7 @@ pub struct Engine {
     kv: KvCache,
     rope: Rope,
     sums: FfnSums,
+    quantised: QuantisedInput,
     batch: FfnBatch,
     /// The neurons that the last layer computed for the last decoded token, ascending.
     active: Vec<u32>,
@@ -119,7 +120,8 @@ impl Engine {
                 matrix(&name("self_attn.v_proj.weight"), (kv_width, hidden))?,
                 matrix(&name("self_attn.o_proj.weight"), (hidden, q_width))?,
             ]);
-            ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], run_bytes, decoded)?);
+            let certified = plan.certificate_bytes > 0;
+            ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], certified, run_bytes, decoded)?);
             if matches!(plan.request.mode, Mode::Sparse { .. }) {
                 predictors.push(Predictor::load(&split, l)?);
             }
@@ -168,6 +170,7 @@ impl Engine {
             kv: KvCache::new(&config, plan.request.context),
             rope: Rope::new(&config, plan.request.context),
             sums: FfnSums::new(layout, config.activation, n),
+            quantised: QuantisedInput::default(),
             batch: FfnBatch::new(layout, config.activation, n),
             active: Vec::new(),
             account: Account::default(),
@@ -336,7 +339,8 @@ impl Engine {
             }
             self.sums.clear();
             if active_share.is_none() {
-                self.ffn[l].exact(compute, disk.as_mut(), account, &mut self.sums, &normed)?;
+                let (sums, quantised) = (&mut self.sums, &mut self.quantised);
+                self.ffn[l].exact(compute, disk.as_mut(), account, sums, quantised, &normed)?;
             } else {
                 self.predictors[l].scores(&compute.kernels, &mut compute.pool, &normed, &mut scores);
                 account.bytes.host += self.predictors[l].bytes();

@@ -3,9 +3,12 @@
 //! Neurons are summed within blocks of fixed boundaries, ascending, and blocks are added in order: the result is the
 //! same to the last bit for any number of threads and for any division of the neurons between memory and disk.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_datasets::Activation;
-use thermocline_kernels::{BundleLayout, Kernels, PREFETCH_BYTES, Pool, prefetch};
+use thermocline_kernels::{
+    BundleLayout, CERTIFIED_ROWS, Certificate, Kernels, PREFETCH_BYTES, Pool, QuantisedInput, prefetch,
+};
 
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
 const BLOCKS: usize = 24;
@@ -31,6 +34,8 @@ pub(crate) struct FfnSums {
 pub(crate) enum Span<'a> {
     /// All neurons from `first` on whose bundles `bytes` holds.
     Contiguous { first: usize, bytes: &'a [u8] },
+    /// All neurons of the layer, with a proof for most of those whose gates are not positive.
+    Certified { bytes: &'a [u8], certificate: &'a Certificate, input: &'a QuantisedInput },
     /// Single neurons and their bundles.
     Listed(&'a [(u32, &'a [u8])]),
 }
@@ -60,6 +65,7 @@ impl FfnSums {
         let bundle_bytes = self.layout.bundle_bytes();
         let (first, end) = match span {
             Span::Contiguous { first, bytes } => (first, first + bytes.len() / bundle_bytes),
+            Span::Certified { bytes, .. } => (0, bytes.len() / bundle_bytes),
             Span::Listed([]) => return 0,
             Span::Listed(list) => (list[0].0 as usize, list[list.len() - 1].0 as usize + 1),
         };
@@ -70,7 +76,7 @@ impl FfnSums {
         let block_neurons = self.block_neurons;
         let (first_block, end_block) = (first / block_neurons, end.div_ceil(block_neurons));
         let partials = &mut self.partials[first_block * self.hidden_size..end_block * self.hidden_size];
-        let rows_read = AtomicU64::new(0);
+        let (rows_read, certificate_bytes) = (AtomicU64::new(0), AtomicU64::new(0));
         pool.for_each_chunk(partials, self.hidden_size, |b, sums| {
             let start = (first_block + b) * block_neurons;
             let waiting = [(0.0, &[][..]); 4];
@@ -82,6 +88,12 @@ impl FfnSums {
                     let mine = &bytes[(from - first) * bundle_bytes..(to - first) * bundle_bytes];
                     block.add_all(to - from, |i| &mine[i * bundle_bytes..(i + 1) * bundle_bytes]);
                 }
+                Span::Certified { bytes, certificate, input } => {
+                    let range = start..(start + block_neurons).min(end);
+                    let bundle = |i: usize| &bytes[i * bundle_bytes..(i + 1) * bundle_bytes];
+                    let judged = block.add_certified(range, certificate, input, bundle);
+                    certificate_bytes.fetch_add(judged, Ordering::Relaxed);
+                }
                 Span::Listed(list) => {
                     let from = list.partition_point(|(id, _)| (*id as usize) < start);
                     let to = list.partition_point(|(id, _)| (*id as usize) < start + block_neurons);
@@ -90,7 +102,7 @@ impl FfnSums {
             }
             rows_read.fetch_add(block.finish(), Ordering::Relaxed);
         });
-        rows_read.into_inner() * bundle_bytes as u64 / 3
+        rows_read.into_inner() * bundle_bytes as u64 / 3 + certificate_bytes.into_inner()
     }
 
     /// Adds the blocks, in order, to the residual stream `y`.
@@ -140,7 +152,7 @@ struct Block<'s, 'a> {
 impl<'a> Block<'_, 'a> {
     /// Adds `n` neurons, ascending.
     fn add_all(&mut self, n: usize, bundle: impl Fn(usize) -> &'a [u8]) {
-        let (layout, encoding) = (self.layout, self.layout.encoding());
+        let layout = self.layout;
         // Scattered bundles, and the several streams of one bundle, defeat the hardware prefetcher.
         let ahead = PREFETCH_BYTES.div_ceil(layout.bundle_bytes());
         let mut first = 0;
@@ -150,16 +162,7 @@ impl<'a> Block<'_, 'a> {
                     prefetch(layout.row(bundle(i), 0).codes);
                 }
                 let bundles: [_; GATES] = std::array::from_fn(|i| bundle(first + i));
-                let gates = self.kernels.dots(encoding, bundles.map(|bundle| layout.row(bundle, 0)), self.x);
-                for (bundle, g) in bundles.into_iter().zip(gates) {
-                    // A gate that is not a number comes through.
-                    if g <= 0.0 {
-                        self.rows_read += 1;
-                        continue;
-                    }
-                    let [u] = self.kernels.dots(encoding, [layout.row(bundle, 1)], self.x);
-                    self.add(g, u, bundle);
-                }
+                self.add_by_row(bundles, 0);
                 first += GATES;
             }
         }
@@ -169,6 +172,71 @@ impl<'a> Block<'_, 'a> {
             }
             let (g, u) = self.kernels.pre_activations(&layout, bundle(i), self.x);
             self.add(g, u, bundle(i));
+        }
+    }
+
+    /// Adds the neurons of `range`, which begins with a block of the certificate, and returns the bytes of it that were
+    /// read. Neurons with certified gates are zero; of the others most fire, as far as the gate goes.
+    fn add_certified(
+        &mut self,
+        range: Range<usize>,
+        certificate: &Certificate,
+        input: &QuantisedInput,
+        bundle: impl Fn(usize) -> &'a [u8],
+    ) -> u64 {
+        let layout = self.layout;
+        // Where both factors are cut at zero, the up row decides as well as the gate, and a gate that is not certified
+        // is more often positive. Skipping the gate is safe: where there is a certificate, every gate is a finite number.
+        let first_row = usize::from(self.activation == Activation::Drelu);
+        let mut judged = 0;
+        let (mut ready, mut n_ready) = ([0; CERTIFIED_ROWS], 0);
+        for start in range.clone().step_by(CERTIFIED_ROWS) {
+            // The rows of these neurons arrive while those of the block before are multiplied.
+            let (mut next, mut n_next) = ([0; CERTIFIED_ROWS], 0);
+            let mut open = !certificate.negative(self.kernels, start / CERTIFIED_ROWS, input);
+            if range.end - start < CERTIFIED_ROWS {
+                open &= (1 << (range.end - start)) - 1;
+            }
+            while open != 0 {
+                next[n_next] = start + open.trailing_zeros() as usize;
+                prefetch(layout.row(bundle(next[n_next]), first_row).codes);
+                open &= open - 1;
+                n_next += 1;
+            }
+            judged += certificate.block_bytes();
+            self.add_open(&ready[..n_ready], first_row, &bundle);
+            (ready, n_ready) = (next, n_next);
+        }
+        self.add_open(&ready[..n_ready], first_row, &bundle);
+        judged as u64
+    }
+
+    /// Adds neurons that the certificate left open, ascending, by their row `first_row` (gate or up) first.
+    fn add_open(&mut self, neurons: &[usize], first_row: usize, bundle: impl Fn(usize) -> &'a [u8]) {
+        let groups = neurons.chunks_exact(GATES);
+        let rest = groups.remainder();
+        for group in groups {
+            let bundles: [_; GATES] = std::array::from_fn(|i| bundle(group[i]));
+            self.add_by_row(bundles, first_row);
+        }
+        for &n in rest {
+            self.add_by_row([bundle(n)], first_row);
+        }
+    }
+
+    /// Adds neurons by their gates, or up rows, which are computed together before any other row of theirs is touched.
+    fn add_by_row<const N: usize>(&mut self, bundles: [&'a [u8]; N], first_row: usize) {
+        let (layout, encoding) = (self.layout, self.layout.encoding());
+        let first = self.kernels.dots(encoding, bundles.map(|bundle| layout.row(bundle, first_row)), self.x);
+        for (bundle, first) in bundles.into_iter().zip(first) {
+            // What is not a number comes through.
+            if first <= 0.0 {
+                self.rows_read += 1;
+                continue;
+            }
+            let [second] = self.kernels.dots(encoding, [layout.row(bundle, 1 - first_row)], self.x);
+            let (g, u) = if first_row == 0 { (first, second) } else { (second, first) };
+            self.add(g, u, bundle);
         }
     }
 
