@@ -35,7 +35,7 @@ pub use bundle::BundleLayout;
 pub use certificate::{CERTIFIED_ROWS, Certificate, QuantisedInput};
 pub use dispatch::{Isa, Kernels, prefetch};
 pub use encoding::{Encoding, GROUP, RowRef};
-pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows};
+pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows, gemvs};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};

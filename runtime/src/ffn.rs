@@ -16,6 +16,13 @@ const BLOCKS: usize = 24;
 /// Gates that are computed together before any other row of these neurons is touched.
 const GATES: usize = 4;
 
+/// Neurons that go through one step (certificate, first row, second row) before any of them goes through the next: what a
+/// step shows to be needed is on its way while the others go through it.
+const JUDGED: usize = 4 * CERTIFIED_ROWS;
+
+/// Neurons not certified whose first rows are asked for before they are multiplied.
+const OPEN_AHEAD: usize = 8;
+
 /// The running sums of one layer for one token.
 #[derive(Debug)]
 pub(crate) struct FfnSums {
@@ -152,7 +159,7 @@ struct Block<'s, 'a> {
 impl<'a> Block<'_, 'a> {
     /// Adds `n` neurons, ascending.
     fn add_all(&mut self, n: usize, bundle: impl Fn(usize) -> &'a [u8]) {
-        let layout = self.layout;
+        let (layout, encoding) = (self.layout, self.layout.encoding());
         // Scattered bundles, and the several streams of one bundle, defeat the hardware prefetcher.
         let ahead = PREFETCH_BYTES.div_ceil(layout.bundle_bytes());
         let mut first = 0;
@@ -162,7 +169,16 @@ impl<'a> Block<'_, 'a> {
                     prefetch(layout.row(bundle(i), 0).codes);
                 }
                 let bundles: [_; GATES] = std::array::from_fn(|i| bundle(first + i));
-                self.add_by_row(bundles, 0);
+                let gates = self.kernels.dots(encoding, bundles.map(|bundle| layout.row(bundle, 0)), self.x);
+                for (bundle, g) in bundles.into_iter().zip(gates) {
+                    // A gate that is not a number comes through.
+                    if g <= 0.0 {
+                        self.rows_read += 1;
+                        continue;
+                    }
+                    let [u] = self.kernels.dots(encoding, [layout.row(bundle, 1)], self.x);
+                    self.add(g, u, bundle);
+                }
                 first += GATES;
             }
         }
@@ -184,60 +200,70 @@ impl<'a> Block<'_, 'a> {
         input: &QuantisedInput,
         bundle: impl Fn(usize) -> &'a [u8],
     ) -> u64 {
-        let layout = self.layout;
         // Where both factors are cut at zero, the up row decides as well as the gate, and a gate that is not certified
         // is more often positive. Skipping the gate is safe: where there is a certificate, every gate is a finite number.
         let first_row = usize::from(self.activation == Activation::Drelu);
+        let layout = self.layout;
+        let ask = |n: usize, row: usize| prefetch(layout.row(bundle(n), row).codes);
+        let (mut open, mut passed) = ([0; JUDGED], [(0, 0.0); JUDGED]);
         let mut judged = 0;
-        let (mut ready, mut n_ready) = ([0; CERTIFIED_ROWS], 0);
-        for start in range.clone().step_by(CERTIFIED_ROWS) {
-            // The rows of these neurons arrive while those of the block before are multiplied.
-            let (mut next, mut n_next) = ([0; CERTIFIED_ROWS], 0);
-            let mut open = !certificate.negative(self.kernels, start / CERTIFIED_ROWS, input);
-            if range.end - start < CERTIFIED_ROWS {
-                open &= (1 << (range.end - start)) - 1;
+        for start in range.clone().step_by(JUDGED) {
+            let end = range.end.min(start + JUDGED);
+            let mut n_open = 0;
+            for first in (start..end).step_by(CERTIFIED_ROWS) {
+                let mut bits = !certificate.negative(self.kernels, first / CERTIFIED_ROWS, input);
+                if end - first < CERTIFIED_ROWS {
+                    bits &= (1 << (end - first)) - 1;
+                }
+                while bits != 0 {
+                    open[n_open] = first + bits.trailing_zeros() as usize;
+                    if n_open < OPEN_AHEAD {
+                        ask(open[n_open], first_row);
+                    }
+                    bits &= bits - 1;
+                    n_open += 1;
+                }
+                judged += certificate.block_bytes() as u64;
             }
-            while open != 0 {
-                next[n_next] = start + open.trailing_zeros() as usize;
-                prefetch(layout.row(bundle(next[n_next]), first_row).codes);
-                open &= open - 1;
-                n_next += 1;
+            let mut n_passed = 0;
+            for i in (0..n_open).step_by(GATES) {
+                open[..n_open].iter().skip(i + OPEN_AHEAD).take(GATES).for_each(|&n| ask(n, first_row));
+                let group = &open[i..n_open.min(i + GATES)];
+                for (&n, value) in group.iter().zip(self.dots(group, first_row, &bundle)) {
+                    // What is not a number comes through.
+                    if value <= 0.0 {
+                        self.rows_read += 1;
+                        continue;
+                    }
+                    ask(n, 1 - first_row);
+                    ask(n, 2);
+                    passed[n_passed] = (n, value);
+                    n_passed += 1;
+                }
             }
-            judged += certificate.block_bytes();
-            self.add_open(&ready[..n_ready], first_row, &bundle);
-            (ready, n_ready) = (next, n_next);
+            for group in passed[..n_passed].chunks(GATES) {
+                let numbers: [_; GATES] = std::array::from_fn(|i| group.get(i).map_or(group[0].0, |p| p.0));
+                let seconds = self.dots(&numbers[..group.len()], 1 - first_row, &bundle);
+                for (&(n, first), second) in group.iter().zip(seconds) {
+                    let (g, u) = if first_row == 0 { (first, second) } else { (second, first) };
+                    self.add(g, u, bundle(n));
+                }
+            }
         }
-        self.add_open(&ready[..n_ready], first_row, &bundle);
-        judged as u64
+        judged
     }
 
-    /// Adds neurons that the certificate left open, ascending, by their row `first_row` (gate or up) first.
-    fn add_open(&mut self, neurons: &[usize], first_row: usize, bundle: impl Fn(usize) -> &'a [u8]) {
-        let groups = neurons.chunks_exact(GATES);
-        let rest = groups.remainder();
-        for group in groups {
-            let bundles: [_; GATES] = std::array::from_fn(|i| bundle(group[i]));
-            self.add_by_row(bundles, first_row);
-        }
-        for &n in rest {
-            self.add_by_row([bundle(n)], first_row);
-        }
-    }
-
-    /// Adds neurons by their gates, or up rows, which are computed together before any other row of theirs is touched.
-    fn add_by_row<const N: usize>(&mut self, bundles: [&'a [u8]; N], first_row: usize) {
+    /// Row `row` of up to [`GATES`] neurons times the input.
+    fn dots(&self, neurons: &[usize], row: usize, bundle: impl Fn(usize) -> &'a [u8]) -> [f32; GATES] {
         let (layout, encoding) = (self.layout, self.layout.encoding());
-        let first = self.kernels.dots(encoding, bundles.map(|bundle| layout.row(bundle, first_row)), self.x);
-        for (bundle, first) in bundles.into_iter().zip(first) {
-            // What is not a number comes through.
-            if first <= 0.0 {
-                self.rows_read += 1;
-                continue;
-            }
-            let [second] = self.kernels.dots(encoding, [layout.row(bundle, 1 - first_row)], self.x);
-            let (g, u) = if first_row == 0 { (first, second) } else { (second, first) };
-            self.add(g, u, bundle);
+        if let Ok(all) = <[usize; GATES]>::try_from(neurons) {
+            return self.kernels.dots(encoding, all.map(|n| layout.row(bundle(n), row)), self.x);
         }
+        let mut values = [0.0; GATES];
+        for (value, &n) in values.iter_mut().zip(neurons) {
+            [*value] = self.kernels.dots(encoding, [layout.row(bundle(n), row)], self.x);
+        }
+        values
     }
 
     fn add(&mut self, g: f32, u: f32, bundle: &'a [u8]) {
