@@ -348,6 +348,47 @@ mod tests {
         y
     }
 
+    /// The last neurons are no whole block of the certificate, and one that fires has an up row of no numbers.
+    #[test]
+    fn certified_layers_have_the_bits_of_dense_ones() {
+        let mut state = 11;
+        let x: Vec<f32> = (0..HIDDEN).map(|_| random(&mut state)).collect();
+        let pool = &mut Pool::new(2).expect("threads");
+        for encoding in Encoding::ALL {
+            let layout = BundleLayout::new(encoding, HIDDEN).expect("whole groups");
+            let (mut all, _) = bundles(&layout, &x, false);
+            let kernels = Kernels::detect();
+            let fires = |b: &[u8]| kernels.dots(encoding, [layout.row(b, 0)], &x)[0] > 0.0;
+            let spoilt = all.chunks_exact_mut(layout.bundle_bytes()).find(|b| fires(b)).expect("one that fires");
+            let (codes, scales) = layout.row_mut(spoilt, 1);
+            if encoding == Encoding::Bf16 { codes } else { scales }.fill(0xff);
+            let certificate = Certificate::new(NEURONS, HIDDEN, |n, out| {
+                unpack(encoding, layout.row(&all[n * layout.bundle_bytes()..], 0), out);
+            });
+            let certificate = certificate.expect("memory").expect("finite gates");
+            let mut input = QuantisedInput::default();
+            assert!(input.set(&x));
+            for activation in [Activation::Relu, Activation::Drelu] {
+                let mut outputs = Vec::new();
+                for span in [
+                    Span::Contiguous { first: 0, bytes: &all },
+                    Span::Certified { bytes: &all, certificate: &certificate, input: &input },
+                ] {
+                    let mut sums = FfnSums::new(layout, activation, NEURONS);
+                    sums.skip_zeros = matches!(span, Span::Certified { .. });
+                    let read = sums.add(&kernels, pool, &x, span);
+                    // Elsewhere 8-bit codes are as long as the gates that they spare.
+                    let less = encoding == Encoding::Bf16 && sums.skip_zeros;
+                    assert!(!less || read < all.len() as u64 * 9 / 10, "{read}");
+                    let mut y = vec![0.0; HIDDEN];
+                    sums.finish(&mut y);
+                    outputs.push(y.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+                }
+                assert!(outputs[0] == outputs[1], "{encoding}, {activation:?}");
+            }
+        }
+    }
+
     #[test]
     fn the_down_row_of_a_silent_neuron_is_not_read() {
         let mut state = 3;
