@@ -178,7 +178,7 @@ DEVICE void attend_tile(const Args& args) {
 // qkv [n, q | k | v] with queries already turned, positions from `past` on, whose keys and values are in the cache
 // (f16 [n_kv_heads, capacity, head_dim]); hi, lo [n, n_heads * head_dim]. Grid (n_heads, n / 32 rounded up), 256
 // threads, dynamic shared memory 32 * (32 * (head_dim / 4 rounded up) + 152) bytes.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     attend_rows(const float* qkv, int n, int past, const u16* keys, const u16* values, int n_heads, int n_kv_heads,
                 int head_dim, int capacity, u16* hi, u16* lo) {
   const attend_rows_shape::Args args = {qkv, n, past, keys, values, n_heads, n_kv_heads, head_dim, capacity, hi, lo};

@@ -3,11 +3,11 @@
 // One block of 1024 threads, once a layer: what counts is how often it waits, for memory or at a barrier.
 //
 // 1. Scores are read once, into registers. Non-negative floats order like their bits: counting the upper 12 finds the
-//    few among which the k-th largest lies, and two more rounds over these find it. A warp owns neighbouring neurons, so
-//    that counting before it is all it takes to write the active ones in ascending order.
-// 2. The active ones are looked up in the cache and divided into misses, hits and hot ones; the last of the misses may go
-//    to the CPU, which starts at once.
-// 3. Misses that are read over the link compete for the slots of their sets. A neuron's key is recency and frequency in
+//    few among which the k-th largest lies, and two more rounds over these find it. A warp owns neighbours, so that
+//    counting before it is all it takes to write the active ones in ascending order.
+// 2. The active ones are looked up in the cache and divided into misses, hits and hot ones; the last misses may go to
+//    the CPU, which starts at once.
+// 3. Misses that are read over the link compete for the slots of their sets, a warp for each set. A neuron's key is recency and frequency in
 //    one number (LRFU, Lee et al. 2001): the logarithm of the sum of 2^(lambda * t) over the tokens t that used it. It
 //    never ages: only what is used grows. As an f32 it tells apart times that differ by now / 2^24 tokens: a sixteenth
 //    of a token after a million of them.
@@ -44,14 +44,20 @@ constexpr u32 kWarps = kThreads / kWarp;
 // Scores of a thread that stay in registers: layers of up to 32768 neurons. Those of wider layers are read again.
 constexpr u32 kKept = 32;
 constexpr u32 kBins = 4096;
-// A miss that has not had its turn at the cache. Also no slot, and distinct from kNone.
-constexpr u32 kPending = 0xfffffffeu;
+// Misses that compete for slots at one token, the first ones; those after them are read and not kept.
+constexpr u32 kCandidates = 2048;
+// Active neurons of a lane whose place is looked up once and kept.
+constexpr u32 kRounds = 4;
 }  // namespace choose_shape
 
 struct ChooseShared {
   u32 bins[choose_shape::kBins];
   u32 warps[2][choose_shape::kWarps];
   u32 found[2];
+  // Of each candidate.
+  u32 cold[choose_shape::kCandidates];
+  float key[choose_shape::kCandidates];
+  u16 set[choose_shape::kCandidates];
 };
 
 // The scores of a thread's neurons, as bits that order like them: number `first`, and every 32nd from there.
@@ -86,6 +92,50 @@ struct Scores {
     for (u32 j = kKept; j < each; j++) f(first + j * kWarp, read(first + j * kWarp));
   }
 };
+
+// The active neurons of a lane: their places in the list of ids, their numbers among the cold ones, their slots.
+struct Active {
+  const Choose& c;
+  u32 n_active, begin, n_rounds;
+  u32 colds[choose_shape::kRounds], slots[choose_shape::kRounds];
+
+  DEVICE Active(const Choose& choose, u32 n_active, u32 begin, u32 n_rounds)
+      : c(choose), n_active(n_active), begin(begin), n_rounds(n_rounds) {
+#pragma unroll
+    for (u32 round = 0; round < choose_shape::kRounds; round++)
+      look_up(round < n_rounds ? begin + round * kWarp : n_active, colds[round], slots[round]);
+  }
+
+  // The number of a hot neuron among the cold ones is negative.
+  DEVICE void look_up(u32 i, u32& cold, u32& slot) const {
+    cold = slot = kNone;
+    if (i >= n_active) return;
+    const u32 neuron = c.ids[i];
+    cold = neuron - c.n_hot;
+    if (neuron >= c.n_hot && c.n_sets > 0) slot = c.slot_of[cold];
+  }
+
+  // Calls `f` for each, all lanes together; the last places may be behind the end of the list.
+  template <class F>
+  DEVICE void for_each(F f) const {
+    using namespace choose_shape;
+#pragma unroll
+    for (u32 round = 0; round < kRounds; round++)
+      if (round < n_rounds) f(begin + round * kWarp, colds[round], slots[round]);
+    for (u32 round = kRounds; round < n_rounds; round++) {
+      u32 cold, slot;
+      look_up(begin + round * kWarp, cold, slot);
+      f(begin + round * kWarp, cold, slot);
+    }
+  }
+};
+
+// The sum over the lanes of a warp, in all of them.
+DEVICE u32 warp_total(u32 v) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  return v;
+}
 
 // The sum over the warps before this one, and over all; `mine` must be the same in all lanes of a warp.
 struct BlockCount {
@@ -174,56 +224,71 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   u32 limit = 0, ties = 0;
   const bool top = !c.every && c.k > 0 && c.k < c.ffn, all = c.every || c.k >= c.ffn;
   if (top) {
-    u32 bin, left = c.k;
+    // Most scores may be zero: those are not counted one by one.
+    u32 n_some = 0;
     scores.for_each([&](u32 neuron, u32 bits) {
-      if (neuron < c.ffn) atomicAdd(&shared.bins[bits >> 19], 1u);
+      if (neuron >= c.ffn || bits == 0) return;
+      n_some++;
+      atomicAdd(&shared.bins[bits >> 19], 1u);
     });
-    __syncthreads();
-    find_bin(shared, left, bin, left);
-    limit = bin << 19;
-    scores.for_each([&](u32 neuron, u32 bits) {
-      if (neuron < c.ffn && bits >> 19 == limit >> 19) atomicAdd(&shared.bins[bits >> 9 & 1023], 1u);
-    });
-    __syncthreads();
-    find_bin(shared, left, bin, left);
-    limit |= bin << 9;
-    scores.for_each([&](u32 neuron, u32 bits) {
-      if (neuron < c.ffn && bits >> 9 == limit >> 9) atomicAdd(&shared.bins[bits & 511], 1u);
-    });
-    __syncthreads();
-    find_bin(shared, left, bin, left);
-    limit |= bin;
-    ties = left;
+    const u32 some = count_over_warps(warp_total(n_some), shared.warps[1]).all;
+    if (some < c.k) {
+      ties = c.k - some;
+    } else {
+      u32 bin, left = c.k;
+      find_bin(shared, left, bin, left);
+      limit = bin << 19;
+      scores.for_each([&](u32 neuron, u32 bits) {
+        if (neuron < c.ffn && bits != 0 && bits >> 19 == limit >> 19) atomicAdd(&shared.bins[bits >> 9 & 1023], 1u);
+      });
+      __syncthreads();
+      find_bin(shared, left, bin, left);
+      limit |= bin << 9;
+      scores.for_each([&](u32 neuron, u32 bits) {
+        if (neuron < c.ffn && bits != 0 && bits >> 9 == limit >> 9) atomicAdd(&shared.bins[bits & 511], 1u);
+      });
+      __syncthreads();
+      find_bin(shared, left, bin, left);
+      limit |= bin;
+      ties = left;
+    }
   }
-  auto above = [&](u32 neuron, u32 bits) {
-    if (neuron >= c.ffn) return false;
-    if (all) return true;
-    return top ? bits > limit : __uint_as_float(bits) > c.threshold;
-  };
+  // The least bits that are active without regard to ties.
+  u32 least = top ? limit + 1 : 0;
+  if (!top && !all && c.threshold >= 0.0f) least = c.threshold > 0.0f ? __float_as_uint(c.threshold) + 1 : 1;
+  auto above = [&](u32 neuron, u32 bits) { return neuron < c.ffn && bits >= least; };
+  auto at_limit = [&](u32 neuron, u32 bits) { return top && neuron < c.ffn && bits == limit; };
   u32 n_above = 0, n_ties = 0;
   scores.for_each([&](u32 neuron, u32 bits) {
     n_above += above(neuron, bits);
-    n_ties += top && neuron < c.ffn && bits == limit;
+    n_ties += at_limit(neuron, bits);
   });
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    n_above += __shfl_xor_sync(kAllLanes, n_above, step);
-    n_ties += __shfl_xor_sync(kAllLanes, n_ties, step);
-  }
-  const u32 ties_before = count_over_warps(n_ties, shared.warps[0]).before;
+  n_above = warp_total(n_above);
+  n_ties = warp_total(n_ties);
+  const BlockCount tied = count_over_warps(n_ties, shared.warps[0]);
   auto taken = [&](u32 n) { return n < ties ? n : ties; };
-  const BlockCount active = count_over_warps(n_above + taken(ties_before + n_ties) - taken(ties_before), shared.warps[1]);
-  u32 at = active.before, tie = ties_before;
+  const u32 n_mine = n_above + taken(tied.before + n_ties) - taken(tied.before);
+  const BlockCount active = count_over_warps(n_mine, shared.warps[1]);
+  u32 at = active.before;
   const u32 lower_lanes = (1u << lane) - 1;
-  scores.for_each([&](u32 neuron, u32 bits) {
-    const bool equal = top && neuron < c.ffn && bits == limit;
-    const u32 equals = top ? __ballot_sync(kAllLanes, equal) : 0;
-    const bool mine = above(neuron, bits) || (equal && tie + __popc(equals & lower_lanes) < ties);
+  auto write = [&](u32 neuron, bool mine) {
     const u32 takes = __ballot_sync(kAllLanes, mine);
     if (mine) c.ids[at + __popc(takes & lower_lanes)] = neuron;
     at += __popc(takes);
-    tie += __popc(equals);
-  });
+  };
+  if (tied.all == ties) {
+    // As a rule all scores at the limit are wanted: there is one.
+    if (top) least = limit;
+    scores.for_each([&](u32 neuron, u32 bits) { write(neuron, above(neuron, bits)); });
+  } else {
+    u32 tie = tied.before;
+    scores.for_each([&](u32 neuron, u32 bits) {
+      const u32 equals = __ballot_sync(kAllLanes, at_limit(neuron, bits));
+      const bool wins = at_limit(neuron, bits) && tie + __popc(equals & lower_lanes) < ties;
+      write(neuron, wins || above(neuron, bits));
+      tie += __popc(equals);
+    });
+  }
   __syncthreads();
 
   // 2. What each of them is. The hot ones come first; a warp owns a range of the list.
@@ -231,23 +296,19 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const u32 n_rounds = share / kWarp;
   const float now = rounded_product(c.lambda, static_cast<float>(serial));
   enum Kind { kNothing, kHot, kCached, kMiss };
-  auto kind_of = [&](u32 i, u32& cold, u32& slot) {
-    cold = slot = kNone;
+  auto kind_of = [&](u32 i, u32 cold, u32 slot) {
     if (i >= n_active) return kNothing;
-    const u32 neuron = c.ids[i];
-    cold = neuron - c.n_hot;
-    if (neuron < c.n_hot) return kHot;
-    if (c.n_sets > 0) slot = c.slot_of[cold];
+    if (static_cast<int>(cold) < 0) return kHot;
     return slot == kNone ? kMiss : kCached;
   };
+  const Active list(c, n_active, begin, n_rounds);
   u32 n_hot = 0, n_miss = 0, n_cached = 0;
-  for (u32 round = 0; round < n_rounds; round++) {
-    u32 cold, slot;
-    const Kind kind = kind_of(begin + round * kWarp, cold, slot);
+  list.for_each([&](u32 i, u32 cold, u32 slot) {
+    const Kind kind = kind_of(i, cold, slot);
     n_hot += __popc(__ballot_sync(kAllLanes, kind == kHot));
     n_miss += __popc(__ballot_sync(kAllLanes, kind == kMiss));
     n_cached += __popc(__ballot_sync(kAllLanes, kind == kCached));
-  }
+  });
   const BlockCount misses = count_over_warps(n_miss, shared.warps[0]);
   const BlockCount hits = count_over_warps(n_cached, shared.warps[1]);
   const u32 all_hot = count_over_warps(n_hot, shared.warps[0]).all;
@@ -255,17 +316,25 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const u32 n_link = misses.all - n_cpu;
 
   u32 miss_at = misses.before, hit_at = hits.before;
-  for (u32 round = 0; round < n_rounds; round++) {
-    const u32 i = begin + round * kWarp;
-    u32 cold, slot;
+  list.for_each([&](u32 i, u32 cold, u32 slot) {
     const Kind kind = kind_of(i, cold, slot);
     const u32 missed = __ballot_sync(kAllLanes, kind == kMiss), hit = __ballot_sync(kAllLanes, kind == kCached);
+    float key = 0.0f;
+    if (c.n_sets > 0 && (kind == kMiss || kind == kCached)) {
+      key = now + log2_of_one_plus_power(c.key[cold] - now);
+      c.key[cold] = key;
+    }
     if (kind == kMiss) {
       const u32 m = miss_at + __popc(missed & lower_lanes);
-      if (m < n_link) {
-        c.items[m] = make_uint2(0x40000000u | cold, c.n_sets > 0 ? kPending : kNone);
-      } else {
+      if (m >= n_link) {
         c.cpu_list[m - n_link] = cold;
+      } else {
+        c.items[m] = make_uint2(0x40000000u | cold, kNone);
+        if (c.n_sets > 0 && m < kCandidates) {
+          shared.cold[m] = cold;
+          shared.key[m] = key;
+          shared.set[m] = static_cast<u16>(cold % c.n_sets);
+        }
       }
     } else if (kind == kCached) {
       c.items[n_link + hit_at + __popc(hit & lower_lanes)] = make_uint2(0x80000000u | slot, kNone);
@@ -273,18 +342,19 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     } else if (kind == kHot) {
       c.items[n_link + hits.all + i] = make_uint2(cold + c.n_hot, kNone);
     }
-    if (c.n_sets > 0 && (kind == kMiss || kind == kCached))
-      c.key[cold] = now + log2_of_one_plus_power(c.key[cold] - now);
     miss_at += __popc(missed);
     hit_at += __popc(hit);
-  }
+  });
   if (n_cpu > 0) {
     for (u32 i = thread; i < c.hidden; i += kThreads) c.cpu_x[i] = c.x[i];
     if (thread == 0) *c.cpu_count = n_cpu;
-    // Every thread's own writes must have arrived before the flag goes up.
+  }
+  // Candidates and the CPU's list are complete.
+  __syncthreads();
+  if (n_cpu > 0 && thread == 0) {
+    // What the barrier made visible to this thread, the fence makes visible to the CPU before the flag.
     __threadfence_system();
-    __syncthreads();
-    if (thread == 0) *const_cast<volatile u32*>(c.cpu_flag) = serial * c.n_layers + c.layer + 1;
+    *const_cast<volatile u32*>(c.cpu_flag) = serial * c.n_layers + c.layer + 1;
   }
   if (thread < 8) {
     const u32 n_items = n_link + hits.all + all_hot;
@@ -296,56 +366,53 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     c.counts[thread] = value;
     c.totals[thread] += value;
   }
-  if (c.n_sets == 0) return;
 
-  // 3. Slots for the misses. In each round the first pending miss of every set has its turn, so that those of one set
-  // come in ascending order; there are as many rounds as the fullest set has misses. Sets may share a bin: that costs
-  // rounds and changes nothing.
-  for (u32 i = thread; i < kBins; i += kThreads) shared.bins[i] = kNone;
-  __syncthreads();
-  while (true) {
-    bool pending = false;
-    for (u32 i = thread; i < n_link; i += kThreads) {
-      if (c.items[i].y != kPending) continue;
-      pending = true;
-      atomicMin(&shared.bins[(c.items[i].x & 0x3fffffffu) % c.n_sets % kBins], i);
-    }
-    if (!__syncthreads_or(pending)) break;
-    for (u32 i = thread; i < n_link; i += kThreads) {
-      const uint2 item = c.items[i];
-      const u32 cold = item.x & 0x3fffffffu, set = cold % c.n_sets;
-      if (item.y != kPending || shared.bins[set % kBins] != i) continue;
-      // An empty way, else the one of lowest key that this token does not use.
-      u32 best = kNone, best_owner = kNone;
-      float lowest = 0.0f;
-      for (u32 way = 0; way < c.n_ways; way++) {
-        const u32 slot = set * c.n_ways + way, owner = c.owner[slot];
-        if (owner == kNone) {
-          best = slot;
-          best_owner = kNone;
-          break;
-        }
-        const float key = c.key[owner];
-        if (c.used[slot] != serial && (best == kNone || key < lowest)) {
-          best = slot;
-          best_owner = owner;
-          lowest = key;
-        }
+  // 3. Slots for the candidates, ascending within a set. A lane has a way of the set.
+  const u32 n_candidates = min(n_link, kCandidates);
+  for (u32 set = warp; set < c.n_sets; set += kWarps) {
+    const bool is_way = lane < c.n_ways;
+    const u32 slot = set * c.n_ways + lane;
+    u32 owner = kNone, used = 0;
+    float key = 0.0f;
+    bool loaded = false;
+    for (u32 base = 0; base < n_candidates; base += kWarp) {
+      u32 mine = __ballot_sync(kAllLanes, base + lane < n_candidates && shared.set[base + lane] == set);
+      if (mine != 0 && !loaded && is_way) {
+        owner = c.owner[slot];
+        used = c.used[slot];
+        if (owner != kNone) key = c.key[owner];
       }
-      if (best != kNone && best_owner != kNone && !(lowest < c.key[cold])) best = kNone;
-      if (best != kNone) {
-        if (best_owner != kNone) c.slot_of[best_owner] = kNone;
-        c.owner[best] = cold;
-        c.slot_of[cold] = best;
-        c.used[best] = serial;
+      loaded = loaded || mine != 0;
+      for (; mine != 0; mine &= mine - 1) {
+        const u32 m = base + __ffs(mine) - 1;
+        // An empty way, else the one of lowest key that this token does not use, if that is below the candidate's.
+        const u32 empty = __ballot_sync(kAllLanes, is_way && owner == kNone);
+        float lowest = is_way && used != serial ? key : __uint_as_float(0x7f800000u);
+        u32 way = lane;
+#pragma unroll
+        for (int step = 1; step < kWarp; step *= 2) {
+          const float other = __shfl_xor_sync(kAllLanes, lowest, step);
+          const u32 its = __shfl_xor_sync(kAllLanes, way, step);
+          if (other < lowest || (other == lowest && its < way)) {
+            lowest = other;
+            way = its;
+          }
+        }
+        if (empty != 0) {
+          way = __ffs(empty) - 1;
+        } else if (!(lowest < shared.key[m])) {
+          continue;
+        }
+        if (lane != way) continue;
+        if (owner != kNone) c.slot_of[owner] = kNone;
+        owner = shared.cold[m];
+        key = shared.key[m];
+        used = serial;
+        c.owner[slot] = owner;
+        c.used[slot] = serial;
+        c.slot_of[owner] = slot;
+        c.items[m].y = slot;
       }
-      c.items[i].y = best;
     }
-    __syncthreads();
-    for (u32 i = thread; i < n_link; i += kThreads) {
-      const u32 bin = (c.items[i].x & 0x3fffffffu) % c.n_sets % kBins;
-      if (shared.bins[bin] == i) shared.bins[bin] = kNone;
-    }
-    __syncthreads();
   }
 }

@@ -7,8 +7,8 @@
 //     weight(c) = scale * (four(codes, c / 4)[c % 4] * kIn * factor(c) * kOut - kBias)
 //
 // where the powers of two `kIn * factor(c)` are put into the input (or, for down rows, taken from the output) once for
-// many weights, and the bias becomes `kBias * sum of the inputs`, also once. What is left of a q4 weight is one LOP3 and
-// one FFMA, and a shift for every eight.
+// many weights, and the bias becomes `kBias * sum of the inputs`, also once. What is left of a q4 weight is one LOP3,
+// one FFMA, and an eighth of a shift.
 #pragma once
 #include "platform.cuh"
 
@@ -75,33 +75,37 @@ struct Q4 {
   }
 };
 
-// One row of a matrix: its codes, then its scales.
+// One row: where its codes and its scales begin, in bytes from `base`. Offsets of 32 bits are added up before they meet
+// the address, which has 64.
 template <class E>
 struct Row {
-  const unsigned char* codes;
-  const unsigned char* scales;
+  const unsigned char* base;
+  u32 codes, scales;
 
-  DEVICE uint4 load_codes(u32 chunk) const { return load_stream(codes + 16 * chunk); }
+  DEVICE uint4 load_codes(u32 chunk) const { return load_stream(base + (codes + 16 * chunk)); }
   // The bits of the scale of this chunk.
-  DEVICE u16 load_scale(u32 chunk) const { return E::kScaled ? load_stream_u16(scales + scale_at(chunk)) : 0; }
+  DEVICE u16 load_scale(u32 chunk) const {
+    return E::kScaled ? load_stream_u16(base + (scales + scale_at(chunk))) : 0;
+  }
   DEVICE static u32 scale_at(u32 chunk) { return chunk / (32 / E::kColumns) * 2; }
 };
 
+// A matrix row: codes, then scales.
 template <class E>
 DEVICE Row<E> matrix_row(const unsigned char* bytes, u32 columns) {
-  return {bytes, bytes + E::code_bytes(columns)};
+  return {bytes, 0, E::code_bytes(columns)};
 }
 
-// Row `which` (0 gate, 1 up, 2 down) of a neuron's bundle.
+// Row `which` (0 gate, 1 up, 2 down) of a neuron's bundle: three rows of codes, then three of scales.
 template <class E>
 DEVICE Row<E> bundle_row(const unsigned char* bundle, u32 hidden, u32 which) {
   const u32 codes = E::code_bytes(hidden), scales = E::kScaled ? hidden / 32 * 2 : 0;
-  return {bundle + which * codes, bundle + (3 * codes + which * scales)};
+  return {bundle, which * codes, 3 * codes + which * scales};
 }
 
 // Bytes from one row of a matrix to the next.
 template <class E>
-DEVICE u64 row_stride(u32 columns) {
+DEVICE u32 row_stride(u32 columns) {
   return (E::code_bytes(columns) + (E::kScaled ? columns / 32 * 2 : 0) + 15) / 16 * 16;
 }
 

@@ -6,7 +6,7 @@
 template <class E>
 DEVICE void embed(const u32* host_step, u32* step, const unsigned char* table, int columns, float* x) {
   if (blockIdx.x == 0 && threadIdx.x < 3) step[threadIdx.x] = host_step[threadIdx.x];
-  const Row<E> row = matrix_row<E>(table + host_step[0] * row_stride<E>(columns), columns);
+  const Row<E> row = matrix_row<E>(table + static_cast<u64>(host_step[0]) * row_stride<E>(columns), columns);
   const int column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column < columns) x[column] = weight<E>(row, column);
 }

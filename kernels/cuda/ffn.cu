@@ -5,8 +5,8 @@
 // Floor: the bundles' bytes, over the link for those that are read in place from pinned host memory (51 GB/s measured),
 // from device memory for the others (4470 GB/s).
 //
-// - A thread owns the same columns of every neuron: its outputs stay in registers from the first neuron to the last, and
-//   a row is one 16-byte load. x lies in shared memory; what is read of it serves the gate and the up row.
+// - A thread owns the same columns of every neuron: its outputs stay in registers from the first neuron to the last; a
+//   row is one 16-byte load. x lies in shared memory; what is read of it serves the gate and the up row.
 // - All three rows of the next neuron are on their way while this one is computed: 27 KB a block at hidden 8192 in q4.
 // - The link needs few bytes in flight and much time; a quarter of the teams reads it while the others compute with
 //   what is in device memory, so that the shorter of the two costs nothing.
@@ -52,13 +52,12 @@ struct Chunks {
 
   DEVICE void store(unsigned char* bundle, u32 hidden, u32 which, u32 first, u32 step, u32 n_chunks) const {
     const Row<E> row = bundle_row<E>(bundle, hidden, which);
-    unsigned char *to_codes = bundle + (row.codes - bundle), *to_scales = bundle + (row.scales - bundle);
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const u32 chunk = first + i * step;
       if (chunk < n_chunks) {
-        *reinterpret_cast<uint4*>(to_codes + 16 * chunk) = codes[i];
-        if (E::kScaled) *reinterpret_cast<u16*>(to_scales + Row<E>::scale_at(chunk)) = scales[i];
+        *reinterpret_cast<uint4*>(bundle + (row.codes + 16 * chunk)) = codes[i];
+        if (E::kScaled) *reinterpret_cast<u16*>(bundle + (row.scales + Row<E>::scale_at(chunk))) = scales[i];
       }
     }
   }
@@ -166,7 +165,7 @@ DEVICE void ffn_teams(const FfnArgs& args) {
   auto slot = [&](u32 to) { return args.cache + static_cast<u64>(to) * args.bundle_bytes; };
   auto fetch = [&](int round, Neuron<E, N>& neuron) {
     if (round >= my_rounds) return;
-    const unsigned char* bundle = bundle_of(item.x);
+    const unsigned char* bundle = computed(bundle_of(item.x));
     neuron.to = item.y;
     neuron.gate.fetch(bundle_row<E>(bundle, hidden, 0), me, team_size, n_chunks);
     neuron.up.fetch(bundle_row<E>(bundle, hidden, 1), me, team_size, n_chunks);
@@ -251,8 +250,8 @@ DEVICE void ffn_teams(const FfnArgs& args) {
 #pragma unroll 1
     for (int round = 0; round < rounds; round++) {
       const bool active = round < my_rounds;
-      if (active) item = args.items[work.next + round * work.step];
-      const uint2 now = item;
+      const uint2 now = active ? args.items[work.next] : make_uint2(0, kNone);
+      work.next += work.step;
       const unsigned char* bundle = bundle_of(now.x);
       const bool fills = now.y != kNone;
       Chunks<E, 1> one, other;

@@ -25,6 +25,8 @@ inline u16 load_stream_u16(const void* p) { return *static_cast<const u16*>(p); 
 inline float reciprocal(float v) { return 1.0f / v; }
 inline float rounded_product(float a, float b) { return a * b; }
 
+inline const unsigned char* computed(const unsigned char* p) { return p; }
+
 inline float half_to_float(u16 h) { return emulator::half_to_float(h); }
 inline u16 float_to_half(float f) { return emulator::float_to_half(f); }
 
@@ -50,6 +52,12 @@ __device__ __forceinline__ u16 load_stream_u16(const void* p) {
   u16 v;
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
   return v;
+}
+
+// An address that the compiler takes as given, so that others near it are a sum and not their whole formula again.
+__device__ __forceinline__ const unsigned char* computed(const unsigned char* p) {
+  asm("" : "+l"(p));
+  return p;
 }
 
 __device__ __forceinline__ float half_to_float(u16 h) {

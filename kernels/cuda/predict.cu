@@ -62,7 +62,7 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
   while (team_lanes < kWarp && team_lanes < n_chunks) team_lanes *= 2;
   const int team = (blockIdx.x * blockDim.x + threadIdx.x) / team_lanes, n_teams = gridDim.x * blockDim.x / team_lanes;
   const int me = lane_id() % team_lanes, first_of_warp = (blockIdx.x * blockDim.x + warp_id() * kWarp) / team_lanes;
-  const u64 stride = row_stride<E>(rank);
+  const u32 stride = row_stride<E>(rank);
 
   // All teams of a warp take part in its shuffles as long as the first of them has work.
   for (int turn = 0; (first_of_warp + turn * n_teams) * kNeurons < ffn; turn++) {
@@ -75,7 +75,7 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
       for (int r = 0; r < 2 * kNeurons; r++) {
         // Past the end it is the last neuron again, whose score is then left out.
         const u32 number = 2 * min(first + r / 2, ffn - 1) + r % 2;
-        const Row<E> row = matrix_row<E>(factors + number * stride, rank);
+        const Row<E> row = matrix_row<E>(factors + static_cast<u64>(number) * stride, rank);
         codes[r] = row.load_codes(chunk);
         scales[r] = row.load_scale(chunk);
       }
@@ -100,17 +100,17 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_bf16(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
                         int activation, float* scores) {
   predict_scores<Bf16>(factors, rank, z, neurons, ffn, activation, scores);
 }
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_q8(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
                       int activation, float* scores) {
   predict_scores<Q8>(factors, rank, z, neurons, ffn, activation, scores);
 }
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_q4(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
                       int activation, float* scores) {
   predict_scores<Q4>(factors, rank, z, neurons, ffn, activation, scores);

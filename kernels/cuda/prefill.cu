@@ -16,7 +16,7 @@ DEVICE void split_value(float v, u64 at, u16* hi, u16* lo) {
 template <class E>
 DEVICE void embed_rows(const u32* tokens, int n, const unsigned char* table, int columns, float* x) {
   for (int t = blockIdx.x; t < n; t += gridDim.x) {
-    const Row<E> row = matrix_row<E>(table + tokens[t] * row_stride<E>(columns), columns);
+    const Row<E> row = matrix_row<E>(table + static_cast<u64>(tokens[t]) * row_stride<E>(columns), columns);
     for (int c = threadIdx.x; c < columns; c += blockDim.x) x[static_cast<u64>(t) * columns + c] = weight<E>(row, c);
   }
 }
@@ -30,17 +30,11 @@ extern "C" __global__ void __launch_bounds__(256)
     float squares = 0.0f;
     for (int c = threadIdx.x; c < columns; c += blockDim.x) squares += x[row + c] * x[row + c];
     const float scale = 1.0f / sqrtf(block_sum(squares, scratch) / columns + eps);
-    for (int c = threadIdx.x; c < columns; c += blockDim.x) split_value(x[row + c] * scale * weight[c], row + c, hi, lo);
+    for (int c = threadIdx.x; c < columns; c += blockDim.x)
+      split_value(x[row + c] * scale * weight[c], row + c, hi, lo);
     // The scratch of the next row.
     __syncthreads();
   }
-}
-
-// x [n] in all, split.
-extern "C" __global__ void __launch_bounds__(256) split_rows(const float* x, u64 n, u16* hi, u16* lo) {
-  for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
-       i += static_cast<u64>(gridDim.x) * blockDim.x)
-    split_value(x[i], i, hi, lo);
 }
 
 // Decodes a row to hi and lo [columns]. A thread takes four columns, so that what is written, most of the bytes, comes
@@ -86,8 +80,8 @@ DEVICE void unpack_rows(const unsigned char* rows, int n, int columns, u64 strid
 
 // bundles: n of `bundle_bytes`; the outputs [n, hidden] each.
 template <class E>
-DEVICE void unpack_bundles(const unsigned char* bundles, int n, int bundle_bytes, int hidden, u16* gate_hi, u16* gate_lo,
-                           u16* up_hi, u16* up_lo, u16* down_hi, u16* down_lo) {
+DEVICE void unpack_bundles(const unsigned char* bundles, int n, int bundle_bytes, int hidden, u16* gate_hi,
+                           u16* gate_lo, u16* up_hi, u16* up_lo, u16* down_hi, u16* down_lo) {
   for (int i = blockIdx.x; i < n; i += gridDim.x) {
     const unsigned char* bundle = bundles + static_cast<u64>(i) * static_cast<u32>(bundle_bytes);
     const u64 at = static_cast<u64>(i) * hidden;
@@ -97,7 +91,7 @@ DEVICE void unpack_bundles(const unsigned char* bundles, int n, int bundle_bytes
   }
 }
 
-#define PREFILL_KERNELS(name, E)                                                                                        \
+#define PREFILL_KERNELS(name, E)                                                                                       \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
       embed_rows_##name(const u32* tokens, int n, const unsigned char* table, int columns, float* x) {                 \
     embed_rows<E>(tokens, n, table, columns, x);                                                                       \

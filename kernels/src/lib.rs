@@ -9,6 +9,7 @@
 //! | the plain loops that every variant is tested against | [`mod@reference`] |
 //! | rows of a resident matrix times a vector or a batch | [`gemv`], [`matmul`] |
 //! | threads that wait for work without sleeping | [`Pool`] |
+//! | threads that add up vectors together | [`Member`] |
 //! | the GPU: device, memory, graphs, kernels | `cuda` (feature) |
 //! | memory aligned for O_DIRECT and for vectors | [`AlignedBuf`] |
 //!
@@ -27,6 +28,7 @@ pub mod ops;
 mod pack;
 mod pool;
 pub mod reference;
+mod team;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -39,3 +41,4 @@ pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows, gemvs};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};
+pub use team::{Broken, Member};

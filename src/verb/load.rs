@@ -81,6 +81,9 @@ mod gpu {
     /// Free memory that `auto` leaves to others.
     const LEFT_BYTES: usize = 256 << 20;
 
+    /// Prompt tokens that are computed at once.
+    const PROMPT_BATCH: usize = 512;
+
     /// Share of the budget by which the hot neurons shrink if the device refuses the first plan.
     const SHRINK: f64 = 0.9;
 
@@ -131,7 +134,9 @@ mod gpu {
     ) -> anyhow::Result<Loaded> {
         // One core is left to the thread that waits for the device.
         let n_threads = args.threads.threads.unwrap_or_else(|| args.threads.count().saturating_sub(1).max(1));
-        let base = PlanRequest { n_threads, ..base };
+        // Every batch streams all cold neurons: the larger, the better.
+        let batch = if base.batch > 1 { PROMPT_BATCH.min(base.context) } else { 1 };
+        let base = PlanRequest { n_threads, batch, ..base };
         let plan = gpu_plan(&split, args, base, &device)?;
         if !quiet {
             eprintln!(

@@ -47,7 +47,6 @@ extern thread_local Block block;
 
 dim3 thread_index();
 void block_barrier();
-bool block_barrier_or(bool mine);
 // Waits for the warp, then returns what its 32 lanes brought.
 const uint32_t* exchange(uint32_t mine);
 void yield_to_host();
@@ -104,21 +103,16 @@ inline uint32_t __ballot_sync(uint32_t, int predicate) {
   return mask;
 }
 inline int __any_sync(uint32_t all, int predicate) { return __ballot_sync(all, predicate) != 0; }
-inline int __syncthreads_or(int predicate) { return emulator::block_barrier_or(predicate != 0); }
 
 inline uint32_t atomicAdd(uint32_t* p, uint32_t v) {
   const uint32_t old = *p;
   *p += v;
   return old;
 }
-inline uint32_t atomicMin(uint32_t* p, uint32_t v) {
-  const uint32_t old = *p;
-  if (v < old) *p = v;
-  return old;
-}
 
 inline float __uint_as_float(uint32_t bits) { return emulator::from_bits<float>(bits); }
 inline uint32_t __float_as_uint(float f) { return emulator::to_bits(f); }
+inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;

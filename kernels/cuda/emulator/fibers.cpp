@@ -101,7 +101,6 @@ struct Machine {
   // Hand-overs since something last happened: more than there are fibers, twice, and nothing ever will.
   uint32_t idle = 0;
   // What the threads brought to the barrier that is being gathered for, and to the last one.
-  bool any_now = false, any_before = false;
 
   ~Machine() {
     if (stacks != nullptr) munmap(stacks, n_stacks * kStackBytes);
@@ -134,8 +133,6 @@ void to_next(Machine& m, uint32_t first, uint32_t size) {
 void release(Machine& m) {
   m.arrived = 0;
   m.generation++;
-  m.any_before = m.any_now;
-  m.any_now = false;
 }
 
 void fiber_entry() {
@@ -167,13 +164,6 @@ void block_barrier() {
   for (const uint32_t before = m.generation; m.generation == before;) to_next(m, 0, m.n);
 }
 
-bool block_barrier_or(bool mine) {
-  machine.any_now |= mine;
-  block_barrier();
-  // The next barrier cannot be complete before this thread has come to it.
-  return machine.any_before;
-}
-
 const uint32_t* exchange(uint32_t mine) {
   Machine& m = machine;
   Fiber& self = *block.running;
@@ -203,7 +193,8 @@ bool run_grid(dim3 grid, dim3 threads, uint32_t dynamic_shared_bytes, const Body
   if (m.n == 0 || m.n > 1024 || m.n % 32 != 0) return false;
   if (m.n > m.n_stacks) {
     if (m.stacks != nullptr) munmap(m.stacks, m.n_stacks * kStackBytes);
-    void* p = mmap(nullptr, m.n * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* p = mmap(nullptr, m.n * kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     m.n_stacks = p == MAP_FAILED ? 0 : m.n;
     m.stacks = p == MAP_FAILED ? nullptr : static_cast<char*>(p);
     if (m.stacks == nullptr) return false;

@@ -28,8 +28,8 @@ const SOURCES: [&str; 12] = [
     include_str!("../../cuda/attend_rows.cu"),
 ];
 
-/// Shared memory that every kernel may take without asking.
-const PLAIN_SHARED_BYTES: u32 = 48 << 10;
+/// Dynamic shared memory that every kernel may take without asking: with its own arrays it must stay below 48 KiB.
+const PLAIN_SHARED_BYTES: u32 = 4 << 10;
 
 /// Scratch memory that cuBLASLt may use; its advice for Hopper.
 const GEMM_WORKSPACE_BYTES: usize = 32 << 20;
@@ -256,8 +256,12 @@ impl Backend for Driver {
 
     fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
         self.enter()?;
-        // SAFETY: the caller has checked that the destination is as long.
-        unsafe { result::memcpy_htod_sync(to, from) }.map_err(driver("cuMemcpyHtoD"))
+        // On the queue of the kernels: a plain copy may return before it has arrived, and they do not wait for it.
+        // SAFETY: the caller has checked that the destination is as long; `from` outlives the copy.
+        unsafe {
+            result::memcpy_htod_async(to, from, self.compute).map_err(driver("cuMemcpyHtoDAsync"))?;
+            result::stream::synchronize(self.compute).map_err(driver("cuStreamSynchronize"))
+        }
     }
 
     fn download(&self, to: &mut [u8], from: u64) -> Result<()> {

@@ -157,9 +157,12 @@ pub fn gemv(
     device.launch(launch, &uses)
 }
 
+/// Four rows at a time for each team of the block's eight warps, one team where each lane has a chunk of a row; as many blocks
+/// as run at once, because each begins with the whole input.
 fn gemv_blocks(device: &Device, w: &DeviceMatrix) -> u32 {
-    let useful = w.rows.div_ceil(8);
-    useful.min(4 * device.n_multiprocessors()).max(1) as u32
+    let team_warps = w.columns.div_ceil(32 * chunk_columns(w.encoding)).next_power_of_two().min(8);
+    let useful = w.rows.div_ceil(4 * (8 / team_warps));
+    useful.min(2 * device.n_multiprocessors()).max(1) as u32
 }
 
 /// A vector in shared memory, as `kernels/cuda/input.cuh` lays it out: 16 more bytes for each 16 bytes of codes.
@@ -412,6 +415,7 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         floats(c.scores, c.ffn);
     }
     if cache.n_sets > 0 {
+        assert!(cache.n_ways <= 32 && cache.n_sets <= 0xffff, "a lane for each way, 16 bits for a set");
         let slots = cache.n_sets * cache.n_ways;
         assert!(cache.slot_of.len() >= 4 * n_cold && cache.key.len() >= 4 * n_cold, "cache tables");
         assert!(cache.owner.len() >= 4 * slots && cache.used.len() >= 4 * slots, "cache tables");

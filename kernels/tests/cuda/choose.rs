@@ -4,18 +4,22 @@ use thermocline_kernels::cuda::launch::{CacheTables, Choose, HostWork, Selection
 
 const NONE: u32 = u32::MAX;
 
+/// Misses that compete for slots at one token.
+const CANDIDATES: usize = 2048;
+
 /// `log2(1 + 2^d)`, operation by operation as in choose.cu: decisions hang on the last bit.
 fn log2_of_one_plus_power(d: f32) -> f32 {
     let t = d.clamp(-126.0, 126.0);
     let whole = (t + 12_582_912.0) - 12_582_912.0;
     let f = t - whole;
-    let p = [0.055_504_1, 0.240_226_5, 0.693_147_2, 1.0].iter().fold(0.009_618_1f32, |p, c| f.mul_add(p, *c));
+    let p =
+        [0.055_504_1, 0.240_226_5, std::f32::consts::LN_2, 1.0].iter().fold(0.009_618_1f32, |p, c| f.mul_add(p, *c));
     let y = f32::from_bits(((whole as i32 + 127) as u32) << 23).mul_add(p, 1.0);
     let e = ((y.to_bits() >> 23) as i32 - 127) as f32;
     let m = f32::from_bits(y.to_bits() & 0x7f_ffff | 0x3f80_0000);
     let s = (m - 1.0) / (m + 1.0);
     let square = s * s;
-    let series = [0.412_198_6, 0.577_078_0, 0.961_796_7, 2.885_390_1]
+    let series = [0.412_198_6, 0.577_078, 0.961_796_7, 2.885_39]
         .iter()
         .fold(0.320_598_9f32, |series, c| square.mul_add(series, *c));
     s.mul_add(series, e)
@@ -79,8 +83,9 @@ impl Model {
         let n_host = (self.share.mul_add(misses.len() as f32, 0.5) as usize).min(misses.len());
         let host = misses.split_off(misses.len() - n_host);
         let mut items: Vec<[u32; 2]> = Vec::new();
-        for &c in &misses {
-            items.push([0x4000_0000 | c as u32, self.admit(c, serial)]);
+        for (i, &c) in misses.iter().enumerate() {
+            let slot = if i < CANDIDATES { self.admit(c, serial) } else { NONE };
+            items.push([0x4000_0000 | c as u32, slot]);
         }
         items.extend(hits.iter().map(|slot| [0x8000_0000 | slot, NONE]));
         items.extend(ids[..hot].iter().map(|i| [*i, NONE]));

@@ -45,7 +45,7 @@ impl Random {
     }
 
     fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.bits()) * n as u64 >> 32) as usize
+        ((u64::from(self.bits()) * n as u64) >> 32) as usize
     }
 
     /// Within -1 and 1.
@@ -121,6 +121,19 @@ impl Rows {
         let sizes = &self.sizes[row * self.columns..(row + 1) * self.columns];
         (dot(self.weights(row), x), sizes.iter().zip(x).map(|(s, x)| s * x.abs()).sum())
     }
+}
+
+/// A row of small whole numbers that every encoding stores exactly: the first of each group makes the scale 1.
+fn whole_row(encoding: Encoding, columns: usize, random: &mut Random) -> Vec<f32> {
+    let first = if encoding == Encoding::Q8 { -127.0 } else { -8.0 };
+    (0..columns).map(|c| if c % 32 == 0 { first } else { random.below(7) as f32 - 3.0 }).collect()
+}
+
+/// Few whole numbers, none where the rows have large ones: sums of their products are exact in any order.
+fn whole_input(columns: usize, random: &mut Random) -> Vec<f32> {
+    let mut value =
+        |c: usize| if !c.is_multiple_of(32) && random.below(24) == 0 { random.below(5) as f32 - 2.0 } else { 0.0 };
+    (0..columns).map(&mut value).collect()
 }
 
 fn term_sizes<'a>(encoding: Encoding, row: RowRef<'a>, weights: &'a [f32]) -> impl Iterator<Item = f64> + 'a {

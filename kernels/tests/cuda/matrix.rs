@@ -1,7 +1,9 @@
-use crate::{Random, Rows, U, additions, assert_near, device, pinned, poisoned, read, upload, wide};
+use crate::{
+    Random, Rows, U, additions, assert_near, device, dot, pinned, poisoned, read, upload, whole_input, whole_row, wide,
+};
 use proptest::prelude::*;
-use thermocline_kernels::Encoding;
 use thermocline_kernels::cuda::launch::{Added, DeviceMatrix, Norm, embed, gemv};
+use thermocline_kernels::{Encoding, ScaleFit, pack};
 
 pub(crate) fn on_device(rows: &Rows) -> DeviceMatrix {
     let data = upload(&rows.bytes).view();
@@ -18,6 +20,20 @@ pub(crate) fn shape(groups: impl Strategy<Value = usize>) -> impl Strategy<Value
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn gemv_is_exact_where_sums_are((encoding, columns) in shape(1usize..300), rows in 1usize..70, seed: u64) {
+        let random = &mut Random::new(seed);
+        let mut bytes = vec![0; rows * encoding.row_stride(columns)];
+        for row in bytes.chunks_exact_mut(encoding.row_stride(columns)) {
+            pack(encoding, &whole_row(encoding, columns, random), ScaleFit::Absmax, row).unwrap();
+        }
+        let (w, x) = (Rows::new(encoding, columns, bytes), whole_input(columns, random));
+        let out = poisoned(4 * rows);
+        gemv(device(), &on_device(&w), &upload(&x).view(), None, Added::default(), &out.view()).unwrap();
+        let want: Vec<f32> = (0..rows).map(|r| dot(w.weights(r), &wide(&x)) as f32).collect();
+        prop_assert_eq!(read::<f32>(&out), want);
+    }
 
     #[test]
     fn embed_decodes_a_row_and_copies_the_step((encoding, columns) in shape(1usize..40), seed: u64, token in 0usize..5) {

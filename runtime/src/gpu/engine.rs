@@ -211,9 +211,7 @@ impl GpuEngine {
         let host_bytes = self.host.as_ref().map_or(0, HostShare::bytes) - before;
         self.count(host_bytes);
         let mut logits = vec![0.0; vocab_size];
-        for (logit, word) in logits.iter_mut().zip(self.model.mapped.logits.words()) {
-            *logit = f32::from_bits(word.load(Ordering::Relaxed));
-        }
+        self.model.mapped.logits.copy_to(&mut logits);
         Ok(logits)
     }
 

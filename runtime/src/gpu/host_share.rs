@@ -7,14 +7,14 @@ use super::load::Model;
 use crate::ffn::add_bundles;
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
 use thermocline_kernels::cuda::launch::flag_value;
-use thermocline_kernels::{BundleLayout, Kernels};
+use thermocline_kernels::{BundleLayout, Kernels, Member};
 
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
@@ -43,10 +43,6 @@ struct Shared {
     awake: AtomicBool,
     stop: AtomicBool,
     panicked: AtomicBool,
-    /// Threads that have reached a meeting point, over all of them.
-    arrived: AtomicU64,
-    /// Each thread's sums, `[hidden]`.
-    partials: Vec<RwLock<Vec<f32>>>,
     /// Bytes of rows that were read.
     bytes: AtomicU64,
 }
@@ -67,15 +63,13 @@ impl HostShare {
             awake: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
-            arrived: AtomicU64::new(0),
-            partials: (0..n_threads).map(|_| RwLock::new(vec![0.0; model.layout.hidden_size()])).collect(),
             bytes: AtomicU64::new(0),
         });
         let mut all = Self { shared, threads: Vec::new() };
-        for t in 0..n_threads {
+        for (t, member) in Member::team(n_threads, model.layout.hidden_size()).into_iter().enumerate() {
             let shared = Arc::clone(&all.shared);
             let thread = std::thread::Builder::new().name(format!("host-{t}")).spawn(move || {
-                if catch_unwind(AssertUnwindSafe(|| work(&shared, t))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| work(&shared, member))).is_err() {
                     shared.panicked.store(true, Ordering::SeqCst);
                     shared.result_flag.words()[0].store(GIVEN_UP, Ordering::SeqCst);
                 }
@@ -152,48 +146,36 @@ impl Drop for HostShare {
     }
 }
 
-/// What thread `t` does until it is stopped.
-fn work(shared: &Shared, t: usize) {
+/// What a thread does until it is stopped.
+fn work(shared: &Shared, mut member: Member) {
     let kernels = Kernels::detect();
-    let hidden = shared.layout.hidden_size();
-    let n_threads = shared.partials.len();
-    let mut x = vec![0.0f32; hidden];
+    let (t, n_threads) = (member.number(), member.n_members());
+    let mut x = vec![0.0f32; shared.layout.hidden_size()];
     let mut seen = shared.request_flag.words()[0].load(Ordering::Acquire);
-    let mut meetings = 0;
     while let Some(flag) = next_request(shared, seen) {
         seen = flag;
         let layer = (flag.wrapping_sub(1) % shared.cold.len() as u32) as usize;
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
         let mine = &shared.list.words()[n * t / n_threads..n * (t + 1) / n_threads];
-        read(&shared.x, &mut x);
-        {
-            let mut sums = shared.partials[t].write().unwrap_or_else(PoisonError::into_inner);
-            sums.fill(0.0);
+        shared.x.copy_to(&mut x);
+        let add = |sums: &mut [f32]| {
             let (cold, size) = (shared.cold[layer].host_bytes(), shared.layout.bundle_bytes());
             let bundle = |i: usize| {
                 let at = mine[i].load(Ordering::Relaxed) as usize * size;
                 &cold[at..at + size]
             };
-            let rows = add_bundles(&kernels, shared.layout, shared.activation, &x, &mut sums, mine.len(), bundle);
+            let rows = add_bundles(&kernels, shared.layout, shared.activation, &x, sums, mine.len(), bundle);
             shared.bytes.fetch_add(rows * (size as u64 / 3), Ordering::Relaxed);
-        }
-        meetings += 1;
-        meet(shared, meetings);
-        let columns = hidden * t / n_threads..hidden * (t + 1) / n_threads;
-        let mut sums = vec![0.0f32; columns.len()];
-        for partial in &shared.partials {
-            let partial = partial.read().unwrap_or_else(PoisonError::into_inner);
-            for (sum, v) in sums.iter_mut().zip(&partial[columns.clone()]) {
-                *sum += v;
+        };
+        let take = |columns: std::ops::Range<usize>, sums: &[f32]| {
+            for (word, v) in shared.y.words()[columns].iter().zip(sums) {
+                word.store(v.to_bits(), Ordering::Relaxed);
             }
-        }
-        for (word, v) in shared.y.words()[columns].iter().zip(&sums) {
-            word.store(v.to_bits(), Ordering::Relaxed);
-        }
-        meetings += 1;
-        // The last to come tells the device.
-        if arrive(shared) == meetings * n_threads as u64 {
-            shared.result_flag.words()[0].store(flag, Ordering::Release);
+        };
+        match member.sum(add, take) {
+            Ok(true) => shared.result_flag.words()[0].store(flag, Ordering::Release),
+            Ok(false) => {}
+            Err(_) => return,
         }
     }
 }
@@ -218,32 +200,11 @@ fn next_request(shared: &Shared, seen: u32) -> Option<u32> {
     }
 }
 
-fn arrive(shared: &Shared) -> u64 {
-    shared.arrived.fetch_add(1, Ordering::AcqRel) + 1
-}
-
-/// Waits until all threads have come to this meeting, the `nth`.
-fn meet(shared: &Shared, nth: u64) {
-    arrive(shared);
-    let mut spins = 0;
-    while shared.arrived.load(Ordering::Acquire) < nth * shared.partials.len() as u64 {
-        assert!(!shared.panicked.load(Ordering::Relaxed), "another thread has failed");
-        pause(&mut spins);
-    }
-}
-
 fn pause(spins: &mut u32) {
     *spins = spins.wrapping_add(1);
     if spins.is_multiple_of(SPINS_TO_YIELD) {
         std::thread::yield_now();
     } else {
         std::hint::spin_loop();
-    }
-}
-
-fn read(memory: &Memory, out: &mut [f32]) {
-    let words: &[AtomicU32] = memory.words();
-    for (o, w) in out.iter_mut().zip(words) {
-        *o = f32::from_bits(w.load(Ordering::Relaxed));
     }
 }
