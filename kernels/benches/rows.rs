@@ -55,7 +55,6 @@ fn gates(c: &mut Criterion) {
     const HIDDEN: usize = 256;
     const NEURONS: usize = 2048;
     let mut group = c.benchmark_group("gates");
-    group.throughput(Throughput::Elements(NEURONS as u64));
     let layout = BundleLayout::new(Encoding::Bf16, HIDDEN).expect("any width");
     let weight = |r: usize, j: usize| ((r * 37 + j * 31) % 97) as f32 / 100.0 - 0.48;
     let certificate = Certificate::new(NEURONS, HIDDEN, |r, out| {
@@ -70,6 +69,9 @@ fn gates(c: &mut Criterion) {
         layout.set_row(bundle, 0, &packed);
     }
     let x: Vec<f32> = (0..HIDDEN).map(|j| (j * 53 % 89) as f32 / 89.0 - 0.5).collect();
+    group.throughput(Throughput::Elements(HIDDEN as u64));
+    group.bench_function("input", |b| b.iter(|| black_box(&mut input).set(black_box(&x))));
+    group.throughput(Throughput::Elements(NEURONS as u64));
     for kernels in Isa::ALL.into_iter().filter_map(Kernels::new).filter(|k| k.isa() != Isa::Portable) {
         let name = kernels.isa().name();
         group.bench_function(BenchmarkId::new("certificate", name), |b| {

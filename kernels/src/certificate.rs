@@ -183,35 +183,37 @@ impl QuantisedInput {
     /// then be judged by it.
     #[must_use]
     pub fn set(&mut self, x: &[f32]) -> bool {
-        let largest = x.iter().fold(0.0f32, |max, v| max.max(v.abs()));
-        // The largest passes over what is no number.
-        if !MAGNITUDES.contains(&largest) || x.iter().any(|v| v.is_nan()) || x.len() > MOST_COLUMNS {
+        // The order of magnitudes is that of their bits, with what is no number above everything else.
+        let largest = x.iter().fold(0, |max: u32, v| max.max(v.abs().to_bits()));
+        let largest = f32::from_bits(largest);
+        if !MAGNITUDES.contains(&largest) || x.len() > MOST_COLUMNS {
             return false;
         }
         let inverse = INPUT_LEVELS / largest;
         self.scale = largest / INPUT_LEVELS;
-        self.codes.clear();
-        let mut sums = [0i32; 2];
-        self.codes.extend(x.chunks(STEP).map(|x| {
-            let mut bytes = [[0u8; STEP]; 2];
-            for (j, v) in x.iter().enumerate() {
-                let code = (v * inverse + ROUNDER).to_bits() as i32 - ROUNDER.to_bits() as i32;
-                let upper = (code + 128) >> 8;
-                let lower = code - 256 * upper;
-                sums = [sums[0] + upper, sums[1] + lower];
-                (bytes[0][j], bytes[1][j]) = (upper as u8, lower as u8);
+        let (mut sums, mut squares) = ([[0i32; STEP]; 2], [0.0f64; STEP]);
+        let mut quantise = |x: &[f32; STEP]| {
+            let codes = x.map(|v| (v * inverse + ROUNDER).to_bits() as i32 - ROUNDER.to_bits() as i32);
+            let upper = codes.map(|c| (c + 128) >> 8);
+            let lower: [i32; STEP] = std::array::from_fn(|j| codes[j] - 256 * upper[j]);
+            for j in 0..STEP {
+                squares[j] += f64::from(x[j]) * f64::from(x[j]);
+                sums[0][j] += upper[j];
+                sums[1][j] += lower[j];
             }
-            bytes.map(i32::from_le_bytes)
-        }));
-        self.offsets = sums.map(|s| 128 * s);
-        let mut lanes = [0.0f64; 8];
-        for x in x.chunks(lanes.len()) {
-            for (l, v) in lanes.iter_mut().zip(x) {
-                *l += f64::from(*v).powi(2);
-            }
+            [upper, lower].map(|part| i32::from_le_bytes(part.map(|c| c as u8)))
+        };
+        let (steps, rest) = x.as_chunks::<STEP>();
+        self.codes.resize(x.len().div_ceil(STEP), [0; 2]);
+        self.codes.iter_mut().zip(steps).for_each(|(codes, x)| *codes = quantise(x));
+        if let Some(codes) = self.codes.get_mut(steps.len()) {
+            let mut last = [0.0; STEP];
+            last[..rest.len()].copy_from_slice(rest);
+            *codes = quantise(&last);
         }
+        self.offsets = sums.map(|s| 128 * s.iter().sum::<i32>());
         let n = x.len() as f64;
-        let norm = lanes.iter().sum::<f64>().sqrt();
+        let norm = squares.iter().sum::<f64>().sqrt();
         let error = 0.55 * f64::from(self.scale) * n.sqrt();
         let roundings = (n + 64.0) / f64::from(1 << 24);
         self.norm = ((norm + error) * ROUND_UP) as f32;
