@@ -6,7 +6,7 @@ mod support;
 use proptest::test_runner::{Config as ProptestConfig, TestRunner};
 use serde_json::Value;
 use std::path::Path;
-use support::{budget_range, json, llama, medium, request, split, text};
+use support::{budget_range, json, llama, medium, qwen_relu, request, split, text};
 use thermocline_runtime::{Mode, Plan};
 use thermocline_split::Split;
 
@@ -90,7 +90,7 @@ fn for_budgets(dir: &Path, mode: Mode, cases: u32, check: impl Fn(&Plan, &Plan))
     let plan = |share: f64| {
         let budget = least + ((all - least) as f64 * share) as u64;
         let plan = Plan::new(&split, request(mode, Some(budget), 3)).unwrap();
-        let weights = plan.pinned_bytes + plan.hot_bytes + plan.cache_bytes;
+        let weights = plan.pinned_bytes + plan.hot_bytes + plan.certificate_bytes + plan.cache_bytes;
         let f = plan.fixed;
         assert_eq!(plan.total_bytes, weights + f.vectors + f.predictors + f.kv_cache + f.scratch + f.staging);
         assert!(plan.total_bytes <= budget, "{} of {budget}", plan.total_bytes);
@@ -126,4 +126,21 @@ fn a_larger_budget_holds_no_less_of_any_layer() {
 #[test]
 fn sparse_plans_keep_their_budget_too() {
     for_budgets(&split(&llama(), "q4", &[]), Mode::Sparse { active: 0.3 }, 24, |_, _| ());
+}
+
+/// Certificates are a luxury: a budget has room for every weight before it has any for them.
+#[test]
+fn certificates_come_after_all_weights() {
+    let dir = split(&qwen_relu(), "bf16", &["--chunk-neurons", "24", "--zstd-level", "3"]);
+    for_budgets(&dir, Mode::Exact, 32, |small, large| {
+        for plan in [small, large] {
+            assert!(plan.certificate_bytes == 0 || !plan.streams());
+        }
+    });
+    let plan = |budget| Plan::new(&Split::open(&dir).unwrap(), request(Mode::Exact, budget, 3)).unwrap();
+    let all = plan(None);
+    assert!(all.certificate_bytes > 0);
+    let (enough, tight) = (plan(Some(all.total_bytes)), plan(Some(all.total_bytes - 1)));
+    assert_eq!((enough.certificate_bytes, enough.streams()), (all.certificate_bytes, false));
+    assert_eq!((tight.certificate_bytes, tight.streams()), (0, false));
 }

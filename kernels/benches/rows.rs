@@ -2,7 +2,10 @@
 #![allow(missing_docs)]
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
-use thermocline_kernels::{BundleLayout, Encoding, Isa, Kernels, MatrixRef, Pool, ScaleFit, gemv, ops, pack};
+use thermocline_kernels::{
+    BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Isa, Kernels, MatrixRef, Pool, QuantisedInput, ScaleFit, gemv,
+    ops, pack,
+};
 
 /// 70B-wide rows, more of them than any cache holds.
 const COLUMNS: usize = 8192;
@@ -47,5 +50,51 @@ fn bundles(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, rows, bundles);
+/// The gates of a small layer, which caches hold: judged by the certificate, and multiplied four at a time.
+fn gates(c: &mut Criterion) {
+    const HIDDEN: usize = 256;
+    const NEURONS: usize = 2048;
+    let mut group = c.benchmark_group("gates");
+    let layout = BundleLayout::new(Encoding::Bf16, HIDDEN).expect("any width");
+    let weight = |r: usize, j: usize| ((r * 37 + j * 31) % 97) as f32 / 100.0 - 0.48;
+    let certificate = Certificate::new(NEURONS, HIDDEN, |r, out| {
+        out.iter_mut().enumerate().for_each(|(j, v)| *v = weight(r, j));
+    });
+    let (certificate, mut input) = (certificate.expect("memory").expect("finite weights"), QuantisedInput::default());
+    let mut bundles = vec![0u8; NEURONS * layout.bundle_bytes()];
+    for (r, bundle) in bundles.chunks_exact_mut(layout.bundle_bytes()).enumerate() {
+        let row: Vec<f32> = (0..HIDDEN).map(|j| weight(r, j)).collect();
+        let mut packed = vec![0; layout.encoding().row_stride(HIDDEN)];
+        pack(layout.encoding(), &row, ScaleFit::LeastSquares, &mut packed).expect("finite weights");
+        layout.set_row(bundle, 0, &packed);
+    }
+    let x: Vec<f32> = (0..HIDDEN).map(|j| (j * 53 % 89) as f32 / 89.0 - 0.5).collect();
+    group.throughput(Throughput::Elements(HIDDEN as u64));
+    group.bench_function("input", |b| b.iter(|| black_box(&mut input).set(black_box(&x))));
+    group.throughput(Throughput::Elements(NEURONS as u64));
+    for kernels in Isa::ALL.into_iter().filter_map(Kernels::new).filter(|k| k.isa() != Isa::Portable) {
+        let name = kernels.isa().name();
+        group.bench_function(BenchmarkId::new("certificate", name), |b| {
+            b.iter(|| {
+                assert!(input.set(black_box(&x)));
+                (0..NEURONS / CERTIFIED_ROWS)
+                    .map(|i| certificate.negative(&kernels, i, &input).count_ones())
+                    .sum::<u32>()
+            })
+        });
+        group.bench_function(BenchmarkId::new("bf16", name), |b| {
+            b.iter(|| {
+                let (fours, _) = bundles.as_chunks::<{ 4 * 3 * 2 * HIDDEN }>();
+                let dots = |four: &[u8]| {
+                    let rows = [0, 1, 2, 3].map(|k| layout.row(&four[k * layout.bundle_bytes()..], 0));
+                    kernels.dots(layout.encoding(), rows, black_box(&x))
+                };
+                fours.iter().map(|four| dots(four).iter().filter(|g| **g <= 0.0).count()).sum::<usize>()
+            })
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, rows, bundles, gates);
 criterion_main!(benches);

@@ -34,8 +34,28 @@ const TASK_ROWS: usize = 64;
 /// # Panics
 /// If the lengths do not fit.
 pub fn gemv(kernels: &Kernels, pool: &mut Pool, w: MatrixRef<'_>, x: &[f32], y: &mut [f32]) {
-    assert_eq!((w.columns, w.rows), (x.len(), y.len()), "the matrix's shape");
-    pool.for_each_chunk(y, TASK_ROWS, |task, y| gemv_rows(kernels, &w, task * TASK_ROWS, x, y));
+    gemvs(kernels, pool, [w], x, y);
+}
+
+/// Several matrices times one input in one parallel loop, `y` one product after the other: small matrices would leave
+/// threads idle, and each loop has its hand-over.
+///
+/// # Panics
+/// If the lengths do not fit.
+pub fn gemvs<const N: usize>(kernels: &Kernels, pool: &mut Pool, w: [MatrixRef<'_>; N], x: &[f32], y: &mut [f32]) {
+    assert!(w.iter().all(|w| w.columns == x.len()), "the matrices' columns");
+    assert_eq!(w.iter().map(|w| w.rows).sum::<usize>(), y.len(), "the matrices' rows");
+    pool.for_each_chunk(y, TASK_ROWS, |task, mut y| {
+        let mut row = task * TASK_ROWS;
+        for w in &w {
+            if row < w.rows {
+                let (mine, rest) = y.split_at_mut(y.len().min(w.rows - row));
+                gemv_rows(kernels, w, row, x, mine);
+                (row, y) = (w.rows, rest);
+            }
+            row -= w.rows;
+        }
+    });
 }
 
 /// How far ahead of the computation memory is asked for: a few hundred nanoseconds of a core's bandwidth. Two rows at a
@@ -48,16 +68,29 @@ pub const PREFETCH_BYTES: usize = 3072;
 /// If a row or the input is too short.
 pub fn gemv_rows(kernels: &Kernels, w: &MatrixRef<'_>, first: usize, x: &[f32], y: &mut [f32]) {
     let stride = w.encoding.row_stride(w.columns);
-    let end = (first + y.len()) * stride;
-    let mut pairs = y.chunks_exact_mut(2);
-    let mut r = first;
-    for pair in &mut pairs {
-        let ahead = ((r + 2) * stride + PREFETCH_BYTES).min(end);
-        prefetch(&w.data[ahead..(ahead + 2 * stride).min(end)]);
-        pair.copy_from_slice(&kernels.dots(w.encoding, [w.row(r), w.row(r + 1)], x));
-        r += 2;
+    // Short rows four at a time: the end of each, adding up one vector's lanes, is as long as its products.
+    if stride <= SHORT_ROW_BYTES {
+        rows_by::<4>(kernels, w, first, x, y)
+    } else {
+        rows_by::<2>(kernels, w, first, x, y)
     }
-    for y in pairs.into_remainder() {
+}
+
+/// Rows of which four at a time are still asked for in small portions.
+const SHORT_ROW_BYTES: usize = 1024;
+
+fn rows_by<const N: usize>(kernels: &Kernels, w: &MatrixRef<'_>, first: usize, x: &[f32], y: &mut [f32]) {
+    let stride = w.encoding.row_stride(w.columns);
+    let end = (first + y.len()) * stride;
+    let (groups, rest) = y.as_chunks_mut::<N>();
+    let mut r = first;
+    for group in groups {
+        let ahead = ((r + N) * stride + PREFETCH_BYTES).min(end);
+        prefetch(&w.data[ahead..(ahead + N * stride).min(end)]);
+        *group = kernels.dots(w.encoding, std::array::from_fn(|i| w.row(r + i)), x);
+        r += N;
+    }
+    for (y, r) in rest.iter_mut().zip(r..) {
         [*y] = kernels.dots(w.encoding, [w.row(r)], x);
     }
 }

@@ -5,6 +5,7 @@
 //! | how a row of weights is stored | [`Encoding`], [`pack`] |
 //! | one neuron, gate and up rows and down column together | [`BundleLayout`] |
 //! | dot and axpy on encoded rows, chosen for the CPU at run time | [`Kernels`] |
+//! | a proof that a gate is negative, from 8-bit copies | [`Certificate`] |
 //! | the plain loops that every variant is tested against | [`mod@reference`] |
 //! | rows of a resident matrix times a vector or a batch | [`gemv`], [`matmul`] |
 //! | threads that wait for work without sleeping | [`Pool`] |
@@ -16,6 +17,7 @@
 
 mod aligned;
 mod bundle;
+mod certificate;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod dispatch;
@@ -32,9 +34,10 @@ mod x86;
 
 pub use aligned::{AlignedBuf, AllocError};
 pub use bundle::BundleLayout;
+pub use certificate::{CERTIFIED_ROWS, Certificate, QuantisedInput};
 pub use dispatch::{Isa, Kernels, prefetch};
 pub use encoding::{Encoding, GROUP, RowRef};
-pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows};
+pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows, gemvs};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};

@@ -10,8 +10,9 @@ pub struct TierBytes {
     pub device: u64,
     /// Cache slots that hold cold neurons of late.
     pub cache: u64,
-    /// Weights and predictors that stay in RAM; with a GPU the cold neurons, which lie in pinned RAM. Exact mode counts the rows that it read; where a gate shows that a neuron
-    /// is zero, that is one of three.
+    /// Weights, predictors and certificates that stay in RAM; with a GPU the cold neurons, which lie in pinned RAM. Exact
+    /// mode counts the rows that it read; where a gate shows that a neuron is zero, that is one of three, where a
+    /// certificate does, it is the certificate alone.
     pub host: u64,
     /// Read from disk (whole chunks, read-ahead that was not used included).
     pub disk: u64,

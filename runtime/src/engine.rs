@@ -15,7 +15,7 @@ use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
 use std::sync::Arc;
 use thermocline_datasets::ModelConfig;
-use thermocline_kernels::{Kernels, Pool, ops};
+use thermocline_kernels::{Kernels, Pool, QuantisedInput, ops};
 use thermocline_split::{Flaw, Split, TensorEntry};
 
 /// Norms and biases of one layer.
@@ -48,6 +48,7 @@ pub struct Engine {
     kv: KvCache,
     rope: Rope,
     sums: FfnSums,
+    quantised: QuantisedInput,
     batch: FfnBatch,
     /// The neurons that the last layer computed for the last decoded token, ascending.
     active: Vec<u32>,
@@ -119,7 +120,8 @@ impl Engine {
                 matrix(&name("self_attn.v_proj.weight"), (kv_width, hidden))?,
                 matrix(&name("self_attn.o_proj.weight"), (hidden, q_width))?,
             ]);
-            ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], run_bytes, decoded)?);
+            let certified = plan.certificate_bytes > 0;
+            ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], certified, run_bytes, decoded)?);
             if matches!(plan.request.mode, Mode::Sparse { .. }) {
                 predictors.push(Predictor::load(&split, l)?);
             }
@@ -168,6 +170,7 @@ impl Engine {
             kv: KvCache::new(&config, plan.request.context),
             rope: Rope::new(&config, plan.request.context),
             sums: FfnSums::new(layout, config.activation, n),
+            quantised: QuantisedInput::default(),
             batch: FfnBatch::new(layout, config.activation, n),
             active: Vec::new(),
             account: Account::default(),
@@ -336,7 +339,8 @@ impl Engine {
             }
             self.sums.clear();
             if active_share.is_none() {
-                self.ffn[l].exact(compute, disk.as_mut(), account, &mut self.sums, &normed)?;
+                let (sums, quantised) = (&mut self.sums, &mut self.quantised);
+                self.ffn[l].exact(compute, disk.as_mut(), account, sums, quantised, &normed)?;
             } else {
                 self.predictors[l].scores(&compute.kernels, &mut compute.pool, &normed, &mut scores);
                 account.bytes.host += self.predictors[l].bytes();
@@ -403,10 +407,16 @@ impl Engine {
         let c = &self.config;
         let (q_width, kv_width) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
         let mut disk = self.streams.as_mut().map(Streams::current);
-        let [mut q, mut k, mut v] = [q_width, kv_width, kv_width].map(|width| vec![0.0; n * width]);
-        for (i, out) in [&mut q, &mut k, &mut v].into_iter().enumerate() {
-            let matrix = &self.attention[l][i];
-            matrix.apply(&mut self.compute, disk.as_mut(), &mut self.account, n, normed, out)?;
+        let mut qkv = vec![0.0; n * (q_width + 2 * kv_width)];
+        let [wq, wk, wv, wo] = &self.attention[l];
+        let (compute, account) = (&mut self.compute, &mut self.account);
+        let together = n == 1 && Matrix::apply_together([wq, wk, wv], compute, account, normed, &mut qkv);
+        let (q, kv) = qkv.split_at_mut(n * q_width);
+        let (k, v) = kv.split_at_mut(n * kv_width);
+        for (i, (matrix, out)) in [(wq, &mut *q), (wk, &mut *k), (wv, &mut *v)].into_iter().enumerate() {
+            if !together {
+                matrix.apply(compute, disk.as_mut(), account, n, normed, out)?;
+            }
             if let Some(biases) = &self.vectors[l].biases {
                 for row in out.chunks_exact_mut(biases[i].len()) {
                     ops::axpy(1.0, &biases[i], row);
@@ -423,11 +433,11 @@ impl Engine {
         let mut mixed = vec![0.0; n * q_width];
         let pool = &mut self.compute.pool;
         if n == 1 {
-            attend_one(c, pool, &self.kv, l, past + 1, &q, &mut mixed);
+            attend_one(c, pool, &self.kv, l, past + 1, q, &mut mixed);
         } else {
-            attend_batch(c, pool, &self.kv, l, past, n, &q, &mut mixed);
+            attend_batch(c, pool, &self.kv, l, past, n, q, &mut mixed);
         }
-        self.attention[l][3].apply(&mut self.compute, disk.as_mut(), &mut self.account, n, &mixed, normed)?;
+        wo.apply(&mut self.compute, disk.as_mut(), &mut self.account, n, &mixed, normed)?;
         ops::axpy(1.0, normed, x);
         Ok(())
     }

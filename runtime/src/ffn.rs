@@ -3,15 +3,25 @@
 //! Neurons are summed within blocks of fixed boundaries, ascending, and blocks are added in order: the result is the
 //! same to the last bit for any number of threads and for any division of the neurons between memory and disk.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_datasets::Activation;
-use thermocline_kernels::{BundleLayout, Kernels, PREFETCH_BYTES, Pool, prefetch};
+use thermocline_kernels::{
+    BundleLayout, CERTIFIED_ROWS, Certificate, Kernels, PREFETCH_BYTES, Pool, QuantisedInput, prefetch,
+};
 
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
 const BLOCKS: usize = 24;
 
 /// Gates that are computed together before any other row of these neurons is touched.
 const GATES: usize = 4;
+
+/// Neurons that go through one step (certificate, first row, second row) before any of them goes through the next: what a
+/// step shows to be needed is on its way while the others go through it.
+const JUDGED: usize = 4 * CERTIFIED_ROWS;
+
+/// Neurons not certified whose first rows are asked for before they are multiplied.
+const OPEN_AHEAD: usize = 8;
 
 /// The running sums of one layer for one token.
 #[derive(Debug)]
@@ -31,6 +41,8 @@ pub(crate) struct FfnSums {
 pub(crate) enum Span<'a> {
     /// All neurons from `first` on whose bundles `bytes` holds.
     Contiguous { first: usize, bytes: &'a [u8] },
+    /// All neurons of the layer, with a proof for most of those whose gates are not positive.
+    Certified { bytes: &'a [u8], certificate: &'a Certificate, input: &'a QuantisedInput },
     /// Single neurons and their bundles.
     Listed(&'a [(u32, &'a [u8])]),
 }
@@ -60,6 +72,7 @@ impl FfnSums {
         let bundle_bytes = self.layout.bundle_bytes();
         let (first, end) = match span {
             Span::Contiguous { first, bytes } => (first, first + bytes.len() / bundle_bytes),
+            Span::Certified { bytes, .. } => (0, bytes.len() / bundle_bytes),
             Span::Listed([]) => return 0,
             Span::Listed(list) => (list[0].0 as usize, list[list.len() - 1].0 as usize + 1),
         };
@@ -70,7 +83,7 @@ impl FfnSums {
         let block_neurons = self.block_neurons;
         let (first_block, end_block) = (first / block_neurons, end.div_ceil(block_neurons));
         let partials = &mut self.partials[first_block * self.hidden_size..end_block * self.hidden_size];
-        let rows_read = AtomicU64::new(0);
+        let (rows_read, certificate_bytes) = (AtomicU64::new(0), AtomicU64::new(0));
         pool.for_each_chunk(partials, self.hidden_size, |b, sums| {
             let start = (first_block + b) * block_neurons;
             let waiting = [(0.0, &[][..]); 4];
@@ -82,6 +95,12 @@ impl FfnSums {
                     let mine = &bytes[(from - first) * bundle_bytes..(to - first) * bundle_bytes];
                     block.add_all(to - from, |i| &mine[i * bundle_bytes..(i + 1) * bundle_bytes]);
                 }
+                Span::Certified { bytes, certificate, input } => {
+                    let range = start..(start + block_neurons).min(end);
+                    let bundle = |i: usize| &bytes[i * bundle_bytes..(i + 1) * bundle_bytes];
+                    let judged = block.add_certified(range, certificate, input, bundle);
+                    certificate_bytes.fetch_add(judged, Ordering::Relaxed);
+                }
                 Span::Listed(list) => {
                     let from = list.partition_point(|(id, _)| (*id as usize) < start);
                     let to = list.partition_point(|(id, _)| (*id as usize) < start + block_neurons);
@@ -90,7 +109,7 @@ impl FfnSums {
             }
             rows_read.fetch_add(block.finish(), Ordering::Relaxed);
         });
-        rows_read.into_inner() * bundle_bytes as u64 / 3
+        rows_read.into_inner() * bundle_bytes as u64 / 3 + certificate_bytes.into_inner()
     }
 
     /// Adds the blocks, in order, to the residual stream `y`.
@@ -178,6 +197,81 @@ impl<'a> Block<'_, 'a> {
         }
     }
 
+    /// Adds the neurons of `range`, which begins with a block of the certificate, and returns the bytes of it that were
+    /// read. Neurons with certified gates are zero; of the others most fire, as far as the gate goes.
+    fn add_certified(
+        &mut self,
+        range: Range<usize>,
+        certificate: &Certificate,
+        input: &QuantisedInput,
+        bundle: impl Fn(usize) -> &'a [u8],
+    ) -> u64 {
+        // Where both factors are cut at zero, the up row decides as well as the gate, and a gate that is not certified
+        // is more often positive. Skipping the gate is safe: where there is a certificate, every gate is a finite number.
+        let first_row = usize::from(self.activation == Activation::Drelu);
+        let layout = self.layout;
+        let ask = |n: usize, row: usize| prefetch(layout.row(bundle(n), row).codes);
+        let (mut open, mut passed) = ([0; JUDGED], [(0, 0.0); JUDGED]);
+        let mut judged = 0;
+        for start in range.clone().step_by(JUDGED) {
+            let end = range.end.min(start + JUDGED);
+            let mut n_open = 0;
+            for first in (start..end).step_by(CERTIFIED_ROWS) {
+                let mut bits = !certificate.negative(self.kernels, first / CERTIFIED_ROWS, input);
+                if end - first < CERTIFIED_ROWS {
+                    bits &= (1 << (end - first)) - 1;
+                }
+                while bits != 0 {
+                    open[n_open] = first + bits.trailing_zeros() as usize;
+                    if n_open < OPEN_AHEAD {
+                        ask(open[n_open], first_row);
+                    }
+                    bits &= bits - 1;
+                    n_open += 1;
+                }
+                judged += certificate.block_bytes() as u64;
+            }
+            let mut n_passed = 0;
+            for i in (0..n_open).step_by(GATES) {
+                open[..n_open].iter().skip(i + OPEN_AHEAD).take(GATES).for_each(|&n| ask(n, first_row));
+                let group = &open[i..n_open.min(i + GATES)];
+                for (&n, value) in group.iter().zip(self.dots(group, first_row, &bundle)) {
+                    // What is not a number comes through.
+                    if value <= 0.0 {
+                        self.rows_read += 1;
+                        continue;
+                    }
+                    ask(n, 1 - first_row);
+                    ask(n, 2);
+                    passed[n_passed] = (n, value);
+                    n_passed += 1;
+                }
+            }
+            for group in passed[..n_passed].chunks(GATES) {
+                let numbers: [_; GATES] = std::array::from_fn(|i| group.get(i).map_or(group[0].0, |p| p.0));
+                let seconds = self.dots(&numbers[..group.len()], 1 - first_row, &bundle);
+                for (&(n, first), second) in group.iter().zip(seconds) {
+                    let (g, u) = if first_row == 0 { (first, second) } else { (second, first) };
+                    self.add(g, u, bundle(n));
+                }
+            }
+        }
+        judged
+    }
+
+    /// Row `row` of up to [`GATES`] neurons times the input.
+    fn dots(&self, neurons: &[usize], row: usize, bundle: impl Fn(usize) -> &'a [u8]) -> [f32; GATES] {
+        let (layout, encoding) = (self.layout, self.layout.encoding());
+        if let Ok(all) = <[usize; GATES]>::try_from(neurons) {
+            return self.kernels.dots(encoding, all.map(|n| layout.row(bundle(n), row)), self.x);
+        }
+        let mut values = [0.0; GATES];
+        for (value, &n) in values.iter_mut().zip(neurons) {
+            [*value] = self.kernels.dots(encoding, [layout.row(bundle(n), row)], self.x);
+        }
+        values
+    }
+
     fn add(&mut self, g: f32, u: f32, bundle: &'a [u8]) {
         let h = self.activation.apply(g, u);
         self.rows_read += 2;
@@ -258,6 +352,47 @@ mod tests {
         let mut y = vec![0.0; HIDDEN];
         sums.finish(&mut y);
         y
+    }
+
+    /// The last neurons are no whole block of the certificate, and one that fires has an up row of no numbers.
+    #[test]
+    fn certified_layers_have_the_bits_of_dense_ones() {
+        let mut state = 11;
+        let x: Vec<f32> = (0..HIDDEN).map(|_| random(&mut state)).collect();
+        let pool = &mut Pool::new(2).expect("threads");
+        for encoding in Encoding::ALL {
+            let layout = BundleLayout::new(encoding, HIDDEN).expect("whole groups");
+            let (mut all, _) = bundles(&layout, &x, false);
+            let kernels = Kernels::detect();
+            let fires = |b: &[u8]| kernels.dots(encoding, [layout.row(b, 0)], &x)[0] > 0.0;
+            let spoilt = all.chunks_exact_mut(layout.bundle_bytes()).find(|b| fires(b)).expect("one that fires");
+            let (codes, scales) = layout.row_mut(spoilt, 1);
+            if encoding == Encoding::Bf16 { codes } else { scales }.fill(0xff);
+            let certificate = Certificate::new(NEURONS, HIDDEN, |n, out| {
+                unpack(encoding, layout.row(&all[n * layout.bundle_bytes()..], 0), out);
+            });
+            let certificate = certificate.expect("memory").expect("finite gates");
+            let mut input = QuantisedInput::default();
+            assert!(input.set(&x));
+            for activation in [Activation::Relu, Activation::Drelu] {
+                let mut outputs = Vec::new();
+                for span in [
+                    Span::Contiguous { first: 0, bytes: &all },
+                    Span::Certified { bytes: &all, certificate: &certificate, input: &input },
+                ] {
+                    let mut sums = FfnSums::new(layout, activation, NEURONS);
+                    sums.skip_zeros = matches!(span, Span::Certified { .. });
+                    let read = sums.add(&kernels, pool, &x, span);
+                    // Elsewhere 8-bit codes are as long as the gates that they spare.
+                    let less = encoding == Encoding::Bf16 && sums.skip_zeros;
+                    assert!(!less || read < all.len() as u64 * 9 / 10, "{read}");
+                    let mut y = vec![0.0; HIDDEN];
+                    sums.finish(&mut y);
+                    outputs.push(y.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+                }
+                assert!(outputs[0] == outputs[1], "{encoding}, {activation:?}");
+            }
+        }
     }
 
     #[test]

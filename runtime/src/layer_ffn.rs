@@ -10,7 +10,7 @@ use crate::prefill::FfnBatch;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
-use thermocline_kernels::AlignedBuf;
+use thermocline_kernels::{AlignedBuf, Certificate, QuantisedInput, unpack};
 use thermocline_split::{Flaw, Split};
 
 /// Chunks that lie closer than this are read together: the bytes between cost less than another read.
@@ -24,6 +24,8 @@ pub(crate) struct LayerFfn {
     index: Arc<LayerIndex>,
     file: Arc<DirectFile>,
     hot: AlignedBuf,
+    /// Of all gates, if the plan has it and the gates' magnitudes allow it.
+    certificate: Option<Certificate>,
     n_hot: usize,
     bundle_bytes: usize,
     n_neurons: usize,
@@ -47,11 +49,12 @@ impl Foreseen {
 }
 
 impl LayerFfn {
-    /// Reads the hot prefix.
+    /// Reads the hot prefix; `certified` asks for a certificate of the gates, which must then all be hot.
     pub(crate) fn load(
         split: &Arc<Split>,
         layer: usize,
         n_hot: usize,
+        certified: bool,
         run_bytes: usize,
         decoded_bytes: usize,
     ) -> Result<Self> {
@@ -62,8 +65,14 @@ impl LayerFfn {
         // A piece at a time: the decoder's buffers must not add a second copy of the layer to the peak.
         let chunks = n_hot.div_ceil(file.chunk_neurons());
         file.read_chunks(0..chunks, &mut hot[..n_hot * bundle_bytes])?;
+        let layout = *file.layout();
+        let gate = |n: usize, out: &mut [f32]| {
+            let bundle = &hot[n * bundle_bytes..(n + 1) * bundle_bytes];
+            unpack(layout.encoding(), layout.row(bundle, 0), out);
+        };
+        let certificate = if certified { Certificate::new(n_neurons, layout.hidden_size(), gate)? } else { None };
         let direct = Arc::new(DirectFile::open(file.path())?);
-        Ok(Self { file: direct, hot, n_hot, bundle_bytes, n_neurons, run_bytes, decoded_bytes, index })
+        Ok(Self { file: direct, hot, certificate, n_hot, bundle_bytes, n_neurons, run_bytes, decoded_bytes, index })
     }
 
     /// Whether reads bypass the page cache.
@@ -116,11 +125,16 @@ impl LayerFfn {
         mut disk: Option<&mut Disk<'_>>,
         account: &mut Account,
         sums: &mut FfnSums,
+        input: &mut QuantisedInput,
         x: &[f32],
     ) -> Result<()> {
         account.neurons_computed += self.n_neurons as u64;
         account.neurons_total += self.n_neurons as u64;
-        let hot = Span::Contiguous { first: 0, bytes: self.hot_bytes() };
+        let bytes = self.hot_bytes();
+        let hot = match &self.certificate {
+            Some(certificate) if sums.skip_zeros && input.set(x) => Span::Certified { bytes, certificate, input },
+            _ => Span::Contiguous { first: 0, bytes },
+        };
         account.bytes.host += sums.add(&compute.kernels, &mut compute.pool, x, hot);
         let mut first = self.n_hot;
         while first < self.n_neurons {

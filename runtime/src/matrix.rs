@@ -8,7 +8,7 @@ use crate::stream::Stream;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
-use thermocline_kernels::{AlignedBuf, Encoding, Kernels, MatrixRef, Pool, gemv};
+use thermocline_kernels::{AlignedBuf, Encoding, Kernels, MatrixRef, Pool, gemv, gemvs};
 use thermocline_split::{TensorEntry, TensorFile};
 
 /// What computing needs besides the weights.
@@ -80,6 +80,24 @@ impl Matrix {
 
     fn sub<'a>(&self, data: &'a [u8], rows: usize) -> MatrixRef<'a> {
         MatrixRef { encoding: self.encoding, rows, columns: self.entry.columns, data }
+    }
+
+    /// The products of several matrices with one token's `x`, one after the other in `out`, in one parallel loop, if all
+    /// their rows are in memory; false, and nothing done, if not.
+    pub(crate) fn apply_together<const N: usize>(
+        matrices: [&Self; N],
+        compute: &mut Compute,
+        account: &mut Account,
+        x: &[f32],
+        out: &mut [f32],
+    ) -> bool {
+        let together = matrices.iter().all(|m| m.streamed.is_empty());
+        if together {
+            account.bytes.host += matrices.iter().map(|m| m.pinned_bytes().len() as u64).sum::<u64>();
+            let parts = matrices.map(|m| m.sub(&m.pinned, m.pinned_rows));
+            gemvs(&compute.kernels, &mut compute.pool, parts, x, out);
+        }
+        together
     }
 
     /// `out[t, :] = W x[t, :]` for `n` tokens.

@@ -12,6 +12,7 @@ use crate::replay::{Replayed, Trace};
 use crate::{Error, Result};
 use serde::Serialize;
 use thermocline_datasets::Activation;
+use thermocline_kernels::{Certificate, Encoding, QuantisedInput};
 use thermocline_split::{Codec, Format, Split, TensorEntry};
 
 /// How neurons are chosen.
@@ -79,6 +80,9 @@ pub struct Plan {
     pub hot_neurons: Vec<usize>,
     /// Bytes of them.
     pub hot_bytes: u64,
+    /// Exact mode, if everything is in memory and there is room: 8-bit copies of the gates, which prove most of those that
+    /// are not positive.
+    pub certificate_bytes: u64,
     /// Slots for cold neurons of late.
     pub cache_slots: usize,
     /// Bytes of them.
@@ -166,14 +170,20 @@ impl Plan {
         let pinned_bytes = matrices.iter().zip(&pinned_rows).map(|(t, &r)| (r * t.row_bytes()) as u64).sum();
         let hot_bytes = hot.iter().sum::<usize>() as u64 * bundle;
         let cache_bytes = NeuronCache::bytes(cache_slots, bundle as usize, config.n_layers, n);
+        let taken: u64 = fixed.total() + pinned_bytes + hot_bytes + cache_bytes;
+        let certificate_bytes = match certificate_bytes(split, &request) {
+            bytes if fixed.staging == 0 && taken.saturating_add(bytes) <= budget => bytes,
+            _ => 0,
+        };
         let mut plan = Self {
             request,
-            total_bytes: fixed.total() + pinned_bytes + hot_bytes + cache_bytes,
+            total_bytes: taken + certificate_bytes,
             fixed,
             pinned_rows,
             pinned_bytes,
             hot_neurons: hot,
             hot_bytes,
+            certificate_bytes,
             cache_slots,
             cache_bytes,
             dense_bytes: split.dense_bytes(),
@@ -210,7 +220,8 @@ impl Plan {
         let total = (config.n_layers * config.intermediate_size) as f64;
         match (self.request.mode, replayed) {
             (Mode::Exact, _) => {
-                ram += self.hot_bytes as f64 * rows_read(split)?;
+                ram += self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
+                ram += self.certificate_bytes as f64;
                 for (file, &hot) in split.layers().iter().zip(&self.hot_neurons) {
                     let cold = &file.index()[hot.div_ceil(file.chunk_neurons())..];
                     disk += cold.iter().map(|e| f64::from(e.stored_bytes)).sum::<f64>();
@@ -344,9 +355,28 @@ pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
     if compressed { (2 * run_bytes).max(largest) } else { 0 }
 }
 
-/// The share of its rows that exact mode is expected to read: gates always, up rows where the gate is positive, down
-/// rows of neurons that fire. Gates and ups of dReLU are taken as independent and alike.
-fn rows_read(split: &Split) -> Result<f64> {
+/// The widest rows that are certified: what 8 bits leave out of a row, times the input, is about a hundredth of the two
+/// norms' product, and the dot product of rows that have nothing to do with each other is that product over the square root
+/// of the width: here the third part is lost in the bound, and twice as wide rows lose nearly half.
+const CERTIFIED_COLUMNS: usize = 1024;
+
+/// What certificates of all gates take; none where they do not pay. Only in bf16 is an 8-bit copy less to read than the
+/// gate itself.
+fn certificate_bytes(split: &Split, request: &PlanRequest) -> u64 {
+    let config = &split.manifest().config;
+    let encoding = split.layers()[0].layout().encoding();
+    let pays = encoding == Encoding::Bf16 && config.hidden_size <= CERTIFIED_COLUMNS;
+    if request.mode != Mode::Exact || !config.activation.is_sparse() || !pays {
+        return 0;
+    }
+    let layer = Certificate::bytes(config.intermediate_size, config.hidden_size);
+    config.n_layers as u64 * layer + QuantisedInput::bytes(config.hidden_size)
+}
+
+/// The share of its rows that exact mode is expected to read: gates always, or if `certified` where they are positive, up
+/// rows where the gate is positive, down rows of neurons that fire. Gates and ups of dReLU are taken as independent and
+/// alike; an up row read first there spares the gate.
+fn rows_read(split: &Split, certified: bool) -> Result<f64> {
     let config = &split.manifest().config;
     if !config.activation.is_sparse() {
         return Ok(1.0);
@@ -356,7 +386,7 @@ fn rows_read(split: &Split) -> Result<f64> {
         let rates = activation_rates(split, l)?;
         let fires = rates.iter().map(|&r| f64::from(r)).sum::<f64>() / rates.len().max(1) as f64;
         let positive = if config.activation == Activation::Drelu { fires.sqrt() } else { fires };
-        share += (1.0 + positive + fires) / 3.0;
+        share += if certified { positive + 2.0 * fires } else { 1.0 + positive + fires } / 3.0;
     }
     Ok(share / config.n_layers as f64)
 }

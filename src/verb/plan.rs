@@ -51,6 +51,9 @@ pub fn print(plan: &Plan) {
     row("matrices", plan.pinned_bytes, "embedding, attention, head".to_owned());
     let (hot, layers) = (plan.hot_neurons.iter().sum::<usize>(), plan.hot_neurons.len());
     row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
+    if plan.certificate_bytes > 0 {
+        row("gate certificates", plan.certificate_bytes, "8-bit copies of the gates".to_owned());
+    }
     let expected = match plan.cache_slots {
         0 => String::new(),
         n => format!(

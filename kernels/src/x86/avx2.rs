@@ -178,3 +178,37 @@ unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32]) {
         *y += one_bf16(row, j) * a;
     }
 }
+
+/// Dot products of 32 interleaved rows of unsigned codes with the input's upper and lower bytes. Bytes are taken as
+/// 16-bit numbers, the even and the odd ones apart: a product of bytes would saturate.
+///
+/// # Safety
+/// The CPU has AVX2; `codes` holds 128 bytes for each element of `x`.
+#[target_feature(enable = "avx2")]
+pub(crate) unsafe fn certificate_sums(codes: &[u8], x: &[[i32; 2]]) -> [[i32; 32]; 2] {
+    let mut sums = [[_mm256_setzero_si256(); 4]; 2];
+    let low_bytes = _mm256_set1_epi16(0xff);
+    for (step, x) in x.iter().enumerate() {
+        let x = x.map(|x| {
+            let x = _mm256_set1_epi32(x);
+            [_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x)]
+        });
+        for r in 0..4 {
+            // SAFETY: the 128 bytes of this step lie inside `codes` by contract.
+            let rows = unsafe { _mm256_loadu_si256(codes.as_ptr().add(128 * step + 32 * r).cast()) };
+            let (even, odd) = (_mm256_and_si256(rows, low_bytes), _mm256_srli_epi16::<8>(rows));
+            for (sums, x) in sums.iter_mut().zip(x) {
+                let products = _mm256_add_epi32(_mm256_madd_epi16(even, x[0]), _mm256_madd_epi16(odd, x[1]));
+                sums[r] = _mm256_add_epi32(sums[r], products);
+            }
+        }
+    }
+    let mut out = [[0; 32]; 2];
+    for (out, sums) in out.iter_mut().zip(sums) {
+        for (r, sum) in sums.into_iter().enumerate() {
+            // SAFETY: eight sums are a quarter of the array.
+            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast::<__m256i>().add(r), sum) };
+        }
+    }
+    out
+}

@@ -7,7 +7,8 @@
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use crate::{Encoding, GROUP, RowRef};
+use crate::certificate::{Factors, MARGIN};
+use crate::{Encoding, GROUP, PREFETCH_BYTES, QuantisedInput, RowRef};
 use std::arch::x86_64::*;
 
 /// # Safety
@@ -242,5 +243,60 @@ unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32]) {
             let v = _mm512_maskz_loadu_ps(tail(rest), p);
             _mm512_mask_storeu_ps(p, tail(rest), _mm512_fmadd_ps(w, a, v));
         }
+    }
+}
+
+/// Which of 32 interleaved rows of unsigned codes have a certified negative dot product: a bit for each.
+///
+/// # Safety
+/// The CPU has AVX-512 F, BW, VL and VNNI; `codes` holds 128 bytes for each element of the input.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(crate) unsafe fn certificate(codes: &[u8], factors: &Factors, x: &QuantisedInput) -> u32 {
+    // Steps in pairs with sums of their own: one alone would wait four cycles for its own last addition.
+    let (mut even, mut odd) = ([_mm512_setzero_si512(); 4], [_mm512_setzero_si512(); 4]);
+    let (pairs, last) = x.codes.as_chunks::<2>();
+    let codes = codes.as_ptr();
+    for (i, pair) in pairs.iter().enumerate() {
+        // SAFETY: the bytes of the steps 2 i and 2 i + 1 lie inside `codes` by contract.
+        unsafe {
+            add_step(codes.add(256 * i), pair[0], &mut even);
+            add_step(codes.add(256 * i + 128), pair[1], &mut odd);
+        }
+    }
+    for x in last {
+        // SAFETY: as above, for the last step.
+        unsafe { add_step(codes.add(256 * pairs.len()), *x, &mut even) };
+    }
+    let offsets = x.offsets.map(|o| _mm512_set1_epi32(o));
+    let sum = |i: usize| _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(even[i], odd[i]), offsets[i / 2]));
+    let half = |r: usize| {
+        // SAFETY: sixteen floats from 16 r on lie inside each array.
+        let [scale, error, norm] =
+            unsafe { [&factors.scale, &factors.error, &factors.norm].map(|f| _mm512_loadu_ps(f.as_ptr().add(16 * r))) };
+        let (upper, lower) = (_mm512_mul_ps(sum(r), _mm512_set1_ps(256.0)), sum(2 + r));
+        let value = _mm512_mul_ps(_mm512_add_ps(upper, lower), _mm512_mul_ps(scale, _mm512_set1_ps(x.scale)));
+        let left_out = _mm512_mul_ps(error, _mm512_set1_ps(x.norm));
+        let bound = _mm512_add_ps(left_out, _mm512_mul_ps(norm, _mm512_set1_ps(x.error)));
+        _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_add_ps(value, bound), _mm512_set1_ps(-MARGIN))
+    };
+    u32::from(half(0)) | u32::from(half(1)) << 16
+}
+
+/// Adds four columns of 32 rows to their sums: by the upper bytes, then by the lower.
+///
+/// # Safety
+/// `codes` points to 128 bytes; AVX-512 as above.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn add_step(codes: *const u8, x: [i32; 2], sums: &mut [__m512i; 4]) {
+    // A prefetch reaches nothing that a program could see, whatever the address; the stream is sequential, but short.
+    _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(PREFETCH_BYTES).cast());
+    _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(PREFETCH_BYTES + 64).cast());
+    let [upper, lower] = x.map(|x| _mm512_set1_epi32(x));
+    // SAFETY: 128 readable bytes by contract.
+    let rows = unsafe { [_mm512_loadu_si512(codes.cast()), _mm512_loadu_si512(codes.add(64).cast())] };
+    for r in 0..2 {
+        sums[r] = _mm512_dpbusd_epi32(sums[r], rows[r], upper);
+        sums[2 + r] = _mm512_dpbusd_epi32(sums[2 + r], rows[r], lower);
     }
 }
