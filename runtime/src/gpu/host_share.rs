@@ -65,11 +65,12 @@ impl HostShare {
             panicked: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
         });
+        let seen = shared.request_flag.words()[0].load(Ordering::Acquire);
         let mut all = Self { shared, threads: Vec::new() };
         for (t, member) in Member::team(n_threads, model.layout.hidden_size()).into_iter().enumerate() {
             let shared = Arc::clone(&all.shared);
             let thread = std::thread::Builder::new().name(format!("host-{t}")).spawn(move || {
-                if catch_unwind(AssertUnwindSafe(|| work(&shared, member))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| work(&shared, member, seen))).is_err() {
                     shared.panicked.store(true, Ordering::SeqCst);
                     shared.result_flag.words()[0].store(GIVEN_UP, Ordering::SeqCst);
                 }
@@ -146,12 +147,12 @@ impl Drop for HostShare {
     }
 }
 
-/// What a thread does until it is stopped.
-fn work(shared: &Shared, mut member: Member) {
+/// What a thread does until it is stopped. `seen` is the last request that is not for it: a thread that starts late must
+/// not take the first one for an old one.
+fn work(shared: &Shared, mut member: Member, mut seen: u32) {
     let kernels = Kernels::detect();
     let (t, n_threads) = (member.number(), member.n_members());
     let mut x = vec![0.0f32; shared.layout.hidden_size()];
-    let mut seen = shared.request_flag.words()[0].load(Ordering::Acquire);
     while let Some(flag) = next_request(shared, seen) {
         seen = flag;
         let layer = (flag.wrapping_sub(1) % shared.cold.len() as u32) as usize;
