@@ -108,6 +108,10 @@ mod gpu {
                 }
                 Ok(None)
             }
+            (Err(e @ (CudaError::NoDriver | CudaError::NoDevice { .. })), _) => {
+                let reason = format!("{e}; leave it out, or give 0, to run on the CPU with --ram-budget");
+                Err(Error::Setting { flag: "--vram-budget", reason }.into())
+            }
             (Err(e), _) => Err(Error::from(e).into()),
         }
     }

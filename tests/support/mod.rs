@@ -29,6 +29,8 @@ pub fn thermocline() -> Command {
     }
     // And without the caller's settings file.
     command.env("XDG_CONFIG_HOME", "/nonexistent").env("COLUMNS", "100");
+    // And on the CPU, whatever the machine has.
+    command.env("THERMOCLINE_VRAM_BUDGET", "0");
     command
 }
 
@@ -48,7 +50,12 @@ impl From<Output> for Ran {
 
 /// Runs the binary; `args` may hold paths.
 pub fn run(args: &[&str]) -> Ran {
-    thermocline().args(args).output().unwrap().into()
+    let mut command = thermocline();
+    if args.contains(&"--help") {
+        // Help shows what the environment says.
+        command.env_remove("THERMOCLINE_VRAM_BUDGET");
+    }
+    command.args(args).output().unwrap().into()
 }
 
 /// Runs the binary, which must succeed.
