@@ -36,9 +36,9 @@ pub struct GpuRequest {
     pub vram_budget_bytes: u64,
     /// Bytes that the driver has taken for the context already.
     pub context_bytes: u64,
-    /// Multiprocessors: the fused kernel's sums are one row for each block.
+    /// Blocks of the fused kernel: its sums are one row for each.
     pub n_blocks: usize,
-    /// Slots of the device cache: `None` leaves it to the replay, 0 is none.
+    /// Share of the memory for neurons that is cache; `None` leaves it to the replay.
     pub cache_share: Option<f64>,
 }
 
