@@ -22,26 +22,23 @@ pub(crate) struct Replayed {
     pub disk_bytes: f64,
 }
 
+/// One layer's active sets: bitmaps `[n_tokens, ceil(n_neurons / 8)]`.
+pub(crate) fn layer_bits(split: &Split, layer: usize) -> Result<Vec<u8>> {
+    let (file, name) = (split.statistics(), format!("layers.{layer}.trace"));
+    let n_tokens = file.entry("trace.token")?.rows;
+    let bits = file.read(&name)?;
+    if bits.len() == n_tokens * split.manifest().config.intermediate_size.div_ceil(8) {
+        return Ok(bits);
+    }
+    let (path, reason) = (file.path().to_owned(), format!("{} bytes for {n_tokens} tokens", bits.len()));
+    Err(thermocline_split::Error::Corrupt { path, field: name, reason }.into())
+}
+
 impl Trace {
     pub(crate) fn load(split: &Split) -> Result<Self> {
         let config = &split.manifest().config;
-        let file = split.statistics();
-        let n_tokens = file.entry("trace.token")?.rows;
-        let width = config.intermediate_size.div_ceil(8);
-        let mut layers = Vec::with_capacity(config.n_layers);
-        for l in 0..config.n_layers {
-            let name = format!("layers.{l}.trace");
-            let bits = file.read(&name)?;
-            if bits.len() != n_tokens * width {
-                return Err(thermocline_split::Error::Corrupt {
-                    path: file.path().to_owned(),
-                    field: name,
-                    reason: format!("{} bytes for {n_tokens} tokens", bits.len()),
-                }
-                .into());
-            }
-            layers.push(bits);
-        }
+        let n_tokens = split.statistics().entry("trace.token")?.rows;
+        let layers = (0..config.n_layers).map(|l| layer_bits(split, l)).collect::<Result<_>>()?;
         Ok(Self { layers, n_tokens, n_neurons: config.intermediate_size })
     }
 

@@ -54,7 +54,7 @@ impl GpuEngine {
         for layer in model.layers.iter().filter(|l| l.cache.n_sets > 0) {
             device.fill(&layer.cache.slot_of, 0xff)?;
             device.fill(&layer.cache.owner, 0xff)?;
-            // Every byte 0xff is NaN; this is -3.4e38, older than any use.
+            // -1.7e38 in every place: older than any use.
             device.fill(&layer.cache.key, 0xfe)?;
             device.fill(&layer.cache.used, 0)?;
         }

@@ -63,18 +63,8 @@ pub(super) struct Replayed {
 
 impl LayerTrace {
     pub(super) fn load(split: &Split, layer: usize) -> Result<Self> {
-        let (file, name) = (split.statistics(), format!("layers.{layer}.trace"));
-        let n_tokens = file.entry("trace.token")?.rows;
         let width = split.manifest().config.intermediate_size.div_ceil(8);
-        let bits = file.read(&name)?;
-        if bits.len() != n_tokens * width {
-            return Err(thermocline_split::Error::Corrupt {
-                path: file.path().to_owned(),
-                field: name,
-                reason: format!("{} bytes for {n_tokens} tokens", bits.len()),
-            }
-            .into());
-        }
+        let bits = crate::replay::layer_bits(split, layer)?;
         let ones = |row: &[u8]| -> Vec<u32> {
             let bits =
                 row.iter().enumerate().flat_map(|(i, b)| (0..8).filter(move |j| b >> j & 1 == 1).map(move |j| (i, j)));
