@@ -30,7 +30,7 @@ def run_llama():
 
 
 def run_ours(mode):
-    command = [args.thermocline, "bench", "-m", args.split, "--mode", mode, "-t", str(args.threads), "--n-prompt", "16",
+    command = [args.thermocline, "bench", "-m", args.split, "--vram-budget", "0", "--mode", mode, "-t", str(args.threads), "--n-prompt", "16",
                "--n-gen", str(args.tokens), "-r", "3", "--json"]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return report["decode_tok_s"]["median"], report

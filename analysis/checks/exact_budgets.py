@@ -27,7 +27,8 @@ for prompt in PROMPTS:
     base = None
     for share in (None, 0.5, 0.25):
         budget = "auto" if share is None else f"{int(dense * share)}B"
-        out = call("run", "-m", args.split, "-p", prompt, "-n", str(args.tokens), "--temp", "0", "--ignore-eos", "--ram-budget", budget)
+        out = call("run", "-m", args.split, "-p", prompt, "-n", str(args.tokens), "--temp", "0", "--ignore-eos", "--ram-budget", budget,
+                   "--vram-budget", "0")
         base = base or out["tokens"]
         same = out["tokens"] == base
         differences += not same

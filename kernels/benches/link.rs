@@ -4,7 +4,7 @@
 //!     cargo bench -p thermocline-kernels --bench link
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, WorkList, ffn, ffn_blocks};
+use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, WorkList, ffn, ffn_blocks, host_item};
 use thermocline_kernels::cuda::{Device, Queue};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
 
@@ -59,7 +59,7 @@ fn main() {
             let items: Vec<[u32; 2]> = (0..n)
                 .map(|_| {
                     state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                    [0x4000_0000 | ((state >> 33) % n_pool as u64) as u32, u32::MAX]
+                    host_item((state >> 33) as usize % n_pool)
                 })
                 .collect();
             device.write(&work.items, bytemuck::cast_slice(&items)).unwrap();

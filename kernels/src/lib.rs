@@ -41,4 +41,4 @@ pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows, gemvs};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};
-pub use team::{Broken, Member};
+pub use team::{Broken, Member, pause};

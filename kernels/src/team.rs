@@ -6,6 +6,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// Spins before a waiting thread lets others run: on a busy machine one of them may be what it waits for.
 const SPINS_TO_YIELD: u32 = 20_000;
 
+/// One turn of a thread that waits for another without sleeping; `spins` counts them.
+pub fn pause(spins: &mut u32) {
+    *spins = spins.wrapping_add(1);
+    if spins.is_multiple_of(SPINS_TO_YIELD) {
+        std::thread::yield_now();
+    } else {
+        std::hint::spin_loop();
+    }
+}
+
 /// Threads that add up vectors together: each its own part, then each some columns of all parts.
 ///
 /// Two meetings of all threads and no lock: an exchange takes a few microseconds, where a layer's work is some tens.
@@ -107,12 +117,7 @@ impl Member {
             if self.team.broken.load(Ordering::Relaxed) {
                 return Err(Broken);
             }
-            spins += 1;
-            if spins.is_multiple_of(SPINS_TO_YIELD) {
-                std::thread::yield_now();
-            } else {
-                std::hint::spin_loop();
-            }
+            pause(&mut spins);
         }
         Ok(())
     }

@@ -56,7 +56,4 @@ pub struct Account {
     pub disk_wait: Duration,
     /// With a GPU: the part of `bytes.host` that the device read over the link; the host's threads read the rest.
     pub link_bytes: u64,
-    /// The device's own counters when they were last read.
-    #[cfg(feature = "cuda")]
-    pub(crate) device_totals: [u64; 5],
 }

@@ -392,7 +392,7 @@ fn rows_read(split: &Split, certified: bool) -> Result<f64> {
 }
 
 /// One layer's activation rates in split order, `[intermediate_size]`.
-pub(crate) fn activation_rates(split: &Split, layer: usize) -> Result<Vec<f32>> {
+fn activation_rates(split: &Split, layer: usize) -> Result<Vec<f32>> {
     let name = format!("layers.{layer}.activation_rate");
     let rates = split.statistics().read_f32(&name)?;
     let n = split.manifest().config.intermediate_size;
@@ -403,25 +403,33 @@ pub(crate) fn activation_rates(split: &Split, layer: usize) -> Result<Vec<f32>> 
     Err(thermocline_split::Error::Corrupt { path, field: name, reason }.into())
 }
 
+/// The layer of every neuron, by falling activation rate over all layers.
+pub(crate) fn layers_by_rate(split: &Split) -> Result<Vec<u32>> {
+    let mut rates = Vec::new();
+    for l in 0..split.layers().len() {
+        rates.extend(activation_rates(split, l)?.into_iter().map(|r| (r, l as u32)));
+    }
+    rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    Ok(rates.into_iter().map(|(_, l)| l).collect())
+}
+
+/// The prefix of each layer, in whole chunks, that holds its part of the first `n` of `layers_by_rate`.
+pub(crate) fn hot_prefixes(split: &Split, layers_by_rate: &[u32], n: usize) -> Vec<usize> {
+    let mut hot = vec![0usize; split.layers().len()];
+    layers_by_rate.iter().take(n).for_each(|&l| hot[l as usize] += 1);
+    let n_neurons = split.manifest().config.intermediate_size;
+    hot.iter().zip(split.layers()).map(|(&h, file)| whole_chunks(h, file.chunk_neurons(), n_neurons)).collect()
+}
+
 /// Divides `left` bytes between hot prefix and cache: the division whose replay reads the fewest bytes from disk.
 fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize, Replayed)> {
     let config = &split.manifest().config;
     let (n, bundle) = (config.intermediate_size, split.layers()[0].layout().bundle_bytes() as u64);
-    let mut rates = Vec::with_capacity(config.n_layers * n);
-    for l in 0..config.n_layers {
-        rates.extend(activation_rates(split, l)?.into_iter().map(|r| (r, l)));
-    }
-    rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let hottest = layers_by_rate(split)?;
     let mut best: Option<(Vec<usize>, usize, Replayed)> = None;
     for quarters in 0..=4u64 {
         let hot_budget = left / 4 * quarters;
-        let mut hot = vec![0usize; config.n_layers];
-        for (_, l) in rates.iter().take((hot_budget / bundle) as usize) {
-            hot[*l] += 1;
-        }
-        for (h, file) in hot.iter_mut().zip(split.layers()) {
-            *h = whole_chunks(*h, file.chunk_neurons(), n);
-        }
+        let hot = hot_prefixes(split, &hottest, (hot_budget / bundle) as usize);
         let used = hot.iter().sum::<usize>() as u64 * bundle;
         let tables = NeuronCache::bytes(1, bundle as usize, config.n_layers, n);
         let cold = config.n_layers * n - hot.iter().sum::<usize>();

@@ -133,7 +133,7 @@ impl Sampler {
 }
 
 /// The first of the largest; the first token if there is none.
-fn greedy(logits: &[f32]) -> u32 {
+pub(crate) fn greedy(logits: &[f32]) -> u32 {
     // The maximum first, which vectorises, then its place.
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     logits.iter().position(|&l| l == max).unwrap_or(0) as u32

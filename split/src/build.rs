@@ -178,7 +178,6 @@ fn build(
     let mut resumed_layers = 0;
     for l in 0..config.n_layers {
         progress(l, config.n_layers + 1);
-        let file = format!("layers/{l:03}.thm");
         if partial.has_layer(l) {
             resumed_layers += 1;
         } else {
@@ -189,8 +188,7 @@ fn build(
             layer_file::write_layer(&path, l, &layout, ids, bundles, chunk_neurons, options.compression)?;
             partial.finish_layer(l, &packed)?;
         }
-        let written = layer_file::LayerFile::open(&dir.join(&file))?;
-        layers.push(LayerEntry { file, file_bytes: written.file_bytes(), checksum: written.checksum() });
+        layers.push(layer_entry(dir, l)?);
     }
     progress(config.n_layers, config.n_layers + 1);
     let resident = write_resident(checkpoint, profile, options, dir)?;
@@ -224,6 +222,13 @@ fn build(
     progress(config.n_layers + 1, config.n_layers + 1);
     let path = out.to_owned();
     Ok(SplitReport { path, bytes, ffn_bytes, order, chunk_neurons, over_fetch, resumed_layers })
+}
+
+/// What the manifest says of a layer that is written.
+pub(crate) fn layer_entry(dir: &Path, l: usize) -> Result<LayerEntry> {
+    let file = format!("layers/{l:03}.thm");
+    let written = layer_file::LayerFile::open(&dir.join(&file))?;
+    Ok(LayerEntry { file, file_bytes: written.file_bytes(), checksum: written.checksum() })
 }
 
 /// The activation rates that order the neurons.

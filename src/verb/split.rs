@@ -89,15 +89,7 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
     if args.json {
         return output::json(&report);
     }
-    println!(
-        "{}: {}, of which neurons {}",
-        report.path.display(),
-        format_bytes(report.bytes),
-        format_bytes(report.ffn_bytes)
-    );
-    if report.resumed_layers > 0 {
-        println!("{} layers were there from an interrupted run", report.resumed_layers);
-    }
+    print_size(&report.path, report.bytes, report.ffn_bytes, report.resumed_layers);
     let (m, p) = (&report.measured, model.statistics());
     let percent = |v: f64| format!("{:.1} %", 100.0 * v);
     println!("over {} tokens, all layers:      planted    measured", m.trace_tokens);
@@ -145,16 +137,16 @@ pub fn make(
     Ok(report?)
 }
 
-fn print(report: &SplitReport) {
-    println!(
-        "{}: {}, of which neurons {}",
-        report.path.display(),
-        format_bytes(report.bytes),
-        format_bytes(report.ffn_bytes)
-    );
-    if report.resumed_layers > 0 {
-        println!("{} layers were there from an interrupted run", report.resumed_layers);
+/// What was written, and what was there already.
+fn print_size(path: &Path, bytes: u64, ffn_bytes: u64, resumed_layers: usize) {
+    println!("{}: {}, of which neurons {}", path.display(), format_bytes(bytes), format_bytes(ffn_bytes));
+    if resumed_layers > 0 {
+        println!("{resumed_layers} layers were there from an interrupted run");
     }
+}
+
+fn print(report: &SplitReport) {
+    print_size(&report.path, report.bytes, report.ffn_bytes, report.resumed_layers);
     println!("order {}, {} neurons a chunk; neurons read per neuron used:", report.order.name(), report.chunk_neurons);
     print!("{:>14}", "chunk");
     TABLE_CHUNKS.iter().for_each(|c| print!("{c:>8}"));

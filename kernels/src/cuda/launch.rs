@@ -376,6 +376,16 @@ pub struct WorkList {
     pub totals: View,
 }
 
+/// The item of a neuron in device memory for good.
+pub fn hot_item(neuron: usize) -> [u32; 2] {
+    [neuron as u32, u32::MAX]
+}
+
+/// The item of a cold neuron that is read from host memory and fills no slot.
+pub fn host_item(cold: usize) -> [u32; 2] {
+    [0x4000_0000 | cold as u32, u32::MAX]
+}
+
 /// Selects the active neurons of a layer, looks them up in the cache, and divides the work.
 #[derive(Debug, Clone, Copy)]
 pub struct Choose<'a> {

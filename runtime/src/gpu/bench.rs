@@ -6,6 +6,7 @@ use crate::account::TierBytes;
 use crate::bench::{BenchSettings, Timing, bench_token};
 use crate::decoder::Decoder;
 use crate::hardware::peak_rss_bytes;
+use crate::sampler::greedy;
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
@@ -51,11 +52,6 @@ pub struct GpuBenchReport {
     pub peak_rss_bytes: u64,
 }
 
-fn likeliest(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-    best.map_or(0, |(token, _)| token as u32)
-}
-
 impl GpuEngine {
     /// Measures prompt and decode speed, with the tokens of [`crate::bench()`].
     ///
@@ -80,7 +76,7 @@ impl GpuEngine {
             let begin = Instant::now();
             for i in 0..settings.n_gen {
                 let token = if settings.greedy && !logits.is_empty() {
-                    likeliest(&logits)
+                    greedy(&logits)
                 } else {
                     bench_token(settings.n_prompt + i, vocab_size)
                 };

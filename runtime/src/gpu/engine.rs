@@ -11,7 +11,7 @@ use crate::plan::Mode;
 use crate::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use thermocline_kernels::cuda::launch::{Bundles, ffn};
+use thermocline_kernels::cuda::launch::{Bundles, ffn, host_item};
 use thermocline_kernels::cuda::{Device, Graph, Queue};
 use thermocline_split::{Flaw, Split};
 
@@ -33,6 +33,8 @@ pub struct GpuEngine {
     /// Tokens that were ever computed; the caches' clock.
     serial: u32,
     speeds: GpuSpeeds,
+    /// The kernels' own counters when they were last read: over the link, cached, hot, host, active.
+    totals: [u64; 5],
     account: Account,
 }
 
@@ -58,32 +60,21 @@ impl GpuEngine {
             device.fill(&layer.cache.key, 0xfe)?;
             device.fill(&layer.cache.used, 0)?;
         }
-        let streams = plan.pinned_bytes > 0 && plan.hot_neurons.iter().any(|&h| h < config.intermediate_size);
-        let wanted = streams && matches!(plan.request.base.mode, Mode::Sparse { .. }) && host_share != Some(0.0);
+        let is_cold = plan.hot_neurons.iter().any(|&h| h < config.intermediate_size);
+        let wanted = is_cold && matches!(plan.request.base.mode, Mode::Sparse { .. }) && host_share != Some(0.0);
         let host =
             wanted.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
-        let mut engine = Self {
-            // A graph of nothing, until the share is known.
-            token: device.capture(|| Ok(()))?,
-            split: Arc::new(split),
-            plan,
-            device,
-            model,
-            host,
-            host_share: 0.0,
-            len: 0,
-            serial: 0,
-            speeds: GpuSpeeds { device: f64::INFINITY, link: f64::INFINITY, host: 0.0 },
-            account: Account::default(),
-        };
-        engine.speeds = engine.measure()?;
-        engine.host_share = match host_share {
+        let mut serial = 0;
+        let speeds = measure(&device, &model, config.intermediate_size, host.as_ref(), &mut serial)?;
+        let host_share = match host_share {
             Some(share) => share.clamp(0.0, 1.0),
-            None if engine.host.is_some() => engine.plan.predict(&engine.speeds).host_share as f32,
+            None if host.is_some() => plan.predict(&speeds).host_share as f32,
             None => 0.0,
         };
-        engine.token = token::record(&engine.device, &config, &engine.plan, &engine.model, engine.host_share)?;
-        Ok(engine)
+        let token = token::record(&device, &config, &plan, &model, host_share)?;
+        let (split, account) = (Arc::new(split), Account::default());
+        let totals = [0; 5];
+        Ok(Self { split, plan, device, model, host, host_share, token, len: 0, serial, speeds, totals, account })
     }
 
     /// What is where.
@@ -237,8 +228,8 @@ impl GpuEngine {
                 half(2 * i) | half(2 * i + 1) << 32
             };
             let now = [total(1), total(2), total(3), total(4), total(5)];
-            let [link, cached, hot, host, active] = std::array::from_fn(|i| now[i] - a.device_totals[i]);
-            a.device_totals = now;
+            let [link, cached, hot, host, active] = std::array::from_fn(|i| now[i] - self.totals[i]);
+            self.totals = now;
             bytes.device += hot * bundle;
             bytes.cache += cached * bundle;
             bytes.host += link * bundle + host_bytes;
@@ -252,46 +243,51 @@ impl GpuEngine {
         a.bytes.cache += bytes.cache;
         a.bytes.host += bytes.host;
     }
+}
 
-    /// Device memory by a copy within it, the link by the fused kernel on cold neurons alone, the host by its threads.
-    fn measure(&mut self) -> Result<GpuSpeeds> {
-        let device = &self.device;
-        // The largest buffers that are free now: pieces of prompt batches.
-        let [to, from] = &self.model.prefill.rows[0];
-        let best = |bytes: f64, work: &dyn Fn() -> Result<()>| -> Result<f64> {
-            let mut best = 0.0f64;
-            for _ in 0..4 {
-                let begin = device.record()?;
-                work()?;
-                let ms = device.record()?.since(&begin)?;
-                best = best.max(bytes / (ms * 1e-3));
-            }
-            Ok(best)
-        };
-        const COPIES: usize = 8;
-        let copied = 2.0 * (to.len() * COPIES) as f64;
-        let memory = best(copied, &|| (0..COPIES).try_for_each(|_| Ok(device.copy(Queue::Compute, to, from)?)))?;
-        let bundle = self.model.layout.bundle_bytes();
-        let layer = self.model.layers.iter().max_by_key(|l| l.cold.len());
-        let Some(layer) = layer.filter(|l| l.n_hot < self.split.manifest().config.intermediate_size) else {
-            return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0 });
-        };
-        let n_cold = self.split.manifest().config.intermediate_size - layer.n_hot;
-        let n = PROBE_NEURONS.min(n_cold);
-        let s = &self.model.scratch;
-        let items: Vec<[u32; 2]> = (0..n).map(|i| [0x4000_0000 | (i * n_cold / n) as u32, u32::MAX]).collect();
-        device.write(&s.work.items, bytemuck::cast_slice(&items))?;
-        device.write(&s.work.counts, bytemuck::cast_slice(&[n as u32, n as u32, 0, 0, 0, n as u32, 0, 0]))?;
-        device.fill(&s.normed, 0)?;
-        let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots };
-        let link = best((n * bundle) as f64, &|| {
-            let (m, blocks) = (&self.model, self.model.n_blocks);
-            Ok(ffn(device, m.layout, m.activation, &s.work, bundles, &s.normed, blocks, &s.partial)?)
-        })?;
-        device.synchronize()?;
-        let host = self.host.as_ref().map_or(0.0, |h| h.measure(PROBE_NEURONS, &mut self.serial));
-        Ok(GpuSpeeds { device: memory, link, host })
-    }
+/// Device memory by a copy within it, the link by the fused kernel on cold neurons alone, the host by its threads, which
+/// take numbers of tokens after `serial`.
+fn measure(
+    device: &Device,
+    model: &Model,
+    n_neurons: usize,
+    host: Option<&HostShare>,
+    serial: &mut u32,
+) -> Result<GpuSpeeds> {
+    // The largest buffers that are free now: pieces of prompt batches.
+    let [to, from] = &model.prefill.rows[0];
+    let best = |bytes: f64, work: &dyn Fn() -> Result<()>| -> Result<f64> {
+        let mut best = 0.0f64;
+        for _ in 0..4 {
+            let begin = device.record()?;
+            work()?;
+            let ms = device.record()?.since(&begin)?;
+            best = best.max(bytes / (ms * 1e-3));
+        }
+        Ok(best)
+    };
+    const COPIES: usize = 8;
+    let copied = 2.0 * (to.len() * COPIES) as f64;
+    let memory = best(copied, &|| (0..COPIES).try_for_each(|_| Ok(device.copy(Queue::Compute, to, from)?)))?;
+    let layer = model.layers.iter().max_by_key(|l| l.cold.len());
+    let Some(layer) = layer.filter(|l| l.n_hot < n_neurons) else {
+        return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0 });
+    };
+    let n_cold = n_neurons - layer.n_hot;
+    let n = PROBE_NEURONS.min(n_cold);
+    let s = &model.scratch;
+    let items: Vec<[u32; 2]> = (0..n).map(|i| host_item(i * n_cold / n)).collect();
+    device.write(&s.work.items, bytemuck::cast_slice(&items))?;
+    device.write(&s.work.counts, bytemuck::cast_slice(&[n as u32, n as u32, 0, 0, 0, n as u32, 0, 0]))?;
+    device.fill(&s.normed, 0)?;
+    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots };
+    let link = best((n * model.layout.bundle_bytes()) as f64, &|| {
+        let blocks = model.n_blocks;
+        Ok(ffn(device, model.layout, model.activation, &s.work, bundles, &s.normed, blocks, &s.partial)?)
+    })?;
+    device.synchronize()?;
+    let host = host.map_or(0.0, |h| h.measure(PROBE_NEURONS, serial));
+    Ok(GpuSpeeds { device: memory, link, host })
 }
 
 impl Decoder for GpuEngine {

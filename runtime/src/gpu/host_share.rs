@@ -14,13 +14,10 @@ use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
 use thermocline_kernels::cuda::launch::flag_value;
-use thermocline_kernels::{BundleLayout, Kernels, Member};
+use thermocline_kernels::{BundleLayout, Kernels, Member, pause};
 
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
-
-/// Spins before a waiting thread lets others run: on a busy machine one of them may be what it waits for.
-const SPINS_TO_YIELD: u32 = 20_000;
 
 /// The threads. They sleep until [`HostShare::wake`].
 #[derive(Debug)]
@@ -198,14 +195,5 @@ fn next_request(shared: &Shared, seen: u32) -> Option<u32> {
             std::thread::park_timeout(Duration::from_millis(100));
         }
         pause(&mut spins);
-    }
-}
-
-fn pause(spins: &mut u32) {
-    *spins = spins.wrapping_add(1);
-    if spins.is_multiple_of(SPINS_TO_YIELD) {
-        std::thread::yield_now();
-    } else {
-        std::hint::spin_loop();
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::cuda::launch::{
-    CacheTables, DeviceMatrix, HostResult, HostWork, Nonlinearity, Step, WorkList, ffn_blocks,
+    CacheTables, DeviceMatrix, HostResult, HostWork, Nonlinearity, Step, WorkList, ffn_blocks, host_item, hot_item,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
@@ -460,8 +460,8 @@ impl Loader<'_> {
     /// its part of the slow ones.
     fn list_all(&self, n_hot: usize, shared: &WorkList) -> Result<WorkList> {
         let n = self.split.manifest().config.intermediate_size;
-        let cold = (0..n - n_hot).map(|c| [0x4000_0000 | c as u32, u32::MAX]);
-        let items: Vec<[u32; 2]> = cold.chain((0..n_hot).map(|h| [h as u32, u32::MAX])).collect();
+        let cold = (0..n - n_hot).map(host_item);
+        let items: Vec<[u32; 2]> = cold.chain((0..n_hot).map(hot_item)).collect();
         let counts = [n, n - n_hot, 0, n_hot, 0, n, 0, 0].map(|v| v as u32);
         Ok(WorkList {
             ids: shared.ids.clone(),

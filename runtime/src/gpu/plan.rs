@@ -4,7 +4,7 @@ use super::replay::{LayerTrace, Policy, Replayed, WAYS};
 use crate::attention::Rope;
 use crate::budget::format_bytes;
 use crate::kv::KvCache;
-use crate::plan::{Mode, activation_rates, check_request, whole_chunks};
+use crate::plan::{Mode, check_request, hot_prefixes, layers_by_rate, whole_chunks};
 use crate::{Error, PlanRequest, Result};
 use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -233,11 +233,7 @@ impl GpuPlan {
         let config = &split.manifest().config;
         let (n, n_layers) = (config.intermediate_size, config.n_layers);
         let bundle = split.layers()[0].layout().bundle_bytes() as u64;
-        let mut rates = Vec::with_capacity(n_layers * n);
-        for l in 0..n_layers {
-            rates.extend(activation_rates(split, l)?.into_iter().map(|r| (r, l as u32)));
-        }
-        rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        let hottest = layers_by_rate(split)?;
         let step = n_layers.div_ceil(REPLAYED_LAYERS);
         let sampled: Vec<usize> = (0..n_layers).step_by(step).collect();
         let traces = sampled.iter().map(|&l| LayerTrace::load(split, l)).collect::<Result<Vec<_>>>()?;
@@ -250,13 +246,7 @@ impl GpuPlan {
             let cache_budget =
                 if share > 0.0 { ((left as f64 * share) as u64).saturating_sub(tables + slack) } else { 0 };
             let hot_budget = (left as f64 * (1.0 - share)) as u64;
-            let mut hot = vec![0usize; n_layers];
-            for (_, l) in rates.iter().take((hot_budget.saturating_sub(slack) / bundle) as usize) {
-                hot[*l as usize] += 1;
-            }
-            for (h, file) in hot.iter_mut().zip(split.layers()) {
-                *h = whole_chunks(*h, file.chunk_neurons(), n);
-            }
+            let hot = hot_prefixes(split, &hottest, (hot_budget.saturating_sub(slack) / bundle) as usize);
             let each = (cache_budget / n_layers as u64 / (WAYS as u64 * (bundle + 8))) as usize;
             let sets: Vec<usize> = hot.iter().map(|h| each.min((n - h) / WAYS)).collect();
             if share == 0.0 || sets.iter().any(|&s| s > 0) {

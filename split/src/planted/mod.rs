@@ -5,12 +5,12 @@ mod measure;
 mod resident;
 mod rows;
 
-use crate::build::{assemble_parts, write_plain_file};
+use crate::Error;
+use crate::build::{assemble_parts, layer_entry, write_plain_file};
 use crate::error::Result;
 use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, Source};
 use crate::pack_layer::FACTORS;
 use crate::partial::Partial;
-use crate::{Error, LayerFile};
 use measure::Counts;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -209,8 +209,5 @@ fn make_layer(model: &PlantedModel, l: usize, layout: &BundleLayout, partial: &P
         partial.finish_layer(l, &packed)?;
         packed
     };
-    let file = format!("layers/{l:03}.thm");
-    let written = LayerFile::open(&partial.dir().join(&file))?;
-    let entry = LayerEntry { file, file_bytes: written.file_bytes(), checksum: written.checksum() };
-    Ok(Done { entry, counts: Counts::of(model, l, &packed), resumed })
+    Ok(Done { entry: layer_entry(partial.dir(), l)?, counts: Counts::of(model, l, &packed), resumed })
 }
