@@ -3,8 +3,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use thermocline_kernels::{
-    BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Isa, Kernels, MatrixRef, Pool, QuantisedInput, ScaleFit, gemv,
-    ops, pack,
+    AlignedBuf, BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Isa, Kernels, MatrixRef, Pool, QuantisedInput,
+    ScaleFit, gemv, ops, pack, prefetch,
 };
 
 /// 70B-wide rows, more of them than any cache holds.
@@ -46,6 +46,46 @@ fn bundles(c: &mut Criterion) {
         group.throughput(Throughput::Bytes((row.codes.len() + row.scales.len()) as u64));
         let kernels = Kernels::detect();
         group.bench_function(encoding.name(), |b| b.iter(|| kernels.axpy(encoding, row, 0.5, black_box(&mut y))));
+    }
+    group.finish();
+}
+
+/// Neurons far apart in memory that no cache holds, as a token picks them: gate, up and down rows of each.
+fn scattered(c: &mut Criterion) {
+    const NEURONS: usize = 100_000;
+    const ACTIVE: usize = 512;
+    let layout = BundleLayout::new(Encoding::Q4, COLUMNS).expect("whole groups");
+    let size = layout.bundle_bytes();
+    let kernels = Kernels::detect();
+    let mut huge = AlignedBuf::zeroed(NEURONS * size).expect("memory");
+    huge.fill(1);
+    let small = vec![1u8; NEURONS * size];
+    let (x, mut y) = (vec![0.5; COLUMNS], vec![0.0; COLUMNS]);
+    let mut group = c.benchmark_group("scattered neurons");
+    group.sample_size(20).throughput(Throughput::Bytes((ACTIVE * size) as u64));
+    for (name, data) in [("huge pages", &huge[..]), ("small pages", &small[..])] {
+        let mut state = 1u64;
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let picks: Vec<usize> = (0..ACTIVE)
+                    .map(|_| {
+                        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                        (state >> 33) as usize % NEURONS
+                    })
+                    .collect();
+                let bundle = |i: usize| &data[picks[i] * size..(picks[i] + 1) * size];
+                for first in (0..ACTIVE).step_by(4) {
+                    for i in first..first + 4 {
+                        if i + 1 < ACTIVE {
+                            prefetch(bundle(i + 1));
+                        }
+                        black_box(kernels.pre_activations(&layout, bundle(i), black_box(&x)));
+                    }
+                    let rows = std::array::from_fn(|i| layout.row(bundle(first + i), 2));
+                    kernels.axpys::<4>(Encoding::Q4, rows, [0.5; 4], black_box(&mut y));
+                }
+            });
+        });
     }
     group.finish();
 }
@@ -96,5 +136,5 @@ fn gates(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, rows, bundles, gates);
+criterion_group!(benches, rows, bundles, scattered, gates);
 criterion_main!(benches);

@@ -196,6 +196,8 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     attend(const float* qkv, const u32* step, u16* keys, u16* values, const float* rope_cos, const float* rope_sin,
            int n_heads, int n_kv_heads, int head_dim, int capacity, float* partial) {
   __shared__ AttendShared shared;
+  let_next_start();
+  wait_for_previous();
   const int position = step[1], n_splits = gridDim.y, split = blockIdx.y, kv_head = blockIdx.x;
   const int share = ceil_div(position + 1, n_splits);
   const int begin = split * share, end = min(begin + share, position + 1), pairs = head_dim / 2;
@@ -236,6 +238,8 @@ extern "C" __global__ void __launch_bounds__(256)
     attend_combine(const float* partial, int head_dim, int n_splits, float* out) {
   // What each split counts: zero for an empty one, whose largest score is minus infinity.
   __shared__ float factors[256];
+  let_next_start();
+  wait_for_previous();
   const int head = blockIdx.x, width = head_dim + 2;
   const float* rows = partial + static_cast<long long>(head) * n_splits * width;
   if (warp_id() == 0) {

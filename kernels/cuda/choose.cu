@@ -213,6 +213,8 @@ DEVICE float log2_of_one_plus_power(float d) {
 extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   using namespace choose_shape;
   __shared__ ChooseShared shared;
+  let_next_start();
+  wait_for_previous();
   const u32 thread = threadIdx.x, lane = lane_id(), warp = warp_id();
   const u32 serial = c.step[2];
 

@@ -5,6 +5,8 @@
 // A block of 256 threads for every 256 columns.
 template <class E>
 DEVICE void embed(const u32* host_step, u32* step, const unsigned char* table, int columns, float* x) {
+  let_next_start();
+  wait_for_previous();
   if (blockIdx.x == 0 && threadIdx.x < 3) step[threadIdx.x] = host_step[threadIdx.x];
   const Row<E> row = matrix_row<E>(table + static_cast<u64>(host_step[0]) * row_stride<E>(columns), columns);
   const int column = blockIdx.x * blockDim.x + threadIdx.x;

@@ -138,6 +138,8 @@ template <class E, int N, bool kAhead>
 DEVICE void ffn_teams(const FfnArgs& args) {
   using namespace ffn_shape;
   __shared__ float scratch[2 * 2 * kMaxWarps];
+  let_next_start();
+  wait_for_previous();
 
   const u32 hidden = args.hidden, n_chunks = hidden / E::kColumns;
   const u32 team_size = team_threads<E>(hidden), teams = blockDim.x / team_size;
@@ -378,6 +380,8 @@ extern "C" __global__ void __launch_bounds__(256)
     finish(const float* partial, int n_partials, int hidden, u32* counts, const float* cpu_y, const u32* cpu_flag,
            const u32* step, int layer, int n_layers, float* x) {
   __shared__ float4 sums[8][8];
+  let_next_start();
+  wait_for_previous();
   const int part = threadIdx.x % 8, first_row = threadIdx.x / 8;
   const float4* rows = reinterpret_cast<const float4*>(partial) + blockIdx.x * 8 + part;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -43,8 +43,9 @@ struct Input {
                               v.z * (E::kIn * E::factor(c + 2)), v.w * (E::kIn * E::factor(c + 3)));
   }
 
-  // Copies `x` here. All threads of the block; ends without a barrier.
+  // Copies `x` here once the previous kernel has written it. All threads of the block; ends without a barrier.
   DEVICE void stage(const float* x, int columns) const {
+    wait_for_previous();
     const int n_parts = 8 * ceil_div(columns, 32);
     for (int first = 0; first < n_parts; first += blockDim.x) {
       const int index = first + threadIdx.x;
@@ -52,25 +53,34 @@ struct Input {
     }
   }
 
-  // Puts RMSNorm(x) (arXiv 1910.07467) here, and the first block also into `normed_out` if there is one.
+  // Puts RMSNorm(x) (arXiv 1910.07467) here once the previous kernel has written x, and the first block also into
+  // `normed_out` if there is one.
   DEVICE void stage_normed(const float* x, const float* weight, float eps, int columns, float* normed_out) const {
     __shared__ float scratch[kWarp];
     const int n_parts = 8 * ceil_div(columns, 32);
+    // Weights that are on their way before x is there.
+    constexpr int kEarly = 8;
+    float4 early[kEarly];
+#pragma unroll
+    for (int i = 0; i < kEarly; i++) {
+      const int index = i * blockDim.x + threadIdx.x;
+      if (index < n_parts) early[i] = fetch(weight, columns, index);
+    }
+    wait_for_previous();
     float squares = 0.0f;
+#pragma unroll 4
     for (int index = threadIdx.x; index < n_parts; index += blockDim.x) {
       const float4 v = fetch(x, columns, index);
       squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
       part(index) = v;
     }
     const float scale = 1.0f / sqrtf(block_sum(squares, scratch) / columns + eps);
-    for (int first = 0; first < n_parts; first += blockDim.x) {
-      const int index = first + threadIdx.x;
+    auto norm = [&](int index, const float4& w) {
       const bool exists = index < n_parts;
       float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (exists) {
         // Written by this same thread above.
         v = part(index);
-        const float4 w = fetch(weight, columns, index);
         v = make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
         if (normed_out != nullptr && blockIdx.x == 0) {
           const float four[4] = {v.x, v.y, v.z, v.w};
@@ -79,6 +89,13 @@ struct Input {
         }
       }
       put(index, v, exists);
+    };
+#pragma unroll
+    for (int i = 0; i < kEarly; i++)
+      if (i * blockDim.x < n_parts) norm(i * blockDim.x + threadIdx.x, early[i]);
+    for (int first = kEarly * blockDim.x; first < n_parts; first += blockDim.x) {
+      const int index = first + threadIdx.x;
+      norm(index, fetch(weight, index < n_parts ? columns : 0, index));
     }
   }
 

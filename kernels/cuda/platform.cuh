@@ -27,6 +27,9 @@ inline float rounded_product(float a, float b) { return a * b; }
 
 inline const unsigned char* computed(const unsigned char* p) { return p; }
 
+inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline void let_next_start() {}
+
 inline float half_to_float(u16 h) { return emulator::half_to_float(h); }
 inline u16 float_to_half(float f) { return emulator::float_to_half(f); }
 
@@ -58,6 +61,22 @@ __device__ __forceinline__ u16 load_stream_u16(const void* p) {
 __device__ __forceinline__ const unsigned char* computed(const unsigned char* p) {
   asm("" : "+l"(p));
   return p;
+}
+
+// Programmatic dependent launch (compute capability 9.0 on; elsewhere, and where a launch does not ask for it, nothing).
+// A kernel of a token may begin before the one before it has ended: it asks for what never changes, weights, and then
+// waits. Every block must wait before it touches anything else: then all kernels before the previous one have ended too.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may begin once all blocks have come here. Called first of all: what is resident by then is what has
+// room beside this kernel, and takes nothing from it.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ float half_to_float(u16 h) {

@@ -53,6 +53,7 @@ template <class E>
 DEVICE void predict_scores(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
                            int activation, float* scores) {
   using namespace predict_shape;
+  let_next_start();
   const Input<E> input;
   input.stage(z, rank);
   __syncthreads();

@@ -50,6 +50,7 @@ void block_barrier();
 // Waits for the warp, then returns what its 32 lanes brought.
 const uint32_t* exchange(uint32_t mine);
 void yield_to_host();
+void wait_for_previous();
 
 float half_to_float(uint16_t h);
 uint16_t float_to_half(float f);

@@ -100,7 +100,7 @@ struct Machine {
   uint32_t n = 0, live = 0, arrived = 0, generation = 0;
   // Hand-overs since something last happened: more than there are fibers, twice, and nothing ever will.
   uint32_t idle = 0;
-  // What the threads brought to the barrier that is being gathered for, and to the last one.
+  bool block_waited = false;
 
   ~Machine() {
     if (stacks != nullptr) munmap(stacks, n_stacks * kStackBytes);
@@ -187,21 +187,24 @@ void yield_to_host() {
   sched_yield();
 }
 
-bool run_grid(dim3 grid, dim3 threads, uint32_t dynamic_shared_bytes, const Body& body) {
+void wait_for_previous() { machine.block_waited = true; }
+
+Outcome run_grid(dim3 grid, dim3 threads, uint32_t dynamic_shared_bytes, const Body& body) {
   Machine& m = machine;
   m.n = threads.x * threads.y * threads.z;
-  if (m.n == 0 || m.n > 1024 || m.n % 32 != 0) return false;
+  if (m.n == 0 || m.n > 1024 || m.n % 32 != 0) return Outcome::kNoSuchGrid;
   if (m.n > m.n_stacks) {
     if (m.stacks != nullptr) munmap(m.stacks, m.n_stacks * kStackBytes);
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void* p = mmap(nullptr, m.n * kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     m.n_stacks = p == MAP_FAILED ? 0 : m.n;
     m.stacks = p == MAP_FAILED ? nullptr : static_cast<char*>(p);
-    if (m.stacks == nullptr) return false;
+    if (m.stacks == nullptr) return Outcome::kNoSuchGrid;
   }
   m.fibers.resize(m.n);
   m.warps.assign(m.n / 32, Warp{});
   m.body = &body;
+  Outcome outcome = Outcome::kDone;
   block.grid = grid;
   block.block = threads;
   for (uint32_t z = 0; z < grid.z; z++)
@@ -213,6 +216,7 @@ bool run_grid(dim3 grid, dim3 threads, uint32_t dynamic_shared_bytes, const Body
         block.index = {x, y, z};
         m.live = m.n;
         m.arrived = m.idle = 0;
+        m.block_waited = false;
         for (uint32_t i = 0; i < m.n; i++) {
           Fiber& fiber = m.fibers[i];
           fiber.thread = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
@@ -224,8 +228,9 @@ bool run_grid(dim3 grid, dim3 threads, uint32_t dynamic_shared_bytes, const Body
         }
         block.running = &m.fibers[0];
         change(m.host, m.fibers[0].context);
+        if (!m.block_waited) outcome = Outcome::kDoneWithoutWaiting;
       }
-  return true;
+  return outcome;
 }
 
 float half_to_float(uint16_t h) {

@@ -7,6 +7,7 @@ use cudarc::driver::{DriverError, result, sys};
 use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// The kernels for the architectures that `kernels/cuda/build.sh` names, and PTX for later ones.
@@ -44,6 +45,7 @@ pub(super) struct Driver {
     name: String,
     n_multiprocessors: usize,
     functions: Mutex<HashMap<String, Function>>,
+    capturing: AtomicBool,
     gemm: OnceLock<Result<GemmLibrary>>,
 }
 
@@ -52,7 +54,12 @@ struct Function {
     handle: sys::CUfunction,
     /// Dynamic shared memory that it may take.
     shared_bytes: u32,
+    /// Whether it was compiled with the instruction that waits for the kernel before.
+    waits: bool,
 }
+
+/// From this architecture on kernels can wait for the one before (PTX ISA, `griddepcontrol`).
+const WAITS_FROM: i32 = 90;
 
 #[derive(Debug, Clone)]
 struct GemmLibrary {
@@ -122,6 +129,7 @@ impl Driver {
             name,
             n_multiprocessors,
             functions: Mutex::default(),
+            capturing: AtomicBool::new(false),
             gemm: OnceLock::new(),
         })
     }
@@ -138,7 +146,7 @@ impl Driver {
         }
     }
 
-    fn function(&self, name: &str, shared_bytes: u32) -> Result<sys::CUfunction> {
+    fn function(&self, name: &str, shared_bytes: u32) -> Result<Function> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         let mut function = match functions.get(name) {
             Some(function) => *function,
@@ -147,7 +155,11 @@ impl Driver {
                 // SAFETY: the module is loaded as long as `self` lives.
                 let handle = unsafe { result::module::get_function(self.module, symbol) }
                     .map_err(|_| CudaError::NoKernel(name.to_owned()))?;
-                Function { handle, shared_bytes: PLAIN_SHARED_BYTES }
+                let version = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+                // SAFETY: the function was just found.
+                let version = unsafe { result::function::get_function_attribute(handle, version) }
+                    .map_err(driver("cuFuncGetAttribute"))?;
+                Function { handle, shared_bytes: PLAIN_SHARED_BYTES, waits: version >= WAITS_FROM }
             }
         };
         if shared_bytes > function.shared_bytes {
@@ -158,7 +170,7 @@ impl Driver {
             function.shared_bytes = shared_bytes;
         }
         functions.insert(name.to_owned(), function);
-        Ok(function.handle)
+        Ok(function)
     }
 
     fn gemm_library(&self) -> Result<GemmLibrary> {
@@ -286,13 +298,33 @@ impl Backend for Driver {
         self.enter()?;
         let function = self.function(&launch.kernel, launch.shared_bytes)?;
         let mut arguments: Vec<*mut c_void> = launch.args.iter().map(|a| a.pointer()).collect();
-        let ([x, y], shared) = (launch.grid, launch.shared_bytes);
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        // Within a graph every kernel waits for the one before by itself, once it has asked for its weights.
+        let overlaps = function.waits && self.capturing.load(Ordering::Relaxed);
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: 1,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.compute,
+            attrs: &mut attribute,
+            numAttrs: u32::from(overlaps),
+        };
         // SAFETY: `launch.rs` gives each kernel the arguments that its source declares and has checked that what they
-        // point to is large enough; the driver copies the values before it returns.
-        unsafe {
-            result::launch_kernel(function, (x, y, 1), (launch.block, 1, 1), shared, self.compute, &mut arguments)
-        }
-        .map_err(|e| CudaError::Driver { call: "cuLaunchKernel", reason: format!("{}: {}", launch.kernel, reason(e)) })
+        // point to is large enough; the driver copies values and attributes before it returns.
+        unsafe { sys::cuLaunchKernelEx(&config, function.handle, arguments.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(|e| CudaError::Driver {
+                call: "cuLaunchKernelEx",
+                reason: format!("{}: {}", launch.kernel, reason(e)),
+            })
     }
 
     fn order(&self, first: Queue, then: Queue) -> Result<()> {
@@ -312,10 +344,13 @@ impl Backend for Driver {
         self.enter()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive.
-        unsafe { result::stream::begin_capture(self.compute, mode) }.map_err(driver("cuStreamBeginCapture"))
+        unsafe { result::stream::begin_capture(self.compute, mode) }.map_err(driver("cuStreamBeginCapture"))?;
+        self.capturing.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn end_capture(&self) -> Result<Box<dyn BackendGraph>> {
+        self.capturing.store(false, Ordering::Relaxed);
         self.enter()?;
         // SAFETY: the stream is alive and was put into capture by `begin_capture`.
         let graph = unsafe { result::stream::end_capture(self.compute) }.map_err(driver("cuStreamEndCapture"))?;

@@ -15,10 +15,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Version of the emulator's interface.
-const ABI: u32 = 1;
+const ABI: u32 = 2;
 
 /// Memory that the emulated device has, so that tests can run out of it.
 const MEMORY_BYTES: usize = 4 << 30;
+
+/// The emulator's word for a kernel of which a block did not wait for the kernel before.
+const DONE_WITHOUT_WAITING: c_int = 3;
 
 type Emulate = unsafe extern "C" fn(*const c_char, *const u32, *const u32, u32, *mut *mut c_void) -> c_int;
 
@@ -68,7 +71,7 @@ impl Emulator {
     fn give(&self, task: Task) -> Result<()> {
         match &mut *lock(&self.recorded) {
             Some(recorded) => recorded.push(task),
-            None => self.kernels.run(&task)?,
+            None => self.kernels.run(&task, false)?,
         }
         Ok(())
     }
@@ -79,9 +82,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Kernels {
-    fn run(&self, task: &Task) -> Result<()> {
+    fn run(&self, task: &Task, in_graph: bool) -> Result<()> {
         match task {
-            Task::Launch(launch) => self.launch(launch)?,
+            Task::Launch(launch) => self.launch(launch, in_graph)?,
             // SAFETY: `Device` has checked that both ends are inside live blocks; kernels have ended.
             Task::Copy { to, from, bytes } => unsafe {
                 std::ptr::copy(*from as *const u8, *to as *mut u8, *bytes);
@@ -116,7 +119,8 @@ impl Kernels {
         Ok(())
     }
 
-    fn launch(&self, launch: &Launch) -> Result<()> {
+    /// `in_graph`: it may begin before the kernel before it has ended.
+    fn launch(&self, launch: &Launch, in_graph: bool) -> Result<()> {
         let name = CString::new(launch.kernel.as_str()).map_err(|_| CudaError::NoKernel(launch.kernel.clone()))?;
         let (grid, block) = ([launch.grid[0], launch.grid[1], 1], [launch.block, 1, 1]);
         let mut arguments: Vec<*mut c_void> = launch.args.iter().map(Arg::pointer).collect();
@@ -126,7 +130,11 @@ impl Kernels {
         let code = unsafe {
             (self.emulate)(name.as_ptr(), grid.as_ptr(), block.as_ptr(), launch.shared_bytes, arguments.as_mut_ptr())
         };
-        if code == 0 { Ok(()) } else { Err(CudaError::NoKernel(launch.kernel.clone())) }
+        match (code, in_graph) {
+            (0, _) | (DONE_WITHOUT_WAITING, false) => Ok(()),
+            (DONE_WITHOUT_WAITING, true) => Err(CudaError::Unordered(launch.kernel.clone())),
+            _ => Err(CudaError::NoKernel(launch.kernel.clone())),
+        }
     }
 }
 
@@ -173,11 +181,11 @@ impl Backend for Emulator {
     fn unpin(&self, _: *mut u8) {}
 
     fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
-        self.kernels.run(&Task::Copy { to, from: from.as_ptr() as u64, bytes: from.len() })
+        self.kernels.run(&Task::Copy { to, from: from.as_ptr() as u64, bytes: from.len() }, false)
     }
 
     fn download(&self, to: &mut [u8], from: u64) -> Result<()> {
-        self.kernels.run(&Task::Copy { to: to.as_mut_ptr() as u64, from, bytes: to.len() })
+        self.kernels.run(&Task::Copy { to: to.as_mut_ptr() as u64, from, bytes: to.len() }, false)
     }
 
     fn copy(&self, _: Queue, to: u64, from: u64, bytes: usize) -> Result<()> {
@@ -227,7 +235,7 @@ struct EmulatedGraph {
 
 impl BackendGraph for EmulatedGraph {
     fn start(&self) -> Result<()> {
-        self.tasks.iter().try_for_each(|task| self.kernels.run(task))
+        self.tasks.iter().try_for_each(|task| self.kernels.run(task, true))
     }
 }
 

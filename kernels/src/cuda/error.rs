@@ -60,6 +60,9 @@ pub enum CudaError {
     /// A kernel is not in the module.
     #[error("kernel {0} is not in the module: sources and program do not belong together")]
     NoKernel(String),
+    /// A kernel of a graph has a block that does not wait for the kernel before.
+    #[error("kernel {0} does not wait for the one before it: it needs wait_for_previous in every block")]
+    Unordered(String),
     /// The kernels could not be compiled.
     #[error("compiling the kernels failed: {0}")]
     Compile(String),

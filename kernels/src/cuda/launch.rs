@@ -157,12 +157,11 @@ pub fn gemv(
     device.launch(launch, &uses)
 }
 
-/// Four rows at a time for each team of the block's eight warps, one team where each lane has a chunk of a row; as many blocks
-/// as run at once, because each begins with the whole input.
+/// As many blocks as run at once, because each begins with the whole input; fewer if there is not a step for each warp.
 fn gemv_blocks(device: &Device, w: &DeviceMatrix) -> u32 {
-    let team_warps = w.columns.div_ceil(32 * chunk_columns(w.encoding)).next_power_of_two().min(8);
-    let useful = w.rows.div_ceil(4 * (8 / team_warps));
-    useful.min(3 * device.n_multiprocessors()).max(1) as u32
+    let (quads, warps) = (w.rows.div_ceil(4), (THREADS / 32) as usize);
+    let steps = quads * w.columns.div_ceil(32 * chunk_columns(w.encoding));
+    steps.div_ceil(warps).min(quads).min(2 * device.n_multiprocessors()).max(1) as u32
 }
 
 /// A vector in shared memory, as `kernels/cuda/input.cuh` lays it out: 16 more bytes for each 16 bytes of codes.
