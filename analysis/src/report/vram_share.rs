@@ -24,18 +24,18 @@ pub(super) fn over_time(run: &RunFile) -> Option<Figure> {
         all.filter(|p| p.1.is_finite()).collect()
     };
     let each = share(&|n| n.hot + n.cached);
-    let (vram, hot) = (moving_mean(&each), moving_mean(&share(&|n| n.hot)));
+    let vram = moving_mean(&each);
     let (first, last) = (vram.first()?.1, vram.last()?.1);
     let least = vram.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1))?;
     let series = vec![
-        Series::new("each token", each, Ink::Grid),
+        Series::new("each token", each, Ink::Series(5)),
         Series::new(format!("mean of {WINDOW}"), vram, Ink::Series(0)),
-        Series::new("hot neurons", hot, Ink::Series(2)),
+        Series::new("hot neurons", share(&|n| n.hot), Ink::Series(2)),
     ];
     let percent = |v: f64| percent(v / 100.0);
     let reading = format!(
         "VRAM holds {} of the active neurons at first, {} at last, and least, {}, at token {}; the mean is over the {WINDOW} \
-         tokens before. Between the lines lies what the cache holds.",
+         tokens before. Above the hot neurons lies what the cache holds.",
         percent(first),
         percent(last),
         percent(least.1),
