@@ -91,7 +91,7 @@ pub fn sweeps(benches: &[GpuBenchFile]) -> Vec<Sweep<'_>> {
 }
 
 fn largest<'a>(sorted: &[&'a GpuBenchFile], over: Setting) -> Option<Sweep<'a>> {
-    let mut groups: BTreeMap<Vec<(&str, String)>, Vec<(f64, &GpuBenchFile)>> = BTreeMap::new();
+    let mut groups: BTreeMap<_, Vec<(f64, &GpuBenchFile)>> = BTreeMap::new();
     for bench in sorted {
         let Some(value) = over.value(bench) else { continue };
         let mut rest = settings(bench);

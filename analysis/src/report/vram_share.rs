@@ -29,7 +29,7 @@ pub(super) fn over_time(run: &RunFile) -> Option<Figure> {
     let least = vram.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1))?;
     let series = vec![
         Series::new("each token", each, Ink::Series(5)),
-        Series::new(format!("mean of {WINDOW}"), vram, Ink::Series(0)),
+        Series::new(format!("mean of {WINDOW}"), vram, Ink::Text),
         Series::new("hot neurons", share(&|n| n.hot), Ink::Series(2)),
     ];
     let percent = |v: f64| percent(v / 100.0);
