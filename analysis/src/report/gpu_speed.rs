@@ -77,8 +77,8 @@ fn speed(benches: &[GpuBenchFile]) -> Figure {
         body: Body::Rows(Rows { legend, rows, stacked: false }),
     };
     let reading = format!(
-        "Medians of the repetitions. The limit is what the bytes of each run allow at the speeds of VRAM, link and threads, \
-         each measured alone: VRAM first, then link and threads side by side.{}",
+        "Medians of the repetitions. The limit is what the bytes of each run allow at the speeds of VRAM, link and \
+         threads, each measured alone: VRAM first, then link and threads side by side.{}",
         left_out(benches)
     );
     Figure::new(chart, reading).named("speed")
@@ -117,8 +117,8 @@ fn ram_part(benches: &[GpuBenchFile]) -> Option<String> {
     };
     let ((bytes_low, bytes_high), (time_low, time_high)) = (range(&|b| Some(of_bytes(b)))?, range(&of_time)?);
     Some(format!(
-        "RAM has {bytes_low} to {bytes_high} of the bytes, and {time_low} to {time_high} of the time that a token would take at \
-         the limit."
+        "RAM has {bytes_low} to {bytes_high} of the bytes, and {time_low} to {time_high} of the time that a token would \
+         take at the limit."
     ))
 }
 

@@ -82,8 +82,8 @@ fn settings(bench: &GpuBenchFile) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// For each setting the largest group of benches that differ in nothing else, if two have different values: the group with
-/// most values, of several the one whose first bench comes first by name. The order of `benches` does not matter.
+/// For each setting the largest group of benches that differ in nothing else, if two have different values: the group
+/// with most values, of several the one whose first bench comes first by name. The order of `benches` does not matter.
 pub fn sweeps(benches: &[GpuBenchFile]) -> Vec<Sweep<'_>> {
     let mut sorted: Vec<&GpuBenchFile> = benches.iter().collect();
     sorted.sort_by_key(|b| (&b.name, settings(b)));

@@ -15,8 +15,8 @@ struct Neurons {
     missed: f64,
 }
 
-/// The share of the active neurons that VRAM held: hot ones, and with them those of the cache. `None` for runs on the CPU,
-/// in exact mode, or of programs that did not keep what this needs.
+/// The share of the active neurons that VRAM held: hot ones, and with them those of the cache. `None` for runs on the
+/// CPU, in exact mode, or of programs that did not keep what this needs.
 pub(super) fn over_time(run: &RunFile) -> Option<Figure> {
     let neurons = neurons(run)?;
     let share = |of: &dyn Fn(&Neurons) -> f64| -> Vec<(f64, f64)> {
@@ -34,8 +34,8 @@ pub(super) fn over_time(run: &RunFile) -> Option<Figure> {
     ];
     let percent = |v: f64| percent(v / 100.0);
     let reading = format!(
-        "VRAM holds {} of the active neurons at first, {} at last, and least, {}, at token {}; the mean is over the {WINDOW} \
-         tokens before. Above the hot neurons lies what the cache holds.",
+        "VRAM holds {} of the active neurons at first, {} at last, and least, {}, at token {}; the mean is over the \
+         {WINDOW} tokens before. Above the hot neurons lies what the cache holds.",
         percent(first),
         percent(last),
         percent(least.1),
@@ -50,8 +50,8 @@ pub(super) fn over_time(run: &RunFile) -> Option<Figure> {
     Some(Figure::new(chart, reading))
 }
 
-/// What a token reads from the device besides hot neurons is known: matrices, predictors, keys and values of the positions
-/// so far.
+/// What a token reads from the device besides hot neurons is known: matrices, predictors, keys and values of the
+/// positions so far.
 fn neurons(run: &RunFile) -> Option<Vec<(f64, Neurons)>> {
     let number = |place: &str| run.plan.pointer(place).and_then(Value::as_f64);
     if run.mode.get("mode").and_then(Value::as_str) != Some("sparse") {
