@@ -492,7 +492,7 @@ pub struct Bench {
 #[cfg(feature = "analysis")]
 #[derive(Debug, Args)]
 pub struct Report {
-    /// Split and profile directories, and JSON files of run, eval and bench
+    /// Split and profile directories, and JSON files of run, eval, bench and split --planted
     #[arg(required = true)]
     pub inputs: Vec<PathBuf>,
     /// Page to write
@@ -501,6 +501,9 @@ pub struct Report {
     /// Also write every plot as a PNG into this folder
     #[arg(long)]
     pub png: Option<PathBuf>,
+    /// Also write every plot as an SVG into this folder
+    #[arg(long)]
+    pub svg: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

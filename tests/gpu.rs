@@ -6,7 +6,7 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use support::{calibrating, engine, llama, ok, once, qwen_relu, request, split, splitting};
+use support::{calibrating, engine, llama, ok, once, qwen_relu, request, split, splitting, text};
 use thermocline_kernels::cuda::launch::ffn_blocks;
 use thermocline_kernels::cuda::{Device, build_emulator};
 use thermocline_runtime::{Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode};
@@ -147,5 +147,52 @@ fn sparse_mode_computes_the_same_neurons_as_the_cpu_engine_with_any_cache_and_an
             assert_eq!(account.cache_hits > 0, gpu.plan().cache_slots() > 0, "{what}");
             assert_eq!(account.link_bytes == 0, vram == whole || share == 1.0, "{what}");
         }
+    }
+}
+
+/// The records of a GPU, of the CPU and of a planted split, as the program writes them, in one report.
+#[cfg(feature = "analysis")]
+#[test]
+fn what_bench_and_run_print_is_reported() {
+    let out = tempfile::tempdir().unwrap();
+    let planted = out.path().join("planted");
+    let record = |name: &str, on_gpu: bool, args: &[&str]| {
+        let mut command = support::thermocline();
+        if on_gpu {
+            command.env("THERMOCLINE_VRAM_BUDGET", "1GiB");
+            if std::env::var("THERMOCLINE_TEST_DEVICE").is_ok_and(|d| d == "cuda") {
+                command.env_remove("THERMOCLINE_CUDA_EMULATOR");
+            } else {
+                let library = build_emulator(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
+                command.env("THERMOCLINE_CUDA_EMULATOR", library);
+            }
+        }
+        let ran = command.args(args).output().unwrap();
+        assert!(ran.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ran.stderr));
+        let path = out.path().join(format!("{name}.json"));
+        std::fs::write(&path, ran.stdout).unwrap();
+        path
+    };
+    let model = text(&planted);
+    let sparse = ["--mode", "sparse", "--active", "0.1", "--json", "-t", "2"];
+    let bench = ["bench", "-m", model, "--n-prompt", "8", "--n-gen", "4", "-r", "2"];
+    let run = ["run", "-m", model, "-p", "t0 t1", "-n", "24", "--temp", "0"];
+    let paths = [
+        record("split", false, &["split", "--planted", "tiny", "-o", model, "--json"]),
+        record("gpu", true, &[&bench[..], &sparse].concat()),
+        record("cpu", false, &[&bench[..], &sparse].concat()),
+        record("run", true, &[&run[..], &sparse].concat()),
+    ];
+    let page = out.path().join("report.html");
+    let inputs: Vec<&str> = paths.iter().map(|p| text(p)).collect();
+    ok(&[&["report", "-o", text(&page), "--svg", text(&out.path().join("svg"))], &inputs[..]].concat());
+    let html = std::fs::read_to_string(&page).unwrap();
+    for part in ["<td class=\"text\">gpu</td>", "<td class=\"text\">cpu</td>", "planted-tiny-a", "found in VRAM"] {
+        assert!(html.contains(part), "{part}");
+    }
+    assert!(out.path().join("svg/gpu-speed.svg").exists());
+    for path in &paths[1..] {
+        let record: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        assert_eq!((record["planted"].as_bool(), record["model"].as_str()), (Some(true), Some("planted-tiny-a")));
     }
 }

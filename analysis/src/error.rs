@@ -48,6 +48,16 @@ pub enum Error {
         /// What is wrong, and what is accepted.
         reason: String,
     },
+    /// A file whose fields are not as this program writes them.
+    #[error("{path}: {field}: {reason}", path = .path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// The field, with those that it lies in before it.
+        field: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A plot could not be drawn.
     #[error("plot {plot:?}: {reason}")]
     Plot {

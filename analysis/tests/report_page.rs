@@ -1,6 +1,9 @@
 //! The page holds together whatever it is made from.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod records;
+
+use records::{gpu_bench, printed};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +16,8 @@ use thermocline_kernels::Encoding;
 use thermocline_split::{Compression, SplitOptions, split};
 
 const HOSTILE: &str = "<script>alert(\"x\")</script>&'";
-const SECTIONS: [&str; 8] = ["rates", "coactivation", "overlap", "accuracy", "recall", "runs", "bench", "commands"];
+const SECTIONS: [&str; 9] =
+    ["rates", "coactivation", "overlap", "accuracy", "recall", "runs", "bench", "gpu", "commands"];
 
 fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
     write_tiny_safetensors(&dir.join("model <i>"), &TinyModel::default(), 1).unwrap();
@@ -72,7 +76,12 @@ fn results(dir: &Path) -> Vec<PathBuf> {
         fs::write(&path, value.to_string()).unwrap();
         path
     };
-    vec![write("eval.json", &eval), write("<i>run.json", &run), write("bench.json", &bench)]
+    let mut gpu = printed(&gpu_bench(), HOSTILE);
+    for key in ["device", "limit"] {
+        gpu[key] = HOSTILE.into();
+    }
+    let benches = [write("bench.json", &bench), write("<i>gpu.json", &gpu)];
+    [vec![write("eval.json", &eval), write("<i>run.json", &run)], benches.to_vec()].concat()
 }
 
 /// Every tag is closed, in order; attributes are quoted; `&` starts an entity.
@@ -158,7 +167,7 @@ fn what_is_no_input_is_refused() {
     for (name, content) in [("a.json", "[1, 2]"), ("b.json", "not json"), ("c.json", "{\"perplexity\": \"x\"}")] {
         let path = dir.path().join(name);
         fs::write(&path, content).unwrap();
-        assert!(matches!(Inputs::read(&[path]), Err(Error::Input { .. })), "{name}");
+        assert!(matches!(Inputs::read(&[path]), Err(Error::Input { .. } | Error::Field { .. })), "{name}");
     }
     assert!(matches!(Inputs::read(&[dir.path().to_owned()]), Err(Error::Input { .. })));
     assert!(matches!(Inputs::read(&[dir.path().join("none")]), Err(Error::Io { .. })));

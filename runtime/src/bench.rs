@@ -47,6 +47,8 @@ impl Timing {
 /// What was measured and what was planned.
 #[derive(Debug, Clone, Serialize)]
 pub struct BenchReport {
+    /// Whether the model's activations are planted.
+    pub planted: bool,
     /// What was measured.
     pub settings: BenchSettings,
     /// This machine.
@@ -145,6 +147,7 @@ pub fn bench(
     let disk_limit = speeds.disk.map(|d| d / bytes.disk.max(1) as f64);
     let (limit_seconds, _) = speeds.limit(bytes, 0);
     Ok(BenchReport {
+        planted: engine.split().planted()?.is_some(),
         settings,
         hardware,
         plan: engine.plan().clone(),

@@ -57,7 +57,7 @@ pub fn demo(args: &Demo) -> anyhow::Result<()> {
     let step = Instant::now();
     // The profile says more about neurons than the split keeps, so the split is not drawn as well.
     results.insert(0, paths.profile.clone());
-    super::report::write(&results, &paths.report, None)?;
+    super::report::write(&results, &paths.report)?;
     said("report", step, &format!("{} inputs", results.len()));
     println!("{:.0} s in all; open {}", begin.elapsed().as_secs_f64(), paths.report.display());
     Ok(())

@@ -24,6 +24,8 @@ const FLAWS_SAID_MAX: usize = 8;
 #[derive(Serialize)]
 struct Output<'a> {
     command: Vec<String>,
+    model: String,
+    planted: bool,
     text: &'a str,
     warnings: Vec<String>,
     #[serde(flatten)]
@@ -88,6 +90,8 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     if args.json {
         return output::json(&Output {
             command: std::env::args().skip(1).collect(),
+            model: engine.split().manifest().source.model.clone(),
+            planted: engine.split().planted()?.is_some(),
             text: &answer,
             warnings,
             report: &report,

@@ -22,6 +22,8 @@ pub enum Body {
     Heat(HeatMap),
     /// Horizontal bars, from the top; the vertical axis has no scale.
     Bars(Vec<Bar>),
+    /// Several horizontal bars for each of many things, from the top; the vertical axis has no scale.
+    Rows(Rows),
 }
 
 /// One line.
@@ -91,4 +93,26 @@ pub struct Bar {
     pub text: String,
     /// Colour.
     pub ink: Ink,
+}
+
+/// Rows of bars; the chart is as high as they need.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rows {
+    /// What the values of every row are, in their order.
+    pub legend: Vec<(&'static str, Ink)>,
+    /// The rows.
+    pub rows: Vec<Row>,
+    /// Whether the bars of a row are set end to end instead of one below the other.
+    pub stacked: bool,
+}
+
+/// One row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// Name, at its left.
+    pub label: String,
+    /// Lengths, as many as the legend has entries; what is not finite is left out.
+    pub values: Vec<f64>,
+    /// Text at its right end.
+    pub text: String,
 }

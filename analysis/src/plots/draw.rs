@@ -3,7 +3,7 @@
 
 use super::axis::Axis;
 use super::palette::Palette;
-use super::{Bar, Body, Chart, HeatMap, Ink, Series, font::FAMILY};
+use super::{Bar, Body, Chart, HeatMap, Ink, Series, font::FAMILY, rows};
 use plotters::coord::Shift;
 use plotters::drawing::{DrawingArea, DrawingAreaErrorKind};
 use plotters::element::{Circle, DashedPathElement, PathElement, Rectangle, Text};
@@ -11,41 +11,51 @@ use plotters::prelude::DrawingBackend;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, FontTransform, IntoFont, ShapeStyle, TextStyle};
 
-/// Width and height of every chart, in pixels.
-pub(crate) const SIZE: (u32, u32) = (760, 380);
+/// Width and height of most charts, in pixels.
+const SIZE: (u32, u32) = (760, 380);
 
-const LEFT: i32 = 66;
+pub(super) const LEFT: i32 = 66;
 const TOP: i32 = 40;
-const BOTTOM: i32 = 52;
+pub(super) const BOTTOM: i32 = 52;
 const LEGEND: i32 = 160;
-const TEXT: f64 = 15.0;
+pub(super) const TEXT: f64 = 15.0;
 
-type Outcome<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
+pub(super) type Outcome<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
+
+/// Width and height of `chart`, in pixels.
+pub(crate) fn size(chart: &Chart) -> (u32, u32) {
+    match &chart.body {
+        Body::Rows(rows) => (SIZE.0, rows::height(rows)),
+        _ => SIZE,
+    }
+}
 
 /// Draws `chart` in the colours of `palette`.
 pub(crate) fn draw<DB: DrawingBackend>(area: &DrawingArea<DB, Shift>, chart: &Chart, palette: &Palette) -> Outcome<DB> {
-    let canvas = Canvas { area, palette };
+    let canvas = Canvas { area, palette, size: size(chart) };
     canvas.text(&chart.title, (LEFT, 14), 17.0, (HPos::Left, VPos::Center), Ink::Text)?;
     match &chart.body {
         Body::Lines(series) => canvas.lines(chart, series),
         Body::Heat(map) => canvas.heat(chart, map),
         Body::Bars(bars) => canvas.bars(chart, bars),
+        Body::Rows(rows) => canvas.rows(chart, rows),
     }
 }
 
-struct Canvas<'a, DB: DrawingBackend> {
-    area: &'a DrawingArea<DB, Shift>,
+pub(super) struct Canvas<'a, DB: DrawingBackend> {
+    pub(super) area: &'a DrawingArea<DB, Shift>,
     palette: &'a Palette,
+    pub(super) size: (u32, u32),
 }
 
 /// The rectangle of the data, and the ends of both scales.
-struct Frame {
-    left: i32,
-    right: i32,
-    top: i32,
-    bottom: i32,
-    x: (f64, f64),
-    y: (f64, f64),
+pub(super) struct Frame {
+    pub(super) left: i32,
+    pub(super) right: i32,
+    pub(super) top: i32,
+    pub(super) bottom: i32,
+    pub(super) x: (f64, f64),
+    pub(super) y: (f64, f64),
 }
 
 impl Frame {
@@ -53,7 +63,7 @@ impl Frame {
         (self.across(x), self.down(y))
     }
 
-    fn across(&self, x: f64) -> i32 {
+    pub(super) fn across(&self, x: f64) -> i32 {
         self.left + (share(x, self.x) * f64::from(self.right - self.left)).round() as i32
     }
 
@@ -74,9 +84,9 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
         let points = || series.iter().flat_map(|s| s.points.iter());
         let frame = Frame {
             left: LEFT,
-            right: SIZE.0 as i32 - if named { LEGEND } else { 20 },
+            right: self.size.0 as i32 - if named { LEGEND } else { 20 },
             top: TOP,
-            bottom: SIZE.1 as i32 - BOTTOM,
+            bottom: self.size.1 as i32 - BOTTOM,
             x: chart.x.ends(points().map(|p| p.0)),
             y: chart.y.ends(points().map(|p| p.1)),
         };
@@ -119,7 +129,7 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
     }
 
     fn heat(&self, chart: &Chart, map: &HeatMap) -> Outcome<DB> {
-        let bottom = SIZE.1 as i32 - BOTTOM;
+        let bottom = self.size.1 as i32 - BOTTOM;
         let n = map.n.max(1) as f64;
         let frame =
             Frame { left: LEFT + 130, right: LEFT + 130 + (bottom - TOP), top: TOP, bottom, x: (0.0, n), y: (n, 0.0) };
@@ -156,9 +166,9 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
     fn bars(&self, chart: &Chart, bars: &[Bar]) -> Outcome<DB> {
         let frame = Frame {
             left: LEFT + 130,
-            right: SIZE.0 as i32 - 110,
+            right: self.size.0 as i32 - 110,
             top: TOP,
-            bottom: SIZE.1 as i32 - BOTTOM,
+            bottom: self.size.1 as i32 - BOTTOM,
             x: chart.x.ends(bars.iter().map(|b| b.value).chain([0.0])),
             y: (0.0, 1.0),
         };
@@ -176,14 +186,14 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
         Ok(())
     }
 
-    fn scale_x(&self, axis: &Axis, frame: &Frame) -> Outcome<DB> {
+    pub(super) fn scale_x(&self, axis: &Axis, frame: &Frame) -> Outcome<DB> {
         for (place, label) in axis.ticks(frame.x, 6) {
             let x = frame.across(place);
             self.line([(x, frame.top), (x, frame.bottom)], Ink::Grid)?;
             self.text(&label, (x, frame.bottom + 8), TEXT - 1.0, (HPos::Center, VPos::Top), Ink::Text)?;
         }
         self.line([(frame.left, frame.bottom), (frame.right, frame.bottom)], Ink::Text)?;
-        let middle = ((frame.left + frame.right) / 2, SIZE.1 as i32 - 8);
+        let middle = ((frame.left + frame.right) / 2, self.size.1 as i32 - 8);
         self.text(&axis.label, middle, TEXT, (HPos::Center, VPos::Bottom), Ink::Text)
     }
 
@@ -202,7 +212,7 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
         self.area.draw(&PathElement::new(ends.to_vec(), self.stroke(ink, 1)))
     }
 
-    fn text(&self, text: &str, at: (i32, i32), size: f64, (h, v): (HPos, VPos), ink: Ink) -> Outcome<DB> {
+    pub(super) fn text(&self, text: &str, at: (i32, i32), size: f64, (h, v): (HPos, VPos), ink: Ink) -> Outcome<DB> {
         let colour = self.palette.colour(ink);
         let style = TextStyle::from((FAMILY, size).into_font()).color(&colour).pos(Pos::new(h, v));
         self.area.draw(&Text::new(text.to_owned(), at, style))
@@ -220,7 +230,7 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
         self.palette.colour(ink).stroke_width(width)
     }
 
-    fn fill(&self, ink: Ink) -> ShapeStyle {
+    pub(super) fn fill(&self, ink: Ink) -> ShapeStyle {
         self.palette.colour(ink).filled()
     }
 }

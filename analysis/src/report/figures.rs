@@ -18,9 +18,19 @@ pub(crate) fn percent(share: f64) -> String {
     format!("{:.digits$} %", 100.0 * share)
 }
 
-/// Bytes as megabytes, the unit of all charts.
+/// Bytes as megabytes, the unit of most charts.
 pub(crate) fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
+}
+
+/// Bytes as gigabytes, for models of that size.
+pub(crate) fn gigabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e9
+}
+
+/// Bytes as gibibytes, the unit of VRAM budgets.
+pub(crate) fn gibibytes(bytes: u64) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
 }
 
 /// Mean of what is there.

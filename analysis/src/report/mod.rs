@@ -4,21 +4,31 @@
 //! | --- | --- |
 //! | files and folders that are understood | [`Inputs`] |
 //! | statistics of neurons, of a profile or a split | [`Neurons`] |
+//! | GPU benches that differ in one setting | [`sweeps`] |
 //! | sections with charts, readings and tables | [`Section`], [`Figure`] |
 //! | the page | [`Page`] |
 
 mod accuracy;
 mod figures;
+mod gpu_record;
+mod gpu_speed;
 mod html;
 mod inputs;
 mod neurons;
 mod page;
+mod quantity;
 mod section;
+mod settings;
 mod sparsity;
 mod speed;
 mod table;
+mod vram_share;
 
-pub use inputs::{BenchFile, EvalFile, Inputs, RunFile, Tiers};
+pub use gpu_record::{
+    Asked, AskedMode, CpuShare, GpuAlone, GpuAsked, GpuBenchFile, GpuPlanned, GpuPromise, GpuSettings, GpuTiming,
+};
+pub use inputs::{BenchFile, EvalFile, Inputs, Planned, PlantedFile, RunFile, Speed, Tiers};
 pub use neurons::{LayerFigures, Neurons};
 pub use page::Page;
 pub use section::{Figure, Section, Table};
+pub use settings::{Setting, Sweep, sweeps};

@@ -1,7 +1,8 @@
 //! The page: header, sections, command lines.
 
 use super::html::{escape, style};
-use super::{Inputs, Section, accuracy, sparsity, speed, table};
+use super::{Inputs, Section, accuracy, gpu_speed, sparsity, speed, table};
+use crate::plots::Chart;
 use crate::{Error, Result};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ impl Page {
             accuracy::recall(&inputs.evals),
             speed::runs(&inputs.runs)?,
             speed::benches(&inputs.benches)?,
+            gpu_speed::benches(&inputs.gpu_benches, &inputs.planted)?,
         ];
         Ok(Page { inputs, command, sections })
     }
@@ -82,12 +84,30 @@ impl Page {
     /// # Errors
     /// If a file cannot be written.
     pub fn write_png(&self, dir: &Path) -> Result<Vec<PathBuf>> {
+        self.write_plots(dir, "png", Chart::write_png)
+    }
+
+    /// The same as SVG.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn write_svg(&self, dir: &Path) -> Result<Vec<PathBuf>> {
+        self.write_plots(dir, "svg", Chart::write_svg)
+    }
+
+    fn write_plots(
+        &self,
+        dir: &Path,
+        extension: &str,
+        write: impl Fn(&Chart, &Path) -> Result<()>,
+    ) -> Result<Vec<PathBuf>> {
         std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_owned(), source })?;
         let mut paths = Vec::new();
         for section in &self.sections {
             for (i, figure) in section.figures.iter().enumerate() {
-                let path = dir.join(format!("{}-{}.png", section.id, i + 1));
-                figure.chart.write_png(&path)?;
+                let name = figure.name.map_or_else(|| (i + 1).to_string(), ToOwned::to_owned);
+                let path = dir.join(format!("{}-{name}.{extension}", section.id));
+                write(&figure.chart, &path)?;
                 paths.push(path);
             }
         }
@@ -98,7 +118,9 @@ impl Page {
     fn subject(&self) -> String {
         let inputs = &self.inputs;
         let names = inputs.neurons.iter().map(|n| n.name.clone()).chain(inputs.evals.iter().map(|e| e.model.clone()));
-        let mut names = names.chain(inputs.benches.iter().map(|b| b.model.clone()));
+        let names = names.chain(inputs.benches.iter().map(|b| b.model.clone()));
+        let names = names.chain(inputs.gpu_benches.iter().map(|b| b.model.clone()));
+        let mut names = names.chain(inputs.planted.iter().map(|p| p.model.clone()));
         names.find(|n| !n.is_empty()).unwrap_or_else(|| "runs".to_owned())
     }
 
@@ -136,7 +158,8 @@ impl Page {
         out.push_str("<section id=\"commands\">\n<h2>Command lines</h2>\n");
         let inputs = &self.inputs;
         let all = inputs.evals.iter().map(|e| &e.command).chain(inputs.runs.iter().map(|r| &r.command));
-        let all = all.chain(inputs.benches.iter().map(|b| &b.command)).chain([&self.command]);
+        let all = all.chain(inputs.benches.iter().map(|b| &b.command));
+        let all = all.chain(inputs.gpu_benches.iter().map(|b| &b.command)).chain([&self.command]);
         for command in all.filter(|c| !c.is_empty()) {
             let _ = writeln!(out, "<p><code>thermocline {}</code></p>", escape(&command.join(" ")));
         }

@@ -5,7 +5,7 @@ use polars::prelude::{Column, DataFrame};
 /// One part of the page.
 #[derive(Debug, Clone)]
 pub struct Section {
-    /// Name in the page's addresses and of the PNG files.
+    /// Name in the page's addresses and of the plots' files.
     pub id: &'static str,
     /// Heading.
     pub title: &'static str,
@@ -24,6 +24,8 @@ pub struct Figure {
     pub chart: Chart,
     /// One sentence.
     pub reading: String,
+    /// What its file is called, after the section; its number if `None`.
+    pub name: Option<&'static str>,
 }
 
 /// A table and what it is of.
@@ -44,7 +46,12 @@ impl Section {
 
 impl Figure {
     pub(crate) fn new(chart: Chart, reading: String) -> Self {
-        Figure { chart, reading }
+        Figure { chart, reading, name: None }
+    }
+
+    pub(crate) fn named(mut self, name: &'static str) -> Self {
+        self.name = Some(name);
+        self
     }
 }
 

@@ -1,7 +1,8 @@
 //! Sections about what runs and benches cost.
 
 use super::figures::{megabytes, percent, short};
-use super::{BenchFile, Figure, RunFile, Section, Table, Tiers};
+use super::gpu_record::planted_by_name;
+use super::{BenchFile, Figure, RunFile, Section, Table, Tiers, vram_share};
 use crate::Result;
 use crate::plots::{Axis, Bar, Body, Chart, Ink, Series};
 use polars::prelude::Column;
@@ -11,13 +12,15 @@ use serde_json::Value;
 type Tier = (&'static str, fn(&Tiers) -> u64);
 
 /// The tiers, in the order of their speed, with a colour each.
-const TIERS: [Tier; 4] = [("device", |t| t.device), ("cache", |t| t.cache), ("RAM", |t| t.host), ("disk", |t| t.disk)];
+const TIERS: [Tier; 4] = [("VRAM", |t| t.device), ("cache", |t| t.cache), ("RAM", |t| t.host), ("disk", |t| t.disk)];
 
 /// Bytes by tier over time.
 pub(crate) fn runs(runs: &[RunFile]) -> Result<Section> {
     let missing = "thermocline run -m SPLIT -p PROMPT -n 64 --json > run.json";
     let mut section = Section::new("runs", "Runs", missing);
-    section.figures = runs.iter().filter(|r| r.timeline.len() > 1).map(bytes_over_time).collect();
+    let drawn = runs.iter().filter(|r| r.timeline.len() > 1);
+    section.figures =
+        drawn.flat_map(|run| [Some(bytes_over_time(run)), vram_share::over_time(run)]).flatten().collect();
     if !runs.is_empty() {
         section.tables.push(runs_table(runs)?);
     }
@@ -35,12 +38,17 @@ fn bytes_over_time(run: &RunFile) -> Figure {
         .cache_hit_rate
         .map_or(String::new(), |h| format!(", {} of the cold neurons came from the cache", percent(h)));
     let b = &run.bytes_per_token;
+    // With a GPU the cache is in its memory, and nothing is read from the disk.
+    let sources = if b.device > 0 {
+        [(b.device.saturating_add(b.cache), "VRAM"), (b.host, "RAM")]
+    } else {
+        [(b.host.saturating_add(b.cache), "RAM"), (b.disk, "disk")]
+    };
+    let [first, second] = sources.map(|(bytes, tier)| format!("{:.1} MB from {tier}", megabytes(bytes)));
     let reading = format!(
-        "{}: {:.1} tok/s with {:.1} MB from RAM and {:.1} MB from disk per token{hits}; {} of the {} limit.",
+        "{}: {:.1} tok/s with {first} and {second} per token{hits}; {} of the {} limit.",
         mode(run),
         run.decode_tok_s,
-        megabytes(b.host + b.cache),
-        megabytes(b.disk),
         percent(run.limit_share),
         run.limit
     );
@@ -75,7 +83,24 @@ fn mode(run: &RunFile) -> String {
 
 /// The RAM budget of a plan, in MB; `None` if it was not limited.
 fn budget(plan: &Value) -> Option<f64> {
-    plan.pointer("/request/ram_budget_bytes").and_then(Value::as_u64).map(megabytes)
+    let places = ["/request/ram_budget_bytes", "/request/base/ram_budget_bytes"];
+    places.iter().find_map(|place| plan.pointer(place)?.as_u64()).map(megabytes)
+}
+
+/// The VRAM budget of a plan, in MB; `None` on the CPU.
+fn vram_budget(plan: &Value) -> Option<f64> {
+    plan.pointer("/request/vram_budget_bytes").and_then(Value::as_u64).map(megabytes)
+}
+
+/// A model's name, with a word about one whose activations are made up.
+pub(crate) fn with_origin(model: &str, planted: bool) -> String {
+    // Most of their names say it.
+    if planted && !planted_by_name(model) { format!("{model} (planted)") } else { model.to_owned() }
+}
+
+/// The model of a run, as far as the record tells.
+fn model(run: &RunFile) -> String {
+    with_origin(run.model.as_deref().unwrap_or("\u{2013}"), run.is_planted())
 }
 
 fn runs_table(runs: &[RunFile]) -> Result<Table> {
@@ -84,11 +109,15 @@ fn runs_table(runs: &[RunFile]) -> Result<Table> {
     };
     let columns = vec![
         Column::new("run".into(), runs.iter().map(|r| r.name.clone()).collect::<Vec<_>>()),
+        Column::new("model".into(), runs.iter().map(model).collect::<Vec<_>>()),
         Column::new("mode".into(), runs.iter().map(mode).collect::<Vec<_>>()),
         number("RAM budget, MB", &|r| budget(&r.plan)),
+        number("VRAM budget, MB", &|r| vram_budget(&r.plan)),
         number("prompt tok/s", &|r| Some(r.prompt_tok_s)),
         number("decode tok/s", &|r| Some(r.decode_tok_s)),
+        number("VRAM MB/token", &|r| vram_budget(&r.plan).map(|_| megabytes(r.bytes_per_token.device))),
         number("RAM MB/token", &|r| Some(megabytes(r.bytes_per_token.host))),
+        number("of it over the link", &|r| vram_budget(&r.plan).and(r.link_bytes_per_token).map(megabytes)),
         number("cache MB/token", &|r| Some(megabytes(r.bytes_per_token.cache))),
         number("disk MB/token", &|r| Some(megabytes(r.bytes_per_token.disk))),
         number("cache hits", &|r| r.cache_hit_rate),
@@ -101,8 +130,11 @@ fn runs_table(runs: &[RunFile]) -> Result<Table> {
 
 /// Planned against measured speed.
 pub(crate) fn benches(benches: &[BenchFile]) -> Result<Section> {
-    let mut section =
-        Section::new("bench", "Planned and measured speed", "thermocline bench -m SPLIT --json > bench.json");
+    let mut section = Section::new(
+        "bench",
+        "Planned and measured speed",
+        "thermocline bench -m SPLIT --vram-budget 0 --json > bench.json",
+    );
     section.figures = benches.iter().map(planned_and_measured).collect();
     if !benches.is_empty() {
         section.tables.push(bench_table(benches)?);
@@ -144,12 +176,12 @@ fn bench_table(benches: &[BenchFile]) -> Result<Table> {
     };
     let columns = vec![
         text("bench", &|b| b.name.clone()),
-        text("model", &|b| b.model.clone()),
+        text("model", &|b| with_origin(&b.model, b.is_planted())),
         text("processor", &|b| format!("{}, {}", b.cpu, b.isa)),
         number("RAM budget, MB", &|b| budget(&b.plan)),
         number("prompt tok/s", &|b| Some(b.prompt_tok_s.median)),
         number("decode tok/s", &|b| Some(b.decode_tok_s.median)),
-        number("spread", &|b| Some(b.decode_tok_s.spread)),
+        number("spread", &|b| b.decode_tok_s.spread),
         number("planned", &|b| Some(b.predicted.tok_s)),
         number("limit", &|b| Some(b.predicted.limit_tok_s)),
         number("RAM MB/token", &|b| Some(megabytes(b.bytes_per_token.host + b.bytes_per_token.cache))),

@@ -14,6 +14,8 @@ use std::time::Instant;
 /// What was measured and what was planned.
 #[derive(Debug, Clone, Serialize)]
 pub struct GpuBenchReport {
+    /// Whether the model's activations are planted.
+    pub planted: bool,
     /// What was measured.
     pub settings: BenchSettings,
     /// The device.
@@ -98,6 +100,7 @@ impl GpuEngine {
         let decode_tok_s = Timing::new(decodes);
         let (free, total) = self.device().memory()?;
         Ok(GpuBenchReport {
+            planted: self.split().planted()?.is_some(),
             settings,
             device: self.device().name(),
             n_threads: self.plan().request.base.n_threads,
