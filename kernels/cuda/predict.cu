@@ -4,6 +4,9 @@
 // the factors are multiplied with it, and the score is the neuron's expected |h| * ||down|| given what the low rank
 // leaves out (calibrate/src/predictor/low_rank.rs, whose formulas these are).
 // Floor: the factors from device memory, 2 * ffn rows of `rank` columns.
+//
+// If the CPU may get a part of the layer, it gets the layer's input here: blocks share the writes over the link, and
+// nobody waits for them. What it is to compute is not known before the next kernel.
 #include "input.cuh"
 
 // exp within 3e-5 of itself: a power of two by its exponent bits, the rest by a polynomial.
@@ -48,11 +51,14 @@ constexpr int kNeurons = 2;
 // factors [2 * ffn] encoded rows of `rank` columns, gate and up of each neuron; z [rank]; neurons [3, ffn]: standard
 // deviations of gate and up, lengths of the down columns; scores [ffn]. rank is a multiple of 32.
 // As many lanes as a row has chunks, rounded up to a power of two, take two neurons at a time, so that a warp reads
-// neighbouring rows in whole lines. Any grid of blocks of 256 threads; dynamic shared memory as gemv, for `rank`.
+// neighbouring rows in whole lines. x [hidden] is copied to host_x, unless that is null.
+// Any grid of blocks of 256 threads; dynamic shared memory as gemv, for `rank`.
 template <class E>
 DEVICE void predict_scores(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                           int activation, float* scores) {
+                           int activation, float* scores, const float* x, float* host_x, int hidden) {
   using namespace predict_shape;
+  if (host_x != nullptr)
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < hidden; i += gridDim.x * blockDim.x) host_x[i] = x[i];
   const Input<E> input;
   input.stage(z, rank);
   __syncthreads();
@@ -102,16 +108,16 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_bf16(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                        int activation, float* scores) {
-  predict_scores<Bf16>(factors, rank, z, neurons, ffn, activation, scores);
+                        int activation, float* scores, const float* x, float* host_x, int hidden) {
+  predict_scores<Bf16>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_q8(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                      int activation, float* scores) {
-  predict_scores<Q8>(factors, rank, z, neurons, ffn, activation, scores);
+                      int activation, float* scores, const float* x, float* host_x, int hidden) {
+  predict_scores<Q8>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_q4(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                      int activation, float* scores) {
-  predict_scores<Q4>(factors, rank, z, neurons, ffn, activation, scores);
+                      int activation, float* scores, const float* x, float* host_x, int hidden) {
+  predict_scores<Q4>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
 }
