@@ -1,20 +1,24 @@
 // The active neurons of a layer, the cache of cold ones, and who computes what.
 //
-// One block of 1024 threads, once a layer: what counts is how often it waits, for memory or at a barrier.
+// One block of 1024 threads, once a layer, which the rest of the device waits for: an instruction for every score costs
+// 0.1 us, and so does a barrier with the latency of what lies behind it.
 //
-// 1. Scores are read once, into registers. Non-negative floats order like their bits: counting the upper 12 finds the
-//    few among which the k-th largest lies, and two more rounds over these find it. A warp owns neighbours, so that
-//    counting before it is all it takes to write the active ones in ascending order.
-// 2. The active ones are looked up in the cache and divided into misses, hits and hot ones; the last misses may go to
-//    the CPU, which starts at once.
-// 3. Misses that are read over the link compete for the slots of their sets, a warp for each set. A neuron's key is recency and frequency in
-//    one number (LRFU, Lee et al. 2001): the logarithm of the sum of 2^(lambda * t) over the tokens t that used it. It
+// 1. Top k. A sample of 4096 scores tells roughly where the k-th largest lies. From a little below that on, two
+//    instructions for each score leave a list, in ascending order, of the active neurons and some more. The list gives
+//    all threads as many neurons, however the active ones cluster. One count of it into bins finds the few among which
+//    the k-th largest is, and these are compared one by one. If the guess was wrong, too many scores are equal, or the
+//    list would be too long, three counts of all scores find the k-th largest instead.
+// 2. The list is looked up in the cache while 1. goes on. The active neurons are divided into misses, hits and hot
+//    ones; the last misses may go to the CPU, which starts at once.
+// 3. Misses that are read over the link compete for the slots of their sets. Those of a set are chained as they are
+//    found; a warp sorts the chain, and a lane has a way of the set. A neuron's key is recency and frequency in one
+//    number (LRFU, Lee et al. 2001): the logarithm of the sum of 2^(lambda * t) over the tokens t that used it. It
 //    never ages: only what is used grows. As an f32 it tells apart times that differ by now / 2^24 tokens: a sixteenth
 //    of a token after a million of them.
 #include "reduce.cuh"
 
 struct Choose {
-  const float* scores;  // [ffn], not read if `every` is 1
+  const float* scores;  // [ffn] and room up to a multiple of four, not read if `every` is 1
   u32 ffn, k, n_hot, every;
   float threshold;  // if k and every are 0
   u32 n_sets, n_ways;
@@ -26,10 +30,7 @@ struct Choose {
   const u32* step;  // token, position, serial
   u32 layer, n_layers;
   float cpu_share;
-  u32* cpu_list;  // [ffn - n_hot], like all of the CPU's in mapped host memory
-  float* cpu_x;   // [hidden]
-  const float* x;
-  u32 hidden;
+  u32* cpu_list;  // [ffn - n_hot], like all of the CPU's in mapped host memory; its input is there already
   u32* cpu_count;
   u32* cpu_flag;
   u32* ids;     // [ffn]
@@ -41,157 +42,225 @@ struct Choose {
 namespace choose_shape {
 constexpr u32 kThreads = 1024;
 constexpr u32 kWarps = kThreads / kWarp;
-// Scores of a thread that stay in registers: layers of up to 32768 neurons. Those of wider layers are read again.
-constexpr u32 kKept = 32;
-constexpr u32 kBins = 4096;
+// Neurons of a warp whose scores its lanes load together, four each; and how many such groups a thread holds: a tile of
+// 32768 neurons. Wider layers have several.
+constexpr u32 kGroup = 4 * kWarp;
+constexpr u32 kGroups = 8;
+constexpr u32 kTile = kGroups * kGroup * kWarps;
+constexpr u32 kBins = 2048;
+// The sample's bins: 32 to an octave, from 2^-40 on.
+constexpr u32 kSampleShift = 18;
+constexpr u32 kFirstBin = (127 - 40) << (23 - kSampleShift);
+// Neurons of the list that a thread keeps in registers; a list that is only a guess is not longer.
+constexpr u32 kKept = 4;
+constexpr u32 kListed = kKept * kThreads;
 // Misses that compete for slots at one token, the first ones; those after them are read and not kept.
 constexpr u32 kCandidates = 2048;
-// Active neurons of a lane whose place is looked up once and kept.
-constexpr u32 kRounds = 4;
+// Sets that a warp loads at a time.
+constexpr u32 kSets = 4;
+constexpr u32 kInfinity = 0x7f800000u;
 }  // namespace choose_shape
 
+struct Bin {
+  u32 number, wanted, count;
+};
+
 struct ChooseShared {
+  // All zero but for the time between a count and the search in it. At last one more than the first candidate of each
+  // of 2048 sets.
   u32 bins[choose_shape::kBins];
+  unsigned char nibbles[choose_shape::kWarps][kWarp * choose_shape::kGroups];
+  union {
+    // A list that is a guess.
+    u32 listed[choose_shape::kListed];
+    struct {
+      u32 cold[choose_shape::kCandidates];
+      float key[choose_shape::kCandidates];
+      u16 next[choose_shape::kCandidates];
+    } candidates;
+  };
   u32 warps[2][choose_shape::kWarps];
-  u32 found[2];
-  u32 n_near;
-  // Of each candidate. Before that, `cold` has the bits of the scores near the limit.
-  u32 cold[choose_shape::kCandidates];
-  float key[choose_shape::kCandidates];
-  u16 set[choose_shape::kCandidates];
+  uint4 kinds[choose_shape::kWarps];
+  Bin found[2];
+  uint2 near[kWarp];
+  u32 n_near, cutoff;
 };
 
-// The scores of a thread's neurons, as bits that order like them: number `first`, and every 32nd from there.
-struct Scores {
-  const Choose& c;
-  u32 each, first;
-  u32 kept[choose_shape::kKept];
-
-  DEVICE Scores(const Choose& choose) : c(choose) {
-    using namespace choose_shape;
-    each = (c.ffn + kThreads - 1) / kThreads;
-    first = warp_id() * each * kWarp + lane_id();
+// The sum over the lanes before this one and its own.
+DEVICE u32 sum_through(u32 v) {
 #pragma unroll
-    for (u32 j = 0; j < kKept; j++) kept[j] = j < each && !c.every ? read(first + j * kWarp) : 0;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const u32 lower = __shfl_up_sync(kAllLanes, v, step);
+    if (lane_id() >= step) v += lower;
   }
-
-  // Not a number, like anything that is not positive, counts as zero.
-  DEVICE u32 read(u32 neuron) const {
-    if (neuron >= c.ffn || c.every) return 0;
-    const float score = c.scores[neuron];
-    return score > 0.0f ? __float_as_uint(score) : 0;
-  }
-
-  // Calls `f` with the number and the bits of the score of each neuron, all lanes together; the last numbers may not
-  // exist.
-  template <class F>
-  DEVICE void for_each(F f) const {
-    using namespace choose_shape;
-#pragma unroll
-    for (u32 j = 0; j < kKept; j++)
-      if (j < each) f(first + j * kWarp, kept[j]);
-    for (u32 j = kKept; j < each; j++) f(first + j * kWarp, read(first + j * kWarp));
-  }
-};
-
-// The active neurons of a lane: their places in the list of ids, their numbers among the cold ones, their slots.
-struct Active {
-  const Choose& c;
-  u32 n_active, begin, n_rounds;
-  u32 colds[choose_shape::kRounds], slots[choose_shape::kRounds];
-
-  DEVICE Active(const Choose& choose, u32 n_active, u32 begin, u32 n_rounds)
-      : c(choose), n_active(n_active), begin(begin), n_rounds(n_rounds) {
-#pragma unroll
-    for (u32 round = 0; round < choose_shape::kRounds; round++)
-      look_up(round < n_rounds ? begin + round * kWarp : n_active, colds[round], slots[round]);
-  }
-
-  // The number of a hot neuron among the cold ones is negative.
-  DEVICE void look_up(u32 i, u32& cold, u32& slot) const {
-    cold = slot = kNone;
-    if (i >= n_active) return;
-    const u32 neuron = c.ids[i];
-    cold = neuron - c.n_hot;
-    if (neuron >= c.n_hot && c.n_sets > 0) slot = c.slot_of[cold];
-  }
-
-  // Calls `f` for each, all lanes together; the last places may be behind the end of the list.
-  template <class F>
-  DEVICE void for_each(F f) const {
-    using namespace choose_shape;
-#pragma unroll
-    for (u32 round = 0; round < kRounds; round++)
-      if (round < n_rounds) f(begin + round * kWarp, colds[round], slots[round]);
-    for (u32 round = kRounds; round < n_rounds; round++) {
-      u32 cold, slot;
-      look_up(begin + round * kWarp, cold, slot);
-      f(begin + round * kWarp, cold, slot);
-    }
-  }
-};
-
-// The sum over the lanes of a warp, in all of them.
-DEVICE u32 warp_total(u32 v) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
   return v;
 }
 
-// The sum over the warps before this one, and over all; `mine` must be the same in all lanes of a warp.
-struct BlockCount {
-  u32 before, all;
-};
-DEVICE BlockCount count_over_warps(u32 mine, u32* warps) {
-  if (lane_id() == 0) warps[warp_id()] = mine;
-  __syncthreads();
-  u32 sum = warps[lane_id()];
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const u32 lower = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane_id() >= step) sum += lower;
-  }
-  const u32 through = __shfl_sync(kAllLanes, sum, warp_id()), all = __shfl_sync(kAllLanes, sum, kWarp - 1);
-  __syncthreads();
-  return {through - mine, all};
+// Floats in their order as whole numbers, above zero.
+DEVICE u32 in_order(float v) {
+  const u32 bits = __float_as_uint(v);
+  return bits ^ (static_cast<int>(bits) < 0 ? 0xffffffffu : 0x80000000u);
 }
 
-// The highest bin such that it and those above hold at least `wanted`, and how many of its own are wanted.
-// Clears the bins on the way. Ends with a barrier.
-DEVICE void find_bin(ChooseShared& shared, u32 wanted, u32& bin, u32& left) {
-  using namespace choose_shape;
-  constexpr u32 kEach = kBins / kThreads;
-  // The first thread takes the highest bins.
-  const u32 top = kBins - 1 - threadIdx.x * kEach;
-  u32 own[kEach], sum = 0;
-#pragma unroll
-  for (u32 i = 0; i < kEach; i++) {
-    own[i] = shared.bins[top - i];
-    shared.bins[top - i] = 0;
-    sum += own[i];
+// Sums over the block's threads, each with one barrier.
+struct BlockSums {
+  ChooseShared& shared;
+  u32 turn;
+
+  // `before`: over the threads before this one; `all`: over all.
+  DEVICE void operator()(u32 mine, u32& before, u32& all) {
+    const u32 through = sum_through(mine);
+    // Another place than last time, which some may still read.
+    u32* warps = shared.warps[turn];
+    turn ^= 1;
+    if (lane_id() == kWarp - 1) warps[warp_id()] = through;
+    __syncthreads();
+    const u32 v = warps[lane_id()];
+    before = __reduce_add_sync(kAllLanes, lane_id() < warp_id() ? v : 0) + through - mine;
+    all = __reduce_add_sync(kAllLanes, v);
   }
-  u32 through = sum;
+
+  // For each number wanted: the highest bin such that it and those above hold as many, how many of its own are wanted,
+  // and how many it has; kNone if all bins together hold less. Returns what they hold, and clears them. A barrier must
+  // lie between the count and this; ends with one.
+  template <int N>
+  DEVICE u32 find_bins(const u32 (&wanted)[N], Bin (&bins)[N]) {
+    using namespace choose_shape;
+    static_assert(kBins == 2 * kThreads, "two bins a thread");
+    // The first thread has the highest bins.
+    const u32 top = kBins - 1 - 2 * threadIdx.x;
+    uint2& mine = *reinterpret_cast<uint2*>(shared.bins + top - 1);
+    const uint2 own = mine;
+    mine = make_uint2(0, 0);
+    if (threadIdx.x < N) shared.found[threadIdx.x] = {kNone, 0, 0};
+    u32 before, all;
+    (*this)(own.x + own.y, before, all);
 #pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const u32 lower = __shfl_up_sync(kAllLanes, through, step);
-    if (lane_id() >= step) through += lower;
-  }
-  const u32 of_warp = __shfl_sync(kAllLanes, through, kWarp - 1);
-  u32 before = count_over_warps(of_warp, shared.warps[0]).before + through - sum;
-  if (before < wanted && wanted <= before + sum) {
-#pragma unroll
-    for (u32 i = 0; i < kEach; i++) {
-      if (before < wanted && wanted <= before + own[i]) {
-        shared.found[0] = top - i;
-        shared.found[1] = wanted - before;
+    for (int i = 0; i < N; i++) {
+      if (before < wanted[i] && wanted[i] <= before + own.y) {
+        shared.found[i] = {top, wanted[i] - before, own.y};
+      } else if (before + own.y < wanted[i] && wanted[i] <= before + own.y + own.x) {
+        shared.found[i] = {top - 1, wanted[i] - before - own.y, own.x};
       }
-      before += own[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) bins[i] = shared.found[i];
+    return all;
+  }
+};
+
+// Where a layer's scores lie. A tile is 32 ranges, one for each warp, of eight groups; of fewer if it is the only one.
+struct Scores {
+  const Choose& c;
+  u32 n_groups, n_tiles, last_four;
+
+  DEVICE Scores(const Choose& choose) : c(choose) {
+    using namespace choose_shape;
+    n_groups = min((c.ffn + kGroup * kWarps - 1) / (kGroup * kWarps), kGroups);
+    n_tiles = (c.ffn + kTile - 1) / kTile;
+    last_four = (c.ffn - 1) / 4 * 4;
+  }
+
+  DEVICE u32 range(u32 tile) const {
+    return (tile * choose_shape::kWarps + warp_id()) * n_groups * choose_shape::kGroup;
+  }
+
+  DEVICE u32 first_of_four(u32 tile, u32 group) const {
+    return range(tile) + group * choose_shape::kGroup + 4 * lane_id();
+  }
+  // From a multiple of four on. What neurons score that do not exist means nothing.
+  DEVICE float4 four(u32 neuron) const {
+    return *reinterpret_cast<const float4*>(c.scores + min(neuron, last_four));
+  }
+
+  // A lane's word of a tile: a bit for each of 32 neurons in a row, from this one on.
+  DEVICE u32 first(u32 tile) const { return range(tile) + lane_id() * 32; }
+  DEVICE u32 existing(u32 tile) const {
+    const u32 from = first(tile);
+    if (lane_id() >= 4 * n_groups || from >= c.ffn) return 0;
+    return c.ffn - from >= 32 ? kAllLanes : (1u << (c.ffn - from)) - 1;
+  }
+
+  // Which scores are at least `least`, which is positive: not a number is not. `fours(group)` is what `four` gives.
+  template <class F>
+  DEVICE u32 at_least(u32 tile, float least, unsigned char* nibbles, F fours) const {
+    using namespace choose_shape;
+#pragma unroll
+    for (u32 group = 0; group < kGroups; group++) {
+      if (group >= n_groups) continue;
+      const float4 v = fours(group);
+      u32 nibble = v.x >= least ? 1 : 0;
+      if (v.y >= least) nibble |= 2;
+      if (v.z >= least) nibble |= 4;
+      if (v.w >= least) nibble |= 8;
+      nibbles[group * kWarp + lane_id()] = static_cast<unsigned char>(nibble);
+    }
+    __syncwarp();
+    uint2 v = make_uint2(0, 0);
+    if (lane_id() < 4 * n_groups) v = reinterpret_cast<const uint2*>(nibbles)[lane_id()];
+    __syncwarp();
+    return __byte_perm(v.x | v.x >> 4, v.y | v.y >> 4, 0x6420) & existing(tile);
+  }
+};
+
+// A neuron of the list, or none, and what the cache has about it.
+struct Listed {
+  u32 neuron, slot;
+  float key;
+};
+
+// The list of a thread: one of every 32 neurons of its warp's share.
+struct List {
+  const Choose& c;
+  const ChooseShared& shared;
+  bool all;  // numbers are places
+  u32 n, begin, n_rounds;
+  Listed kept[choose_shape::kKept];
+
+  DEVICE List(const Choose& choose, const ChooseShared& shared, bool all) : c(choose), shared(shared), all(all) {}
+
+  DEVICE u32 number(u32 round) const {
+    const u32 i = begin + round * kWarp;
+    if (round >= n_rounds || i >= n) return kNone;
+    return all ? i : c.ids[i];
+  }
+  DEVICE Listed look_up(u32 neuron) const {
+    Listed it = {neuron, kNone, 0.0f};
+    if (c.n_sets > 0 && neuron != kNone && neuron >= c.n_hot) {
+      it.slot = c.slot_of[neuron - c.n_hot];
+      it.key = c.key[neuron - c.n_hot];
+    }
+    return it;
+  }
+
+  // Gives each thread its neurons.
+  DEVICE void divide(u32 length, bool is_guess) {
+    using namespace choose_shape;
+    n = length;
+    n_rounds = (n + kThreads - 1) / kThreads;
+    begin = warp_id() * n_rounds * kWarp + lane_id();
+#pragma unroll
+    for (u32 round = 0; round < kKept; round++) {
+      const u32 i = begin + round * kWarp;
+      kept[round].neuron = !is_guess ? number(round) : round < n_rounds && i < n ? shared.listed[i] : kNone;
     }
   }
-  __syncthreads();
-  bin = shared.found[0];
-  left = shared.found[1];
-}
+  DEVICE void look_up_all() {
+#pragma unroll
+    for (u32 round = 0; round < choose_shape::kKept; round++) kept[round] = look_up(kept[round].neuron);
+  }
+
+  // Calls `f` for each, and for some that are none, all lanes together.
+  template <class F>
+  DEVICE void for_each(F f) const {
+    using namespace choose_shape;
+#pragma unroll
+    for (u32 round = 0; round < kKept; round++)
+      if (round < n_rounds) f(kept[round]);
+    for (u32 round = kKept; round < n_rounds; round++) f(look_up(number(round)));
+  }
+};
 
 // log2(1 + 2^d). Only operations that round correctly, in this order: the same bits on every machine, on which the
 // cache's decisions depend.
@@ -216,224 +285,342 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   let_next_start();
   wait_for_previous();
   const u32 thread = threadIdx.x, lane = lane_id(), warp = warp_id();
-  const u32 serial = c.step[2];
+  const bool every = c.every || c.k >= c.ffn || (c.k == 0 && !(c.threshold >= 0.0f));
 
   // 1. The active ones.
-  Scores scores(c);
-  for (u32 i = thread; i < kBins; i += kThreads) shared.bins[i] = 0;
+  const Scores scores(c);
+  float4 sample = make_float4(0.0f, 0.0f, 0.0f, 0.0f), fours[kGroups];
+  // Four neurons a thread, in 32 places of the layer: one in `each`.
+  const u32 each = (c.ffn + kGroup * kWarps - 1) / (kGroup * kWarps);
+  const u32 sampled = (warp * each + each / 2) * kGroup + 4 * lane;
+  if (!every && c.k > 0 && c.k < kListed && sampled < c.ffn) sample = scores.four(sampled);
+  const u32 serial = c.step[2];
+  // How many of the top k the sample has is uncertain by the root of that number. The guess allows for three times as
+  // much, and is not tried if the list might have no room for half as much again.
+  const float share = static_cast<float>(c.k) * reciprocal(static_cast<float>(each));
+  const float margin = 3.0f * share * rsqrtf(share) + 8.0f;
+  const bool guess = !every && c.k > 0 && c.k < kListed && (share + 1.5f * margin) * static_cast<float>(each) < kListed;
+  reinterpret_cast<uint2*>(shared.bins)[thread] = make_uint2(0, 0);
   if (thread == 0) shared.n_near = 0;
   __syncthreads();
+  // One multiprocessor needs a microsecond for all scores. They are asked for behind the sample, which the barrier
+  // keeps before them, and are on their way while that is counted.
+  if (guess) {
+#pragma unroll
+    for (u32 group = 0; group < kGroups; group++)
+      if (group < scores.n_groups) fours[group] = scores.four(scores.first_of_four(0, group));
+  }
 
-  // All above `limit` are active, and the first `ties` of those at it.
-  u32 limit = 0, ties = 0;
-  const bool top = !c.every && c.k > 0 && c.k < c.ffn, all = c.every || c.k >= c.ffn;
-  if (top) {
-    // Most scores may be zero: those are not counted one by one.
-    u32 n_some = 0;
-    scores.for_each([&](u32 neuron, u32 bits) {
-      if (neuron >= c.ffn || bits == 0) return;
-      n_some++;
-      atomicAdd(&shared.bins[bits >> 19], 1u);
-    });
-    const u32 some = count_over_warps(warp_total(n_some), shared.warps[1]).all;
-    if (some < c.k) {
-      ties = c.k - some;
-    } else {
-      u32 bin, left = c.k;
-      find_bin(shared, left, bin, left);
-      limit = bin << 19;
-      // Those near the limit are few, as a rule: they are put together, so that two more rounds cost little.
-      scores.for_each([&](u32 neuron, u32 bits) {
-        if (neuron >= c.ffn || bits == 0 || bits >> 19 != limit >> 19) return;
-        const u32 i = atomicAdd(&shared.n_near, 1u);
-        if (i < kCandidates) shared.cold[i] = bits;
-      });
-      __syncthreads();
-      const u32 n_near = shared.n_near;
-      if (n_near <= kCandidates) {
-        for (u32 i = thread; i < n_near; i += kThreads) atomicAdd(&shared.bins[shared.cold[i] >> 9 & 1023], 1u);
-      } else {
-        scores.for_each([&](u32 neuron, u32 bits) {
-          if (neuron < c.ffn && bits != 0 && bits >> 19 == limit >> 19) atomicAdd(&shared.bins[bits >> 9 & 1023], 1u);
-        });
+  BlockSums sums = {shared, 0};
+  unsigned char* nibbles = shared.nibbles[warp];
+  List list(c, shared, every);
+  // Appends the neurons of all threads' words to the list of `n`: to what will be the ids, or to a guess.
+  auto append = [&](u32 word, u32 first, u32& n, bool is_guess) {
+    u32 before, all;
+    sums(__popc(word), before, all);
+    for (u32 at = n + before; word != 0; word &= word - 1, at++) {
+      const u32 neuron = first + __ffs(word) - 1;
+      if (!is_guess) {
+        c.ids[at] = neuron;
+      } else if (at < kListed) {
+        shared.listed[at] = neuron;
       }
-      __syncthreads();
-      find_bin(shared, left, bin, left);
-      limit |= bin << 9;
-      if (n_near <= kCandidates) {
-        for (u32 i = thread; i < n_near; i += kThreads)
-          if (shared.cold[i] >> 9 == limit >> 9) atomicAdd(&shared.bins[shared.cold[i] & 511], 1u);
-      } else {
-        scores.for_each([&](u32 neuron, u32 bits) {
-          if (neuron < c.ffn && bits != 0 && bits >> 9 == limit >> 9) atomicAdd(&shared.bins[bits & 511], 1u);
-        });
-      }
-      __syncthreads();
-      find_bin(shared, left, bin, left);
-      limit |= bin;
-      ties = left;
     }
-  }
-  // The least bits that are active without regard to ties.
-  u32 least = top ? limit + 1 : 0;
-  if (!top && !all && c.threshold >= 0.0f) least = c.threshold > 0.0f ? __float_as_uint(c.threshold) + 1 : 1;
-  auto above = [&](u32 neuron, u32 bits) { return neuron < c.ffn && bits >= least; };
-  auto at_limit = [&](u32 neuron, u32 bits) { return top && neuron < c.ffn && bits == limit; };
-  u32 n_above = 0, n_ties = 0;
-  scores.for_each([&](u32 neuron, u32 bits) {
-    n_above += above(neuron, bits);
-    n_ties += at_limit(neuron, bits);
-  });
-  n_above = warp_total(n_above);
-  n_ties = warp_total(n_ties);
-  const BlockCount tied = count_over_warps(n_ties, shared.warps[0]);
-  auto taken = [&](u32 n) { return n < ties ? n : ties; };
-  const u32 n_mine = n_above + taken(tied.before + n_ties) - taken(tied.before);
-  const BlockCount active = count_over_warps(n_mine, shared.warps[1]);
-  u32 at = active.before;
-  const u32 lower_lanes = (1u << lane) - 1;
-  auto write = [&](u32 neuron, bool mine) {
-    const u32 takes = __ballot_sync(kAllLanes, mine);
-    if (mine) c.ids[at + __popc(takes & lower_lanes)] = neuron;
-    at += __popc(takes);
+    n += all;
   };
-  if (tied.all == ties) {
-    // As a rule all scores at the limit are wanted: there is one.
-    if (top) least = limit;
-    scores.for_each([&](u32 neuron, u32 bits) { write(neuron, above(neuron, bits)); });
-  } else {
-    u32 tie = tied.before;
-    scores.for_each([&](u32 neuron, u32 bits) {
-      const u32 equals = __ballot_sync(kAllLanes, at_limit(neuron, bits));
-      const bool wins = at_limit(neuron, bits) && tie + __popc(equals & lower_lanes) < ties;
-      write(neuron, wins || above(neuron, bits));
-      tie += __popc(equals);
-    });
-  }
+  // Not a number, like anything that is not positive, counts as zero.
+  auto at_least = [&](u32 tile, u32 bits) {
+    if (bits == 0) return scores.existing(tile);
+    return scores.at_least(tile, __uint_as_float(bits), nibbles,
+                           [&](u32 group) { return scores.four(scores.first_of_four(tile, group)); });
+  };
+
+  // False if it does not come out.
+  auto list_by_guess = [&] {
+    const float sampled[4] = {sample.x, sample.y, sample.z, sample.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      const int bin = static_cast<int>((__float_as_uint(sampled[i]) >> kSampleShift) - kFirstBin);
+      if (sampled[i] > 0.0f) atomicAdd(&shared.bins[min(max(bin, 0), static_cast<int>(kBins) - 1)], 1u);
+    }
+    __syncthreads();
+    Bin ends[2];
+    const u32 ranks[2] = {static_cast<u32>(share + margin), static_cast<u32>(fmaxf(share - margin, 1.0f))};
+    sums.find_bins(ranks, ends);
+    // The k-th largest is at least `low`, and below `high`.
+    const u32 low = ends[0].number == kNone || ends[0].number == 0 ? 1 : (ends[0].number + kFirstBin) << kSampleShift;
+    const u32 high = ends[1].number >= kBins - 1 ? kInfinity : (ends[1].number + kFirstBin + 1) << kSampleShift;
+
+    u32 n = 0;
+    append(scores.at_least(0, __uint_as_float(low), nibbles, [&](u32 group) { return fours[group]; }),
+           scores.first(0), n, true);
+    for (u32 tile = 1; tile < scores.n_tiles; tile++) append(at_least(tile, low), scores.first(tile), n, true);
+    if (n < c.k || n > kListed) return false;
+    __syncthreads();
+    list.divide(n, true);
+    u32 values[kKept], bins[kKept];
+#pragma unroll
+    for (u32 i = 0; i < kKept; i++)
+      values[i] = list.kept[i].neuron != kNone ? __float_as_uint(c.scores[list.kept[i].neuron]) : 0;
+    // Bins for what lies between them; what is higher goes to the last.
+    const u32 shift = max(0, 32 - __clz(static_cast<int>((high - low) / kBins)));
+#pragma unroll
+    for (u32 i = 0; i < kKept; i++) {
+      bins[i] = values[i] != 0 ? min((values[i] - low) >> shift, kBins - 1) : kBins;
+      if (values[i] != 0) atomicAdd(&shared.bins[bins[i]], 1u);
+    }
+    __syncthreads();
+    // The barrier keeps these loads behind those of the scores.
+    list.look_up_all();
+    Bin last[1];
+    const u32 rank[1] = {c.k};
+    sums.find_bins(rank, last);
+    if (last[0].count > kWarp) return false;
+#pragma unroll
+    for (u32 i = 0; i < kKept; i++)
+      if (bins[i] == last[0].number)
+        shared.near[atomicAdd(&shared.n_near, 1u)] = make_uint2(values[i], list.kept[i].neuron);
+    __syncthreads();
+    // Every warp puts those of the last bin into order, by score and then by number, and finds the last one wanted.
+    const uint2 mine = lane < last[0].count ? shared.near[lane] : make_uint2(0, kNone);
+    auto precedes = [](uint2 a, uint2 b) { return a.x > b.x || (a.x == b.x && a.y <= b.y); };
+    u32 place = 0;
+    for (u32 i = 0; i < last[0].count; i++) place += precedes(shared.near[i], mine);
+    const int lane_of_last = __ffs(__ballot_sync(kAllLanes, lane < last[0].count && place == last[0].wanted)) - 1;
+    const uint2 end = make_uint2(__shfl_sync(kAllLanes, mine.x, lane_of_last),
+                                 __shfl_sync(kAllLanes, mine.y, lane_of_last));
+#pragma unroll
+    for (u32 i = 0; i < kKept; i++)
+      if (!precedes(make_uint2(values[i], list.kept[i].neuron), end)) list.kept[i] = {kNone, kNone, 0.0f};
+    return true;
+  };
+
+  // Active are the neurons above `limit`, and those at it up to number `cutoff`.
+  auto list_by_counting = [&] {
+    u32 limit = 0, cutoff = kNone, n = c.ffn;
+    if (c.k == 0) {
+      limit = c.threshold > 0.0f ? __float_as_uint(c.threshold) + 1 : 1;
+    } else if (!every) {
+      Bin last[1] = {{0, c.k, 0}};
+      for (int shift = 20; shift >= 0; shift -= 10) {
+        const int width = shift == 20 ? 11 : 10;
+        for (u32 tile = 0; tile < scores.n_tiles; tile++) {
+#pragma unroll 2
+          for (u32 group = 0; group < scores.n_groups; group++) {
+            const u32 first = scores.first_of_four(tile, group);
+            const float4 four = scores.four(first);
+            const float values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+              const u32 upper = __float_as_uint(values[i]) >> shift;
+              if (first + i < c.ffn && values[i] > 0.0f && upper >> width == limit)
+                atomicAdd(&shared.bins[upper & ((1u << width) - 1)], 1u);
+            }
+          }
+        }
+        __syncthreads();
+        const u32 rank[1] = {last[0].wanted};
+        const u32 n_some = sums.find_bins(rank, last);
+        if (last[0].number == kNone) {
+          // Too few are positive: the first of the zeros are active, too.
+          last[0] = {0, c.k - n_some, kNone};
+          break;
+        }
+        limit = limit << width | last[0].number;
+      }
+      if (last[0].count != last[0].wanted) {
+        u32 n_ties = 0;
+        for (u32 tile = 0; tile < scores.n_tiles; tile++) {
+          u32 ties = at_least(tile, limit), before, all;
+          ties &= ~at_least(tile, limit + 1);
+          sums(__popc(ties), before, all);
+          const u32 left = last[0].wanted - (n_ties + before);
+          if (n_ties + before < last[0].wanted && left <= __popc(ties)) {
+            for (u32 i = 1; i < left; i++) ties &= ties - 1;
+            shared.cutoff = scores.first(tile) + __ffs(ties) - 1;
+          }
+          n_ties += all;
+        }
+        __syncthreads();
+        cutoff = shared.cutoff;
+      }
+    }
+    if (!every) {
+      n = 0;
+      for (u32 tile = 0; tile < scores.n_tiles; tile++) {
+        const u32 first = scores.first(tile);
+        u32 word = at_least(tile, limit);
+        if (cutoff != kNone) {
+          if (cutoff < first) word = 0;
+          if (cutoff - first < 31) word &= (2u << (cutoff - first)) - 1;
+          word |= at_least(tile, limit + 1);
+        }
+        append(word, first, n, false);
+      }
+      __syncthreads();
+    }
+    list.divide(n, false);
+    list.look_up_all();
+  };
+  if (!guess || !list_by_guess()) list_by_counting();
+
+  // 2. What each of them is.
+  u32 n_active = 0, n_hot = 0, n_cached = 0;
+  list.for_each([&](const Listed& it) {
+    n_active += __popc(__ballot_sync(kAllLanes, it.neuron != kNone));
+    n_hot += __popc(__ballot_sync(kAllLanes, it.neuron < c.n_hot));
+    n_cached += __popc(__ballot_sync(kAllLanes, it.slot != kNone));
+  });
+  if (lane == 0) shared.kinds[warp] = make_uint4(n_active, n_hot, n_cached, 0);
   __syncthreads();
+  const uint4 kinds = shared.kinds[lane];
+  auto before = [&](u32 n) { return __reduce_add_sync(kAllLanes, lane < warp ? n : 0); };
+  auto all = [&](u32 n) { return __reduce_add_sync(kAllLanes, n); };
+  u32 at = before(kinds.x), hit_at = before(kinds.z);
+  const u32 all_active = all(kinds.x), all_hot = all(kinds.y), hits = all(kinds.z);
+  const u32 misses = all_active - all_hot - hits;
+  const u32 n_cpu = min(misses, static_cast<u32>(fmaf(c.cpu_share, static_cast<float>(misses), 0.5f)));
+  const u32 n_link = misses - n_cpu, n_candidates = c.n_sets > 0 ? min(n_link, kCandidates) : 0;
 
-  // 2. What each of them is. The hot ones come first; a warp owns a range of the list.
-  const u32 n_active = active.all, share = (n_active + kThreads - 1) / kThreads * kWarp, begin = warp * share + lane;
-  const u32 n_rounds = share / kWarp;
+  const u32 lower_lanes = (1u << lane) - 1;
   const float now = rounded_product(c.lambda, static_cast<float>(serial));
-  enum Kind { kNothing, kHot, kCached, kMiss };
-  auto kind_of = [&](u32 i, u32 cold, u32 slot) {
-    if (i >= n_active) return kNothing;
-    if (static_cast<int>(cold) < 0) return kHot;
-    return slot == kNone ? kMiss : kCached;
+  // Chains candidate `m` to the others of its set, if that is among the 2048 sets from `first` on.
+  auto chain = [&](u32 m, u32 cold, u32 first) {
+    const u32 set = cold % c.n_sets - first;
+    if (set < kBins) shared.candidates.next[m] = static_cast<u16>(atomicExch(&shared.bins[set], m + 1));
   };
-  const Active list(c, n_active, begin, n_rounds);
-  u32 n_hot = 0, n_miss = 0, n_cached = 0;
-  list.for_each([&](u32 i, u32 cold, u32 slot) {
-    const Kind kind = kind_of(i, cold, slot);
-    n_hot += __popc(__ballot_sync(kAllLanes, kind == kHot));
-    n_miss += __popc(__ballot_sync(kAllLanes, kind == kMiss));
-    n_cached += __popc(__ballot_sync(kAllLanes, kind == kCached));
-  });
-  const BlockCount misses = count_over_warps(n_miss, shared.warps[0]);
-  const BlockCount hits = count_over_warps(n_cached, shared.warps[1]);
-  const u32 all_hot = count_over_warps(n_hot, shared.warps[0]).all;
-  const u32 n_cpu = min(misses.all, static_cast<u32>(fmaf(c.cpu_share, static_cast<float>(misses.all), 0.5f)));
-  const u32 n_link = misses.all - n_cpu;
-
-  u32 miss_at = misses.before, hit_at = hits.before;
-  list.for_each([&](u32 i, u32 cold, u32 slot) {
-    const Kind kind = kind_of(i, cold, slot);
-    const u32 missed = __ballot_sync(kAllLanes, kind == kMiss), hit = __ballot_sync(kAllLanes, kind == kCached);
+  list.for_each([&](const Listed& it) {
+    const u32 active = __ballot_sync(kAllLanes, it.neuron != kNone);
+    const u32 hit = __ballot_sync(kAllLanes, it.slot != kNone);
+    const u32 place = at + __popc(active & lower_lanes), n_hits = hit_at + __popc(hit & lower_lanes);
+    at += __popc(active);
+    hit_at += __popc(hit);
+    if (it.neuron == kNone) return;
+    c.ids[place] = it.neuron;
+    if (it.neuron < c.n_hot) {
+      c.items[n_link + hits + place] = make_uint2(it.neuron, kNone);
+      return;
+    }
+    const u32 cold = it.neuron - c.n_hot;
     float key = 0.0f;
-    if (c.n_sets > 0 && (kind == kMiss || kind == kCached)) {
-      key = now + log2_of_one_plus_power(c.key[cold] - now);
+    if (c.n_sets > 0) {
+      key = now + log2_of_one_plus_power(it.key - now);
       c.key[cold] = key;
     }
-    if (kind == kMiss) {
-      const u32 m = miss_at + __popc(missed & lower_lanes);
-      if (m >= n_link) {
-        c.cpu_list[m - n_link] = cold;
-      } else {
-        c.items[m] = make_uint2(0x40000000u | cold, kNone);
-        if (c.n_sets > 0 && m < kCandidates) {
-          shared.cold[m] = cold;
-          shared.key[m] = key;
-          shared.set[m] = static_cast<u16>(cold % c.n_sets);
-        }
-      }
-    } else if (kind == kCached) {
-      c.items[n_link + hit_at + __popc(hit & lower_lanes)] = make_uint2(0x80000000u | slot, kNone);
-      c.used[slot] = serial;
-    } else if (kind == kHot) {
-      c.items[n_link + hits.all + i] = make_uint2(cold + c.n_hot, kNone);
+    if (it.slot != kNone) {
+      c.items[n_link + n_hits] = make_uint2(0x80000000u | it.slot, kNone);
+      c.used[it.slot] = serial;
+      return;
     }
-    miss_at += __popc(missed);
-    hit_at += __popc(hit);
+    // The hot ones come first among the active.
+    const u32 m = place - all_hot - n_hits;
+    if (m >= n_link) {
+      c.cpu_list[m - n_link] = cold;
+      return;
+    }
+    c.items[m] = make_uint2(0x40000000u | cold, kNone);
+    if (m < n_candidates) {
+      shared.candidates.cold[m] = cold;
+      shared.candidates.key[m] = key;
+      chain(m, cold, 0);
+    }
   });
-  if (n_cpu > 0) {
-    for (u32 i = thread; i < c.hidden; i += kThreads) c.cpu_x[i] = c.x[i];
-    if (thread == 0) *c.cpu_count = n_cpu;
-  }
+  if (n_cpu > 0 && thread == 0) *c.cpu_count = n_cpu;
   // Candidates and the CPU's list are complete.
   __syncthreads();
-  if (n_cpu > 0 && thread == 0) {
-    // What the barrier made visible to this thread, the fence makes visible to the CPU before the flag.
+  // By the last warp, which has the fewest sets.
+  if (n_cpu > 0 && thread == kThreads - 1) {
+    // What the barrier made visible to this thread, and what the kernels before this one wrote, predict_scores the
+    // CPU's input among it, the fence makes visible to the CPU before the flag.
     __threadfence_system();
     *const_cast<volatile u32*>(c.cpu_flag) = serial * c.n_layers + c.layer + 1;
   }
   if (thread < 8) {
-    const u32 n_items = n_link + hits.all + all_hot;
-    const u32 values[8] = {n_items, n_link, hits.all, all_hot, n_cpu, n_active, 0, 0};
+    const u32 n_items = n_link + hits + all_hot;
+    const u32 values[8] = {n_items, n_link, hits, all_hot, n_cpu, all_active, 0, 0};
     u32 value = 0;
 #pragma unroll
     for (u32 i = 0; i < 8; i++)
       if (i == thread) value = values[i];
     c.counts[thread] = value;
-    c.totals[thread] += value;
+    atomicAdd(&c.totals[thread], static_cast<u64>(value));
   }
+  if (n_candidates == 0) return;
 
   // 3. Slots for the candidates, ascending within a set. A lane has a way of the set.
-  const u32 n_candidates = min(n_link, kCandidates);
-  for (u32 set = warp; set < c.n_sets; set += kWarps) {
-    const bool is_way = lane < c.n_ways;
-    const u32 slot = set * c.n_ways + lane;
-    u32 owner = kNone, used = 0;
-    float key = 0.0f;
-    bool loaded = false;
-    for (u32 base = 0; base < n_candidates; base += kWarp) {
-      u32 mine = __ballot_sync(kAllLanes, base + lane < n_candidates && shared.set[base + lane] == set);
-      if (mine != 0 && !loaded && is_way) {
-        owner = c.owner[slot];
-        used = c.used[slot];
-        if (owner != kNone) key = c.key[owner];
-      }
-      loaded = loaded || mine != 0;
-      for (; mine != 0; mine &= mine - 1) {
-        const u32 m = base + __ffs(mine) - 1;
-        // An empty way, else the one of lowest key that this token does not use, if that is below the candidate's.
-        const u32 empty = __ballot_sync(kAllLanes, is_way && owner == kNone);
-        float lowest = is_way && used != serial ? key : __uint_as_float(0x7f800000u);
-        u32 way = lane;
+  const bool is_way = lane < c.n_ways;
+  // Gives candidate `m` a slot of the set from `first_slot` on, or none.
+  // `weakness`: 0 of an empty way, kNone of one that this token uses, else in the order of the keys.
+  auto admit = [&](u32 m, u32 first_slot, u32& owner, u32& weakness) {
+    const u32 weakest = __reduce_min_sync(kAllLanes, weakness), ways = __ballot_sync(kAllLanes, weakness == weakest);
+    if (weakest >= in_order(shared.candidates.key[m]) || lane != __ffs(ways) - 1) return;
+    const u32 slot = first_slot + lane;
+    if (owner != kNone) c.slot_of[owner] = kNone;
+    owner = shared.candidates.cold[m];
+    weakness = kNone;
+    c.owner[slot] = owner;
+    c.used[slot] = serial;
+    c.slot_of[owner] = slot;
+    c.items[m].y = slot;
+  };
+  struct Sets {
+    u32 heads[kSets], owners[kSets], used[kSets];
+  };
+  for (u32 first = 0;;) {
+    const u32 n_sets = min(c.n_sets - first, kBins);
+    auto fetch = [&](u32 from) {
+      Sets sets;
 #pragma unroll
-        for (int step = 1; step < kWarp; step *= 2) {
-          const float other = __shfl_xor_sync(kAllLanes, lowest, step);
-          const u32 its = __shfl_xor_sync(kAllLanes, way, step);
-          if (other < lowest || (other == lowest && its < way)) {
-            lowest = other;
-            way = its;
+      for (u32 i = 0; i < kSets; i++) {
+        const u32 set = from + i * kWarps, slot = (first + set) * c.n_ways + lane;
+        sets.heads[i] = set < n_sets ? shared.bins[set] : 0;
+        const bool loads = sets.heads[i] != 0 && is_way;
+        sets.owners[i] = loads ? c.owner[slot] : kNone;
+        sets.used[i] = loads ? c.used[slot] : serial;
+      }
+      return sets;
+    };
+    Sets next = fetch(warp);
+    for (u32 from = warp; from < n_sets; from += kSets * kWarps) {
+      Sets sets = next;
+      u32 weakness[kSets];
+      float keys[kSets];
+#pragma unroll
+      for (u32 i = 0; i < kSets; i++) keys[i] = sets.owners[i] != kNone ? c.key[sets.owners[i]] : 0.0f;
+      next = fetch(from + kSets * kWarps);
+#pragma unroll
+      for (u32 i = 0; i < kSets; i++) {
+        const bool is_empty = sets.heads[i] != 0 && is_way && sets.owners[i] == kNone;
+        weakness[i] = is_empty ? 0 : sets.used[i] == serial ? kNone : in_order(keys[i]);
+      }
+#pragma unroll
+      for (u32 i = 0; i < kSets; i++) {
+        if (sets.heads[i] == 0) continue;
+        const u32 set = from + i * kWarps;
+        u32 mine = kNone, length = 0;
+        for (u32 head = sets.heads[i]; head != 0; head = shared.candidates.next[head - 1], length++)
+          if (length == lane) mine = head - 1;
+        // More than there are lanes are looked for among all candidates.
+        const u32 n_parts = length <= kWarp ? 1 : (n_candidates + kWarp - 1) / kWarp;
+        for (u32 part = 0; part < n_parts; part++) {
+          if (length > kWarp) {
+            const u32 m = part * kWarp + lane;
+            const bool is_one = m < n_candidates && shared.candidates.cold[m] % c.n_sets == first + set;
+            mine = is_one ? m : kNone;
+          }
+          for (u32 m; (m = __reduce_min_sync(kAllLanes, mine)) != kNone;) {
+            if (mine == m) mine = kNone;
+            admit(m, (first + set) * c.n_ways, sets.owners[i], weakness[i]);
           }
         }
-        if (empty != 0) {
-          way = __ffs(empty) - 1;
-        } else if (!(lowest < shared.key[m])) {
-          continue;
-        }
-        if (lane != way) continue;
-        if (owner != kNone) c.slot_of[owner] = kNone;
-        owner = shared.cold[m];
-        key = shared.key[m];
-        used = serial;
-        c.owner[slot] = owner;
-        c.used[slot] = serial;
-        c.slot_of[owner] = slot;
-        c.items[m].y = slot;
       }
     }
+    first += kBins;
+    if (first >= c.n_sets) break;
+    __syncthreads();
+    reinterpret_cast<uint2*>(shared.bins)[thread] = make_uint2(0, 0);
+    __syncthreads();
+    for (u32 m = thread; m < n_candidates; m += kThreads) chain(m, shared.candidates.cold[m], first);
+    __syncthreads();
   }
 }

@@ -4,6 +4,9 @@
 // the factors are multiplied with it, and the score is the neuron's expected |h| * ||down|| given what the low rank
 // leaves out (calibrate/src/predictor/low_rank.rs, whose formulas these are).
 // Floor: the factors from device memory, 2 * ffn rows of `rank` columns.
+//
+// If the CPU may get a part of the layer, it gets the layer's input here: blocks share the writes over the link, and
+// nobody waits for them. What it is to compute is not known before the next kernel.
 #include "input.cuh"
 
 // exp within 3e-5 of itself: a power of two by its exponent bits, the rest by a polynomial.
@@ -48,15 +51,13 @@ constexpr int kNeurons = 2;
 // factors [2 * ffn] encoded rows of `rank` columns, gate and up of each neuron; z [rank]; neurons [3, ffn]: standard
 // deviations of gate and up, lengths of the down columns; scores [ffn]. rank is a multiple of 32.
 // As many lanes as a row has chunks, rounded up to a power of two, take two neurons at a time, so that a warp reads
-// neighbouring rows in whole lines. Any grid of blocks of 256 threads; dynamic shared memory as gemv, for `rank`.
+// neighbouring rows in whole lines. x [hidden] is copied to host_x, unless that is null.
+// Any grid of blocks of 256 threads; dynamic shared memory as gemv, for `rank`.
 template <class E>
 DEVICE void predict_scores(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                           int activation, float* scores) {
+                           int activation, float* scores, const float* x, float* host_x, int hidden) {
   using namespace predict_shape;
   let_next_start();
-  const Input<E> input;
-  input.stage(z, rank);
-  __syncthreads();
 
   const int n_chunks = rank / E::kColumns;
   int team_lanes = 1;
@@ -65,25 +66,40 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
   const int me = lane_id() % team_lanes, first_of_warp = (blockIdx.x * blockDim.x + warp_id() * kWarp) / team_lanes;
   const u32 stride = row_stride<E>(rank);
 
+  struct Rows {
+    uint4 codes[2 * kNeurons];
+    u16 scales[2 * kNeurons];
+  };
+  auto fetch = [&](int first, int chunk, Rows& rows) {
+#pragma unroll
+    for (int r = 0; r < 2 * kNeurons; r++) {
+      // Past the end it is the last neuron again, whose score is then left out.
+      const u32 number = 2 * min(first + r / 2, ffn - 1) + r % 2;
+      const Row<E> row = matrix_row<E>(factors + static_cast<u64>(number) * stride, rank);
+      rows.codes[r] = row.load_codes(chunk);
+      rows.scales[r] = row.load_scale(chunk);
+    }
+  };
+  // As a rule all that a lane needs, asked for before z is there.
+  Rows rows;
+  if (me < n_chunks) fetch(team * kNeurons, me, rows);
+
+  const Input<E> input;
+  input.stage(z, rank);
+  if (host_x != nullptr)
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < hidden; i += gridDim.x * blockDim.x) host_x[i] = x[i];
+  __syncthreads();
+
   // All teams of a warp take part in its shuffles as long as the first of them has work.
   for (int turn = 0; (first_of_warp + turn * n_teams) * kNeurons < ffn; turn++) {
     const int first = (team + turn * n_teams) * kNeurons;
     float sums[2 * kNeurons] = {};
     for (int chunk = me; chunk < n_chunks; chunk += team_lanes) {
-      uint4 codes[2 * kNeurons];
-      u16 scales[2 * kNeurons];
-#pragma unroll
-      for (int r = 0; r < 2 * kNeurons; r++) {
-        // Past the end it is the last neuron again, whose score is then left out.
-        const u32 number = 2 * min(first + r / 2, ffn - 1) + r % 2;
-        const Row<E> row = matrix_row<E>(factors + static_cast<u64>(number) * stride, rank);
-        codes[r] = row.load_codes(chunk);
-        scales[r] = row.load_scale(chunk);
-      }
+      if (turn > 0 || chunk > me) fetch(first, chunk, rows);
       float dots[2 * kNeurons];
-      input.template dot<2 * kNeurons>(chunk, codes, dots);
+      input.template dot<2 * kNeurons>(chunk, rows.codes, dots);
 #pragma unroll
-      for (int r = 0; r < 2 * kNeurons; r++) sums[r] += scale_value<E>(scales[r]) * dots[r];
+      for (int r = 0; r < 2 * kNeurons; r++) sums[r] += scale_value<E>(rows.scales[r]) * dots[r];
     }
     for (int step = team_lanes / 2; step > 0; step /= 2)
 #pragma unroll
@@ -103,16 +119,16 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_bf16(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                        int activation, float* scores) {
-  predict_scores<Bf16>(factors, rank, z, neurons, ffn, activation, scores);
+                        int activation, float* scores, const float* x, float* host_x, int hidden) {
+  predict_scores<Bf16>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_q8(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                      int activation, float* scores) {
-  predict_scores<Q8>(factors, rank, z, neurons, ffn, activation, scores);
+                      int activation, float* scores, const float* x, float* host_x, int hidden) {
+  predict_scores<Q8>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
     predict_scores_q4(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                      int activation, float* scores) {
-  predict_scores<Q4>(factors, rank, z, neurons, ffn, activation, scores);
+                      int activation, float* scores, const float* x, float* host_x, int hidden) {
+  predict_scores<Q4>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
 }

@@ -106,15 +106,36 @@ inline uint32_t __ballot_sync(uint32_t, int predicate) {
 }
 inline int __any_sync(uint32_t all, int predicate) { return __ballot_sync(all, predicate) != 0; }
 
-inline uint32_t atomicAdd(uint32_t* p, uint32_t v) {
-  const uint32_t old = *p;
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t v) {
+  const uint32_t* lanes = emulator::exchange(v);
+  uint32_t sum = 0;
+  for (int i = 0; i < 32; i++) sum += lanes[i];
+  return sum;
+}
+inline uint32_t __reduce_min_sync(uint32_t, uint32_t v) {
+  const uint32_t* lanes = emulator::exchange(v);
+  uint32_t least = lanes[0];
+  for (int i = 1; i < 32; i++) least = lanes[i] < least ? lanes[i] : least;
+  return least;
+}
+
+template <class T>
+T atomicAdd(T* p, T v) {
+  const T old = *p;
   *p += v;
+  return old;
+}
+
+inline uint32_t atomicExch(uint32_t* p, uint32_t v) {
+  const uint32_t old = *p;
+  *p = v;
   return old;
 }
 
 inline float __uint_as_float(uint32_t bits) { return emulator::from_bits<float>(bits); }
 inline uint32_t __float_as_uint(float f) { return emulator::to_bits(f); }
 inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }
+inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;

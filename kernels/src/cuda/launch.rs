@@ -277,7 +277,8 @@ pub fn attend(
 }
 
 /// Scores of all neurons from the predictor's inner vector `z [rank]`: `factors` are rows `[2 * ffn, rank]`, `neurons`
-/// is `[3, ffn]` (FORMAT.md).
+/// is `[3, ffn]` (FORMAT.md). `to_host` is the layer's input and where the host reads it, `[hidden]` and no longer, if
+/// it may get a part of the layer ([`HostWork`]).
 ///
 /// # Errors
 /// See the module.
@@ -288,12 +289,17 @@ pub fn predict_scores(
     neurons: &View,
     activation: Nonlinearity,
     scores: &View,
+    to_host: Option<[&View; 2]>,
 ) -> Result<()> {
     factors.check();
     let ffn = factors.rows / 2;
+    let hidden = to_host.map_or(0, |[_, host_x]| host_x.len() / 4);
     floats(z, factors.columns);
     floats(neurons, 3 * ffn);
     floats(scores, ffn);
+    if let Some([x, _]) = to_host {
+        floats(x, hidden);
+    }
     let launch = Launch {
         kernel: format!("predict_scores_{}", factors.encoding),
         grid: [ffn.div_ceil(THREADS as usize / 4).min(8 * device.n_multiprocessors()) as u32, 1],
@@ -307,9 +313,14 @@ pub fn predict_scores(
             u32_of(ffn),
             Arg::U32(activation as u32),
             address(scores),
+            optional(to_host.map(|[x, _]| x)),
+            optional(to_host.map(|[_, host_x]| host_x)),
+            u32_of(hidden),
         ],
     };
-    device.launch(launch, &[&factors.data, z, neurons, scores])
+    let mut uses = vec![&factors.data, z, neurons, scores];
+    uses.extend(to_host.iter().flatten());
+    device.launch(launch, &uses)
 }
 
 /// Which neurons a token computes.
@@ -342,15 +353,13 @@ pub struct CacheTables {
     pub lambda: f32,
 }
 
-/// Where the host reads what it is to compute: mapped memory.
+/// Where the host reads which neurons it is to compute: mapped memory. [`predict_scores`] gives it the input.
 #[derive(Debug, Clone)]
 pub struct HostWork {
     /// Share of the neurons that are neither hot nor cached.
     pub share: f32,
     /// u32 `[ffn]`: cold numbers.
     pub list: View,
-    /// `[hidden]`.
-    pub x: View,
     /// u32: length of the list.
     pub count: View,
     /// u32: the layer's number, raised last ([`flag_value`]).
@@ -388,7 +397,7 @@ pub fn host_item(cold: usize) -> [u32; 2] {
 /// Selects the active neurons of a layer, looks them up in the cache, and divides the work.
 #[derive(Debug, Clone, Copy)]
 pub struct Choose<'a> {
-    /// `[ffn]`.
+    /// `[ffn]`, and room up to a multiple of four.
     pub scores: &'a View,
     /// Neurons.
     pub ffn: usize,
@@ -406,10 +415,6 @@ pub struct Choose<'a> {
     pub n_layers: usize,
     /// The host's part, if it has one.
     pub host: Option<&'a HostWork>,
-    /// The normalised input, `[hidden]`.
-    pub x: &'a View,
-    /// Its length.
-    pub hidden: usize,
     /// The result.
     pub out: &'a WorkList,
 }
@@ -422,7 +427,9 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     let n_cold = c.ffn - c.n_hot;
     let (cache, out) = (c.cache, c.out);
     if c.selection != Selection::Every {
-        floats(c.scores, c.ffn);
+        // They are read four at a time.
+        floats(c.scores, c.ffn.next_multiple_of(4));
+        assert!(c.scores.address().is_multiple_of(16), "scores in the middle of sixteen bytes");
     }
     if cache.n_sets > 0 {
         assert!(cache.n_ways <= 32 && cache.n_sets <= 0xffff, "a lane for each way, 16 bits for a set");
@@ -432,10 +439,8 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     }
     assert!(out.ids.len() >= 4 * c.ffn && out.items.len() >= 8 * c.ffn, "work list");
     assert!(out.counts.len() >= 32 && out.totals.len() >= 64, "counts");
-    floats(c.x, c.hidden);
     if let Some(host) = c.host {
         assert!(host.list.len() >= 4 * n_cold && host.count.len() >= 4 && host.flag.len() >= 4, "host work");
-        floats(&host.x, c.hidden);
     }
     let (every, k, threshold) = match c.selection {
         Selection::Every => (1, 0, 0.0),
@@ -460,9 +465,6 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         pair(c.layer as u32, c.n_layers as u32),
         pair(c.host.map_or(0.0, |h| h.share).to_bits(), 0),
         host(|h| &h.list),
-        host(|h| &h.x),
-        c.x.address(),
-        pair(c.hidden as u32, 0),
         host(|h| &h.count),
         host(|h| &h.flag),
         out.ids.address(),
@@ -477,9 +479,9 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         shared_bytes: 0,
         args: vec![Arg::Struct(words)],
     };
-    let mut uses = vec![c.scores, c.step, c.x, &cache.slot_of, &cache.owner, &cache.key, &cache.used];
+    let mut uses = vec![c.scores, c.step, &cache.slot_of, &cache.owner, &cache.key, &cache.used];
     uses.extend([&out.ids, &out.items, &out.counts, &out.totals]);
-    uses.extend(c.host.iter().flat_map(|h| [&h.list, &h.x, &h.count, &h.flag]));
+    uses.extend(c.host.iter().flat_map(|h| [&h.list, &h.count, &h.flag]));
     device.launch(launch, &uses)
 }
 

@@ -1,4 +1,4 @@
-use crate::{Random, Rows, U, additions, device, poisoned, read, upload, wide};
+use crate::{Random, Rows, U, additions, device, pinned, poisoned, read, upload, wide};
 use proptest::prelude::*;
 use thermocline_kernels::Encoding;
 use thermocline_kernels::cuda::launch::{DeviceMatrix, Nonlinearity, predict_scores};
@@ -31,6 +31,7 @@ proptest! {
         ffn in 1usize..300,
         activation in 0usize..3,
         broken in any::<bool>(),
+        hidden in prop_oneof![Just(0usize), 1usize..2000],
         seed: u64,
     ) {
         let random = &mut Random::new(seed);
@@ -46,8 +47,15 @@ proptest! {
         }
         let factors = DeviceMatrix { encoding, rows: 2 * ffn, columns: rank, data: upload(&w.bytes).view() };
         let scores = poisoned(4 * ffn);
-        predict_scores(device(), &factors, &upload(&z).view(), &upload(&neurons).view(), activation, &scores.view())
-            .unwrap();
+        let x = random.values(hidden);
+        let host_x = pinned(&vec![7f32; hidden + 1]);
+        let (x_memory, host_view) = (upload(&x), host_x.slice(0, 4 * hidden));
+        let x_view = x_memory.view();
+        let to_host = (hidden > 0).then_some([&x_view, &host_view]);
+        let (z_memory, neurons_memory) = (upload(&z).view(), upload(&neurons).view());
+        predict_scores(device(), &factors, &z_memory, &neurons_memory, activation, &scores.view(), to_host).unwrap();
+        let copy = read::<f32>(&host_x);
+        prop_assert!(copy[..hidden] == x && copy[hidden] == 7.0, "{:?}", &copy[..=hidden]);
         let z = wide(&z);
         for (i, got) in read::<f32>(&scores).into_iter().enumerate() {
             let of = |which: usize| f64::from(neurons[which * ffn + i]);

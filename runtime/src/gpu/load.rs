@@ -145,7 +145,7 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * heads(config, request.base.context).partial_values(n_splits),
         4 * config.n_heads * config.head_dim,
         4 * rank(split),
-        4 * ffn,
+        4 * ffn.next_multiple_of(4),
         4 * ffn,
         8 * ffn,
         32,
@@ -510,13 +510,7 @@ impl Loader<'_> {
 impl Mapped {
     /// What the kernels write for the host's threads, `share` of the misses.
     pub(super) fn work(&self, share: f32) -> HostWork {
-        HostWork {
-            share,
-            list: self.list.view(),
-            x: self.x.view(),
-            count: self.count.view(),
-            flag: self.request_flag.view(),
-        }
+        HostWork { share, list: self.list.view(), count: self.count.view(), flag: self.request_flag.view() }
     }
 
     /// What the kernels read from them.

@@ -67,9 +67,12 @@ fn feed_forward(
     let work = match (&layer.predictor, &layer.every) {
         (Some(predictor), _) => {
             gemv(device, &predictor.input, &s.x, Some(norm), Added::default(), &s.z)?;
-            predict_scores(device, &predictor.factors, &s.z, &predictor.neurons, model.activation, &s.scores)?;
             let shared =
                 (host_share > 0.0 && layer.n_hot < config.intermediate_size).then(|| model.mapped.work(host_share));
+            let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
+            let to_host = shared.is_some().then_some([&s.normed, &host_x]);
+            let (factors, neurons) = (&predictor.factors, &predictor.neurons);
+            predict_scores(device, factors, &s.z, neurons, model.activation, &s.scores, to_host)?;
             choose(
                 device,
                 &Choose {
@@ -82,8 +85,6 @@ fn feed_forward(
                     layer: l,
                     n_layers: config.n_layers,
                     host: shared.as_ref(),
-                    x: &s.normed,
-                    hidden: config.hidden_size,
                     out: &s.work,
                 },
             )?;
