@@ -27,10 +27,9 @@ struct Choose {
   float* key;    // [ffn - n_hot]
   u32* used;     // [n_sets * n_ways]
   float lambda;
-  const u32* step;  // token, position, serial
+  const u32* step;  // token, position, serial, the CPU's share of the misses as an f32
   u32 layer, n_layers;
-  float cpu_share;
-  u32* cpu_list;  // [ffn - n_hot], like all of the CPU's in mapped host memory; its input is there already
+  u32* cpu_list;  // [ffn - n_hot], like all of the CPU's in mapped host memory, or null; its input is there already
   u32* cpu_count;
   u32* cpu_flag;
   u32* ids;     // [ffn]
@@ -295,6 +294,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const u32 sampled = (warp * each + each / 2) * kGroup + 4 * lane;
   if (!every && c.k > 0 && c.k < kListed && sampled < c.ffn) sample = scores.four(sampled);
   const u32 serial = c.step[2];
+  const float cpu_share = c.cpu_list != nullptr ? __uint_as_float(c.step[3]) : 0.0f;
   // How many of the top k the sample has is uncertain by the root of that number. The guess allows for three times as
   // much, and is not tried if the list might have no room for half as much again.
   const float share = static_cast<float>(c.k) * reciprocal(static_cast<float>(each));
@@ -479,7 +479,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   u32 at = before(kinds.x), hit_at = before(kinds.z);
   const u32 all_active = all(kinds.x), all_hot = all(kinds.y), hits = all(kinds.z);
   const u32 misses = all_active - all_hot - hits;
-  const u32 n_cpu = min(misses, static_cast<u32>(fmaf(c.cpu_share, static_cast<float>(misses), 0.5f)));
+  const u32 n_cpu = min(misses, static_cast<u32>(fmaf(cpu_share, static_cast<float>(misses), 0.5f)));
   const u32 n_link = misses - n_cpu, n_candidates = c.n_sets > 0 ? min(n_link, kCandidates) : 0;
 
   const u32 lower_lanes = (1u << lane) - 1;

@@ -18,7 +18,7 @@ use crate::{BundleLayout, Encoding, GROUP};
 /// Threads of most kernels' blocks.
 const THREADS: u32 = 256;
 
-/// What the token in progress is, `[token, position, serial]`: three u32, at [`Step::BYTES`].
+/// What the token in progress is: `[token, position, serial]`, three u32, and the host's share of the misses, an f32.
 #[derive(Debug, Clone, Copy)]
 pub struct Step;
 
@@ -356,8 +356,6 @@ pub struct CacheTables {
 /// Where the host reads which neurons it is to compute: mapped memory. [`predict_scores`] gives it the input.
 #[derive(Debug, Clone)]
 pub struct HostWork {
-    /// Share of the neurons that are neither hot nor cached.
-    pub share: f32,
     /// u32 `[ffn]`: cold numbers.
     pub list: View,
     /// u32: length of the list.
@@ -463,7 +461,6 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         pair(cache.lambda.to_bits(), 0),
         c.step.address(),
         pair(c.layer as u32, c.n_layers as u32),
-        pair(c.host.map_or(0.0, |h| h.share).to_bits(), 0),
         host(|h| &h.list),
         host(|h| &h.count),
         host(|h| &h.flag),

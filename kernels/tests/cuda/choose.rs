@@ -208,12 +208,12 @@ proptest! {
                 }
             }
             let (list, count, flag) = (pinned(&vec![7u32; n_cold]), pinned(&[99u32]), pinned(&[98u32]));
-            let host = HostWork { share, list: list.view(), count: count.view(), flag: flag.view() };
+            let host = HostWork { list: list.view(), count: count.view(), flag: flag.view() };
             let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
             let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
             choose(device(), &Choose {
                 scores: &upload(&[&scores[..], &[9.0; 3]].concat()).view(), ffn, n_hot, selection, cache: &cache,
-                step: &upload(&[0u32, 3, serial, 0]).view(), layer: 1, n_layers: 3, host: Some(&host), out: &out,
+                step: &upload(&[0u32, 3, serial, share.to_bits()]).view(), layer: 1, n_layers: 3, host: Some(&host), out: &out,
             }).unwrap();
 
             let want = model.token(active(&scores, selection), serial);

@@ -8,9 +8,11 @@ use super::token;
 use crate::account::{Account, TierBytes};
 use crate::decoder::{Decoder, Speeds, unknown_token};
 use crate::plan::Mode;
+use crate::sampler::greedy;
 use crate::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 use thermocline_kernels::cuda::launch::{Bundles, ffn, host_item};
 use thermocline_kernels::cuda::{Device, Graph, Queue};
 use thermocline_split::{Flaw, Split};
@@ -40,7 +42,8 @@ pub struct GpuEngine {
 
 impl GpuEngine {
     /// Loads what `plan` says. `host_share`, from 0 to 1, is the host threads' share of the cold neurons that are not
-    /// cached; `None`: what the measured speeds of link and threads suggest. `progress(done, total)` counts layers.
+    /// cached; `None`: the fastest of several near what the measured speeds of link and threads suggest.
+    /// `progress(done, total)` counts layers.
     ///
     /// # Errors
     /// If a file cannot be read or is damaged, or device or host have not the memory.
@@ -66,15 +69,57 @@ impl GpuEngine {
             wanted.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
         let mut serial = 0;
         let speeds = measure(&device, &model, config.intermediate_size, host.as_ref(), &mut serial)?;
-        let host_share = match host_share {
-            Some(share) => share.clamp(0.0, 1.0),
-            None if host.is_some() => plan.predict(&speeds).host_share as f32,
-            None => 0.0,
-        };
-        let token = token::record(&device, &config, &plan, &model, host_share)?;
+        let token = token::record(&device, &config, &plan, &model, host.is_some())?;
+        let expected = if host.is_some() { plan.predict(&speeds).host_share as f32 } else { 0.0 };
         let (split, account) = (Arc::new(split), Account::default());
-        let totals = [0; 5];
-        Ok(Self { split, plan, device, model, host, host_share, token, len: 0, serial, speeds, totals, account })
+        let mut engine = Self {
+            split,
+            plan,
+            device,
+            model,
+            host,
+            host_share: host_share.unwrap_or(expected).clamp(0.0, 1.0),
+            token,
+            len: 0,
+            serial,
+            speeds,
+            totals: [0; 5],
+            account,
+        };
+        if engine.host.is_some() && host_share.is_none() {
+            engine.tune_host_share()?;
+        }
+        Ok(engine)
+    }
+
+    /// Finds the share that makes tokens fastest, near the expected one: link and threads are measured apart, but share
+    /// the RAM when they work together.
+    fn tune_host_share(&mut self) -> Result<()> {
+        const STEPS: [f32; 7] = [-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15];
+        const TOKENS: usize = 4;
+        const ROUNDS: usize = 2;
+        if self.context() < TOKENS {
+            return Ok(());
+        }
+        let expected = self.host_share;
+        let mut seconds = [f64::INFINITY; STEPS.len()];
+        for _ in 0..ROUNDS {
+            for (step, best) in STEPS.iter().zip(&mut seconds) {
+                self.host_share = (expected + step).clamp(0.0, 1.0);
+                self.clear();
+                let mut token = 1 % self.split.manifest().config.vocab_size as u32;
+                for _ in 0..TOKENS {
+                    let begin = Instant::now();
+                    token = greedy(&self.forward(token)?);
+                    *best = best.min(begin.elapsed().as_secs_f64());
+                }
+            }
+        }
+        let fastest = (0..STEPS.len()).min_by(|a, b| seconds[*a].total_cmp(&seconds[*b])).unwrap_or_default();
+        self.host_share = (expected + STEPS[fastest]).clamp(0.0, 1.0);
+        self.clear();
+        self.account = Account::default();
+        Ok(())
     }
 
     /// What is where.
@@ -186,14 +231,17 @@ impl GpuEngine {
             return Err(unknown_token(token, vocab_size));
         }
         self.serial = self.serial.wrapping_add(1);
-        for (word, value) in self.model.mapped.step.words().iter().zip([token, self.len as u32, self.serial]) {
+        let step = [token, self.len as u32, self.serial, self.host_share.to_bits()];
+        for (word, value) in self.model.mapped.step.words().iter().zip(step) {
             word.store(value, Ordering::Release);
         }
+        let before = self.host.as_ref().map_or(0, HostShare::bytes);
+        let started = self.token.start();
+        // The device is some kernels away from its first request.
         if let Some(host) = &self.host {
             host.wake();
         }
-        let before = self.host.as_ref().map_or(0, HostShare::bytes);
-        let ran = self.token.start().and_then(|()| self.device.synchronize());
+        let ran = started.and_then(|()| self.device.synchronize());
         if let Some(host) = &self.host {
             host.rest()?;
         }

@@ -19,6 +19,13 @@ use thermocline_kernels::{BundleLayout, Kernels, Member, pause};
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
 
+/// For so long after a token the threads watch for the next one before they sleep: waking them takes longer than what
+/// lies between two tokens.
+const LINGER: Duration = Duration::from_millis(3);
+
+/// Looks at the flag between two looks at everything else.
+const SPINS_TO_CHECK: u32 = 256;
+
 /// The threads. They sleep until [`HostShare::wake`].
 #[derive(Debug)]
 pub(super) struct HostShare {
@@ -182,18 +189,24 @@ fn work(shared: &Shared, mut member: Member, mut seen: u32) {
 fn next_request(shared: &Shared, seen: u32) -> Option<u32> {
     let flag = &shared.request_flag.words()[0];
     let mut spins = 0u32;
+    let mut idle_since = None;
     loop {
         let now = flag.load(Ordering::Acquire);
         if now != seen {
             return Some(now);
         }
+        pause(&mut spins);
+        if !spins.is_multiple_of(SPINS_TO_CHECK) {
+            continue;
+        }
         if shared.stop.load(Ordering::Relaxed) {
             return None;
         }
-        if !shared.awake.load(Ordering::Relaxed) {
+        if shared.awake.load(Ordering::Relaxed) {
+            idle_since = None;
+        } else if idle_since.get_or_insert_with(Instant::now).elapsed() > LINGER {
             // A wake-up that comes between the check and this is kept by the thread's token.
             std::thread::park_timeout(Duration::from_millis(100));
         }
-        pause(&mut spins);
     }
 }

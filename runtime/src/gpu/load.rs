@@ -508,9 +508,9 @@ impl Loader<'_> {
 }
 
 impl Mapped {
-    /// What the kernels write for the host's threads, `share` of the misses.
-    pub(super) fn work(&self, share: f32) -> HostWork {
-        HostWork { share, list: self.list.view(), count: self.count.view(), flag: self.request_flag.view() }
+    /// What the kernels write for the host's threads.
+    pub(super) fn work(&self) -> HostWork {
+        HostWork { list: self.list.view(), count: self.count.view(), flag: self.request_flag.view() }
     }
 
     /// What the kernels read from them.

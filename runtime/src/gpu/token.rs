@@ -11,20 +11,20 @@ use thermocline_kernels::cuda::launch::{
 };
 use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue};
 
-/// Records a token. `host_share` of the cold neurons that are not cached go to the host's threads.
+/// Records a token. `with_host`: the host's threads compute the share of the misses that the step says.
 pub(super) fn record(
     device: &Device,
     config: &ModelConfig,
     plan: &GpuPlan,
     model: &Model,
-    host_share: f32,
+    with_host: bool,
 ) -> Result<Graph> {
     Ok(device.capture(|| {
         let (s, mapped) = (&model.scratch, &model.mapped);
         embed(device, &model.embedding, &mapped.step.view(), &s.step, &s.x)?;
         for (l, layer) in model.layers.iter().enumerate() {
             attention(device, config, plan, model, layer)?;
-            feed_forward(device, config, plan, model, (l, layer), host_share)?;
+            feed_forward(device, config, plan, model, (l, layer), with_host)?;
         }
         let norm = Norm { weight: &model.final_norm, eps: config.rms_norm_eps, out: None };
         gemv(device, &model.head, &s.x, Some(norm), Added::default(), &s.logits)?;
@@ -58,7 +58,7 @@ fn feed_forward(
     plan: &GpuPlan,
     model: &Model,
     (l, layer): (usize, &Layer),
-    host_share: f32,
+    with_host: bool,
 ) -> Result<(), CudaError> {
     let s = &model.scratch;
     let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: Some(&s.normed) };
@@ -67,8 +67,7 @@ fn feed_forward(
     let work = match (&layer.predictor, &layer.every) {
         (Some(predictor), _) => {
             gemv(device, &predictor.input, &s.x, Some(norm), Added::default(), &s.z)?;
-            let shared =
-                (host_share > 0.0 && layer.n_hot < config.intermediate_size).then(|| model.mapped.work(host_share));
+            let shared = (with_host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
             let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
             let to_host = shared.is_some().then_some([&s.normed, &host_x]);
             let (factors, neurons) = (&predictor.factors, &predictor.neurons);
