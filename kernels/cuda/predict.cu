@@ -82,7 +82,7 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
   };
   // As a rule all that a lane needs, asked for before z is there.
   Rows rows;
-  if (me < n_chunks) fetch(team * kNeurons, me, rows);
+  if (me < n_chunks && team * kNeurons < ffn) fetch(team * kNeurons, me, rows);
 
   const Input<E> input;
   input.stage(z, rank);

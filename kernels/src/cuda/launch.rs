@@ -300,9 +300,12 @@ pub fn predict_scores(
     if let Some([x, _]) = to_host {
         floats(x, hidden);
     }
+    // A lane for each chunk of a row, up to a warp; each such team takes two neurons.
+    let lanes = factors.columns.div_ceil(chunk_columns(factors.encoding)).next_power_of_two().min(32);
+    let neurons_of_block = 2 * THREADS as usize / lanes;
     let launch = Launch {
         kernel: format!("predict_scores_{}", factors.encoding),
-        grid: [ffn.div_ceil(THREADS as usize / 4).min(8 * device.n_multiprocessors()) as u32, 1],
+        grid: [ffn.div_ceil(neurons_of_block).min(8 * device.n_multiprocessors()) as u32, 1],
         block: THREADS,
         shared_bytes: input_shared_bytes(factors.encoding, factors.columns),
         args: vec![
