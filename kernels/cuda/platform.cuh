@@ -22,6 +22,21 @@ constexpr float kSmallIntegerOut = 1.0f;
 inline uint4 load_stream(const void* p) { return *static_cast<const uint4*>(p); }
 inline u16 load_stream_u16(const void* p) { return *static_cast<const u16*>(p); }
 
+inline u32 load_word(const void* p) { return *static_cast<const u32*>(p); }
+inline uint2 load_words2(const void* p) { return *static_cast<const uint2*>(p); }
+
+inline int rounded_to_int(float v) { return static_cast<int>(lrintf(v)); }
+
+inline void async_copy16(void* shared, const void* from, int bytes) {
+  std::memset(shared, 0, 16);
+  std::memcpy(shared, from, bytes);
+}
+inline void async_commit() {}
+template <int N>
+inline void async_wait() {}
+using emulator::load_matrices;
+using emulator::multiply_add;
+
 inline float reciprocal(float v) { return 1.0f / v; }
 inline float rounded_product(float a, float b) { return a * b; }
 
@@ -55,6 +70,52 @@ __device__ __forceinline__ u16 load_stream_u16(const void* p) {
   u16 v;
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
   return v;
+}
+
+// Scales, of which a line serves several steps.
+__device__ __forceinline__ u32 load_word(const void* p) {
+  u32 v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint2 load_words2(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ int rounded_to_int(float v) { return __float2int_rn(v); }
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// Copies 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zeros. Later: a thread
+// sees its copies once it has waited for their group, others after a barrier behind that.
+__device__ __forceinline__ void async_copy16(void* shared, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(from), "r"(bytes)
+               : "memory");
+}
+// The copies since the last commit are a group.
+__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most the last N groups are on their way.
+template <int N>
+__device__ __forceinline__ void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes: lane l gives the address of row l % 8 of matrix l / 8, and gets bytes
+// 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of each (PTX ISA, ldmatrix).
+__device__ __forceinline__ void load_matrices(const void* row, u32& a, u32& b, u32& c, u32& d) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(shared_address(row))
+               : "memory");
+}
+// c [16, 8] += a [16, 32] * b [32, 8], of signed bytes, spread over a warp as PTX ISA says (mma.m16n8k32).
+__device__ __forceinline__ void multiply_add(const u32 (&a)[4], const uint2& b, int (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
 // An address that the compiler takes as given, so that others near it are a sum and not their whole formula again.

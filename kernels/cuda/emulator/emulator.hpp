@@ -69,6 +69,35 @@ T from_bits(uint32_t bits) {
   return v;
 }
 
+// The tensor cores' operations, see platform.cuh.
+inline void load_matrices(const void* row, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+  const uint64_t address = reinterpret_cast<uint64_t>(row);
+  uint64_t rows[32];
+  const uint32_t* half = exchange(static_cast<uint32_t>(address));
+  for (int i = 0; i < 32; i++) rows[i] = half[i];
+  half = exchange(static_cast<uint32_t>(address >> 32));
+  for (int i = 0; i < 32; i++) rows[i] |= static_cast<uint64_t>(half[i]) << 32;
+  const uint32_t lane = thread_index().x % 32;
+  uint32_t* out[4] = {&a, &b, &c, &d};
+  for (int m = 0; m < 4; m++)
+    std::memcpy(out[m], reinterpret_cast<const unsigned char*>(rows[8 * m + lane / 4]) + 4 * (lane % 4), 4);
+}
+inline void multiply_add(const uint32_t (&a)[4], const uint2& b, int (&c)[4]) {
+  // Rows of a and columns of b, 32 bytes each.
+  int8_t rows[16][32], columns[8][32];
+  for (int i = 0; i < 4; i++) {
+    const uint32_t* lanes = exchange(a[i]);
+    for (int l = 0; l < 32; l++) std::memcpy(&rows[l / 4 + i % 2 * 8][l % 4 * 4 + i / 2 * 16], &lanes[l], 4);
+  }
+  for (int i = 0; i < 2; i++) {
+    const uint32_t* lanes = exchange(i == 0 ? b.x : b.y);
+    for (int l = 0; l < 32; l++) std::memcpy(&columns[l / 4][l % 4 * 4 + i * 16], &lanes[l], 4);
+  }
+  const uint32_t lane = thread_index().x % 32;
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 32; k++) c[i] += rows[lane / 4 + i / 2 * 8][k] * columns[lane % 4 * 2 + i % 2][k];
+}
+
 }  // namespace emulator
 
 #define threadIdx (emulator::thread_index())

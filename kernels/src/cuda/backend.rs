@@ -51,6 +51,8 @@ pub(super) trait Backend: Debug + Send + Sync {
     fn name(&self) -> String;
     fn is_emulated(&self) -> bool;
     fn n_multiprocessors(&self) -> usize;
+    /// Shared memory that a block may ask for.
+    fn shared_bytes(&self) -> usize;
     /// Free and total bytes of device memory, as the driver counts them.
     fn memory(&self) -> Result<(usize, usize)>;
     fn allocate(&self, bytes: usize) -> Result<u64>;

@@ -55,6 +55,11 @@ impl Device {
         self.backend.n_multiprocessors()
     }
 
+    /// Bytes of shared memory that a block may ask for.
+    pub(super) fn shared_bytes(&self) -> usize {
+        self.backend.shared_bytes()
+    }
+
     /// Free and total bytes of device memory, as the driver counts them for all processes.
     ///
     /// # Errors

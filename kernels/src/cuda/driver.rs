@@ -14,13 +14,15 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 14] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
     include_str!("../../cuda/input.cuh"),
+    include_str!("../../cuda/shares.cuh"),
     include_str!("../../cuda/embed.cu"),
     include_str!("../../cuda/gemv.cu"),
+    include_str!("../../cuda/gemv_int.cu"),
     include_str!("../../cuda/attention.cu"),
     include_str!("../../cuda/predict.cu"),
     include_str!("../../cuda/choose.cu"),
@@ -44,6 +46,7 @@ pub(super) struct Driver {
     copies: sys::CUstream,
     name: String,
     n_multiprocessors: usize,
+    shared_bytes: usize,
     functions: Mutex<HashMap<String, Function>>,
     capturing: AtomicBool,
     gemm: OnceLock<Result<GemmLibrary>>,
@@ -111,6 +114,7 @@ impl Driver {
             return Err(CudaError::TooOld { name, major, minor });
         }
         let n_multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize;
+        let shared_bytes = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0) as usize;
         // SAFETY: as above; released when this value is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(driver("cuDevicePrimaryCtxRetain"))?;
         // SAFETY: the context was just retained.
@@ -128,6 +132,7 @@ impl Driver {
             copies: stream()?,
             name,
             n_multiprocessors,
+            shared_bytes,
             functions: Mutex::default(),
             capturing: AtomicBool::new(false),
             gemm: OnceLock::new(),
@@ -217,6 +222,10 @@ impl Backend for Driver {
 
     fn n_multiprocessors(&self) -> usize {
         self.n_multiprocessors
+    }
+
+    fn shared_bytes(&self) -> usize {
+        self.shared_bytes
     }
 
     fn memory(&self) -> Result<(usize, usize)> {

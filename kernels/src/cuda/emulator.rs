@@ -151,6 +151,11 @@ impl Backend for Emulator {
         4
     }
 
+    fn shared_bytes(&self) -> usize {
+        // Of the consumer GPUs.
+        99 << 10
+    }
+
     fn memory(&self) -> Result<(usize, usize)> {
         Ok((MEMORY_BYTES - self.taken.load(Ordering::Relaxed), MEMORY_BYTES))
     }

@@ -134,11 +134,12 @@ pub fn gemv(
     for view in [weight, normed].into_iter().flatten() {
         floats(view, w.columns);
     }
+    let shape = GemvShape::new(device, w);
     let launch = Launch {
         kernel: format!("gemv_{}", w.encoding),
-        grid: [gemv_blocks(device, w), 1],
-        block: THREADS,
-        shared_bytes: input_shared_bytes(w.encoding, w.columns),
+        grid: [shape.blocks, 1],
+        block: shape.threads,
+        shared_bytes: shape.shared_bytes,
         args: vec![
             address(&w.data),
             u32_of(w.rows),
@@ -157,11 +158,33 @@ pub fn gemv(
     device.launch(launch, &uses)
 }
 
-/// As many blocks as run at once, because each begins with the whole input; fewer if there is not a step for each warp.
-fn gemv_blocks(device: &Device, w: &DeviceMatrix) -> u32 {
-    let (quads, warps) = (w.rows.div_ceil(4), (THREADS / 32) as usize);
-    let steps = quads * w.columns.div_ceil(32 * chunk_columns(w.encoding));
-    steps.div_ceil(warps).min(quads).min(2 * device.n_multiprocessors()).max(1) as u32
+/// How a product is launched: as many blocks as run at once, because each begins with the whole input; fewer if there is
+/// not a step for each warp.
+struct GemvShape {
+    blocks: u32,
+    threads: u32,
+    shared_bytes: u32,
+}
+
+impl GemvShape {
+    fn new(device: &Device, w: &DeviceMatrix) -> Self {
+        let step_columns = match w.encoding {
+            Encoding::Bf16 => {
+                let (units, warps) = (w.rows.div_ceil(4), (THREADS / 32) as usize);
+                let steps = units * w.columns.div_ceil(32 * chunk_columns(w.encoding));
+                let blocks = steps.div_ceil(warps).min(units).min(2 * device.n_multiprocessors()).max(1) as u32;
+                return Self { blocks, threads: THREADS, shared_bytes: input_shared_bytes(w.encoding, w.columns) };
+            }
+            Encoding::Q8 => 64,
+            Encoding::Q4 => 128,
+        };
+        let (units, steps_of_row) = (w.rows.div_ceil(16), w.columns.div_ceil(step_columns));
+        let digits = (steps_of_row * step_columns / GROUP * 164).next_multiple_of(16);
+        let shared_bytes = |warps: usize| digits + 6144 * warps;
+        let warps = if shared_bytes(16) <= device.shared_bytes() { 16 } else { 8 };
+        let blocks = (units * steps_of_row).div_ceil(warps).min(units).min(device.n_multiprocessors()).max(1);
+        Self { blocks: blocks as u32, threads: 32 * warps as u32, shared_bytes: shared_bytes(warps) as u32 }
+    }
 }
 
 /// A vector in shared memory, as `kernels/cuda/input.cuh` lays it out: 16 more bytes for each 16 bytes of codes.
