@@ -6,7 +6,7 @@ use thermocline_runtime::{Decoder, Engine, Mode, Plan, PlanRequest};
 use thermocline_split::Split;
 
 #[cfg(feature = "cuda")]
-pub use gpu::{gpu_plan, open_device};
+pub use gpu::{gpu_plan, host_threads, open_device};
 
 /// A loaded model.
 pub enum Loaded {
@@ -116,6 +116,11 @@ mod gpu {
         }
     }
 
+    /// Threads that compute beside a GPU: one core is left to the thread that waits for the device.
+    pub fn host_threads(args: &Placement) -> usize {
+        args.threads.threads.unwrap_or_else(|| args.threads.count().saturating_sub(1).max(1))
+    }
+
     /// The plan for a device and a budget.
     pub fn gpu_plan(split: &Split, args: &Placement, base: PlanRequest, device: &Device) -> anyhow::Result<GpuPlan> {
         let (free, total) = device.memory()?;
@@ -140,8 +145,7 @@ mod gpu {
         device: Device,
         quiet: bool,
     ) -> anyhow::Result<Loaded> {
-        // One core is left to the thread that waits for the device.
-        let n_threads = args.threads.threads.unwrap_or_else(|| args.threads.count().saturating_sub(1).max(1));
+        let n_threads = host_threads(args);
         // Every batch streams all cold neurons: the larger, the better.
         let batch = if base.batch > 1 { PROMPT_BATCH.min(base.context) } else { 1 };
         let base = PlanRequest { n_threads, batch, ..base };

@@ -4,6 +4,8 @@ use crate::cli::PlanArgs;
 use crate::output;
 use serde::Serialize;
 use thermocline_runtime::budget::format_bytes;
+#[cfg(feature = "cuda")]
+use thermocline_runtime::{GpuSpeeds, Mode};
 use thermocline_runtime::{Hardware, Plan, Prediction};
 use thermocline_split::Split;
 
@@ -21,7 +23,15 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     #[cfg(feature = "cuda")]
     if let Some(device) = super::load::open_device(&args.placement, args.json)? {
         let plan = super::load::gpu_plan(&split, &args.placement, request, &device)?;
-        return if args.json { output::json(&GpuOutput { plan }) } else { print_gpu_plan(&plan, &device) };
+        let n_threads = super::load::host_threads(&args.placement);
+        let hardware = thermocline_runtime::measure_tiers(&device, *split.layers()[0].layout(), n_threads)?;
+        // What `--cpu-share 0` and exact mode leave to the link.
+        let on_host = plan.request.base.mode != Mode::Exact && args.placement.cpu_share != Some(0.0);
+        let predicted = plan.predict(&GpuSpeeds { host: if on_host { hardware.host } else { 0.0 }, ..hardware });
+        if args.json {
+            return output::json(&GpuOutput { plan, hardware, predicted });
+        }
+        return print_gpu_plan(&plan, &device, &predicted);
     }
     let plan = Plan::new(&split, request)?;
     let hardware = Hardware::measure(&split, plan.request.n_threads)?;
@@ -77,26 +87,31 @@ pub fn print(plan: &Plan) {
     }
 }
 
-/// What `plan --json` prints where there is a GPU. `bench` measures the speeds that a prediction needs.
+/// What `plan --json` prints where there is a GPU.
 #[cfg(feature = "cuda")]
 #[derive(Serialize)]
 struct GpuOutput {
     plan: thermocline_runtime::GpuPlan,
+    hardware: GpuSpeeds,
+    predicted: thermocline_runtime::GpuPrediction,
 }
 
 #[cfg(feature = "cuda")]
 fn print_gpu_plan(
     plan: &thermocline_runtime::GpuPlan,
     device: &thermocline_kernels::cuda::Device,
+    predicted: &thermocline_runtime::GpuPrediction,
 ) -> anyhow::Result<()> {
     println!("{}", device.name());
     print_gpu(plan);
     println!(
-        "expected per token: VRAM {}, cache {}, RAM {}; `bench` says how fast that is here",
+        "expected per token: VRAM {}, cache {}, RAM {}",
         format_bytes(plan.device_bytes_per_token),
         format_bytes(plan.cache_bytes_per_token),
         format_bytes(plan.host_bytes_per_token)
     );
+    println!("expected speed     {:.1} tok/s, bound by {}", predicted.tok_s, predicted.bottleneck);
+    println!("                   {}", predicted.formula);
     Ok(())
 }
 

@@ -91,4 +91,39 @@ proptest! {
             assert_near(*got, product + more, tolerance, &format!("{encoding} row {r} of {rows} x {columns}"));
         }
     }
+
+    /// In fixed point what is small beside its group's largest input loses bits, by a stated bound and no more.
+    #[test]
+    fn gemv_bears_outliers_and_what_is_no_number(
+        q4: bool, groups in 1usize..12, rows in 1usize..40, seed: u64, exponent in -130i32..120, bad: bool,
+    ) {
+        let random = &mut Random::new(seed);
+        let (encoding, columns) = (if q4 { Encoding::Q4 } else { Encoding::Q8 }, 32 * groups);
+        let w = Rows::random(encoding, rows, columns, random);
+        let mut x: Vec<f32> = random.values(columns).iter().map(|v| v * 2f32.powi(exponent)).collect();
+        for _ in 0..groups {
+            x[random.below(columns)] *= 3e4;
+        }
+        let place = random.below(columns);
+        if bad {
+            x[place] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][random.below(3)];
+        }
+        let out = poisoned(4 * rows);
+        gemv(device(), &on_device(&w), &upload(&x).view(), None, Added::default(), &out.view()).unwrap();
+        let input = wide(&x);
+        for (r, got) in read::<f32>(&out).into_iter().enumerate() {
+            if bad {
+                prop_assert!(!got.is_finite(), "row {} is {}", r, got);
+                continue;
+            }
+            let (product, size) = w.dot(r, &input);
+            // Half a unit of the group's fixed point for each column; below 2^-97 units do not shrink any more.
+            let lost: f64 = input.chunks(32).zip(w.weights(r).chunks(32)).map(|(x, w)| {
+                let most = x.iter().fold(0f64, |m, v| m.max(v.abs()));
+                w.iter().map(|w| f64::from(w.abs())).sum::<f64>() * (most * 2f64.powi(-29)).max(2f64.powi(-126))
+            }).sum();
+            let tolerance = additions(columns) * U * size + lost + f64::from(f32::MIN_POSITIVE);
+            assert_near(got, product, tolerance, &format!("{encoding} row {r} of {rows} x {columns}"));
+        }
+    }
 }

@@ -4,7 +4,7 @@ use super::host_share::HostShare;
 use super::load::Model;
 use super::plan::{GpuPlan, GpuPrediction, GpuSpeeds};
 use super::prefill::Batch;
-use super::token;
+use super::{speeds, token};
 use crate::account::{Account, TierBytes};
 use crate::decoder::{Decoder, Speeds, unknown_token};
 use crate::plan::Mode;
@@ -13,12 +13,8 @@ use crate::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
-use thermocline_kernels::cuda::launch::{Bundles, ffn, host_item};
-use thermocline_kernels::cuda::{Device, Graph, Queue};
+use thermocline_kernels::cuda::{Device, Graph};
 use thermocline_split::{Flaw, Split};
-
-/// Cold neurons on which link and host are measured.
-const PROBE_NEURONS: usize = 4096;
 
 /// A model loaded onto a GPU, with one sequence's state.
 #[derive(Debug)]
@@ -68,7 +64,10 @@ impl GpuEngine {
         let host =
             wanted.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
         let mut serial = 0;
-        let speeds = measure(&device, &model, config.intermediate_size, host.as_ref(), &mut serial)?;
+        let mut speeds = speeds::of_model(&device, &model, config.intermediate_size)?;
+        if let Some(host) = &host {
+            speeds.host = host.measure(speeds::PROBE_NEURONS, &mut serial);
+        }
         let token = token::record(&device, &config, &plan, &model, host.is_some())?;
         let expected = if host.is_some() { plan.predict(&speeds).host_share as f32 } else { 0.0 };
         let (split, account) = (Arc::new(split), Account::default());
@@ -291,51 +290,6 @@ impl GpuEngine {
         a.bytes.cache += bytes.cache;
         a.bytes.host += bytes.host;
     }
-}
-
-/// Device memory by a copy within it, the link by the fused kernel on cold neurons alone, the host by its threads, which
-/// take numbers of tokens after `serial`.
-fn measure(
-    device: &Device,
-    model: &Model,
-    n_neurons: usize,
-    host: Option<&HostShare>,
-    serial: &mut u32,
-) -> Result<GpuSpeeds> {
-    // The largest buffers that are free now: pieces of prompt batches.
-    let [to, from] = &model.prefill.rows[0];
-    let best = |bytes: f64, work: &dyn Fn() -> Result<()>| -> Result<f64> {
-        let mut best = 0.0f64;
-        for _ in 0..4 {
-            let begin = device.record()?;
-            work()?;
-            let ms = device.record()?.since(&begin)?;
-            best = best.max(bytes / (ms * 1e-3));
-        }
-        Ok(best)
-    };
-    const COPIES: usize = 8;
-    let copied = 2.0 * (to.len() * COPIES) as f64;
-    let memory = best(copied, &|| (0..COPIES).try_for_each(|_| Ok(device.copy(Queue::Compute, to, from)?)))?;
-    let layer = model.layers.iter().max_by_key(|l| l.cold.len());
-    let Some(layer) = layer.filter(|l| l.n_hot < n_neurons) else {
-        return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0 });
-    };
-    let n_cold = n_neurons - layer.n_hot;
-    let n = PROBE_NEURONS.min(n_cold);
-    let s = &model.scratch;
-    let items: Vec<[u32; 2]> = (0..n).map(|i| host_item(i * n_cold / n)).collect();
-    device.write(&s.work.items, bytemuck::cast_slice(&items))?;
-    device.write(&s.work.counts, bytemuck::cast_slice(&[n as u32, n as u32, 0, 0, 0, n as u32, 0, 0]))?;
-    device.fill(&s.normed, 0)?;
-    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots };
-    let link = best((n * model.layout.bundle_bytes()) as f64, &|| {
-        let blocks = model.n_blocks;
-        Ok(ffn(device, model.layout, model.activation, &s.work, bundles, &s.normed, blocks, &s.partial)?)
-    })?;
-    device.synchronize()?;
-    let host = host.map_or(0.0, |h| h.measure(PROBE_NEURONS, serial));
-    Ok(GpuSpeeds { device: memory, link, host })
 }
 
 impl Decoder for GpuEngine {

@@ -8,6 +8,7 @@
 //! | one token as one CUDA graph | `token` |
 //! | prompts, by whole layers | `prefill` |
 //! | the threads that compute a share of the cold neurons | `host_share` |
+//! | how fast the tiers are | `speeds` |
 //! | tokens in, logits out | `engine` |
 
 mod bench;
@@ -17,8 +18,10 @@ mod load;
 mod plan;
 mod prefill;
 mod replay;
+mod speeds;
 mod token;
 
 pub use bench::GpuBenchReport;
 pub use engine::GpuEngine;
 pub use plan::{GpuBytes, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds};
+pub use speeds::measure_tiers;

@@ -120,6 +120,13 @@ pub struct GpuSpeeds {
     pub host: f64,
 }
 
+/// What a layer costs beyond its bytes: nine kernels, each of which fetches its input before it can begin and brings its
+/// sums together at the end. Measured on an H200 (analysis/records/gpu-h200): it hardly depends on the shape.
+const LAYER_SECONDS: f64 = 45e-6;
+
+/// What it costs more if the host's threads take part: they must see the request, add up their sums, and be seen.
+const EXCHANGE_SECONDS: f64 = 12e-6;
+
 /// A speed and where it comes from.
 #[derive(Debug, Clone, Serialize)]
 pub struct GpuPrediction {
@@ -296,6 +303,9 @@ impl GpuPlan {
         let device = (self.device_bytes_per_token + self.cache_bytes_per_token) as f64;
         let host = self.host_bytes_per_token as f64;
         let (device_seconds, host_seconds) = (device / speeds.device, host / (speeds.link + speeds.host));
+        let n_layers = self.hot_neurons.len() as f64;
+        let exchange = if speeds.host > 0.0 && host > 0.0 { EXCHANGE_SECONDS } else { 0.0 };
+        let between = n_layers * (LAYER_SECONDS + exchange);
         let bottleneck = match (device_seconds > host_seconds, speeds.host > 0.0) {
             (true, _) => "device",
             (false, true) => "link + host",
@@ -303,16 +313,18 @@ impl GpuPlan {
         };
         let gb = 1e9;
         GpuPrediction {
-            tok_s: 1.0 / (device_seconds + host_seconds),
+            tok_s: 1.0 / (device_seconds + host_seconds + between),
             host_share: speeds.host / (speeds.link + speeds.host),
             bottleneck,
             formula: format!(
-                "tok/s = 1 / ({:.2} GB device / {:.0} GB/s + {:.3} GB pinned / ({:.1} GB/s link + {:.1} GB/s host))",
+                "tok/s = 1 / ({:.2} GB device / {:.0} GB/s + {:.3} GB pinned / ({:.1} GB/s link + {:.1} GB/s host) + {:.1} ms \
+                 between kernels)",
                 device / gb,
                 speeds.device / gb,
                 host / gb,
                 speeds.link / gb,
-                speeds.host / gb
+                speeds.host / gb,
+                1e3 * between
             ),
         }
     }

@@ -1,0 +1,106 @@
+//! How fast the tiers of this machine are, each alone.
+
+use super::load::Model;
+use super::plan::GpuSpeeds;
+use crate::Result;
+use crate::hardware::kernel_speed;
+use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, WorkList, ffn, ffn_blocks, host_item};
+use thermocline_kernels::cuda::{Device, Queue, View};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Pool};
+
+/// Cold neurons on which link and threads are measured.
+pub(super) const PROBE_NEURONS: usize = 4096;
+
+/// The same on the emulator, which is slow and whose speeds mean nothing.
+const EMULATED_NEURONS: usize = 4;
+
+/// Bytes of device memory that are copied within it.
+const COPIED_BYTES: usize = 256 << 20;
+
+/// The speeds of a machine before a model is loaded, for rows of this layout: of the link by the fused kernel, of
+/// `n_threads` threads by theirs.
+///
+/// # Errors
+/// If device or host have not the memory (0.4 GB), or the device fails.
+pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize) -> Result<GpuSpeeds> {
+    let (n, copied) = if device.is_emulated() {
+        (EMULATED_NEURONS, EMULATED_NEURONS * layout.bundle_bytes())
+    } else {
+        (PROBE_NEURONS, COPIED_BYTES)
+    };
+    let (n_blocks, hidden) = (ffn_blocks(device), layout.hidden_size());
+    let allocate = |bytes: usize| -> Result<View> { Ok(device.allocate(bytes)?.view()) };
+    let cold = device.pin(AlignedBuf::zeroed(n * layout.bundle_bytes())?)?;
+    let host = kernel_speed(&mut Pool::new(n_threads)?, cold.host_bytes(), &layout);
+    let work =
+        WorkList { ids: allocate(4 * n)?, items: allocate(8 * n)?, counts: allocate(32)?, totals: allocate(64)? };
+    let (none, x, partial) = (allocate(16)?, allocate(4 * hidden)?, allocate(4 * n_blocks * hidden)?);
+    let probe =
+        Probe { device, layout, activation: Nonlinearity::Silu, work: &work, x: &x, n_blocks, partial: &partial };
+    let link = probe.link(Bundles { hot: &none, cold: &cold.view(), cache: &none }, n, n)?;
+    let memory = copy_speed(device, &allocate(copied / 2)?, &allocate(copied / 2)?)?;
+    Ok(GpuSpeeds { device: memory, link, host })
+}
+
+/// The speeds of device memory and link where a model is loaded, in buffers that are free then; infinite over the link if
+/// no neuron is cold. The host's is left at 0.
+pub(super) fn of_model(device: &Device, model: &Model, n_neurons: usize) -> Result<GpuSpeeds> {
+    // Pieces of prompt batches.
+    let [to, from] = &model.prefill.rows[0];
+    let memory = copy_speed(device, to, from)?;
+    let layer = model.layers.iter().max_by_key(|l| l.cold.len());
+    let Some(layer) = layer.filter(|l| l.n_hot < n_neurons) else {
+        return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0 });
+    };
+    let (s, n_cold) = (&model.scratch, n_neurons - layer.n_hot);
+    let (layout, activation, n_blocks) = (model.layout, model.activation, model.n_blocks);
+    let probe = Probe { device, layout, activation, work: &s.work, x: &s.normed, n_blocks, partial: &s.partial };
+    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots };
+    Ok(GpuSpeeds { device: memory, link: probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold))?, host: 0.0 })
+}
+
+/// What the fused kernel needs besides bundles.
+struct Probe<'a> {
+    device: &'a Device,
+    layout: BundleLayout,
+    activation: Nonlinearity,
+    work: &'a WorkList,
+    x: &'a View,
+    n_blocks: usize,
+    partial: &'a View,
+}
+
+impl Probe<'_> {
+    /// Bytes a second of `n` of the `n_cold` cold neurons, read in place.
+    fn link(&self, bundles: Bundles<'_>, n_cold: usize, n: usize) -> Result<f64> {
+        let items: Vec<[u32; 2]> = (0..n).map(|i| host_item(i * n_cold / n)).collect();
+        let counts = [n as u32, n as u32, 0, 0, 0, n as u32, 0, 0];
+        self.device.write(&self.work.items, bytemuck::cast_slice(&items))?;
+        self.device.write(&self.work.counts, bytemuck::cast_slice(&counts))?;
+        self.device.fill(self.x, 0)?;
+        best_of(self.device, (n * self.layout.bundle_bytes()) as f64, || {
+            let (layout, activation, n_blocks) = (self.layout, self.activation, self.n_blocks);
+            Ok(ffn(self.device, layout, activation, self.work, bundles, self.x, n_blocks, self.partial)?)
+        })
+    }
+}
+
+/// Bytes a second, read and written, of copies within device memory.
+fn copy_speed(device: &Device, to: &View, from: &View) -> Result<f64> {
+    const COPIES: usize = 8;
+    best_of(device, 2.0 * (to.len() * COPIES) as f64, || {
+        (0..COPIES).try_for_each(|_| Ok(device.copy(Queue::Compute, to, from)?))
+    })
+}
+
+/// The best of a few, which all have ended when this returns.
+fn best_of(device: &Device, bytes: f64, work: impl Fn() -> Result<()>) -> Result<f64> {
+    let mut best = 0.0f64;
+    for _ in 0..4 {
+        let begin = device.record()?;
+        work()?;
+        best = best.max(bytes / (device.record()?.since(&begin)? * 1e-3));
+    }
+    device.synchronize()?;
+    Ok(best)
+}
