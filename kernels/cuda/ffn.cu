@@ -18,6 +18,7 @@ constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr u32 kSlot = 0x80000000u;
 constexpr u32 kCold = 0x40000000u;
+constexpr u32 kLine = 128;
 
 // Threads that compute a neuron together. Up to 128 a power of two, and a block of 256 threads holds several teams;
 // else the team is the block.
@@ -80,6 +81,8 @@ struct FfnArgs {
   int activation;
   const float* x;
   float* partial;
+  const unsigned char* ahead;
+  u32 ahead_bytes;
 };
 
 // The items of a team: from `next` to before `last`, every `step`-th.
@@ -282,6 +285,15 @@ DEVICE void ffn_teams(const FfnArgs& args) {
     }
   }
 
+  // Blocks without neurons on the link are ready long before the others: they bring what the next kernels read into the
+  // second-level cache.
+  const int link_blocks = n_link == 0 ? 0 : min(static_cast<int>(gridDim.x) - 1, max(1, n_teams / 4));
+  if (static_cast<int>(blockIdx.x) >= link_blocks) {
+    const u32 n_threads = (gridDim.x - link_blocks) * blockDim.x;
+    for (u32 i = (blockIdx.x - link_blocks) * blockDim.x + threadIdx.x; i < args.ahead_bytes / kLine; i += n_threads)
+      prefetch_line(args.ahead + static_cast<u64>(i) * kLine);
+  }
+
   // The input is not needed any more: its place takes the sums, team by team, and gives them away in whole lines.
   for (u32 t = 0; t < teams; t++) {
     __syncthreads();
@@ -309,7 +321,8 @@ DEVICE void ffn_teams(const FfnArgs& args) {
 
 // items, counts: from choose; {bundle, slot to fill} each, those over the link first.
 // hot, cache: device memory; cold: pinned host memory. Bundles of `bundle_bytes`, a multiple of 16. x [hidden] and
-// partial [blocks, hidden] start at a multiple of 16 bytes; hidden is a multiple of 32, at most 32768.
+// partial [blocks, hidden] start at a multiple of 16 bytes; hidden is a multiple of 32, at most 32768. ahead: what will
+// be read soon.
 // Block: team_threads, or 256 if that is at most 128. Dynamic shared memory: as gemv, with `hidden` columns.
 template <class E>
 DEVICE void ffn(const FfnArgs& args) {
@@ -327,21 +340,24 @@ DEVICE void ffn(const FfnArgs& args) {
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_bf16(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-             unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
+             unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
+             const unsigned char* ahead, u32 ahead_bytes) {
   ffn<Bf16>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial});
+             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
 }
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_q8(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
+           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
+             const unsigned char* ahead, u32 ahead_bytes) {
   ffn<Q8>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial});
+             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
 }
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_q4(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial) {
+           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
+             const unsigned char* ahead, u32 ahead_bytes) {
   ffn<Q4>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial});
+             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
 }
 
 // Waits until the CPU has raised its flag for this layer; false if it has given up. For one warp of every block.

@@ -42,6 +42,8 @@ inline float rounded_product(float a, float b) { return a * b; }
 
 inline const unsigned char* computed(const unsigned char* p) { return p; }
 
+inline void prefetch_line(const void*) {}
+
 inline void wait_for_previous() { emulator::wait_for_previous(); }
 inline void let_next_start() {}
 
@@ -122,6 +124,11 @@ __device__ __forceinline__ void multiply_add(const u32 (&a)[4], const uint2& b, 
 __device__ __forceinline__ const unsigned char* computed(const unsigned char* p) {
   asm("" : "+l"(p));
   return p;
+}
+
+// Asks for a line of 128 bytes, as far as the second-level cache.
+__device__ __forceinline__ void prefetch_line(const void* p) {
+  asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(p));
 }
 
 // Programmatic dependent launch (compute capability 9.0 on; elsewhere, and where a launch does not ask for it, nothing).

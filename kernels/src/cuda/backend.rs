@@ -53,6 +53,8 @@ pub(super) trait Backend: Debug + Send + Sync {
     fn n_multiprocessors(&self) -> usize;
     /// Shared memory that a block may ask for.
     fn shared_bytes(&self) -> usize;
+    /// The second-level cache.
+    fn cache_bytes(&self) -> usize;
     /// Free and total bytes of device memory, as the driver counts them.
     fn memory(&self) -> Result<(usize, usize)>;
     fn allocate(&self, bytes: usize) -> Result<u64>;

@@ -60,6 +60,11 @@ impl Device {
         self.backend.shared_bytes()
     }
 
+    /// Bytes of the second-level cache.
+    pub(super) fn cache_bytes(&self) -> usize {
+        self.backend.cache_bytes()
+    }
+
     /// Free and total bytes of device memory, as the driver counts them for all processes.
     ///
     /// # Errors

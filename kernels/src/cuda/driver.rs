@@ -47,6 +47,7 @@ pub(super) struct Driver {
     name: String,
     n_multiprocessors: usize,
     shared_bytes: usize,
+    cache_bytes: usize,
     functions: Mutex<HashMap<String, Function>>,
     capturing: AtomicBool,
     gemm: OnceLock<Result<GemmLibrary>>,
@@ -115,6 +116,7 @@ impl Driver {
         }
         let n_multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize;
         let shared_bytes = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0) as usize;
+        let cache_bytes = attribute(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.max(0) as usize;
         // SAFETY: as above; released when this value is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(driver("cuDevicePrimaryCtxRetain"))?;
         // SAFETY: the context was just retained.
@@ -133,6 +135,7 @@ impl Driver {
             name,
             n_multiprocessors,
             shared_bytes,
+            cache_bytes,
             functions: Mutex::default(),
             capturing: AtomicBool::new(false),
             gemm: OnceLock::new(),
@@ -226,6 +229,10 @@ impl Backend for Driver {
 
     fn shared_bytes(&self) -> usize {
         self.shared_bytes
+    }
+
+    fn cache_bytes(&self) -> usize {
+        self.cache_bytes
     }
 
     fn memory(&self) -> Result<(usize, usize)> {

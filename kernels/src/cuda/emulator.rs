@@ -156,6 +156,10 @@ impl Backend for Emulator {
         99 << 10
     }
 
+    fn cache_bytes(&self) -> usize {
+        1 << 20
+    }
+
     fn memory(&self) -> Result<(usize, usize)> {
         Ok((MEMORY_BYTES - self.taken.load(Ordering::Relaxed), MEMORY_BYTES))
     }

@@ -517,6 +517,8 @@ pub struct Bundles<'a> {
     pub cold: &'a View,
     /// The cache's slots.
     pub cache: &'a View,
+    /// What the kernels after this one read: brought into the second-level cache, as far as it takes half of that.
+    pub ahead: Option<&'a View>,
 }
 
 /// Threads of a block of the fused kernel. A team of up to 16 warps has a chunk of columns for each thread; small teams
@@ -568,9 +570,13 @@ pub fn ffn(
             Arg::U32(activation as u32),
             address(x),
             address(partial),
+            optional(bundles.ahead),
+            u32_of(bundles.ahead.map_or(0, |v| v.len().min(device.cache_bytes() / 2))),
         ],
     };
-    device.launch(launch, &[&work.items, &work.counts, bundles.hot, bundles.cold, bundles.cache, x, partial])
+    let mut uses = vec![&work.items, &work.counts, bundles.hot, bundles.cold, bundles.cache, x, partial];
+    uses.extend(bundles.ahead);
+    device.launch(launch, &uses)
 }
 
 /// What the host gives back: mapped memory.

@@ -108,7 +108,7 @@ fn check(case: &Case, seed: u64) {
     let cache = upload(&slots);
     let partial = poisoned(4 * n_blocks * hidden);
     let (hot_memory, cold_memory) = (upload(&hot).view(), pinned(&cold).view());
-    let bundles = Bundles { hot: &hot_memory, cold: &cold_memory, cache: &cache.view() };
+    let bundles = Bundles { hot: &hot_memory, cold: &cold_memory, cache: &cache.view(), ahead: Some(&hot_memory) };
     let x_memory = upload(&x);
     ffn(device(), layout, activation, &work, bundles, &x_memory.view(), n_blocks, &partial.view()).unwrap();
 

@@ -98,7 +98,8 @@ fn feed_forward(
         }
         (None, None) => unreachable!("a layer has a predictor or a list of all neurons"),
     };
-    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots };
+    let ahead = Some(model.layers.get(l + 1).map_or(&model.head.data, |next| &next.qkv.data));
+    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots, ahead };
     ffn(device, model.layout, model.activation, work, bundles, &s.normed, model.n_blocks, &s.partial)?;
     let hidden = config.hidden_size;
     finish(device, &s.partial, model.n_blocks, hidden, &work.counts, host.as_ref(), &s.step, place, &s.x)
