@@ -40,7 +40,9 @@ impl Timing {
         let n = runs.len().max(1) as f64;
         let mean = runs.iter().sum::<f64>() / n;
         let variance = runs.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / n;
-        Self { median: sorted.get(sorted.len() / 2).copied().unwrap_or(0.0), spread: variance.sqrt() / mean, runs }
+        let middle = |i: usize| sorted.get(i).copied().unwrap_or(0.0);
+        let median = (middle(sorted.len().saturating_sub(1) / 2) + middle(sorted.len() / 2)) / 2.0;
+        Self { median, spread: variance.sqrt() / mean, runs }
     }
 }
 
