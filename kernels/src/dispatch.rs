@@ -1,4 +1,4 @@
-use crate::{BundleLayout, Encoding, RowRef, reference};
+use crate::{BundleLayout, Encoding, PreparedInput, RowRef, reference};
 
 /// An instruction set that there are kernels for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,16 +73,83 @@ impl Kernels {
     /// If a row is shorter than `x`, or `x` is not whole groups for a quantised encoding.
     #[inline]
     pub fn dots<const N: usize>(&self, encoding: Encoding, rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+        self.dots_ahead(encoding, rows, x, &[])
+    }
+
+    /// Takes `x` for [`Kernels::prepared_dots`] of rows in `encoding`: work for one layer, not for one row.
+    pub fn prepare(&self, encoding: Encoding, x: &[f32], input: &mut PreparedInput) {
+        input.values.clear();
+        input.values.extend_from_slice(x);
+        input.is_fixed = false;
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512
+            && encoding == Encoding::Q4
+            && encoding.accepts(x.len())
+            && is_x86_feature_detected!("avx512vnni")
+        {
+            // SAFETY: a `Kernels` of this set exists only where the CPU has it, and VNNI was looked for.
+            input.is_fixed = unsafe { crate::x86::vnni::fix(x, &mut input.fixed) };
+        }
+    }
+
+    /// As [`Kernels::dots`], with an input that [`Kernels::prepare`] made of `x` for this encoding. Results differ from
+    /// those of [`Kernels::dots`] by roundings: whoever compares rows must take one of the two for all.
+    ///
+    /// # Panics
+    /// As [`Kernels::dots`].
+    #[inline]
+    pub fn prepared_dots<const N: usize>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        input: &PreparedInput,
+    ) -> [f32; N] {
+        self.prepared_dots_ahead(encoding, rows, input, &[])
+    }
+
+    #[inline]
+    fn prepared_dots_ahead<const N: usize>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        input: &PreparedInput,
+        ahead: &[u8],
+    ) -> [f32; N] {
+        #[cfg(target_arch = "x86_64")]
+        if input.is_fixed && self.isa == Isa::Avx512 && encoding == Encoding::Q4 {
+            let columns = input.values.len();
+            for row in &rows {
+                check(encoding, row, columns);
+            }
+            // SAFETY: the set as in `dots_ahead`; inputs are fixed only where there is VNNI, from whole groups of as many
+            // columns as were just checked.
+            return unsafe { crate::x86::vnni::dots(rows, &input.fixed, columns / crate::GROUP, ahead) };
+        }
+        self.dots_ahead(encoding, rows, &input.values, ahead)
+    }
+
+    /// [`Kernels::dots`], asking for the lines of `ahead` meanwhile.
+    #[inline]
+    fn dots_ahead<const N: usize>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        x: &[f32],
+        ahead: &[u8],
+    ) -> [f32; N] {
         for row in &rows {
             check(encoding, row, x.len());
         }
         #[cfg(target_arch = "x86_64")]
-        match self.isa {
+        if self.isa == Isa::Avx512 {
             // SAFETY: a `Kernels` of this set exists only where the CPU has it; lengths were checked above.
-            Isa::Avx512 => return unsafe { crate::x86::avx512::dots(encoding, rows, x) },
+            return unsafe { crate::x86::avx512::dots(encoding, rows, x, ahead) };
+        }
+        prefetch(ahead);
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx2 {
             // SAFETY: as above.
-            Isa::Avx2 => return unsafe { crate::x86::avx2::dots(encoding, rows, x) },
-            Isa::Portable => {}
+            return unsafe { crate::x86::avx2::dots(encoding, rows, x) };
         }
         rows.map(|row| reference::dot(encoding, row, x))
     }
@@ -122,10 +189,18 @@ impl Kernels {
         rows.into_iter().zip(a).for_each(|(row, a)| reference::axpy(encoding, row, a, y));
     }
 
-    /// Gate and up pre-activations of the neuron in `bundle` for the normalised input `x`.
+    /// Gate and up pre-activations of the neuron in `bundle` for a prepared input. `ahead`, the bundle of a neuron to come
+    /// or nothing, is asked for meanwhile: without effect on results.
     #[inline]
-    pub fn pre_activations(&self, layout: &BundleLayout, bundle: &[u8], x: &[f32]) -> (f32, f32) {
-        let [g, u] = self.dots(layout.encoding(), [layout.row(bundle, 0), layout.row(bundle, 1)], x);
+    pub fn pre_activations(
+        &self,
+        layout: &BundleLayout,
+        bundle: &[u8],
+        input: &PreparedInput,
+        ahead: &[u8],
+    ) -> (f32, f32) {
+        let rows = [layout.row(bundle, 0), layout.row(bundle, 1)];
+        let [g, u] = self.prepared_dots_ahead(layout.encoding(), rows, input, ahead);
         (g, u)
     }
 }

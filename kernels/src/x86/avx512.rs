@@ -2,7 +2,8 @@
 //!
 //! q4 codes become floats by `vpermps` from a 16-entry table: the instruction looks at the low four bits of each index
 //! only, so neither masks nor conversions are needed. One group is 18 bytes of weights and three shuffles (one widens the
-//! bytes), which bound it: about 20 GB/s from cache on one Zen 5 core. Inputs stay f32: no activation is quantised.
+//! bytes), which bound it: about 20 GB/s from cache on one Zen 5 core. Inputs stay f32 here; q4 neurons on CPUs that have VNNI
+//! are multiplied in fixed point instead (`vnni.rs`).
 
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
@@ -11,16 +12,49 @@ use crate::certificate::{Factors, MARGIN};
 use crate::{Encoding, GROUP, PREFETCH_BYTES, QuantisedInput, RowRef};
 use std::arch::x86_64::*;
 
+/// Lines that a loop asks for while it computes, a few at each of its steps: all at once they would wait for each other,
+/// and the loop for them.
+pub(super) struct Ahead<'a> {
+    lines: std::slice::Chunks<'a, u8>,
+    each_step: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// All lines of `bytes` within `steps`.
+    #[inline]
+    pub(super) fn new(bytes: &'a [u8], steps: usize) -> Self {
+        let lines = bytes.chunks(64);
+        Self { each_step: lines.len().div_ceil(steps.max(1)), lines }
+    }
+
+    /// Into the second level of caches: the first is full of the input.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub(super) fn step(&mut self) {
+        for line in self.lines.by_ref().take(self.each_step) {
+            // A prefetch has no effect but on the caches.
+            _mm_prefetch::<_MM_HINT_T2>(line.as_ptr().cast());
+        }
+    }
+}
+
+/// Asks for the lines of `ahead` meanwhile.
+///
 /// # Safety
 /// The CPU has AVX-512 F, BW and VL; every row holds at least `x.len()` columns, whole groups if quantised.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(crate) unsafe fn dots<const N: usize>(encoding: Encoding, rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+pub(crate) unsafe fn dots<const N: usize>(
+    encoding: Encoding,
+    rows: [RowRef<'_>; N],
+    x: &[f32],
+    ahead: &[u8],
+) -> [f32; N] {
     // SAFETY: lengths by this function's contract.
     unsafe {
         match encoding {
-            Encoding::Bf16 => dots_bf16(rows, x),
-            Encoding::Q8 => dots_groups::<N, Q8>(rows, x),
-            Encoding::Q4 => dots_groups::<N, Q4>(rows, x),
+            Encoding::Bf16 => dots_bf16(rows, x, ahead),
+            Encoding::Q8 => dots_groups::<N, Q8>(rows, x, ahead),
+            Encoding::Q4 => dots_groups::<N, Q4>(rows, x, ahead),
         }
     }
 }
@@ -100,13 +134,15 @@ unsafe fn widen_scales(scales: *const u8, n: usize) -> [f32; SCALES] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[u8]) -> [f32; N] {
     let table = table();
     // Two sums a row: one alone would wait four cycles for its own last addition.
     let (mut even, mut odd) = ([_mm512_setzero_ps(); N], [_mm512_setzero_ps(); N]);
     let n_groups = x.len() / GROUP;
+    let mut ahead = Ahead::new(ahead, n_groups.div_ceil(SCALES));
     let mut first = 0;
     while first < n_groups {
+        ahead.step();
         let n = SCALES.min(n_groups - first);
         // SAFETY: groups `first .. first + n` lie inside x and inside every row, by the contract of `dots`.
         unsafe {
@@ -190,10 +226,12 @@ fn widen(v: __m256i) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[u8]) -> [f32; N] {
     let (mut even, mut odd) = ([_mm512_setzero_ps(); N], [_mm512_setzero_ps(); N]);
     let n_full = x.len() / 16;
+    let mut ahead = Ahead::new(ahead, n_full.div_ceil(2));
     for v in (0..n_full).step_by(2) {
+        ahead.step();
         let pair = v + 1 < n_full;
         for r in 0..N {
             // SAFETY: vectors v and, if there is a pair, v + 1 lie inside x and inside every row, by the contract of
