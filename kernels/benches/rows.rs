@@ -77,12 +77,13 @@ fn scattered(c: &mut Criterion) {
                         .collect();
                     let bundle = |i: usize| &data[picks[i] * size..(picks[i] + 1) * size];
                     for first in (0..ACTIVE).step_by(4) {
-                        for i in first..first + 4 {
-                            let next = if i + 1 < ACTIVE { bundle(i + 1) } else { &[] };
-                            black_box(kernels.pre_activations(&layout, bundle(i), black_box(&input), next));
+                        let mine = [0, 1, 2, 3].map(|k| bundle(first + k));
+                        let next = [4, 5, 6, 7].map(|k| bundle((first + k) % ACTIVE).split_at(size / 2));
+                        for (mine, next) in mine.iter().zip(next) {
+                            black_box(kernels.pre_activations(&layout, mine, black_box(&input), &[next.0]));
                         }
-                        let rows = std::array::from_fn(|i| layout.row(bundle(first + i), 2));
-                        kernels.axpys::<4>(Encoding::Q4, rows, [0.5; 4], black_box(&mut y));
+                        let (rows, ahead) = (mine.map(|b| layout.row(b, 2)), next.map(|n| n.1));
+                        kernels.axpys(Encoding::Q4, rows, [0.5; 4], black_box(&mut y), &ahead);
                     }
                 });
             });

@@ -113,7 +113,7 @@ impl Kernels {
         encoding: Encoding,
         rows: [RowRef<'_>; N],
         input: &PreparedInput,
-        ahead: &[u8],
+        ahead: &[&[u8]],
     ) -> [f32; N] {
         #[cfg(target_arch = "x86_64")]
         if input.is_fixed && self.isa == Isa::Avx512 && encoding == Encoding::Q4 {
@@ -128,29 +128,28 @@ impl Kernels {
         self.dots_ahead(encoding, rows, &input.values, ahead)
     }
 
-    /// [`Kernels::dots`], asking for the lines of `ahead` meanwhile.
+    /// [`Kernels::dots`], asking for `ahead` meanwhile.
     #[inline]
     fn dots_ahead<const N: usize>(
         &self,
         encoding: Encoding,
         rows: [RowRef<'_>; N],
         x: &[f32],
-        ahead: &[u8],
+        ahead: &[&[u8]],
     ) -> [f32; N] {
         for row in &rows {
             check(encoding, row, x.len());
         }
         #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512 {
+        match self.isa {
             // SAFETY: a `Kernels` of this set exists only where the CPU has it; lengths were checked above.
-            return unsafe { crate::x86::avx512::dots(encoding, rows, x, ahead) };
-        }
-        prefetch(ahead);
-        #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx2 {
+            Isa::Avx512 => return unsafe { crate::x86::avx512::dots(encoding, rows, x, ahead) },
             // SAFETY: as above.
-            return unsafe { crate::x86::avx2::dots(encoding, rows, x) };
+            Isa::Avx2 => return unsafe { crate::x86::avx2::dots(encoding, rows, x, ahead) },
+            Isa::Portable => {}
         }
+        // Plain loops do not wait for memory.
+        let _ = ahead;
         rows.map(|row| reference::dot(encoding, row, x))
     }
 
@@ -160,44 +159,48 @@ impl Kernels {
     /// As [`Kernels::dots`].
     #[inline]
     pub fn axpy(&self, encoding: Encoding, row: RowRef<'_>, a: f32, y: &mut [f32]) {
-        self.axpys(encoding, [row], [a], y);
+        self.axpys(encoding, [row], [a], y, &[]);
     }
 
     /// `y_j += a[n] * rows[n]_j` for all n in order: the same to the bit as `N` calls of [`Kernels::axpy`], with one
-    /// load and store of `y`.
+    /// load and store of `y`. Memory that will be read soon, `ahead`, is asked for meanwhile.
     ///
     /// # Panics
     /// As [`Kernels::dots`].
     #[inline]
-    pub fn axpys<const N: usize>(&self, encoding: Encoding, rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
+    pub fn axpys<const N: usize>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        a: [f32; N],
+        y: &mut [f32],
+        ahead: &[&[u8]],
+    ) {
         for row in &rows {
             check(encoding, row, y.len());
         }
         #[cfg(target_arch = "x86_64")]
         match self.isa {
-            // SAFETY: as in `dots`.
-            Isa::Avx512 => return unsafe { crate::x86::avx512::axpys(encoding, rows, a, y) },
-            Isa::Avx2 => {
-                for (row, a) in rows.into_iter().zip(a) {
-                    // SAFETY: as in `dots`.
-                    unsafe { crate::x86::avx2::axpy(encoding, row, a, y) };
-                }
-                return;
-            }
+            // SAFETY: as in `dots_ahead`.
+            Isa::Avx512 => return unsafe { crate::x86::avx512::axpys(encoding, rows, a, y, ahead) },
+            // SAFETY: as in `dots_ahead`.
+            Isa::Avx2 => return unsafe { crate::x86::avx2::axpys(encoding, rows, a, y, ahead) },
             Isa::Portable => {}
         }
+        // Plain loops do not wait for memory.
+        let _ = ahead;
         rows.into_iter().zip(a).for_each(|(row, a)| reference::axpy(encoding, row, a, y));
     }
 
-    /// Gate and up pre-activations of the neuron in `bundle` for a prepared input. `ahead`, the bundle of a neuron to come
-    /// or nothing, is asked for meanwhile: without effect on results.
+    /// Gate and up pre-activations of the neuron in `bundle` for a prepared input. Memory that will be read soon, `ahead`,
+    /// is asked for meanwhile.
     #[inline]
     pub fn pre_activations(
         &self,
         layout: &BundleLayout,
         bundle: &[u8],
         input: &PreparedInput,
-        ahead: &[u8],
+        ahead: &[&[u8]],
     ) -> (f32, f32) {
         let rows = [layout.row(bundle, 0), layout.row(bundle, 1)];
         let [g, u] = self.prepared_dots_ahead(layout.encoding(), rows, input, ahead);

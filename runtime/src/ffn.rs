@@ -189,13 +189,20 @@ impl<'a> Block<'_, 'a> {
         self.add_whole(first..n, bundle);
     }
 
-    /// Adds neurons of which most should fire.
-    fn add_whole(&mut self, neurons: std::ops::Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
-        let ahead = PREFETCH_BYTES.div_ceil(self.layout.bundle_bytes());
-        for i in neurons.clone() {
-            let next = if i + ahead < neurons.end { bundle(i + ahead) } else { &[] };
-            let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x, next);
-            self.add(g, u, bundle(i));
+    /// Adds neurons of which most should fire. What comes next is asked for all the time, and by the loops that wait for
+    /// memory least: a half of a bundle while two rows are multiplied, two while four down rows are added; more where these
+    /// leave less than the next bundle, because neurons do not fire.
+    fn add_whole(&mut self, neurons: Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
+        let size = self.layout.bundle_bytes();
+        let least = size.max(PREFETCH_BYTES);
+        let mut next = Upcoming { at: (neurons.start + 1) * size, end: neurons.end * size, size, bundle: &bundle };
+        for i in neurons {
+            let ahead = next.up_to((next.at + size / 2).max((i + 1) * size + least));
+            let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x, &ahead);
+            if self.wait(g, u, bundle(i)) {
+                let ahead = next.up_to(next.at + 2 * size);
+                self.add_waiting(&ahead);
+            }
         }
     }
 
@@ -275,19 +282,29 @@ impl<'a> Block<'_, 'a> {
     }
 
     fn add(&mut self, g: f32, u: f32, bundle: &'a [u8]) {
+        if self.wait(g, u, bundle) {
+            self.add_waiting(&[]);
+        }
+    }
+
+    /// Lets a neuron wait if it fires; whether four do.
+    fn wait(&mut self, g: f32, u: f32, bundle: &'a [u8]) -> bool {
         let h = self.activation.apply(g, u);
         self.rows_read += 2;
         if self.skip_zeros && h == 0.0 {
-            return;
+            return false;
         }
         self.rows_read += 1;
         self.waiting[self.n_waiting] = (h, bundle);
         self.n_waiting += 1;
-        if self.n_waiting == self.waiting.len() {
-            let rows = self.waiting.map(|(_, bundle)| self.layout.row(bundle, 2));
-            self.kernels.axpys(self.layout.encoding(), rows, self.waiting.map(|(h, _)| h), self.sums);
-            self.n_waiting = 0;
-        }
+        self.n_waiting == self.waiting.len()
+    }
+
+    /// Adds the down rows of the four that wait.
+    fn add_waiting(&mut self, ahead: &[&[u8]]) {
+        let rows = self.waiting.map(|(_, bundle)| self.layout.row(bundle, 2));
+        self.kernels.axpys(self.layout.encoding(), rows, self.waiting.map(|(h, _)| h), self.sums, ahead);
+        self.n_waiting = 0;
     }
 
     /// Adds those that still wait; returns the rows that were read, of three a neuron.
@@ -296,6 +313,31 @@ impl<'a> Block<'_, 'a> {
             self.kernels.axpy(self.layout.encoding(), self.layout.row(bundle, 2), *h, self.sums);
         }
         self.rows_read
+    }
+}
+
+/// The bytes of bundles not yet asked for, counted as if each bundle followed the one before.
+struct Upcoming<'f, F> {
+    at: usize,
+    end: usize,
+    /// Of a bundle.
+    size: usize,
+    bundle: &'f F,
+}
+
+impl<'a, F: Fn(usize) -> &'a [u8]> Upcoming<'_, F> {
+    /// The bytes before `to`, of at most four bundles, which are then behind.
+    fn up_to(&mut self, to: usize) -> [&'a [u8]; 4] {
+        let to = to.min(self.end);
+        std::array::from_fn(|_| {
+            if self.at >= to {
+                return &[][..];
+            }
+            let (i, from) = (self.at / self.size, self.at % self.size);
+            let part = &(self.bundle)(i)[from..self.size.min(from + to - self.at)];
+            self.at += part.len();
+            part
+        })
     }
 }
 

@@ -2,11 +2,13 @@
 
 use crate::Result;
 use crate::fetch::{DirectFile, Fetcher, Run};
+use crate::ffn::{FfnSums, Span};
 use serde::Serialize;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, Pool, PreparedInput, ops};
+use thermocline_datasets::Activation;
+use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, Pool, ops};
 
 /// Bytes of a memory measurement: several times any desktop's last-level cache.
 const MEMORY_PROBE_BYTES: usize = 256 << 20;
@@ -91,20 +93,11 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     let kernels = Kernels::detect();
     let n = memory.len() / layout.bundle_bytes();
     let used = &memory[..n * layout.bundle_bytes()];
-    let mut input = PreparedInput::default();
-    kernels.prepare(layout.encoding(), &vec![0.5f32; layout.hidden_size()], &mut input);
-    let mut sums = vec![0.0f32; 64 * layout.hidden_size()];
-    let per_task = n.div_ceil(64);
+    let mut sums = FfnSums::new(*layout, Activation::Silu, n);
+    sums.skip_zeros = false;
+    sums.start(&kernels, &vec![0.5f32; layout.hidden_size()]);
     best_pass(used, || {
-        pool.for_each_chunk(&mut sums, layout.hidden_size(), |task, y| {
-            let bundles = used.chunks_exact(layout.bundle_bytes()).skip(task * per_task).take(per_task);
-            let mut ahead = bundles.clone().skip(1);
-            for bundle in bundles {
-                let next = ahead.next().unwrap_or_default();
-                let (g, u) = kernels.pre_activations(layout, bundle, &input, next);
-                kernels.axpy(layout.encoding(), layout.row(bundle, 2), g + u + 1.0, y);
-            }
-        })
+        sums.add(&kernels, pool, Span::Contiguous { first: 0, bytes: used });
     })
 }
 

@@ -8,35 +8,10 @@
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
+use super::Ahead;
 use crate::certificate::{Factors, MARGIN};
 use crate::{Encoding, GROUP, PREFETCH_BYTES, QuantisedInput, RowRef};
 use std::arch::x86_64::*;
-
-/// Lines that a loop asks for while it computes, a few at each of its steps: all at once they would wait for each other,
-/// and the loop for them.
-pub(super) struct Ahead<'a> {
-    lines: std::slice::Chunks<'a, u8>,
-    each_step: usize,
-}
-
-impl<'a> Ahead<'a> {
-    /// All lines of `bytes` within `steps`.
-    #[inline]
-    pub(super) fn new(bytes: &'a [u8], steps: usize) -> Self {
-        let lines = bytes.chunks(64);
-        Self { each_step: lines.len().div_ceil(steps.max(1)), lines }
-    }
-
-    /// Into the second level of caches: the first is full of the input.
-    #[inline]
-    #[target_feature(enable = "sse")]
-    pub(super) fn step(&mut self) {
-        for line in self.lines.by_ref().take(self.each_step) {
-            // A prefetch has no effect but on the caches.
-            _mm_prefetch::<_MM_HINT_T2>(line.as_ptr().cast());
-        }
-    }
-}
 
 /// Asks for the lines of `ahead` meanwhile.
 ///
@@ -47,7 +22,7 @@ pub(crate) unsafe fn dots<const N: usize>(
     encoding: Encoding,
     rows: [RowRef<'_>; N],
     x: &[f32],
-    ahead: &[u8],
+    ahead: &[&[u8]],
 ) -> [f32; N] {
     // SAFETY: lengths by this function's contract.
     unsafe {
@@ -62,13 +37,22 @@ pub(crate) unsafe fn dots<const N: usize>(
 /// # Safety
 /// As [`dots`], with `y` for `x`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(crate) unsafe fn axpys<const N: usize>(encoding: Encoding, rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
+pub(crate) unsafe fn axpys<const N: usize>(
+    encoding: Encoding,
+    rows: [RowRef<'_>; N],
+    a: [f32; N],
+    y: &mut [f32],
+    ahead: &[&[u8]],
+) {
     // SAFETY: lengths by this function's contract.
     unsafe {
         match encoding {
-            Encoding::Bf16 => rows.into_iter().zip(a).for_each(|(row, a)| axpy_bf16(row, a, y)),
-            Encoding::Q8 => axpys_groups::<N, Q8>(rows, a, y),
-            Encoding::Q4 => axpys_groups::<N, Q4>(rows, a, y),
+            Encoding::Bf16 => {
+                let mut ahead = Ahead::new(ahead, N * (y.len() / 16));
+                rows.into_iter().zip(a).for_each(|(row, a)| axpy_bf16(row, a, y, &mut ahead));
+            }
+            Encoding::Q8 => axpys_groups::<N, Q8>(rows, a, y, ahead),
+            Encoding::Q4 => axpys_groups::<N, Q4>(rows, a, y, ahead),
         }
     }
 }
@@ -134,7 +118,7 @@ unsafe fn widen_scales(scales: *const u8, n: usize) -> [f32; SCALES] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[u8]) -> [f32; N] {
+unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[&[u8]]) -> [f32; N] {
     let table = table();
     // Two sums a row: one alone would wait four cycles for its own last addition.
     let (mut even, mut odd) = ([_mm512_setzero_ps(); N], [_mm512_setzero_ps(); N]);
@@ -182,9 +166,10 @@ unsafe fn add_group<G: Group>(codes: *const u8, x: *const f32, scale: f32, table
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn axpys_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
+unsafe fn axpys_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32], ahead: &[&[u8]]) {
     let table = table();
     let n_groups = y.len() / GROUP;
+    let mut ahead = Ahead::new(ahead, n_groups);
     let mut first = 0;
     while first < n_groups {
         let n = SCALES.min(n_groups - first);
@@ -197,6 +182,7 @@ unsafe fn axpys_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], a: [f32;
                 scales
             });
             for i in 0..n {
+                ahead.step();
                 let g = first + i;
                 let p = y.as_mut_ptr().add(g * GROUP);
                 let (mut y0, mut y1) = (_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16)));
@@ -226,7 +212,7 @@ fn widen(v: __m256i) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[u8]) -> [f32; N] {
+unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[&[u8]]) -> [f32; N] {
     let (mut even, mut odd) = ([_mm512_setzero_ps(); N], [_mm512_setzero_ps(); N]);
     let n_full = x.len() / 16;
     let mut ahead = Ahead::new(ahead, n_full.div_ceil(2));
@@ -261,10 +247,11 @@ unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[u
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32]) {
+unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32], ahead: &mut Ahead<'_>) {
     let a = _mm512_set1_ps(a);
     let n_full = y.len() / 16;
     for v in 0..n_full {
+        ahead.step();
         // SAFETY: vector v lies inside y and inside the row, by the contract of `axpys`.
         unsafe {
             let w = widen(_mm256_loadu_si256(row.codes.as_ptr().add(32 * v).cast()));

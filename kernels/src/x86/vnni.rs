@@ -4,7 +4,7 @@
 //! the three digits, and their sums are joined, converted and scaled once. From cache this is twice as fast as a permute,
 //! a widening and a product for each sixteen columns.
 
-use super::avx512::Ahead;
+use super::Ahead;
 use crate::input::{BLOCK, FixedBlock, FixedPoint, STEPS};
 use crate::{GROUP, RowRef};
 use std::arch::x86_64::*;
@@ -125,7 +125,7 @@ pub(crate) unsafe fn dots<const N: usize>(
     rows: [RowRef<'_>; N],
     x: &FixedPoint,
     groups: usize,
-    ahead: &[u8],
+    ahead: &[&[u8]],
 ) -> [f32; N] {
     let mut ahead = Ahead::new(ahead, x.blocks.len());
     let mut sums = [_mm512_setzero_ps(); N];
