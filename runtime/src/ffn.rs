@@ -194,15 +194,29 @@ impl<'a> Block<'_, 'a> {
     /// leave less than the next bundle, because neurons do not fire.
     fn add_whole(&mut self, neurons: Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
         let size = self.layout.bundle_bytes();
-        let least = size.max(PREFETCH_BYTES);
+        if size < PREFETCH_BYTES {
+            return self.add_short(neurons, bundle);
+        }
         let mut next = Upcoming { at: (neurons.start + 1) * size, end: neurons.end * size, size, bundle: &bundle };
         for i in neurons {
-            let ahead = next.up_to((next.at + size / 2).max((i + 1) * size + least));
+            let ahead = next.up_to((next.at + size / 2).max((i + 2) * size));
             let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x, &ahead);
             if self.wait(g, u, bundle(i)) {
                 let ahead = next.up_to(next.at + 2 * size);
                 self.add_waiting(&ahead);
             }
+        }
+    }
+
+    /// The same for short bundles, whose loops are over too soon to divide anything among their steps.
+    fn add_short(&mut self, neurons: Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
+        let ahead = PREFETCH_BYTES.div_ceil(self.layout.bundle_bytes());
+        for i in neurons.clone() {
+            if i + ahead < neurons.end {
+                prefetch(bundle(i + ahead));
+            }
+            let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x, &[]);
+            self.add(g, u, bundle(i));
         }
     }
 

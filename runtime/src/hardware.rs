@@ -93,7 +93,7 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     let kernels = Kernels::detect();
     let n = memory.len() / layout.bundle_bytes();
     let used = &memory[..n * layout.bundle_bytes()];
-    let mut sums = FfnSums::new(*layout, Activation::Silu, n);
+    let mut sums = FfnSums::new(*layout, Activation::Relu, n);
     sums.skip_zeros = false;
     sums.start(&kernels, &vec![0.5f32; layout.hidden_size()]);
     best_pass(used, || {
