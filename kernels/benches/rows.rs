@@ -63,7 +63,7 @@ fn scattered(c: &mut Criterion) {
     let mut y = vec![0.0; COLUMNS];
     let mut group = c.benchmark_group("scattered neurons");
     group.sample_size(20).throughput(Throughput::Bytes((ACTIVE * size) as u64));
-    for (way, input) in inputs(&kernels) {
+    for (way, input) in inputs(&kernels, COLUMNS) {
         for (pages, data) in [("huge pages", &huge[..]), ("small pages", &small[..])] {
             let mut state = 1u64;
             group.bench_function(BenchmarkId::new(way, pages), |b| {
@@ -93,36 +93,38 @@ fn scattered(c: &mut Criterion) {
 }
 
 /// An input for q4 rows in f32, and as it is prepared for them where that is something else.
-fn inputs(kernels: &Kernels) -> Vec<(&'static str, PreparedInput)> {
-    let x: Vec<f32> = (0..COLUMNS).map(|j| (j * 53 % 89) as f32 / 89.0 - 0.5).collect();
-    [("f32", Encoding::Bf16), ("prepared", Encoding::Q4)]
-        .map(|(name, encoding)| {
-            let mut input = PreparedInput::default();
-            kernels.prepare(encoding, &x, &mut input);
-            (name, input)
-        })
-        .into()
+fn inputs(kernels: &Kernels, columns: usize) -> [(&'static str, PreparedInput); 2] {
+    let x: Vec<f32> = (0..columns).map(|j| (j * 53 % 89) as f32 / 89.0 - 0.5).collect();
+    [("f32", Encoding::Bf16), ("prepared", Encoding::Q4)].map(|(name, encoding)| {
+        let mut input = PreparedInput::default();
+        kernels.prepare(encoding, &x, &mut input);
+        (name, input)
+    })
 }
 
 /// Gate and up rows that a core's caches hold, and the making of an input.
 fn cached(c: &mut Criterion) {
-    const NEURONS: usize = 16;
-    let (kernels, layout) = (Kernels::detect(), BundleLayout::new(Encoding::Q4, COLUMNS).expect("whole groups"));
-    let bundles = vec![1u8; NEURONS * layout.bundle_bytes()];
+    let kernels = Kernels::detect();
     let mut group = c.benchmark_group("dots q4 from cache");
-    group.throughput(Throughput::Bytes(bundles.len() as u64 * 2 / 3));
-    for (way, input) in inputs(&kernels) {
-        group.bench_function(way, |b| {
-            b.iter(|| {
-                for bundle in bundles.chunks_exact(layout.bundle_bytes()) {
-                    black_box(kernels.pre_activations(&layout, bundle, black_box(&input), &[]));
-                }
-            })
+    for columns in [256, 576, COLUMNS] {
+        let layout = BundleLayout::new(Encoding::Q4, columns).expect("whole groups");
+        let bundles = vec![1u8; (200 << 10) / layout.bundle_bytes() * layout.bundle_bytes()];
+        group.throughput(Throughput::Bytes(bundles.len() as u64 * 2 / 3));
+        for (way, input) in inputs(&kernels, columns) {
+            group.bench_function(BenchmarkId::new(way, columns), |b| {
+                b.iter(|| {
+                    for bundle in bundles.chunks_exact(layout.bundle_bytes()) {
+                        black_box(kernels.pre_activations(&layout, bundle, black_box(&input), &[]));
+                    }
+                })
+            });
+        }
+        let (x, mut input) = (vec![0.5; columns], PreparedInput::default());
+        group.throughput(Throughput::Elements(columns as u64));
+        group.bench_function(BenchmarkId::new("prepare", columns), |b| {
+            b.iter(|| kernels.prepare(Encoding::Q4, black_box(&x), black_box(&mut input)))
         });
     }
-    let (x, mut input) = (vec![0.5; COLUMNS], PreparedInput::default());
-    group.throughput(Throughput::Elements(COLUMNS as u64));
-    group.bench_function("prepare", |b| b.iter(|| kernels.prepare(Encoding::Q4, black_box(&x), black_box(&mut input))));
     group.finish();
 }
 

@@ -44,8 +44,9 @@ impl Isa {
     }
 }
 
-/// The row kernels of one instruction set. Inputs and sums are f32; within a set, a result depends on its inputs only,
-/// never on the alignment or on what else runs, so that all tiers and thread counts agree to the bit.
+/// The row kernels of one instruction set. Inputs and sums are f32, or prepared for the rows of one encoding; on one
+/// CPU, within a set, a result depends on its inputs only, never on the alignment, on the rows beside it or on what
+/// else runs, so that all tiers and thread counts agree to the bit.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
     isa: Isa,
@@ -121,8 +122,8 @@ impl Kernels {
             for row in &rows {
                 check(encoding, row, columns);
             }
-            // SAFETY: the set as in `dots_ahead`; inputs are fixed only where there is VNNI, from whole groups of as many
-            // columns as were just checked.
+            // SAFETY: the set as in `dots_ahead`; inputs are fixed only where there is VNNI, from whole groups of as
+            // many columns as were just checked.
             return unsafe { crate::x86::vnni::dots(rows, &input.fixed, columns / crate::GROUP, ahead) };
         }
         self.dots_ahead(encoding, rows, &input.values, ahead)
@@ -192,8 +193,8 @@ impl Kernels {
         rows.into_iter().zip(a).for_each(|(row, a)| reference::axpy(encoding, row, a, y));
     }
 
-    /// Gate and up pre-activations of the neuron in `bundle` for a prepared input. Memory that will be read soon, `ahead`,
-    /// is asked for meanwhile.
+    /// Gate and up pre-activations of the neuron in `bundle` for a prepared input. Memory that will be read soon,
+    /// `ahead`, is asked for meanwhile.
     #[inline]
     pub fn pre_activations(
         &self,

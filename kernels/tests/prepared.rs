@@ -35,7 +35,7 @@ fn value() -> impl Strategy<Value = f32> {
         8 => -2.0f32..2.0,
         1 => -2e4f32..2e4,
         1 => (-1.0f32..1.0, -126i32..127).prop_map(|(v, e)| v * (e as f32).exp2()),
-        1 => prop_oneof![Just(0.0f32), Just(-0.0), Just(1e-40), Just(-1e-45), Just(3.4e38), Just(f32::MIN), Just(f32::MAX)],
+        1 => proptest::sample::select(&[0.0f32, -0.0, 1e-40, -1e-45, 3.4e38, f32::MIN, f32::MAX][..]),
     ]
 }
 
@@ -128,8 +128,8 @@ fn is_fixed() -> bool {
     false
 }
 
-/// Every code times every digit at its limits: the largest sums that there are, and magnitudes around the one from which on
-/// a step doubles.
+/// Every code times every digit at its limits: the largest sums that there are, and magnitudes around the one from
+/// which on a step doubles.
 #[test]
 fn the_largest_codes_do_not_overflow() {
     for mantissa in [0, 1, 0x7e_fdff, 0x7e_fe00, 0x7e_fe01, 0x7f_8000, 0x7f_ffff] {

@@ -189,9 +189,9 @@ impl<'a> Block<'_, 'a> {
         self.add_whole(first..n, bundle);
     }
 
-    /// Adds neurons of which most should fire. What comes next is asked for all the time, and by the loops that wait for
-    /// memory least: a half of a bundle while two rows are multiplied, two while four down rows are added; more where these
-    /// leave less than the next bundle, because neurons do not fire.
+    /// Adds neurons of which most should fire. What comes next is asked for all the time, and by the loops that wait
+    /// for memory least: a half of a bundle while two rows are multiplied, two while four down rows are added; more
+    /// where these leave less than the next bundle, because neurons do not fire.
     fn add_whole(&mut self, neurons: Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
         let size = self.layout.bundle_bytes();
         if size < PREFETCH_BYTES {

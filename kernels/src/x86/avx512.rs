@@ -1,9 +1,9 @@
 //! AVX-512. A group of 32 columns is two vectors of 16.
 //!
 //! q4 codes become floats by `vpermps` from a 16-entry table: the instruction looks at the low four bits of each index
-//! only, so neither masks nor conversions are needed. One group is 18 bytes of weights and three shuffles (one widens the
-//! bytes), which bound it: about 20 GB/s from cache on one Zen 5 core. Inputs stay f32 here; q4 neurons on CPUs that have VNNI
-//! are multiplied in fixed point instead (`vnni.rs`).
+//! only, so neither masks nor conversions are needed. One group is 18 bytes of weights and three shuffles (one widens
+//! the bytes), which bound it: about 20 GB/s from cache on one Zen 5 core. Inputs stay f32 here; q4 neurons on CPUs
+//! that have VNNI are multiplied in fixed point instead (`vnni.rs`).
 
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]

@@ -1,8 +1,9 @@
-//! AVX-512 with VNNI: q4 rows times an input in fixed point ([`PreparedInput`](crate::PreparedInput) has the arithmetic).
+//! AVX-512 with VNNI: q4 rows times an input in fixed point ([`PreparedInput`](crate::PreparedInput) has the
+//! arithmetic).
 //!
-//! Four groups are 64 bytes of codes a row, taken apart by a mask and a shift; six integer instructions multiply them with
-//! the three digits, and their sums are joined, converted and scaled once. From cache this is twice as fast as a permute,
-//! a widening and a product for each sixteen columns.
+//! Four groups are 64 bytes of codes a row, taken apart by a mask and a shift; six integer instructions multiply them
+//! with the three digits, and their sums are joined, converted and scaled once. From cache this is twice as fast as a
+//! permute, a widening and a product for each sixteen columns.
 
 use super::Ahead;
 use crate::input::{BLOCK, FixedBlock, FixedPoint, STEPS};
@@ -14,11 +15,11 @@ const COLUMNS: usize = BLOCK * GROUP;
 /// What the lanes of an f32 have of its bits besides the sign.
 const MAGNITUDE: i32 = i32::MAX;
 const INFINITE: i32 = 0x7f80_0000;
-/// Added to a magnitude's bits it raises the exponent where 23 bits would not hold the largest code: three signed digits
-/// reach 2^23 - 2^15 - 2^7 - 1 only.
+/// Added to a magnitude's bits it raises the exponent where 23 bits would not hold the largest code: three signed
+/// digits reach 2^23 - 2^15 - 2^7 - 1 only.
 const ROOM: i32 = 0x1_0200;
-/// The exponent of the least largest magnitude, 2^-78: smaller ones have steps of 2^-100 as well, so that the product of a
-/// step and a scale of f16 is never subnormal.
+/// The exponent of the least largest magnitude, 2^-78: smaller ones have steps of 2^-100 as well, so that the product
+/// of a step and a scale of f16 is never subnormal.
 const LEAST_EXPONENT: i32 = 127 - 78;
 /// From the largest magnitude's exponent to the step's.
 const STEP_EXPONENT: i32 = 22;
@@ -100,8 +101,8 @@ fn fix_block(x: &[f32; COLUMNS], block: &mut FixedBlock, steps: &mut [f32; BLOCK
     m
 }
 
-/// `sum + codes * q` in each lane: four columns of each half. Sums of single digits may wrap around, like `sum`; the whole
-/// does not.
+/// `sum + codes * q` in each lane: four columns of each half. Sums of single digits may wrap around, like `sum`; the
+/// whole does not.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn join(low: __m512i, high: __m512i, sum: __m512i, block: &FixedBlock) -> __m512i {
@@ -174,7 +175,8 @@ unsafe fn add_groups<const N: usize, const WHOLE: bool>(
         // SAFETY: sixteen integers.
         let offsets = unsafe { _mm512_loadu_si512(block.offsets.as_ptr().cast()) };
         for r in 0..N {
-            // SAFETY: the codes of the block's groups lie inside the row, four groups or as many as the mask lets through.
+            // SAFETY: the codes of the block's groups lie inside the row, four groups or as many as the mask lets
+            // through.
             let codes = unsafe {
                 let codes = rows[r].codes.as_ptr().add((first + BLOCK * i) * GROUP / 2).cast();
                 if WHOLE {
