@@ -3,8 +3,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use thermocline_kernels::{
-    AlignedBuf, BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Isa, Kernels, MatrixRef, Pool, QuantisedInput,
-    ScaleFit, gemv, ops, pack, prefetch,
+    AlignedBuf, BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Isa, Kernels, MatrixRef, Pool, PreparedInput,
+    QuantisedInput, ScaleFit, gemv, ops, pack,
 };
 
 /// 70B-wide rows, more of them than any cache holds.
@@ -60,31 +60,69 @@ fn scattered(c: &mut Criterion) {
     let mut huge = AlignedBuf::zeroed(NEURONS * size).expect("memory");
     huge.fill(1);
     let small = vec![1u8; NEURONS * size];
-    let (x, mut y) = (vec![0.5; COLUMNS], vec![0.0; COLUMNS]);
+    let mut y = vec![0.0; COLUMNS];
     let mut group = c.benchmark_group("scattered neurons");
     group.sample_size(20).throughput(Throughput::Bytes((ACTIVE * size) as u64));
-    for (name, data) in [("huge pages", &huge[..]), ("small pages", &small[..])] {
-        let mut state = 1u64;
-        group.bench_function(name, |b| {
-            b.iter(|| {
-                let picks: Vec<usize> = (0..ACTIVE)
-                    .map(|_| {
-                        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                        (state >> 33) as usize % NEURONS
-                    })
-                    .collect();
-                let bundle = |i: usize| &data[picks[i] * size..(picks[i] + 1) * size];
-                for first in (0..ACTIVE).step_by(4) {
-                    for i in first..first + 4 {
-                        if i + 1 < ACTIVE {
-                            prefetch(bundle(i + 1));
+    for (way, input) in inputs(&kernels, COLUMNS) {
+        for (pages, data) in [("huge pages", &huge[..]), ("small pages", &small[..])] {
+            let mut state = 1u64;
+            group.bench_function(BenchmarkId::new(way, pages), |b| {
+                b.iter(|| {
+                    let picks: Vec<usize> = (0..ACTIVE)
+                        .map(|_| {
+                            state =
+                                state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                            (state >> 33) as usize % NEURONS
+                        })
+                        .collect();
+                    let bundle = |i: usize| &data[picks[i] * size..(picks[i] + 1) * size];
+                    for first in (0..ACTIVE).step_by(4) {
+                        let mine = [0, 1, 2, 3].map(|k| bundle(first + k));
+                        let next = [4, 5, 6, 7].map(|k| bundle((first + k) % ACTIVE).split_at(size / 2));
+                        for (mine, next) in mine.iter().zip(next) {
+                            black_box(kernels.pre_activations(&layout, mine, black_box(&input), &[next.0]));
                         }
-                        black_box(kernels.pre_activations(&layout, bundle(i), black_box(&x)));
+                        let (rows, ahead) = (mine.map(|b| layout.row(b, 2)), next.map(|n| n.1));
+                        kernels.axpys(Encoding::Q4, rows, [0.5; 4], black_box(&mut y), &ahead);
                     }
-                    let rows = std::array::from_fn(|i| layout.row(bundle(first + i), 2));
-                    kernels.axpys::<4>(Encoding::Q4, rows, [0.5; 4], black_box(&mut y));
-                }
+                });
             });
+        }
+    }
+    group.finish();
+}
+
+/// An input for q4 rows in f32, and as it is prepared for them where that is something else.
+fn inputs(kernels: &Kernels, columns: usize) -> [(&'static str, PreparedInput); 2] {
+    let x: Vec<f32> = (0..columns).map(|j| (j * 53 % 89) as f32 / 89.0 - 0.5).collect();
+    [("f32", Encoding::Bf16), ("prepared", Encoding::Q4)].map(|(name, encoding)| {
+        let mut input = PreparedInput::default();
+        kernels.prepare(encoding, &x, &mut input);
+        (name, input)
+    })
+}
+
+/// Gate and up rows that a core's caches hold, and the making of an input.
+fn cached(c: &mut Criterion) {
+    let kernels = Kernels::detect();
+    let mut group = c.benchmark_group("dots q4 from cache");
+    for columns in [256, 576, COLUMNS] {
+        let layout = BundleLayout::new(Encoding::Q4, columns).expect("whole groups");
+        let bundles = vec![1u8; (200 << 10) / layout.bundle_bytes() * layout.bundle_bytes()];
+        group.throughput(Throughput::Bytes(bundles.len() as u64 * 2 / 3));
+        for (way, input) in inputs(&kernels, columns) {
+            group.bench_function(BenchmarkId::new(way, columns), |b| {
+                b.iter(|| {
+                    for bundle in bundles.chunks_exact(layout.bundle_bytes()) {
+                        black_box(kernels.pre_activations(&layout, bundle, black_box(&input), &[]));
+                    }
+                })
+            });
+        }
+        let (x, mut input) = (vec![0.5; columns], PreparedInput::default());
+        group.throughput(Throughput::Elements(columns as u64));
+        group.bench_function(BenchmarkId::new("prepare", columns), |b| {
+            b.iter(|| kernels.prepare(Encoding::Q4, black_box(&x), black_box(&mut input)))
         });
     }
     group.finish();
@@ -136,5 +174,5 @@ fn gates(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, rows, bundles, scattered, gates);
+criterion_group!(benches, rows, bundles, scattered, cached, gates);
 criterion_main!(benches);

@@ -1,4 +1,4 @@
-use crate::{BundleLayout, Encoding, RowRef, reference};
+use crate::{BundleLayout, Encoding, PreparedInput, RowRef, reference};
 
 /// An instruction set that there are kernels for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,8 +44,9 @@ impl Isa {
     }
 }
 
-/// The row kernels of one instruction set. Inputs and sums are f32; within a set, a result depends on its inputs only,
-/// never on the alignment or on what else runs, so that all tiers and thread counts agree to the bit.
+/// The row kernels of one instruction set. Inputs and sums are f32, or prepared for the rows of one encoding; on one
+/// CPU, within a set, a result depends on its inputs only, never on the alignment, on the rows beside it or on what
+/// else runs, so that all tiers and thread counts agree to the bit.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
     isa: Isa,
@@ -73,17 +74,83 @@ impl Kernels {
     /// If a row is shorter than `x`, or `x` is not whole groups for a quantised encoding.
     #[inline]
     pub fn dots<const N: usize>(&self, encoding: Encoding, rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+        self.dots_ahead(encoding, rows, x, &[])
+    }
+
+    /// Takes `x` for [`Kernels::prepared_dots`] of rows in `encoding`: work for one layer, not for one row.
+    pub fn prepare(&self, encoding: Encoding, x: &[f32], input: &mut PreparedInput) {
+        input.values.clear();
+        input.values.extend_from_slice(x);
+        input.is_fixed = false;
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512
+            && encoding == Encoding::Q4
+            && encoding.accepts(x.len())
+            && is_x86_feature_detected!("avx512vnni")
+        {
+            // SAFETY: a `Kernels` of this set exists only where the CPU has it, and VNNI was looked for.
+            input.is_fixed = unsafe { crate::x86::vnni::fix(x, &mut input.fixed) };
+        }
+    }
+
+    /// As [`Kernels::dots`], with an input that [`Kernels::prepare`] made of `x` for this encoding. Results differ from
+    /// those of [`Kernels::dots`] by roundings: whoever compares rows must take one of the two for all.
+    ///
+    /// # Panics
+    /// As [`Kernels::dots`].
+    #[inline]
+    pub fn prepared_dots<const N: usize>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        input: &PreparedInput,
+    ) -> [f32; N] {
+        self.prepared_dots_ahead(encoding, rows, input, &[])
+    }
+
+    #[inline]
+    fn prepared_dots_ahead<const N: usize>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        input: &PreparedInput,
+        ahead: &[&[u8]],
+    ) -> [f32; N] {
+        #[cfg(target_arch = "x86_64")]
+        if input.is_fixed && self.isa == Isa::Avx512 && encoding == Encoding::Q4 {
+            let columns = input.values.len();
+            for row in &rows {
+                check(encoding, row, columns);
+            }
+            // SAFETY: the set as in `dots_ahead`; inputs are fixed only where there is VNNI, from whole groups of as
+            // many columns as were just checked.
+            return unsafe { crate::x86::vnni::dots(rows, &input.fixed, columns / crate::GROUP, ahead) };
+        }
+        self.dots_ahead(encoding, rows, &input.values, ahead)
+    }
+
+    /// [`Kernels::dots`], asking for `ahead` meanwhile.
+    #[inline]
+    fn dots_ahead<const N: usize>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        x: &[f32],
+        ahead: &[&[u8]],
+    ) -> [f32; N] {
         for row in &rows {
             check(encoding, row, x.len());
         }
         #[cfg(target_arch = "x86_64")]
         match self.isa {
             // SAFETY: a `Kernels` of this set exists only where the CPU has it; lengths were checked above.
-            Isa::Avx512 => return unsafe { crate::x86::avx512::dots(encoding, rows, x) },
+            Isa::Avx512 => return unsafe { crate::x86::avx512::dots(encoding, rows, x, ahead) },
             // SAFETY: as above.
-            Isa::Avx2 => return unsafe { crate::x86::avx2::dots(encoding, rows, x) },
+            Isa::Avx2 => return unsafe { crate::x86::avx2::dots(encoding, rows, x, ahead) },
             Isa::Portable => {}
         }
+        // Plain loops do not wait for memory.
+        let _ = ahead;
         rows.map(|row| reference::dot(encoding, row, x))
     }
 
@@ -93,39 +160,51 @@ impl Kernels {
     /// As [`Kernels::dots`].
     #[inline]
     pub fn axpy(&self, encoding: Encoding, row: RowRef<'_>, a: f32, y: &mut [f32]) {
-        self.axpys(encoding, [row], [a], y);
+        self.axpys(encoding, [row], [a], y, &[]);
     }
 
     /// `y_j += a[n] * rows[n]_j` for all n in order: the same to the bit as `N` calls of [`Kernels::axpy`], with one
-    /// load and store of `y`.
+    /// load and store of `y`. Memory that will be read soon, `ahead`, is asked for meanwhile.
     ///
     /// # Panics
     /// As [`Kernels::dots`].
     #[inline]
-    pub fn axpys<const N: usize>(&self, encoding: Encoding, rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
+    pub fn axpys<const N: usize>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        a: [f32; N],
+        y: &mut [f32],
+        ahead: &[&[u8]],
+    ) {
         for row in &rows {
             check(encoding, row, y.len());
         }
         #[cfg(target_arch = "x86_64")]
         match self.isa {
-            // SAFETY: as in `dots`.
-            Isa::Avx512 => return unsafe { crate::x86::avx512::axpys(encoding, rows, a, y) },
-            Isa::Avx2 => {
-                for (row, a) in rows.into_iter().zip(a) {
-                    // SAFETY: as in `dots`.
-                    unsafe { crate::x86::avx2::axpy(encoding, row, a, y) };
-                }
-                return;
-            }
+            // SAFETY: as in `dots_ahead`.
+            Isa::Avx512 => return unsafe { crate::x86::avx512::axpys(encoding, rows, a, y, ahead) },
+            // SAFETY: as in `dots_ahead`.
+            Isa::Avx2 => return unsafe { crate::x86::avx2::axpys(encoding, rows, a, y, ahead) },
             Isa::Portable => {}
         }
+        // Plain loops do not wait for memory.
+        let _ = ahead;
         rows.into_iter().zip(a).for_each(|(row, a)| reference::axpy(encoding, row, a, y));
     }
 
-    /// Gate and up pre-activations of the neuron in `bundle` for the normalised input `x`.
+    /// Gate and up pre-activations of the neuron in `bundle` for a prepared input. Memory that will be read soon,
+    /// `ahead`, is asked for meanwhile.
     #[inline]
-    pub fn pre_activations(&self, layout: &BundleLayout, bundle: &[u8], x: &[f32]) -> (f32, f32) {
-        let [g, u] = self.dots(layout.encoding(), [layout.row(bundle, 0), layout.row(bundle, 1)], x);
+    pub fn pre_activations(
+        &self,
+        layout: &BundleLayout,
+        bundle: &[u8],
+        input: &PreparedInput,
+        ahead: &[&[u8]],
+    ) -> (f32, f32) {
+        let rows = [layout.row(bundle, 0), layout.row(bundle, 1)];
+        let [g, u] = self.prepared_dots_ahead(layout.encoding(), rows, input, ahead);
         (g, u)
     }
 }

@@ -5,6 +5,7 @@
 //! | how a row of weights is stored | [`Encoding`], [`pack`] |
 //! | one neuron, gate and up rows and down column together | [`BundleLayout`] |
 //! | dot and axpy on encoded rows, chosen for the CPU at run time | [`Kernels`] |
+//! | a layer's input, made ready for the rows of its neurons | [`PreparedInput`] |
 //! | a proof that a gate is negative, from 8-bit copies | [`Certificate`] |
 //! | the plain loops that every variant is tested against | [`mod@reference`] |
 //! | rows of a resident matrix times a vector or a batch | [`gemv`], [`matmul`] |
@@ -23,6 +24,8 @@ pub mod cuda;
 mod dispatch;
 mod encoding;
 mod gemv;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+mod input;
 mod matmul;
 pub mod ops;
 mod pack;
@@ -38,6 +41,7 @@ pub use certificate::{CERTIFIED_ROWS, Certificate, QuantisedInput};
 pub use dispatch::{Isa, Kernels, prefetch};
 pub use encoding::{Encoding, GROUP, RowRef};
 pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows, gemvs};
+pub use input::PreparedInput;
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};

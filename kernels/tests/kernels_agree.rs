@@ -72,7 +72,8 @@ proptest! {
             }
             let (mut together, mut apart) = (x.clone(), x.clone());
             let factors = [a, -0.5, 0.25, 1.5];
-            kernels.axpys(encoding, [rows[0], rows[1], rows[2], rows[3]], factors, &mut together);
+            let ahead = [&packed[0][..], &[], &packed[1][..5]];
+            kernels.axpys(encoding, [rows[0], rows[1], rows[2], rows[3]], factors, &mut together, &ahead);
             rows.iter().zip(factors).for_each(|(row, a)| kernels.axpy(encoding, *row, a, &mut apart));
             for (t, a) in together.iter().zip(&apart) {
                 prop_assert_eq!(t.to_bits(), a.to_bits(), "rows added together and one by one must agree to the bit");

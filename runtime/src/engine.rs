@@ -337,7 +337,6 @@ impl Engine {
                 self.ffn[l].batch(compute, disk.as_mut(), account, &mut self.batch, &normed, &mut x)?;
                 continue;
             }
-            self.sums.clear();
             if active_share.is_none() {
                 let (sums, quantised) = (&mut self.sums, &mut self.quantised);
                 self.ffn[l].exact(compute, disk.as_mut(), account, sums, quantised, &normed)?;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{
-    BundleLayout, CERTIFIED_ROWS, Certificate, Kernels, PREFETCH_BYTES, Pool, QuantisedInput, prefetch,
+    BundleLayout, CERTIFIED_ROWS, Certificate, Kernels, PREFETCH_BYTES, Pool, PreparedInput, QuantisedInput, prefetch,
 };
 
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
@@ -32,6 +32,7 @@ pub(crate) struct FfnSums {
     activation: Activation,
     block_neurons: usize,
     hidden_size: usize,
+    input: PreparedInput,
     /// `[n_blocks, hidden_size]`.
     partials: Vec<f32>,
 }
@@ -52,23 +53,25 @@ impl FfnSums {
         let block_neurons = n_neurons.div_ceil(BLOCKS).next_multiple_of(32);
         let hidden_size = layout.hidden_size();
         let partials = vec![0.0; n_neurons.div_ceil(block_neurons) * hidden_size];
-        Self { skip_zeros: true, layout, activation, block_neurons, hidden_size, partials }
+        let input = PreparedInput::default();
+        Self { skip_zeros: true, layout, activation, block_neurons, hidden_size, input, partials }
     }
 
-    /// Memory that the sums take.
+    /// Memory that the sums and their input take.
     pub(crate) fn bytes(&self) -> u64 {
-        4 * self.partials.len() as u64
+        4 * self.partials.len() as u64 + PreparedInput::bytes(self.hidden_size)
     }
 
-    /// Starts a new layer.
-    pub(crate) fn clear(&mut self) {
+    /// Starts a new layer, whose input is `x`.
+    pub(crate) fn start(&mut self, kernels: &Kernels, x: &[f32]) {
+        kernels.prepare(self.layout.encoding(), x, &mut self.input);
         self.partials.fill(0.0);
     }
 
     /// Adds the neurons of `span`, whose numbers must be above those of all earlier spans of this layer, and returns
     /// the bytes of the rows that were read. Neurons with `h == 0` add nothing and their down rows are not read; where
     /// a gate that is not positive makes h zero, the up rows are not read either.
-    pub(crate) fn add(&mut self, kernels: &Kernels, pool: &mut Pool, x: &[f32], span: Span<'_>) -> u64 {
+    pub(crate) fn add(&mut self, kernels: &Kernels, pool: &mut Pool, span: Span<'_>) -> u64 {
         let bundle_bytes = self.layout.bundle_bytes();
         let (first, end) = match span {
             Span::Contiguous { first, bytes } => (first, first + bytes.len() / bundle_bytes),
@@ -82,6 +85,7 @@ impl FfnSums {
         let (layout, activation, skip_zeros) = (self.layout, self.activation, self.skip_zeros);
         let block_neurons = self.block_neurons;
         let (first_block, end_block) = (first / block_neurons, end.div_ceil(block_neurons));
+        let x = &self.input;
         let partials = &mut self.partials[first_block * self.hidden_size..end_block * self.hidden_size];
         let (rows_read, certificate_bytes) = (AtomicU64::new(0), AtomicU64::new(0));
         pool.for_each_chunk(partials, self.hidden_size, |b, sums| {
@@ -129,7 +133,7 @@ pub(crate) fn add_bundles<'a>(
     kernels: &Kernels,
     layout: BundleLayout,
     activation: Activation,
-    x: &[f32],
+    x: &PreparedInput,
     sums: &mut [f32],
     n: usize,
     bundle: impl Fn(usize) -> &'a [u8],
@@ -147,7 +151,7 @@ struct Block<'s, 'a> {
     layout: BundleLayout,
     activation: Activation,
     skip_zeros: bool,
-    x: &'s [f32],
+    x: &'s PreparedInput,
     sums: &'s mut [f32],
     /// Neurons that fire wait until there are four: their down rows are then added in one pass over the sums, in order,
     /// with the same roundings as one by one.
@@ -169,14 +173,14 @@ impl<'a> Block<'_, 'a> {
                     prefetch(layout.row(bundle(i), 0).codes);
                 }
                 let bundles: [_; GATES] = std::array::from_fn(|i| bundle(first + i));
-                let gates = self.kernels.dots(encoding, bundles.map(|bundle| layout.row(bundle, 0)), self.x);
+                let gates = self.kernels.prepared_dots(encoding, bundles.map(|bundle| layout.row(bundle, 0)), self.x);
                 for (bundle, g) in bundles.into_iter().zip(gates) {
                     // A gate that is not a number comes through.
                     if g <= 0.0 {
                         self.rows_read += 1;
                         continue;
                     }
-                    let [u] = self.kernels.dots(encoding, [layout.row(bundle, 1)], self.x);
+                    let [u] = self.kernels.prepared_dots(encoding, [layout.row(bundle, 1)], self.x);
                     self.add(g, u, bundle);
                 }
                 first += GATES;
@@ -185,14 +189,33 @@ impl<'a> Block<'_, 'a> {
         self.add_whole(first..n, bundle);
     }
 
-    /// Adds neurons of which most should fire.
-    fn add_whole(&mut self, neurons: std::ops::Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
+    /// Adds neurons of which most should fire. What comes next is asked for all the time, and by the loops that wait
+    /// for memory least: a half of a bundle while two rows are multiplied, two while four down rows are added; more
+    /// where these leave less than the next bundle, because neurons do not fire.
+    fn add_whole(&mut self, neurons: Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
+        let size = self.layout.bundle_bytes();
+        if size < PREFETCH_BYTES {
+            return self.add_short(neurons, bundle);
+        }
+        let mut next = Upcoming { at: (neurons.start + 1) * size, end: neurons.end * size, size, bundle: &bundle };
+        for i in neurons {
+            let ahead = next.up_to((next.at + size / 2).max((i + 2) * size));
+            let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x, &ahead);
+            if self.wait(g, u, bundle(i)) {
+                let ahead = next.up_to(next.at + 2 * size);
+                self.add_waiting(&ahead);
+            }
+        }
+    }
+
+    /// The same for short bundles, whose loops are over too soon to divide anything among their steps.
+    fn add_short(&mut self, neurons: Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
         let ahead = PREFETCH_BYTES.div_ceil(self.layout.bundle_bytes());
         for i in neurons.clone() {
             if i + ahead < neurons.end {
                 prefetch(bundle(i + ahead));
             }
-            let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x);
+            let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x, &[]);
             self.add(g, u, bundle(i));
         }
     }
@@ -263,29 +286,39 @@ impl<'a> Block<'_, 'a> {
     fn dots(&self, neurons: &[usize], row: usize, bundle: impl Fn(usize) -> &'a [u8]) -> [f32; GATES] {
         let (layout, encoding) = (self.layout, self.layout.encoding());
         if let Ok(all) = <[usize; GATES]>::try_from(neurons) {
-            return self.kernels.dots(encoding, all.map(|n| layout.row(bundle(n), row)), self.x);
+            return self.kernels.prepared_dots(encoding, all.map(|n| layout.row(bundle(n), row)), self.x);
         }
         let mut values = [0.0; GATES];
         for (value, &n) in values.iter_mut().zip(neurons) {
-            [*value] = self.kernels.dots(encoding, [layout.row(bundle(n), row)], self.x);
+            [*value] = self.kernels.prepared_dots(encoding, [layout.row(bundle(n), row)], self.x);
         }
         values
     }
 
     fn add(&mut self, g: f32, u: f32, bundle: &'a [u8]) {
+        if self.wait(g, u, bundle) {
+            self.add_waiting(&[]);
+        }
+    }
+
+    /// Lets a neuron wait if it fires; whether four do.
+    fn wait(&mut self, g: f32, u: f32, bundle: &'a [u8]) -> bool {
         let h = self.activation.apply(g, u);
         self.rows_read += 2;
         if self.skip_zeros && h == 0.0 {
-            return;
+            return false;
         }
         self.rows_read += 1;
         self.waiting[self.n_waiting] = (h, bundle);
         self.n_waiting += 1;
-        if self.n_waiting == self.waiting.len() {
-            let rows = self.waiting.map(|(_, bundle)| self.layout.row(bundle, 2));
-            self.kernels.axpys(self.layout.encoding(), rows, self.waiting.map(|(h, _)| h), self.sums);
-            self.n_waiting = 0;
-        }
+        self.n_waiting == self.waiting.len()
+    }
+
+    /// Adds the down rows of the four that wait.
+    fn add_waiting(&mut self, ahead: &[&[u8]]) {
+        let rows = self.waiting.map(|(_, bundle)| self.layout.row(bundle, 2));
+        self.kernels.axpys(self.layout.encoding(), rows, self.waiting.map(|(h, _)| h), self.sums, ahead);
+        self.n_waiting = 0;
     }
 
     /// Adds those that still wait; returns the rows that were read, of three a neuron.
@@ -294,6 +327,31 @@ impl<'a> Block<'_, 'a> {
             self.kernels.axpy(self.layout.encoding(), self.layout.row(bundle, 2), *h, self.sums);
         }
         self.rows_read
+    }
+}
+
+/// The bytes of bundles not yet asked for, counted as if each bundle followed the one before.
+struct Upcoming<'f, F> {
+    at: usize,
+    end: usize,
+    /// Of a bundle.
+    size: usize,
+    bundle: &'f F,
+}
+
+impl<'a, F: Fn(usize) -> &'a [u8]> Upcoming<'_, F> {
+    /// The bytes before `to`, of at most four bundles, which are then behind.
+    fn up_to(&mut self, to: usize) -> [&'a [u8]; 4] {
+        let to = to.min(self.end);
+        std::array::from_fn(|_| {
+            if self.at >= to {
+                return &[][..];
+            }
+            let (i, from) = (self.at / self.size, self.at % self.size);
+            let part = &(self.bundle)(i)[from..self.size.min(from + to - self.at)];
+            self.at += part.len();
+            part
+        })
     }
 }
 
@@ -342,12 +400,12 @@ mod tests {
     fn output(layout: &BundleLayout, x: &[f32], all: &[u8], listed: bool) -> Vec<f32> {
         let pool = &mut Pool::new(2).expect("threads");
         let mut sums = FfnSums::new(*layout, Activation::Relu, NEURONS);
-        sums.clear();
+        sums.start(&Kernels::detect(), x);
         if listed {
             let list: Vec<(u32, &[u8])> = (0..).zip(all.chunks_exact(layout.bundle_bytes())).collect();
-            sums.add(&Kernels::detect(), pool, x, Span::Listed(&list));
+            sums.add(&Kernels::detect(), pool, Span::Listed(&list));
         } else {
-            sums.add(&Kernels::detect(), pool, x, Span::Contiguous { first: 0, bytes: all });
+            sums.add(&Kernels::detect(), pool, Span::Contiguous { first: 0, bytes: all });
         }
         let mut y = vec![0.0; HIDDEN];
         sums.finish(&mut y);
@@ -364,7 +422,9 @@ mod tests {
             let layout = BundleLayout::new(encoding, HIDDEN).expect("whole groups");
             let (mut all, _) = bundles(&layout, &x, false);
             let kernels = Kernels::detect();
-            let fires = |b: &[u8]| kernels.dots(encoding, [layout.row(b, 0)], &x)[0] > 0.0;
+            let mut prepared = PreparedInput::default();
+            kernels.prepare(encoding, &x, &mut prepared);
+            let fires = |b: &[u8]| kernels.prepared_dots(encoding, [layout.row(b, 0)], &prepared)[0] > 0.0;
             let spoilt = all.chunks_exact_mut(layout.bundle_bytes()).find(|b| fires(b)).expect("one that fires");
             let (codes, scales) = layout.row_mut(spoilt, 1);
             if encoding == Encoding::Bf16 { codes } else { scales }.fill(0xff);
@@ -382,7 +442,8 @@ mod tests {
                 ] {
                     let mut sums = FfnSums::new(layout, activation, NEURONS);
                     sums.skip_zeros = matches!(span, Span::Certified { .. });
-                    let read = sums.add(&kernels, pool, &x, span);
+                    sums.start(&kernels, &x);
+                    let read = sums.add(&kernels, pool, span);
                     // Elsewhere 8-bit codes are as long as the gates that they spare.
                     let less = encoding == Encoding::Bf16 && sums.skip_zeros;
                     assert!(!less || read < all.len() as u64 * 9 / 10, "{read}");

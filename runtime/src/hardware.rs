@@ -2,10 +2,12 @@
 
 use crate::Result;
 use crate::fetch::{DirectFile, Fetcher, Run};
+use crate::ffn::{FfnSums, Span};
 use serde::Serialize;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use thermocline_datasets::Activation;
 use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, Pool, ops};
 
 /// Bytes of a memory measurement: several times any desktop's last-level cache.
@@ -91,19 +93,11 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     let kernels = Kernels::detect();
     let n = memory.len() / layout.bundle_bytes();
     let used = &memory[..n * layout.bundle_bytes()];
-    let x = vec![0.5f32; layout.hidden_size()];
-    let mut sums = vec![0.0f32; 64 * layout.hidden_size()];
-    let per_task = n.div_ceil(64);
+    let mut sums = FfnSums::new(*layout, Activation::Relu, n);
+    sums.skip_zeros = false;
+    sums.start(&kernels, &vec![0.5f32; layout.hidden_size()]);
     best_pass(used, || {
-        pool.for_each_chunk(&mut sums, layout.hidden_size(), |task, y| {
-            let (from, to) = ((task * per_task).min(n), ((task + 1) * per_task).min(n));
-            for bundle in
-                used[from * layout.bundle_bytes()..to * layout.bundle_bytes()].chunks_exact(layout.bundle_bytes())
-            {
-                let (g, u) = kernels.pre_activations(layout, bundle, &x);
-                kernels.axpy(layout.encoding(), layout.row(bundle, 2), g + u + 1.0, y);
-            }
-        })
+        sums.add(&kernels, pool, Span::Contiguous { first: 0, bytes: used });
     })
 }
 

@@ -118,7 +118,7 @@ impl LayerFfn {
         end
     }
 
-    /// `y += FFN(x)` for one token, every neuron.
+    /// The sums of `FFN(x)` for one token, every neuron.
     pub(crate) fn exact(
         &self,
         compute: &mut Compute,
@@ -130,17 +130,18 @@ impl LayerFfn {
     ) -> Result<()> {
         account.neurons_computed += self.n_neurons as u64;
         account.neurons_total += self.n_neurons as u64;
+        sums.start(&compute.kernels, x);
         let bytes = self.hot_bytes();
         let hot = match &self.certificate {
             Some(certificate) if sums.skip_zeros && input.set(x) => Span::Certified { bytes, certificate, input },
             _ => Span::Contiguous { first: 0, bytes },
         };
-        account.bytes.host += sums.add(&compute.kernels, &mut compute.pool, x, hot);
+        account.bytes.host += sums.add(&compute.kernels, &mut compute.pool, hot);
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
             let staged = self.take(disk, account)?;
-            sums.add(&compute.kernels, &mut compute.pool, x, Span::Contiguous { first, bytes: staged.bytes() });
+            sums.add(&compute.kernels, &mut compute.pool, Span::Contiguous { first, bytes: staged.bytes() });
             first += staged.bytes().len() / self.bundle_bytes;
             disk.fetcher.release(staged);
         }
@@ -230,7 +231,7 @@ impl LayerFfn {
         foreseen
     }
 
-    /// `y += FFN(x)` for one token, only the neurons in `active` (ascending).
+    /// The sums of `FFN(x)` for one token, only the neurons in `active` (ascending).
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn sparse(
         &self,
@@ -244,11 +245,12 @@ impl LayerFfn {
         x: &[f32],
     ) -> Result<()> {
         let layer = self.index.layer;
+        sums.start(&compute.kernels, x);
         account.neurons_computed += active.len() as u64;
         account.neurons_total += self.n_neurons as u64;
         let missing = self.missing_chunks(layer, active, cache);
         let Some(fetcher) = fetcher.filter(|_| !missing.is_empty() || !foreseen.runs.is_empty()) else {
-            self.add_span(compute, account, sums, cache, None, active, x);
+            self.add_span(compute, account, sums, cache, None, active);
             return Ok(());
         };
         // What was foreseen and is needed comes first in line; the rest is asked for now, in order.
@@ -303,11 +305,11 @@ impl LayerFfn {
             let (now, later) = rest.split_at(rest.partition_point(|&n| (n as usize) < frontier));
             rest = later;
             let first = range.start * chunk_neurons;
-            self.add_span(compute, account, sums, cache, Some((first, staged.bytes())), now, x);
+            self.add_span(compute, account, sums, cache, Some((first, staged.bytes())), now);
             fetcher.release(staged);
         }
         if !rest.is_empty() {
-            self.add_span(compute, account, sums, cache, None, rest, x);
+            self.add_span(compute, account, sums, cache, None, rest);
         }
         // Every buffer comes back, whatever happened to one of the reads.
         let mut result = Ok(());
@@ -333,7 +335,6 @@ impl LayerFfn {
         cache: &mut NeuronCache,
         staged: Option<(usize, &[u8])>,
         active: &[u32],
-        x: &[f32],
     ) {
         let (layer, bytes) = (self.index.layer, self.bundle_bytes);
         let mut from_disk = Vec::new();
@@ -353,7 +354,7 @@ impl LayerFfn {
             };
             list.push((n, bundle));
         }
-        sums.add(&compute.kernels, &mut compute.pool, x, Span::Listed(&list));
+        sums.add(&compute.kernels, &mut compute.pool, Span::Listed(&list));
         account.cache_hits += hits;
         account.bytes.cache += hits * bytes as u64;
         account.bytes.host += (active.len() as u64 - hits - from_disk.len() as u64) * bytes as u64;

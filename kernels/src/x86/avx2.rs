@@ -1,18 +1,26 @@
 //! AVX2 with FMA and F16C. A group of 32 columns is four vectors of 8.
 
+use super::Ahead;
 use crate::{Encoding, GROUP, RowRef};
 use std::arch::x86_64::*;
 
+/// Asks for the lines of `ahead` meanwhile.
+///
 /// # Safety
 /// The CPU has AVX2, FMA and F16C; every row holds at least `x.len()` columns, whole groups if quantised.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) unsafe fn dots<const N: usize>(encoding: Encoding, rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+pub(crate) unsafe fn dots<const N: usize>(
+    encoding: Encoding,
+    rows: [RowRef<'_>; N],
+    x: &[f32],
+    ahead: &[&[u8]],
+) -> [f32; N] {
     // SAFETY: lengths by this function's contract.
     unsafe {
         match encoding {
-            Encoding::Bf16 => dots_bf16(rows, x),
-            Encoding::Q8 => dots_groups::<N, Q8>(rows, x),
-            Encoding::Q4 => dots_groups::<N, Q4>(rows, x),
+            Encoding::Bf16 => dots_bf16(rows, x, ahead),
+            Encoding::Q8 => dots_groups::<N, Q8>(rows, x, ahead),
+            Encoding::Q4 => dots_groups::<N, Q4>(rows, x, ahead),
         }
     }
 }
@@ -20,13 +28,22 @@ pub(crate) unsafe fn dots<const N: usize>(encoding: Encoding, rows: [RowRef<'_>;
 /// # Safety
 /// As [`dots`], with `y` for `x`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) unsafe fn axpy(encoding: Encoding, row: RowRef<'_>, a: f32, y: &mut [f32]) {
-    // SAFETY: lengths by this function's contract.
-    unsafe {
-        match encoding {
-            Encoding::Bf16 => axpy_bf16(row, a, y),
-            Encoding::Q8 => axpy_groups::<Q8>(row, a, y),
-            Encoding::Q4 => axpy_groups::<Q4>(row, a, y),
+pub(crate) unsafe fn axpys<const N: usize>(
+    encoding: Encoding,
+    rows: [RowRef<'_>; N],
+    a: [f32; N],
+    y: &mut [f32],
+    ahead: &[&[u8]],
+) {
+    let mut ahead = Ahead::new(ahead, N * (y.len() / GROUP));
+    for (row, a) in rows.into_iter().zip(a) {
+        // SAFETY: lengths by this function's contract.
+        unsafe {
+            match encoding {
+                Encoding::Bf16 => axpy_bf16(row, a, y, &mut ahead),
+                Encoding::Q8 => axpy_groups::<Q8>(row, a, y, &mut ahead),
+                Encoding::Q4 => axpy_groups::<Q4>(row, a, y, &mut ahead),
+            }
         }
     }
 }
@@ -96,9 +113,11 @@ fn sum(v: __m256) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[&[u8]]) -> [f32; N] {
     let mut acc = [_mm256_setzero_ps(); N];
+    let mut ahead = Ahead::new(ahead, x.len() / GROUP);
     for g in 0..x.len() / GROUP {
+        ahead.step();
         for n in 0..N {
             // SAFETY: group g lies inside x and inside every row, by the contract of `dots`.
             unsafe {
@@ -117,10 +136,11 @@ unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn axpy_groups<G: Group>(row: RowRef<'_>, a: f32, y: &mut [f32]) {
+unsafe fn axpy_groups<G: Group>(row: RowRef<'_>, a: f32, y: &mut [f32], ahead: &mut Ahead<'_>) {
     let a = _mm256_set1_ps(a);
     for g in 0..y.len() / GROUP {
-        // SAFETY: group g lies inside y and inside the row, by the contract of `axpy`.
+        ahead.step();
+        // SAFETY: group g lies inside y and inside the row, by the contract of `axpys`.
         unsafe {
             let s = _mm256_mul_ps(a, scale(row.scales.as_ptr().add(2 * g)));
             for (v, w) in G::decode(row.codes.as_ptr().add(g * G::CODE_BYTES)).into_iter().enumerate() {
@@ -147,11 +167,13 @@ fn one_bf16(row: RowRef<'_>, j: usize) -> f32 {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[&[u8]]) -> [f32; N] {
     let n_full = x.len() / 8;
+    let mut ahead = Ahead::new(ahead, N * n_full);
     std::array::from_fn(|n| {
         let mut acc = [_mm256_setzero_ps(); 2];
         for v in 0..n_full {
+            ahead.step();
             // SAFETY: vector v lies inside x and inside the row, by the contract of `dots`.
             unsafe {
                 let w = load_bf16(rows[n].codes.as_ptr().add(16 * v));
@@ -164,10 +186,11 @@ unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32]) {
+unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32], ahead: &mut Ahead<'_>) {
     let (n_full, va) = (y.len() / 8, _mm256_set1_ps(a));
     for v in 0..n_full {
-        // SAFETY: vector v lies inside y and inside the row, by the contract of `axpy`.
+        ahead.step();
+        // SAFETY: vector v lies inside y and inside the row, by the contract of `axpys`.
         unsafe {
             let p = y.as_mut_ptr().add(8 * v);
             let w = load_bf16(row.codes.as_ptr().add(16 * v));

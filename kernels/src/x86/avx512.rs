@@ -1,26 +1,35 @@
 //! AVX-512. A group of 32 columns is two vectors of 16.
 //!
 //! q4 codes become floats by `vpermps` from a 16-entry table: the instruction looks at the low four bits of each index
-//! only, so neither masks nor conversions are needed. One group is 18 bytes of weights and three shuffles (one widens the
-//! bytes), which bound it: about 20 GB/s from cache on one Zen 5 core. Inputs stay f32: no activation is quantised.
+//! only, so neither masks nor conversions are needed. One group is 18 bytes of weights and three shuffles (one widens
+//! the bytes), which bound it: about 20 GB/s from cache on one Zen 5 core. Inputs stay f32 here; q4 neurons on CPUs
+//! that have VNNI are multiplied in fixed point instead (`vnni.rs`).
 
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
+use super::Ahead;
 use crate::certificate::{Factors, MARGIN};
 use crate::{Encoding, GROUP, PREFETCH_BYTES, QuantisedInput, RowRef};
 use std::arch::x86_64::*;
 
+/// Asks for the lines of `ahead` meanwhile.
+///
 /// # Safety
 /// The CPU has AVX-512 F, BW and VL; every row holds at least `x.len()` columns, whole groups if quantised.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(crate) unsafe fn dots<const N: usize>(encoding: Encoding, rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+pub(crate) unsafe fn dots<const N: usize>(
+    encoding: Encoding,
+    rows: [RowRef<'_>; N],
+    x: &[f32],
+    ahead: &[&[u8]],
+) -> [f32; N] {
     // SAFETY: lengths by this function's contract.
     unsafe {
         match encoding {
-            Encoding::Bf16 => dots_bf16(rows, x),
-            Encoding::Q8 => dots_groups::<N, Q8>(rows, x),
-            Encoding::Q4 => dots_groups::<N, Q4>(rows, x),
+            Encoding::Bf16 => dots_bf16(rows, x, ahead),
+            Encoding::Q8 => dots_groups::<N, Q8>(rows, x, ahead),
+            Encoding::Q4 => dots_groups::<N, Q4>(rows, x, ahead),
         }
     }
 }
@@ -28,13 +37,22 @@ pub(crate) unsafe fn dots<const N: usize>(encoding: Encoding, rows: [RowRef<'_>;
 /// # Safety
 /// As [`dots`], with `y` for `x`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(crate) unsafe fn axpys<const N: usize>(encoding: Encoding, rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
+pub(crate) unsafe fn axpys<const N: usize>(
+    encoding: Encoding,
+    rows: [RowRef<'_>; N],
+    a: [f32; N],
+    y: &mut [f32],
+    ahead: &[&[u8]],
+) {
     // SAFETY: lengths by this function's contract.
     unsafe {
         match encoding {
-            Encoding::Bf16 => rows.into_iter().zip(a).for_each(|(row, a)| axpy_bf16(row, a, y)),
-            Encoding::Q8 => axpys_groups::<N, Q8>(rows, a, y),
-            Encoding::Q4 => axpys_groups::<N, Q4>(rows, a, y),
+            Encoding::Bf16 => {
+                let mut ahead = Ahead::new(ahead, N * (y.len() / 16));
+                rows.into_iter().zip(a).for_each(|(row, a)| axpy_bf16(row, a, y, &mut ahead));
+            }
+            Encoding::Q8 => axpys_groups::<N, Q8>(rows, a, y, ahead),
+            Encoding::Q4 => axpys_groups::<N, Q4>(rows, a, y, ahead),
         }
     }
 }
@@ -100,13 +118,15 @@ unsafe fn widen_scales(scales: *const u8, n: usize) -> [f32; SCALES] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[&[u8]]) -> [f32; N] {
     let table = table();
     // Two sums a row: one alone would wait four cycles for its own last addition.
     let (mut even, mut odd) = ([_mm512_setzero_ps(); N], [_mm512_setzero_ps(); N]);
     let n_groups = x.len() / GROUP;
+    let mut ahead = Ahead::new(ahead, n_groups.div_ceil(SCALES));
     let mut first = 0;
     while first < n_groups {
+        ahead.step();
         let n = SCALES.min(n_groups - first);
         // SAFETY: groups `first .. first + n` lie inside x and inside every row, by the contract of `dots`.
         unsafe {
@@ -146,9 +166,10 @@ unsafe fn add_group<G: Group>(codes: *const u8, x: *const f32, scale: f32, table
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn axpys_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32]) {
+unsafe fn axpys_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], a: [f32; N], y: &mut [f32], ahead: &[&[u8]]) {
     let table = table();
     let n_groups = y.len() / GROUP;
+    let mut ahead = Ahead::new(ahead, n_groups);
     let mut first = 0;
     while first < n_groups {
         let n = SCALES.min(n_groups - first);
@@ -161,6 +182,7 @@ unsafe fn axpys_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], a: [f32;
                 scales
             });
             for i in 0..n {
+                ahead.step();
                 let g = first + i;
                 let p = y.as_mut_ptr().add(g * GROUP);
                 let (mut y0, mut y1) = (_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16)));
@@ -190,10 +212,12 @@ fn widen(v: __m256i) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N] {
+unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32], ahead: &[&[u8]]) -> [f32; N] {
     let (mut even, mut odd) = ([_mm512_setzero_ps(); N], [_mm512_setzero_ps(); N]);
     let n_full = x.len() / 16;
+    let mut ahead = Ahead::new(ahead, n_full.div_ceil(2));
     for v in (0..n_full).step_by(2) {
+        ahead.step();
         let pair = v + 1 < n_full;
         for r in 0..N {
             // SAFETY: vectors v and, if there is a pair, v + 1 lie inside x and inside every row, by the contract of
@@ -223,10 +247,11 @@ unsafe fn dots_bf16<const N: usize>(rows: [RowRef<'_>; N], x: &[f32]) -> [f32; N
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32]) {
+unsafe fn axpy_bf16(row: RowRef<'_>, a: f32, y: &mut [f32], ahead: &mut Ahead<'_>) {
     let a = _mm512_set1_ps(a);
     let n_full = y.len() / 16;
     for v in 0..n_full {
+        ahead.step();
         // SAFETY: vector v lies inside y and inside the row, by the contract of `axpys`.
         unsafe {
             let w = widen(_mm256_loadu_si256(row.codes.as_ptr().add(32 * v).cast()));

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
 use thermocline_kernels::cuda::launch::flag_value;
-use thermocline_kernels::{BundleLayout, Kernels, Member, pause};
+use thermocline_kernels::{BundleLayout, Kernels, Member, PreparedInput, pause};
 
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
@@ -156,20 +156,21 @@ impl Drop for HostShare {
 fn work(shared: &Shared, mut member: Member, mut seen: u32) {
     let kernels = Kernels::detect();
     let (t, n_threads) = (member.number(), member.n_members());
-    let mut x = vec![0.0f32; shared.layout.hidden_size()];
+    let (mut x, mut input) = (vec![0.0f32; shared.layout.hidden_size()], PreparedInput::default());
     while let Some(flag) = next_request(shared, seen) {
         seen = flag;
         let layer = (flag.wrapping_sub(1) % shared.cold.len() as u32) as usize;
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
         let mine = &shared.list.words()[n * t / n_threads..n * (t + 1) / n_threads];
         shared.x.copy_to(&mut x);
+        kernels.prepare(shared.layout.encoding(), &x, &mut input);
         let add = |sums: &mut [f32]| {
             let (cold, size) = (shared.cold[layer].host_bytes(), shared.layout.bundle_bytes());
             let bundle = |i: usize| {
                 let at = mine[i].load(Ordering::Relaxed) as usize * size;
                 &cold[at..at + size]
             };
-            let rows = add_bundles(&kernels, shared.layout, shared.activation, &x, sums, mine.len(), bundle);
+            let rows = add_bundles(&kernels, shared.layout, shared.activation, &input, sums, mine.len(), bundle);
             shared.bytes.fetch_add(rows * (size as u64 / 3), Ordering::Relaxed);
         };
         let take = |columns: std::ops::Range<usize>, sums: &[f32]| {
