@@ -76,103 +76,101 @@ DEVICE void sum_over_lanes(float (&v)[N], int at, const Take& take) {
   }
 }
 
-// What the blocks of a group of heads have left: outputs [n_kv_heads, n_splits, group, head_dim] not yet divided by the
-// sum of the weights, then [n_kv_heads, n_splits, group] pairs of the largest score and that sum.
-struct Partial {
-  float* outputs;
-  float2* stats;
-  int group, dim;
+// The heads of this block: up to H of one group, which is the key and value head's.
+struct Heads {
+  int kv_head, first, n;
 
-  DEVICE Partial(const AttendArgs& args)
-      : outputs(args.partial),
-        stats(reinterpret_cast<float2*>(args.partial + static_cast<long long>(args.n_heads) * gridDim.y * args.head_dim)),
-        group(args.n_heads / args.n_kv_heads),
-        dim(args.head_dim) {}
-
-  DEVICE long long row(int split, int head) const {
-    return (static_cast<long long>(blockIdx.x) * gridDim.y + split) * group + head;
+  DEVICE Heads(const AttendArgs& args, int at_once) {
+    const int group = args.n_heads / args.n_kv_heads, n_parts = ceil_div(group, at_once), part = blockIdx.x % n_parts;
+    kv_head = blockIdx.x / n_parts;
+    first = kv_head * group + part * at_once;
+    n = min(at_once, group - part * at_once);
   }
 };
 
-// Adds up the first `n_parts` shares of this group of heads.
-template <int H, int J>
-DEVICE void combine_shares(const AttendArgs& args, AttendShared& shared, int n_parts) {
-  using namespace attention_shape;
-  // All that a thread needs is on its way at once, as a rule.
-  constexpr int kItems = H * 32 * J < kThreads ? 1 : H * 32 * J / kThreads, kAtOnce = kItems < 4 ? 16 : 8;
-  const Partial partial(args);
-  const int group = partial.group, dim = args.head_dim, pairs = dim / 2;
-  float* factors = shared.queries;
-  for (int first_head = 0; first_head < group; first_head += H) {
-    const int n_heads = min(H, group - first_head), n_items = n_heads * pairs;
-    float2 parts[kItems][kAtOnce], sums[kItems];
-    auto fetch = [&](int first) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
-        const int split = first + i;
-        // Past the first-level cache, which need not know what other multiprocessors have written.
-        const float2* row = reinterpret_cast<const float2*>(partial.outputs + partial.row(split, first_head) * dim);
-#pragma unroll
-        for (int k = 0; k < kItems; k++) {
-          const int item = threadIdx.x + k * kThreads;
-          parts[k][i] = split < n_parts && item < n_items ? __ldcg(row + item) : make_float2(0.0f, 0.0f);
-        }
-      }
-    };
-    fetch(0);
-    for (int h = warp_id(); h < n_heads; h += kWarps) {
-      float2 stats[kMaxSplits / kWarp];
-      float most = kLowest, weights = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kMaxSplits / kWarp; i++) {
-        const int split = lane_id() + i * kWarp;
-        stats[i] = make_float2(kLowest, 0.0f);
-        if (split < n_parts) stats[i] = __ldcg(partial.stats + partial.row(split, first_head + h));
-      }
-#pragma unroll
-      for (int i = 0; i < kMaxSplits / kWarp; i++) most = fmaxf(most, stats[i].x);
-      most = warp_max(most);
-#pragma unroll
-      for (int i = 0; i < kMaxSplits / kWarp; i++) {
-        stats[i].x = expf(stats[i].x - most);
-        weights += stats[i].x * stats[i].y;
-      }
-      weights = warp_sum(weights);
-#pragma unroll
-      for (int i = 0; i < kMaxSplits / kWarp; i++)
-        if (lane_id() + i * kWarp < n_parts) factors[(lane_id() + i * kWarp) * H + h] = stats[i].x / weights;
-    }
-    __syncthreads();
-    int heads[kItems];
-#pragma unroll
-    for (int k = 0; k < kItems; k++) {
-      heads[k] = min(static_cast<int>(threadIdx.x + k * kThreads) / pairs, n_heads - 1);
-      sums[k] = make_float2(0.0f, 0.0f);
-    }
-    for (int first = 0; first < n_parts; first += kAtOnce) {
-      if (first > 0) fetch(first);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
-        if (first + i >= n_parts) break;
-#pragma unroll
-        for (int k = 0; k < kItems; k++) {
-          const float factor = factors[(first + i) * H + heads[k]];
-          sums[k].x += factor * parts[k][i].x;
-          sums[k].y += factor * parts[k][i].y;
-        }
-      }
-    }
-    float2* out = reinterpret_cast<float2*>(args.out + (blockIdx.x * group + first_head) * dim);
-#pragma unroll
-    for (int k = 0; k < kItems; k++)
-      if (threadIdx.x + k * kThreads < n_items) out[threadIdx.x + k * kThreads] = sums[k];
-    if (first_head + H < group) __syncthreads();
-  }
+// What the blocks have left: outputs [n_splits, n_heads, head_dim] not yet divided by the sum of the weights, then
+// [n_splits, n_heads] pairs of the largest score and that sum.
+DEVICE float* partial_outputs(const AttendArgs& args, int split, int head) {
+  return args.partial + static_cast<u32>((split * args.n_heads + head) * args.head_dim);
+}
+DEVICE float2* partial_stats(const AttendArgs& args, int split, int head) {
+  return reinterpret_cast<float2*>(partial_outputs(args, gridDim.y, 0)) + (split * args.n_heads + head);
 }
 
-// This block's share for all heads of its group, H at a time; head_dim is at most 64 J.
-template <int H, int J>
-DEVICE void attend_group(const AttendArgs& args, AttendShared& shared) {
+// Adds up the first `n_parts` shares of these heads.
+template <int H, int J, bool kWhole>
+DEVICE void combine_shares(const AttendArgs& args, AttendShared& shared, const Heads& heads, int n_parts) {
+  using namespace attention_shape;
+  // As a rule all that a thread needs is on its way at once.
+  constexpr int kItems = H * 32 * J < kThreads ? 1 : H * 32 * J / kThreads, kAtOnce = kItems < 4 ? 16 : 8;
+  const int pairs = kWhole ? kWarp * J : args.head_dim / 2, n_items = heads.n * pairs;
+  float2 parts[kItems][kAtOnce], sums[kItems];
+  auto fetch = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      // Past the first-level cache, which need not know what other multiprocessors have written.
+      const float2* row = reinterpret_cast<const float2*>(partial_outputs(args, first + i, heads.first));
+#pragma unroll
+      for (int k = 0; k < kItems; k++) {
+        const int item = threadIdx.x + k * kThreads;
+        parts[k][i] = first + i < n_parts && item < n_items ? __ldcg(row + item) : make_float2(0.0f, 0.0f);
+      }
+    }
+  };
+  fetch(0);
+  float* factors = shared.queries;
+  for (int h = warp_id(); h < heads.n; h += kWarps) {
+    constexpr int kOfLane = kMaxSplits / kWarp;
+    float2 stats[kOfLane];
+    float most = kLowest, weights = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kOfLane; i++) {
+      const int split = lane_id() + i * kWarp;
+      stats[i] = make_float2(kLowest, 0.0f);
+      if (split < n_parts) stats[i] = __ldcg(partial_stats(args, split, heads.first + h));
+    }
+#pragma unroll
+    for (int i = 0; i < kOfLane; i++) most = fmaxf(most, stats[i].x);
+    most = warp_max(most);
+#pragma unroll
+    for (int i = 0; i < kOfLane; i++) {
+      stats[i].x = expf(stats[i].x - most);
+      weights += stats[i].x * stats[i].y;
+    }
+    weights = warp_sum(weights);
+#pragma unroll
+    for (int i = 0; i < kOfLane; i++)
+      if (lane_id() + i * kWarp < n_parts) factors[(lane_id() + i * kWarp) * H + h] = stats[i].x / weights;
+  }
+  __syncthreads();
+  int head_of[kItems];
+#pragma unroll
+  for (int k = 0; k < kItems; k++) {
+    head_of[k] = min(static_cast<int>(threadIdx.x + k * kThreads) / pairs, heads.n - 1);
+    sums[k] = make_float2(0.0f, 0.0f);
+  }
+  for (int first = 0; first < n_parts; first += kAtOnce) {
+    if (first > 0) fetch(first);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      if (first + i >= n_parts) break;
+#pragma unroll
+      for (int k = 0; k < kItems; k++) {
+        const float factor = factors[(first + i) * H + head_of[k]];
+        sums[k].x += factor * parts[k][i].x;
+        sums[k].y += factor * parts[k][i].y;
+      }
+    }
+  }
+  float2* out = reinterpret_cast<float2*>(args.out) + heads.first * pairs;
+#pragma unroll
+  for (int k = 0; k < kItems; k++)
+    if (static_cast<int>(threadIdx.x) + k * kThreads < n_items) out[threadIdx.x + k * kThreads] = sums[k];
+}
+
+// This block's share of the positions for its heads, at most H; head_dim is at most 64 J, or just that.
+template <int H, int J, bool kWhole>
+DEVICE void attend_share(const AttendArgs& args, AttendShared& shared) {
   using namespace attention_shape;
   constexpr int kTile = J == 4 || H == 16 ? 32 : 64;
   // Scores: a warp takes P positions at a time for all H heads and gets one score for each lane, or for kShare lanes.
@@ -187,10 +185,10 @@ DEVICE void attend_group(const AttendArgs& args, AttendShared& shared) {
   constexpr int kRaw = ((H + 2) * kWarp * J + kThreads - 1) / kThreads;
   static_assert(H * kTile <= kMaxTileHeads && H * kScoreStride <= kMaxTileHeads + 64, "scores");
 
-  const int kv_head = blockIdx.x, split = blockIdx.y, n_splits = gridDim.y;
-  const int dim = args.head_dim, pairs = dim / 2, group = args.n_heads / args.n_kv_heads;
+  const Heads heads(args, H);
+  const int split = blockIdx.y, pairs = kWhole ? kWarp * J : args.head_dim / 2, dim = 2 * pairs;
   const int lane = lane_id(), warp = warp_id(), out_pair = warp * kSlice + lane % kSlice, set = lane / kSlice;
-  const long long cache = static_cast<long long>(kv_head) * args.capacity * pairs;
+  const long long cache = static_cast<long long>(heads.kv_head) * args.capacity * pairs;
   const u32* old_keys = reinterpret_cast<const u32*>(args.keys) + cache;
   const u32* old_values = reinterpret_cast<const u32*>(args.values) + cache;
 
@@ -207,7 +205,7 @@ DEVICE void attend_group(const AttendArgs& args, AttendShared& shared) {
 #pragma unroll
         for (int j = 0; j < J; j++) {
           const int pair = lane + kWarp * j;
-          keys[t][p][j] = at < limit && pair < pairs ? old_keys[static_cast<long long>(at) * pairs + pair] : 0;
+          keys[t][p][j] = at < limit && pair < pairs ? old_keys[static_cast<u32>(at * pairs + pair)] : 0;
         }
       }
   };
@@ -216,7 +214,7 @@ DEVICE void attend_group(const AttendArgs& args, AttendShared& shared) {
 #pragma unroll
     for (int i = 0; i < kRows; i++) {
       const int at = first + i * kSets + set;
-      values[i] = at < limit && out_pair < pairs ? old_values[static_cast<long long>(at) * pairs + out_pair] : 0;
+      values[i] = at < limit && out_pair < pairs ? old_values[static_cast<u32>(at * pairs + out_pair)] : 0;
     }
   };
   // Dimensions `column` and `column + pairs` of one of the H heads, or of k (H) or v (H + 1).
@@ -228,12 +226,12 @@ DEVICE void attend_group(const AttendArgs& args, AttendShared& shared) {
     head_of[i] = item / pairs;
     column_of[i] = item - head_of[i] * pairs;
   }
-  auto fetch_raw = [&](int first_head) {
+  auto fetch_raw = [&] {
 #pragma unroll
     for (int i = 0; i < kRaw; i++) {
       const int h = head_of[i];
-      const int row = h < H ? kv_head * group + first_head + h : args.n_heads + (h - H) * args.n_kv_heads + kv_head;
-      const bool exists = h < H ? first_head + h < group : h < H + 2;
+      const int row = h < H ? heads.first + h : args.n_heads + (h - H) * args.n_kv_heads + heads.kv_head;
+      const bool exists = h < H ? h < heads.n : h < H + 2;
       const float* from = args.qkv + static_cast<long long>(row) * dim + column_of[i];
       raw[i] = exists ? make_float2(from[0], from[pairs]) : make_float2(0.0f, 0.0f);
     }
@@ -246,7 +244,7 @@ DEVICE void attend_group(const AttendArgs& args, AttendShared& shared) {
   __syncthreads();
   for (int guess = shared.guess;;) {
     position = guess;
-    const int share = max(ceil_div(position + 1, n_splits), kLeastShare);
+    const int share = max(ceil_div(position + 1, static_cast<int>(gridDim.y)), kLeastShare);
     n_parts = ceil_div(position + 1, share);
     begin = split * share;
     end = min(begin + share, position + 1);
@@ -259,201 +257,197 @@ DEVICE void attend_group(const AttendArgs& args, AttendShared& shared) {
     __syncthreads();
     wait_for_previous();
     guess = position_now();
-    fetch_raw(0);
+    fetch_raw();
     if (guess == position) break;
   }
   if (begin >= end) return;
 
   const bool has_newest = end == position + 1;
   const float scale = rsqrtf(static_cast<float>(dim));
-  const Partial partial(args);
-  for (int first_head = 0; first_head < group; first_head += H) {
-    if (first_head > 0) {
-      fetch_keys(begin);
-      fetch_values(begin);
-      fetch_raw(first_head);
-    }
 #pragma unroll
-    for (int i = 0; i < kRaw; i++) {
-      // Turned in the rotate-half form, but for v.
-      const int h = head_of[i], c = column_of[i];
-      if (h >= H + 2) break;
-      const float cos = shared.cos[c], sin = shared.sin[c];
-      const float lower = h <= H ? raw[i].x * cos - raw[i].y * sin : raw[i].x;
-      const float upper = h <= H ? raw[i].y * cos + raw[i].x * sin : raw[i].y;
-      if (h < H) {
-        shared.queries[h * dim + c] = lower * scale;
-        shared.queries[h * dim + c + pairs] = upper * scale;
-      } else if (has_newest && first_head == 0) {
-        u16* newest = reinterpret_cast<u16*>(shared.newest[h - H]);
-        u16* stored = (h == H ? args.keys : args.values) + 2 * (cache + static_cast<long long>(position) * pairs);
-        newest[c] = stored[c] = float_to_half(lower);
-        newest[c + pairs] = stored[c + pairs] = float_to_half(upper);
+  for (int i = 0; i < kRaw; i++) {
+    // Turned in the rotate-half form, but for v.
+    const int h = head_of[i], c = column_of[i];
+    if (h >= H + 2) break;
+    const float cos = shared.cos[c], sin = shared.sin[c];
+    const float lower = h <= H ? raw[i].x * cos - raw[i].y * sin : raw[i].x;
+    const float upper = h <= H ? raw[i].y * cos + raw[i].x * sin : raw[i].y;
+    if (h < H) {
+      shared.queries[h * dim + c] = lower * scale;
+      shared.queries[h * dim + c + pairs] = upper * scale;
+    } else if (has_newest) {
+      u16* newest = reinterpret_cast<u16*>(shared.newest[h - H]);
+      u16* stored = (h == H ? args.keys : args.values) + 2 * (cache + static_cast<long long>(position) * pairs);
+      newest[c] = stored[c] = float_to_half(lower);
+      newest[c + pairs] = stored[c + pairs] = float_to_half(upper);
+    }
+  }
+  __syncthreads();
+
+  float largest[kOwn], total[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) {
+    largest[i] = kLowest;
+    total[i] = 0.0f;
+  }
+  float outputs[2 * H] = {};
+  for (int first = begin; first < end; first += kTile) {
+    const bool ends_tile = has_newest && first + kTile > position;
+#pragma unroll
+    for (int t = 0; t < kTurns; t++) {
+      const int mine = (t * kWarps + warp) * P;
+      if (first + mine >= end) break;
+      if (ends_tile) {
+#pragma unroll
+        for (int p = 0; p < P; p++)
+#pragma unroll
+          for (int j = 0; j < J; j++)
+            if (first + mine + p == position && lane + kWarp * j < pairs)
+              keys[t][p][j] = shared.newest[0][lane + kWarp * j];
+      }
+      float scores[kScores] = {};
+#pragma unroll
+      for (int j = 0; j < J; j++) {
+        const int pair = lane + kWarp * j;
+        float2 key[P];
+#pragma unroll
+        for (int p = 0; p < P; p++) key[p] = halves(keys[t][p][j]);
+#pragma unroll
+        for (int h = 0; h < H; h++) {
+          const float2 q = pair < pairs ? reinterpret_cast<const float2*>(shared.queries)[h * pairs + pair]
+                                        : make_float2(0.0f, 0.0f);
+#pragma unroll
+          for (int p = 0; p < P; p++) {
+            scores[h * P + p] += q.x * key[p].x;
+            scores[h * P + p] += q.y * key[p].y;
+          }
+        }
+      }
+      const float score = warp_sum_each<kScores>(scores);
+      const int number = lane / kShare;
+      if (lane % kShare == 0) shared.scores[number / P * kScoreStride + mine + number % P] = score;
+    }
+    fetch_keys(first + kTile);
+    __syncthreads();
+
+    // The softmax that goes along (arXiv 1805.02867).
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+      const int h = warp + i * kWarps;
+      if (h >= H) break;
+      float score[kTile / kWarp], highest = largest[i];
+#pragma unroll
+      for (int k = 0; k < kTile / kWarp; k++) {
+        const int at = lane + k * kWarp;
+        score[k] = first + at < end ? shared.scores[h * kScoreStride + at] : kLowest;
+        highest = fmaxf(highest, score[k]);
+      }
+      highest = warp_max(highest);
+      const float fade = expf(largest[i] - highest);
+      largest[i] = highest;
+      total[i] *= fade;
+      if (lane == 0) shared.fade[h] = fade;
+#pragma unroll
+      for (int k = 0; k < kTile / kWarp; k++) {
+        const int at = lane + k * kWarp;
+        const float weight = first + at < end ? expf(score[k] - highest) : 0.0f;
+        total[i] += weight;
+        reinterpret_cast<float*>(shared.weights)[at * H + h] = weight;
       }
     }
     __syncthreads();
 
-    float largest[kOwn], total[kOwn];
+    if (first > begin) {
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-      largest[i] = kLowest;
-      total[i] = 0.0f;
+      for (int h = 0; h < H; h++) {
+        outputs[2 * h] *= shared.fade[h];
+        outputs[2 * h + 1] *= shared.fade[h];
+      }
     }
-    float outputs[2 * H] = {};
-    for (int first = begin; first < end; first += kTile) {
-      const bool ends_tile = has_newest && first + kTile > position;
 #pragma unroll
-      for (int t = 0; t < kTurns; t++) {
-        const int mine = (t * kWarps + warp) * P;
-        if (first + mine >= end) break;
-        if (ends_tile) {
+    for (int i = 0; i < kRows; i++) {
+      if (first + i * kSets >= end) break;
+      const int at = i * kSets + set;
+      u32 two = values[i];
+      if (ends_tile && first + at == position && out_pair < pairs) two = shared.newest[1][out_pair];
+      const float2 value = halves(two);
+      float weights[H];
+      if constexpr (H >= 4) {
 #pragma unroll
-          for (int p = 0; p < P; p++)
-#pragma unroll
-            for (int j = 0; j < J; j++)
-              if (first + mine + p == position && lane + kWarp * j < pairs)
-                keys[t][p][j] = shared.newest[0][lane + kWarp * j];
+        for (int h = 0; h < H; h += 4) {
+          const float4 four = shared.weights[(at * H + h) / 4];
+          weights[h] = four.x;
+          weights[h + 1] = four.y;
+          weights[h + 2] = four.z;
+          weights[h + 3] = four.w;
         }
-        float scores[kScores] = {};
+      } else {
 #pragma unroll
-        for (int j = 0; j < J; j++) {
-          const int pair = lane + kWarp * j;
-          float2 key[P];
-#pragma unroll
-          for (int p = 0; p < P; p++) key[p] = halves(keys[t][p][j]);
-#pragma unroll
-          for (int h = 0; h < H; h++) {
-            const float2 q = pair < pairs ? reinterpret_cast<const float2*>(shared.queries)[h * pairs + pair]
-                                          : make_float2(0.0f, 0.0f);
-#pragma unroll
-            for (int p = 0; p < P; p++) {
-              scores[h * P + p] += q.x * key[p].x;
-              scores[h * P + p] += q.y * key[p].y;
-            }
-          }
-        }
-        const float score = warp_sum_each<kScores>(scores);
-        const int number = lane / kShare;
-        if (lane % kShare == 0) shared.scores[number / P * kScoreStride + mine + number % P] = score;
-      }
-      fetch_keys(first + kTile);
-      __syncthreads();
-
-      // The softmax that goes along (arXiv 1805.02867).
-#pragma unroll
-      for (int i = 0; i < kOwn; i++) {
-        const int h = warp + i * kWarps;
-        if (h >= H) break;
-        float score[kTile / kWarp], highest = largest[i];
-#pragma unroll
-        for (int k = 0; k < kTile / kWarp; k++) {
-          const int at = lane + k * kWarp;
-          score[k] = first + at < end ? shared.scores[h * kScoreStride + at] : kLowest;
-          highest = fmaxf(highest, score[k]);
-        }
-        highest = warp_max(highest);
-        const float fade = expf(largest[i] - highest);
-        largest[i] = highest;
-        total[i] *= fade;
-        if (lane == 0) shared.fade[h] = fade;
-#pragma unroll
-        for (int k = 0; k < kTile / kWarp; k++) {
-          const int at = lane + k * kWarp;
-          const float weight = first + at < end ? expf(score[k] - highest) : 0.0f;
-          total[i] += weight;
-          reinterpret_cast<float*>(shared.weights)[at * H + h] = weight;
-        }
-      }
-      __syncthreads();
-
-      if (first > begin) {
-#pragma unroll
-        for (int h = 0; h < H; h++) {
-          outputs[2 * h] *= shared.fade[h];
-          outputs[2 * h + 1] *= shared.fade[h];
-        }
+        for (int h = 0; h < H; h++) weights[h] = reinterpret_cast<const float*>(shared.weights)[at * H + h];
       }
 #pragma unroll
-      for (int i = 0; i < kRows; i++) {
-        if (first + i * kSets >= end) break;
-        const int at = i * kSets + set;
-        u32 two = values[i];
-        if (ends_tile && first + at == position && out_pair < pairs) two = shared.newest[1][out_pair];
-        const float2 value = halves(two);
-        float weights[H];
-        if constexpr (H >= 4) {
-#pragma unroll
-          for (int h = 0; h < H; h += 4) {
-            const float4 four = shared.weights[(at * H + h) / 4];
-            weights[h] = four.x;
-            weights[h + 1] = four.y;
-            weights[h + 2] = four.z;
-            weights[h + 3] = four.w;
-          }
-        } else {
-#pragma unroll
-          for (int h = 0; h < H; h++) weights[h] = reinterpret_cast<const float*>(shared.weights)[at * H + h];
-        }
-#pragma unroll
-        for (int h = 0; h < H; h++) {
-          outputs[2 * h] += weights[h] * value.x;
-          outputs[2 * h + 1] += weights[h] * value.y;
-        }
+      for (int h = 0; h < H; h++) {
+        outputs[2 * h] += weights[h] * value.x;
+        outputs[2 * h + 1] += weights[h] * value.y;
       }
-      fetch_values(first + kTile);
     }
-
-    sum_over_lanes<kWarp / 2, kSlice>(outputs, 0, [&](auto& sums, int at) {
-      constexpr int kKept = sizeof(sums) / sizeof(float);
-      if (out_pair >= pairs) return;
-#pragma unroll
-      for (int i = 0; i < kKept; i += 2) {
-        const int h = first_head + (at + i) / 2;
-        if (h >= group) break;
-        float* to = partial.outputs + partial.row(split, h) * dim + 2 * out_pair;
-        if constexpr (kKept > 1) {
-          *reinterpret_cast<float2*>(to) = make_float2(sums[i], sums[i + 1]);
-        } else {
-          to[at % 2] = sums[i];
-        }
-      }
-    });
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-      const int h = first_head + warp + i * kWarps;
-      if (warp + i * kWarps >= H || h >= group) break;
-      const float sum = warp_sum(total[i]);
-      if (lane == 0) partial.stats[partial.row(split, h)] = make_float2(largest[i], sum);
-    }
-    // Queries, and weights of the last tile, are not needed any more.
-    __syncthreads();
+    fetch_values(first + kTile);
   }
 
+  sum_over_lanes<kWarp / 2, kSlice>(outputs, 0, [&](auto& sums, int at) {
+    constexpr int kKept = sizeof(sums) / sizeof(float);
+    if (out_pair >= pairs) return;
+#pragma unroll
+    for (int i = 0; i < kKept; i += 2) {
+      const int h = (at + i) / 2;
+      if (h >= heads.n) break;
+      float* to = partial_outputs(args, split, heads.first + h) + 2 * out_pair;
+      if constexpr (kKept > 1) {
+        *reinterpret_cast<float2*>(to) = make_float2(sums[i], sums[i + 1]);
+      } else {
+        to[at % 2] = sums[i];
+      }
+    }
+  });
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) {
+    const int h = warp + i * kWarps;
+    if (h >= heads.n) break;
+    const float sum = warp_sum(total[i]);
+    if (lane == 0) *partial_stats(args, split, heads.first + h) = make_float2(largest[i], sum);
+  }
+  __syncthreads();
   if (threadIdx.x == 0) {
     // What the barrier made visible to this thread is visible to all before it is counted.
     __threadfence();
     // Back at zero with the last one.
-    shared.is_last = atomicInc(&args.arrived[kv_head], static_cast<u32>(n_parts - 1)) == static_cast<u32>(n_parts - 1);
+    const u32 last = n_parts - 1;
+    shared.is_last = atomicInc(&args.arrived[blockIdx.x], last) == last;
   }
   __syncthreads();
-  if (shared.is_last) combine_shares<H, J>(args, shared, n_parts);
+  if (shared.is_last) combine_shares<H, J, kWhole>(args, shared, heads, n_parts);
 }
 
-// As few heads at a time as the group has.
+// As few heads at a time as the group has. At most 16 if head_dim is 64 or 128, else at most 8.
 template <int J>
 DEVICE void attend_heads(const AttendArgs& args, AttendShared& shared) {
   const int group = args.n_heads / args.n_kv_heads;
-  if (group == 1) return attend_group<1, J>(args, shared);
-  if (group == 2) return attend_group<2, J>(args, shared);
-  if (group <= 4) return attend_group<4, J>(args, shared);
-  if (group <= 8 || J == 4) return attend_group<8, J>(args, shared);
-  if constexpr (J < 4) attend_group<16, J>(args, shared);
+  if (args.head_dim != 2 * kWarp * J) {
+    if (group <= 4) return attend_share<4, J, false>(args, shared);
+    return attend_share<8, J, false>(args, shared);
+  }
+  if (group == 1) return attend_share<1, J, true>(args, shared);
+  if (group == 2) return attend_share<2, J, true>(args, shared);
+  if (group <= 4) return attend_share<4, J, true>(args, shared);
+  if (group <= 8 || J == 4) return attend_share<8, J, true>(args, shared);
+  if constexpr (J < 4) attend_share<16, J, true>(args, shared);
 }
 
 // qkv: q [n_heads, head_dim], k [n_kv_heads, head_dim], v likewise, of the new position step[1]; keys, values: f16
 // [n_kv_heads, capacity, head_dim], to which the new ones are added; rope tables [capacity, head_dim / 2];
-// out [n_heads, head_dim]. partial: see Partial. arrived [n_kv_heads] is zero before and after.
-// Grid (n_kv_heads, n_splits), 256 threads. head_dim even, at most 256; at most 128 splits.
+// out [n_heads, head_dim]. partial [n_splits * n_heads * (head_dim + 2)]; arrived: a counter for each x of the grid, zero
+// before and after. Grid (n_kv_heads times the parts of a group that attend_heads takes at a time, n_splits), 256
+// threads. head_dim even, at most 256; at most 128 splits.
 // Floor: keys and values of the positions so far, once.
 extern "C" __global__ void __launch_bounds__(256, 2)
     attend(const float* qkv, const u32* step, u16* keys, u16* values, const float* rope_cos, const float* rope_sin,

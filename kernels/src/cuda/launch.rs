@@ -213,6 +213,12 @@ impl Heads {
         self.n_heads * n_splits * (self.head_dim + 2)
     }
 
+    /// Counters of [`attend`]: one for each group of heads, or for each part of it that a block takes at a time.
+    pub fn counters(&self) -> usize {
+        let at_once = if matches!(self.head_dim, 64 | 128) { 16 } else { 8 };
+        self.n_kv_heads * (self.n_heads / self.n_kv_heads).div_ceil(at_once)
+    }
+
     fn check(&self, qkv: &View, n: usize, keys: &View, values: &View) {
         floats(qkv, n * self.qkv());
         assert!(keys.len() >= 2 * self.cache_values() && values.len() >= 2 * self.cache_values(), "key/value cache");
@@ -230,7 +236,7 @@ pub struct RopeTables<'a> {
 
 /// Attention of the step's token over the cache, to which its key and value are appended (f16
 /// `[n_kv_heads, capacity, head_dim]` each). `qkv` is `[q | k | v]`; `out` is `[n_heads, head_dim]`; `partial` holds
-/// [`Heads::partial_values`]; `arrived`, u32 `[n_kv_heads]`, is zero before and after.
+/// [`Heads::partial_values`]; `arrived`, u32 [`Heads::counters`], is zero before and after.
 ///
 /// # Errors
 /// See the module.
@@ -247,7 +253,7 @@ pub fn attend(
     out: &View,
 ) -> Result<()> {
     heads.check(qkv, 1, keys, values);
-    floats(arrived, heads.n_kv_heads);
+    floats(arrived, heads.counters());
     floats(partial, heads.partial_values(n_splits));
     floats(out, heads.n_heads * heads.head_dim);
     floats(rope.cos, heads.capacity * heads.head_dim / 2);
@@ -255,7 +261,7 @@ pub fn attend(
     assert!((1..=MAX_SPLITS).contains(&n_splits), "splits");
     let launch = Launch {
         kernel: "attend".to_owned(),
-        grid: [heads.n_kv_heads as u32, n_splits as u32],
+        grid: [heads.counters() as u32, n_splits as u32],
         block: THREADS,
         shared_bytes: 0,
         args: vec![

@@ -145,7 +145,7 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * hidden,
         4 * qkv_width(config),
         4 * heads(config, request.base.context).partial_values(n_splits),
-        4 * config.n_kv_heads,
+        4 * heads(config, request.base.context).counters(),
         4 * config.n_heads * config.head_dim,
         4 * inner_values(hidden, rank(split)),
         4 * ffn.next_multiple_of(4),
