@@ -428,39 +428,40 @@ DEVICE void attend_share(const AttendArgs& args, AttendShared& shared) {
   if (shared.is_last) combine_shares<H, J, kWhole>(args, shared, heads, n_parts);
 }
 
-// As few heads at a time as the group has. At most 16 if head_dim is 64 or 128, else at most 8.
-template <int J>
-DEVICE void attend_heads(const AttendArgs& args, AttendShared& shared) {
-  const int group = args.n_heads / args.n_kv_heads;
-  if (args.head_dim != 2 * kWarp * J) {
-    if (group <= 4) return attend_share<4, J, false>(args, shared);
-    return attend_share<8, J, false>(args, shared);
-  }
-  if (group == 1) return attend_share<1, J, true>(args, shared);
-  if (group == 2) return attend_share<2, J, true>(args, shared);
-  if (group <= 4) return attend_share<4, J, true>(args, shared);
-  if (group <= 8 || J == 4) return attend_share<8, J, true>(args, shared);
-  if constexpr (J < 4) attend_share<16, J, true>(args, shared);
-}
-
 // qkv: q [n_heads, head_dim], k [n_kv_heads, head_dim], v likewise, of the new position step[1]; keys, values: f16
 // [n_kv_heads, capacity, head_dim], to which the new ones are added; rope tables [capacity, head_dim / 2];
 // out [n_heads, head_dim]. partial [n_splits * n_heads * (head_dim + 2)]; arrived: a counter for each x of the grid, zero
-// before and after. Grid (n_kv_heads times the parts of a group that attend_heads takes at a time, n_splits), 256
-// threads. head_dim even, at most 256; at most 128 splits.
+// before and after. head_dim even; at most 128 splits.
+// Kernels are named after H, the heads that a block takes at a time, and the head_dim that they are made for; those that
+// end in `_less` take any smaller one. Grid (n_kv_heads times the parts of a group of H heads, n_splits), 256 threads.
 // Floor: keys and values of the positions so far, once.
-extern "C" __global__ void __launch_bounds__(256, 2)
-    attend(const float* qkv, const u32* step, u16* keys, u16* values, const float* rope_cos, const float* rope_sin,
-           int n_heads, int n_kv_heads, int head_dim, int capacity, float* partial, u32* arrived, float* out) {
-  __shared__ AttendShared shared;
-  let_next_start();
-  const AttendArgs args = {qkv,     step,       keys,     values,   rope_cos, rope_sin, n_heads,
-                           n_kv_heads, head_dim, capacity, partial, arrived,  out};
-  if (head_dim <= 64) {
-    attend_heads<1>(args, shared);
-  } else if (head_dim <= 128) {
-    attend_heads<2>(args, shared);
-  } else {
-    attend_heads<4>(args, shared);
+#define ATTEND(name, H, J, kWhole)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
+      name(const float* qkv, const u32* step, u16* keys, u16* values, const float* rope_cos, const float* rope_sin,    \
+           int n_heads, int n_kv_heads, int head_dim, int capacity, float* partial, u32* arrived, float* out) {        \
+    __shared__ AttendShared shared;                                                                                    \
+    let_next_start();                                                                                                  \
+    const AttendArgs args = {qkv,        step,     keys,     values,  rope_cos, rope_sin, n_heads,                     \
+                             n_kv_heads, head_dim, capacity, partial, arrived,  out};                                  \
+    attend_share<H, J, kWhole>(args, shared);                                                                          \
   }
-}
+ATTEND(attend_1x64, 1, 1, true)
+ATTEND(attend_2x64, 2, 1, true)
+ATTEND(attend_4x64, 4, 1, true)
+ATTEND(attend_8x64, 8, 1, true)
+ATTEND(attend_16x64, 16, 1, true)
+ATTEND(attend_4x64_less, 4, 1, false)
+ATTEND(attend_8x64_less, 8, 1, false)
+ATTEND(attend_1x128, 1, 2, true)
+ATTEND(attend_2x128, 2, 2, true)
+ATTEND(attend_4x128, 4, 2, true)
+ATTEND(attend_8x128, 8, 2, true)
+ATTEND(attend_16x128, 16, 2, true)
+ATTEND(attend_4x128_less, 4, 2, false)
+ATTEND(attend_8x128_less, 8, 2, false)
+ATTEND(attend_1x256, 1, 4, true)
+ATTEND(attend_2x256, 2, 4, true)
+ATTEND(attend_4x256, 4, 4, true)
+ATTEND(attend_8x256, 8, 4, true)
+ATTEND(attend_4x256_less, 4, 4, false)
+ATTEND(attend_8x256_less, 8, 4, false)

@@ -213,10 +213,20 @@ impl Heads {
         self.n_heads * n_splits * (self.head_dim + 2)
     }
 
+    /// Heads that a block of [`attend`] takes at a time, and the `head_dim` that its kernel is made for.
+    fn attend_shape(&self) -> (usize, usize) {
+        let made_for = self.head_dim.next_power_of_two().clamp(64, 256);
+        let (least, most) = match self.head_dim {
+            64 | 128 => (1, 16),
+            256 => (1, 8),
+            _ => (4, 8),
+        };
+        ((self.n_heads / self.n_kv_heads).next_power_of_two().clamp(least, most), made_for)
+    }
+
     /// Counters of [`attend`]: one for each group of heads, or for each part of it that a block takes at a time.
     pub fn counters(&self) -> usize {
-        let at_once = if matches!(self.head_dim, 64 | 128) { 16 } else { 8 };
-        self.n_kv_heads * (self.n_heads / self.n_kv_heads).div_ceil(at_once)
+        self.n_kv_heads * (self.n_heads / self.n_kv_heads).div_ceil(self.attend_shape().0)
     }
 
     fn check(&self, qkv: &View, n: usize, keys: &View, values: &View) {
@@ -259,8 +269,11 @@ pub fn attend(
     floats(rope.cos, heads.capacity * heads.head_dim / 2);
     floats(rope.sin, heads.capacity * heads.head_dim / 2);
     assert!((1..=MAX_SPLITS).contains(&n_splits), "splits");
+    let (at_once, made_for) = heads.attend_shape();
+    assert!(heads.head_dim <= made_for && heads.head_dim.is_multiple_of(2), "head_dim");
+    let less = if heads.head_dim < made_for { "_less" } else { "" };
     let launch = Launch {
-        kernel: "attend".to_owned(),
+        kernel: format!("attend_{at_once}x{made_for}{less}"),
         grid: [heads.counters() as u32, n_splits as u32],
         block: THREADS,
         shared_bytes: 0,
