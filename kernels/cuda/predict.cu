@@ -1,16 +1,16 @@
 // Which neurons a token needs: scores from the layer's input, by a predictor of low rank.
 //
-// Its first half is z = B norm(x), of `rank` numbers. A block of predict_inner has a slice of the columns for some rows,
-// and reads no more of x than that: what it leaves are the slice's share of B (w x), where w is the norm's weight, and of
+// Its first half is z = B norm(x), of `rank` numbers. A block of predict_inner has a slice of the columns for some
+// rows, and reads no more of x than that: it leaves the slice's share of B (w x), where w is the norm's weight, and of
 // the squares of x. The next kernel adds up the shares, always in the same order, and divides by the root mean square.
-// Its own part is the second half: each neuron's gate and up rows of the factors are multiplied with z, and the score is
-// the neuron's expected |h| * ||down|| given what the low rank leaves out (calibrate/src/predictor/low_rank.rs, whose
-// formulas these are).
+// Its own part is the second half: each neuron's gate and up rows of the factors are multiplied with z, and the score
+// is the neuron's expected |h| * ||down|| given what the low rank leaves out (calibrate/src/predictor/low_rank.rs,
+// whose formulas these are).
 // Floor: B and the factors from device memory, 2 * ffn rows of `rank` columns.
 //
-// Blocks of predict_scores share the writing of norm(x), which the layer's neurons are computed with. If the CPU may get
-// a part of them, it gets the input here too, over the link: nobody waits for these writes, and what it is to compute is
-// not known before the next kernel.
+// Blocks of predict_scores share the writing of norm(x), which the layer's neurons are computed with. If the CPU may
+// get a part of them, it gets the input here too, over the link: nobody waits for these writes, and what it is to
+// compute is not known before the next kernel.
 #include "input.cuh"
 
 // exp within 3e-5 of itself: a power of two by its exponent bits, the rest by a polynomial.
@@ -122,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   predict_inner<Q4>(w, rank, hidden, x, norm_weight, inner);
 }
 
-// The layer's input, and what predict_inner made of it. normed [hidden] gets norm(x), and so does host_x, unless that is
-// null.
+// The layer's input, and what predict_inner made of it. normed [hidden] gets norm(x), and so does host_x, unless that
+// is null.
 struct LayerInput {
   const float* x;
   const float* norm_weight;
@@ -134,8 +134,8 @@ struct LayerInput {
   float* host_x;
 };
 
-// factors [2 * ffn] encoded rows of `rank` columns, gate and up of each neuron; neurons [3, ffn]: standard deviations of
-// gate and up, lengths of the down columns; scores [ffn]. rank is a multiple of 32.
+// factors [2 * ffn] encoded rows of `rank` columns, gate and up of each neuron; neurons [3, ffn]: standard deviations
+// of gate and up, lengths of the down columns; scores [ffn]. rank is a multiple of 32.
 // As many lanes as a row has chunks, rounded up to a power of two, take two neurons at a time, so that a warp reads
 // neighbouring rows in whole lines.
 // Any grid of blocks of 256 threads; dynamic shared memory as gemv, for `rank`.

@@ -296,8 +296,8 @@ pub fn attend(
     device.launch(launch, &[qkv, step, keys, values, rope.cos, rope.sin, partial, arrived, out])
 }
 
-/// Numbers between [`predict_inner`] and [`predict_scores`]: shares of z for each slice of the columns, and of the sum of
-/// squares.
+/// Numbers between [`predict_inner`] and [`predict_scores`]: for each slice of the columns, its shares of z and of the
+/// sum of squares.
 pub fn inner_values(hidden: usize, rank: usize) -> usize {
     hidden.div_ceil(INNER_SLICE) * (rank + THREADS as usize / 32)
 }
