@@ -433,7 +433,8 @@ DEVICE void attend_share(const AttendArgs& args, AttendShared& shared) {
 // out [n_heads, head_dim]. partial [n_splits * n_heads * (head_dim + 2)]; arrived: a counter for each x of the grid,
 // zero before and after. head_dim even; at most 128 splits.
 // Kernels are named after H, the heads that a block takes at a time, and the head_dim that they are made for; those
-// that end in `_less` take any smaller one, and each has registers of its own. Grid (n_kv_heads times the parts of a group of H heads, n_splits), 256 threads.
+// that end in `_less` take any smaller one. They are not one kernel so that each has registers of its own.
+// Grid (n_kv_heads times the parts of a group of H heads, n_splits), 256 threads.
 // Floor: keys and values of the positions so far, once.
 #define ATTEND(name, H, J, kWhole)                                                                                     \
   extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \

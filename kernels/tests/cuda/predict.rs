@@ -95,10 +95,11 @@ proptest! {
         let scale = 1.0 / (wide(squares).iter().sum::<f64>() / hidden as f64 + f64::from(eps)).sqrt();
         // Relative error of that: half that of the sum of squares, and of the root and the division after it.
         let scale_error = (squares.len() as f64 / 32.0 + 12.0) * U;
-        let z: Vec<f64> = (0..rank).map(|r| (0..n_slices).map(|s| f64::from(shares[s * rank + r]) * scale).sum()).collect();
+        let share = |s: usize, r: usize| f64::from(shares[s * rank + r]) * scale;
+        let z: Vec<f64> = (0..rank).map(|r| (0..n_slices).map(|s| share(s, r)).sum()).collect();
         let z_error = |r: usize| {
-            let size: f64 = (0..n_slices).map(|s| f64::from(shares[s * rank + r].abs())).sum();
-            size * scale * (scale_error + (n_slices as f64 + 2.0) * U)
+            let size: f64 = (0..n_slices).map(|s| share(s, r).abs()).sum();
+            size * (scale_error + (n_slices as f64 + 2.0) * U)
         };
         let z_errors: Vec<f64> = (0..rank).map(z_error).collect();
         let host_x = pinned(&vec![7f32; hidden + 1]);
