@@ -1,12 +1,16 @@
-// Which neurons a token needs: scores from the predictor's inner vector.
+// Which neurons a token needs: scores from the layer's input, by a predictor of low rank.
 //
-// The second half of a low-rank predictor. z = B x has `rank` numbers (a gemv); here each neuron's gate and up rows of
-// the factors are multiplied with it, and the score is the neuron's expected |h| * ||down|| given what the low rank
-// leaves out (calibrate/src/predictor/low_rank.rs, whose formulas these are).
-// Floor: the factors from device memory, 2 * ffn rows of `rank` columns.
+// Its first half is z = B norm(x), of `rank` numbers. A block of predict_inner has a slice of the columns for some
+// rows, and reads no more of x than that: it leaves the slice's share of B (w x), where w is the norm's weight, and of
+// the squares of x. The next kernel adds up the shares, always in the same order, and divides by the root mean square.
+// Its own part is the second half: each neuron's gate and up rows of the factors are multiplied with z, and the score
+// is the neuron's expected |h| * ||down|| given what the low rank leaves out (calibrate/src/predictor/low_rank.rs,
+// whose formulas these are).
+// Floor: B and the factors from device memory, 2 * ffn rows of `rank` columns.
 //
-// If the CPU may get a part of the layer, it gets the layer's input here: blocks share the writes over the link, and
-// nobody waits for them. What it is to compute is not known before the next kernel.
+// Blocks of predict_scores share the writing of norm(x), which the layer's neurons are computed with. If the CPU may
+// get a part of them, it gets the input here too, over the link: nobody waits for these writes, and what it is to
+// compute is not known before the next kernel.
 #include "input.cuh"
 
 // exp within 3e-5 of itself: a power of two by its exponent bits, the rest by a polynomial.
@@ -44,26 +48,109 @@ DEVICE float expected_magnitude(int activation, float gate, float up, float gate
 }
 
 namespace predict_shape {
+// Columns of a slice: four for each thread.
+constexpr int kSlice = 1024;
+constexpr int kThreads = kSlice / 4;
+// A row for each warp, and a warp's part of the slice's squares.
+constexpr int kRows = kThreads / kWarp;
 // Neurons that a team of lanes computes together.
 constexpr int kNeurons = 2;
+// Slices that a thread asks for at once.
+constexpr int kSlicesAtOnce = 8;
 }  // namespace predict_shape
 
-// factors [2 * ffn] encoded rows of `rank` columns, gate and up of each neuron; z [rank]; neurons [3, ffn]: standard
-// deviations of gate and up, lengths of the down columns; scores [ffn]. rank is a multiple of 32.
+// w [rank] encoded rows of `hidden` columns; x, norm_weight [hidden]. inner: [n_slices, rank] shares of z, not yet
+// divided by the root mean square of x; then [n_slices, kRows] shares of the sum of squares.
+// Grid (n_slices, rank / kRows, rounded up), 256 threads; dynamic shared memory as gemv, for kSlice columns.
+template <class E>
+DEVICE void predict_inner(const unsigned char* w, int rank, int hidden, const float* x, const float* norm_weight,
+                          float* inner) {
+  using namespace predict_shape;
+  // Of a lane in its row.
+  constexpr int kChunks = kSlice / (kWarp * E::kColumns);
+  let_next_start();
+
+  const int slice = blockIdx.x, row = blockIdx.y * kRows + warp_id(), n_chunks = ceil_div(hidden, E::kColumns);
+  const int first_chunk = slice * (kSlice / E::kColumns) + lane_id();
+  const Row<E> from = matrix_row<E>(w + static_cast<u64>(min(row, rank - 1)) * row_stride<E>(hidden), hidden);
+  uint4 codes[kChunks];
+  u16 scales[kChunks];
+#pragma unroll
+  for (int i = 0; i < kChunks; i++) {
+    if (first_chunk + i * kWarp >= n_chunks) break;
+    codes[i] = from.load_codes(first_chunk + i * kWarp);
+    scales[i] = from.load_scale(first_chunk + i * kWarp);
+  }
+  const int part = slice * kThreads + threadIdx.x;
+  const float4 weight = Input<E>::fetch(norm_weight, hidden, part);
+
+  wait_for_previous();
+  const float4 v = Input<E>::fetch(x, hidden, part);
+  const Input<E> input;
+  input.put(threadIdx.x, make_float4(v.x * weight.x, v.y * weight.y, v.z * weight.z, v.w * weight.w), true);
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kChunks; i++) {
+    if (first_chunk + i * kWarp >= n_chunks) break;
+    const uint4 one[1] = {codes[i]};
+    float dot[1];
+    input.template dot<1>(lane_id() + i * kWarp, one, dot);
+    sum += scale_value<E>(scales[i]) * dot[0];
+  }
+  sum = warp_sum(sum) * E::kOut;
+  if (lane_id() == 0 && row < rank) inner[static_cast<long long>(slice) * rank + row] = sum;
+  if (blockIdx.y == 0) {
+    const float squares = warp_sum((v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w));
+    if (lane_id() == 0) inner[static_cast<long long>(gridDim.x) * rank + slice * kRows + warp_id()] = squares;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2)
+    predict_inner_bf16(const unsigned char* w, int rank, int hidden, const float* x, const float* norm_weight,
+                       float* inner) {
+  predict_inner<Bf16>(w, rank, hidden, x, norm_weight, inner);
+}
+extern "C" __global__ void __launch_bounds__(256, 2)
+    predict_inner_q8(const unsigned char* w, int rank, int hidden, const float* x, const float* norm_weight,
+                     float* inner) {
+  predict_inner<Q8>(w, rank, hidden, x, norm_weight, inner);
+}
+extern "C" __global__ void __launch_bounds__(256, 2)
+    predict_inner_q4(const unsigned char* w, int rank, int hidden, const float* x, const float* norm_weight,
+                     float* inner) {
+  predict_inner<Q4>(w, rank, hidden, x, norm_weight, inner);
+}
+
+// The layer's input, and what predict_inner made of it. normed [hidden] gets norm(x), and so does host_x, unless that
+// is null.
+struct LayerInput {
+  const float* x;
+  const float* norm_weight;
+  float eps;
+  int hidden;
+  const float* inner;
+  float* normed;
+  float* host_x;
+};
+
+// factors [2 * ffn] encoded rows of `rank` columns, gate and up of each neuron; neurons [3, ffn]: standard deviations
+// of gate and up, lengths of the down columns; scores [ffn]. rank is a multiple of 32.
 // As many lanes as a row has chunks, rounded up to a power of two, take two neurons at a time, so that a warp reads
-// neighbouring rows in whole lines. x [hidden] is copied to host_x, unless that is null.
+// neighbouring rows in whole lines.
 // Any grid of blocks of 256 threads; dynamic shared memory as gemv, for `rank`.
 template <class E>
-DEVICE void predict_scores(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                           int activation, float* scores, const float* x, float* host_x, int hidden) {
+DEVICE void predict_scores(const unsigned char* factors, int rank, const LayerInput& from, const float* neurons,
+                           int ffn, int activation, float* scores) {
   using namespace predict_shape;
   let_next_start();
 
   const int n_chunks = rank / E::kColumns;
   int team_lanes = 1;
   while (team_lanes < kWarp && team_lanes < n_chunks) team_lanes *= 2;
-  const int team = (blockIdx.x * blockDim.x + threadIdx.x) / team_lanes, n_teams = gridDim.x * blockDim.x / team_lanes;
-  const int me = lane_id() % team_lanes, first_of_warp = (blockIdx.x * blockDim.x + warp_id() * kWarp) / team_lanes;
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x, n_threads = gridDim.x * blockDim.x;
+  const int team = thread / team_lanes, n_teams = n_threads / team_lanes;
+  const int me = lane_id() % team_lanes, first_of_warp = (thread - lane_id()) / team_lanes;
   const u32 stride = row_stride<E>(rank);
 
   struct Rows {
@@ -80,19 +167,72 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
       rows.scales[r] = row.load_scale(chunk);
     }
   };
+  // One lane for each neuron, if the team has that many.
+  struct Spread {
+    float gate[kNeurons], up[kNeurons], down[kNeurons];
+  };
+  auto fetch_spread = [&](int first, Spread& spread) {
+#pragma unroll
+    for (int i = 0; i < kNeurons; i++) {
+      const int neuron = first + i;
+      if ((i & (team_lanes - 1)) != me || neuron >= ffn) continue;
+      spread.gate[i] = neurons[neuron];
+      spread.up[i] = neurons[ffn + neuron];
+      spread.down[i] = neurons[2 * ffn + neuron];
+    }
+  };
   // As a rule all that a lane needs, asked for before z is there.
   Rows rows;
+  Spread spread;
   if (me < n_chunks && team * kNeurons < ffn) fetch(team * kNeurons, me, rows);
+  fetch_spread(team * kNeurons, spread);
+  const float early_weight = thread < from.hidden ? from.norm_weight[thread] : 0.0f;
 
+  wait_for_previous();
+  const int n_slices = ceil_div(from.hidden, kSlice), n_parts = rank / 4, n_squares = n_slices * kRows;
+  const float early_x = thread < from.hidden ? from.x[thread] : 0.0f;
+  auto inner_part = [&](int index) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int first = 0; first < n_slices; first += kSlicesAtOnce) {
+      float4 v[kSlicesAtOnce];
+#pragma unroll
+      for (int i = 0; i < kSlicesAtOnce; i++) {
+        v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (first + i < n_slices && index < n_parts)
+          v[i] = reinterpret_cast<const float4*>(from.inner + static_cast<long long>(first + i) * rank)[index];
+      }
+#pragma unroll
+      for (int i = 0; i < kSlicesAtOnce; i++)
+        sum = make_float4(sum.x + v[i].x, sum.y + v[i].y, sum.z + v[i].z, sum.w + v[i].w);
+    }
+    return sum;
+  };
+  float squares = 0.0f;
+#pragma unroll 4
+  for (int i = lane_id(); i < n_squares; i += kWarp)
+    squares += from.inner[static_cast<long long>(n_slices) * rank + i];
+  // Whole warps: they add up more than their own part.
+  const int warp_begin = warp_id() * kWarp;
+  float4 part = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (warp_begin < n_parts) part = inner_part(threadIdx.x);
+  const float scale = 1.0f / sqrtf(warp_sum(squares) / from.hidden + from.eps);
   const Input<E> input;
-  input.stage(z, rank);
-  if (host_x != nullptr)
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < hidden; i += gridDim.x * blockDim.x) host_x[i] = x[i];
+  for (int first = 0; first + warp_begin < n_parts; first += blockDim.x) {
+    const int index = first + threadIdx.x;
+    if (first > 0) part = inner_part(index);
+    input.put(index, make_float4(part.x * scale, part.y * scale, part.z * scale, part.w * scale), index < n_parts);
+  }
+  for (int i = thread; i < from.hidden; i += n_threads) {
+    const float v = i == thread ? early_x * scale * early_weight : from.x[i] * scale * from.norm_weight[i];
+    from.normed[i] = v;
+    if (from.host_x != nullptr) from.host_x[i] = v;
+  }
   __syncthreads();
 
   // All teams of a warp take part in its shuffles as long as the first of them has work.
   for (int turn = 0; (first_of_warp + turn * n_teams) * kNeurons < ffn; turn++) {
     const int first = (team + turn * n_teams) * kNeurons;
+    if (turn > 0) fetch_spread(first, spread);
     float sums[2 * kNeurons] = {};
     for (int chunk = me; chunk < n_chunks; chunk += team_lanes) {
       if (turn > 0 || chunk > me) fetch(first, chunk, rows);
@@ -104,13 +244,12 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
     for (int step = team_lanes / 2; step > 0; step /= 2)
 #pragma unroll
       for (int r = 0; r < 2 * kNeurons; r++) sums[r] += __shfl_xor_sync(kAllLanes, sums[r], step);
-    // One lane for each neuron, if the team has that many.
-    for (int i = me; i < kNeurons; i += team_lanes) {
+#pragma unroll
+    for (int i = 0; i < kNeurons; i++) {
       const int neuron = first + i;
-      if (neuron >= ffn) break;
-      const float gate = (i == 0 ? sums[0] : sums[2]) * E::kOut, up = (i == 0 ? sums[1] : sums[3]) * E::kOut;
-      const float score =
-          expected_magnitude(activation, gate, up, neurons[neuron], neurons[ffn + neuron]) * neurons[2 * ffn + neuron];
+      if ((i & (team_lanes - 1)) != me || neuron >= ffn) continue;
+      const float gate = sums[2 * i] * E::kOut, up = sums[2 * i + 1] * E::kOut;
+      const float score = expected_magnitude(activation, gate, up, spread.gate[i], spread.up[i]) * spread.down[i];
       // A score that is not a number counts as zero: a broken predictor costs accuracy, nothing else.
       scores[neuron] = score > 0.0f ? score : 0.0f;
     }
@@ -118,17 +257,17 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const float* 
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_scores_bf16(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                        int activation, float* scores, const float* x, float* host_x, int hidden) {
-  predict_scores<Bf16>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
+    predict_scores_bf16(const unsigned char* factors, int rank, LayerInput from, const float* neurons, int ffn,
+                       int activation, float* scores) {
+  predict_scores<Bf16>(factors, rank, from, neurons, ffn, activation, scores);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_scores_q8(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                      int activation, float* scores, const float* x, float* host_x, int hidden) {
-  predict_scores<Q8>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
+    predict_scores_q8(const unsigned char* factors, int rank, LayerInput from, const float* neurons, int ffn,
+                     int activation, float* scores) {
+  predict_scores<Q8>(factors, rank, from, neurons, ffn, activation, scores);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_scores_q4(const unsigned char* factors, int rank, const float* z, const float* neurons, int ffn,
-                      int activation, float* scores, const float* x, float* host_x, int hidden) {
-  predict_scores<Q4>(factors, rank, z, neurons, ffn, activation, scores, x, host_x, hidden);
+    predict_scores_q4(const unsigned char* factors, int rank, LayerInput from, const float* neurons, int ffn,
+                     int activation, float* scores) {
+  predict_scores<Q4>(factors, rank, from, neurons, ffn, activation, scores);
 }

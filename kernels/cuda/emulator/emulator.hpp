@@ -185,3 +185,14 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+
+// Zero after `last`.
+inline uint32_t atomicInc(uint32_t* p, uint32_t last) {
+  const uint32_t old = *p;
+  *p = old >= last ? 0 : old + 1;
+  return old;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}

@@ -18,6 +18,12 @@ use crate::{BundleLayout, Encoding, GROUP};
 /// Threads of most kernels' blocks.
 const THREADS: u32 = 256;
 
+/// Ranges that [`attend`] can divide the positions into.
+pub const MAX_SPLITS: usize = 128;
+
+/// Columns of a slice of [`predict_inner`].
+const INNER_SLICE: usize = 1024;
+
 /// What the token in progress is: `[token, position, serial]`, three u32, and the host's share of the misses, an f32.
 #[derive(Debug, Clone, Copy)]
 pub struct Step;
@@ -230,6 +236,22 @@ impl Heads {
         self.n_heads * n_splits * (self.head_dim + 2)
     }
 
+    /// Heads that a block of [`attend`] takes at a time, and the `head_dim` that its kernel is made for.
+    fn attend_shape(&self) -> (usize, usize) {
+        let made_for = self.head_dim.next_power_of_two().clamp(64, 256);
+        let (least, most) = match self.head_dim {
+            64 | 128 => (1, 16),
+            256 => (1, 8),
+            _ => (4, 8),
+        };
+        ((self.n_heads / self.n_kv_heads).next_power_of_two().clamp(least, most), made_for)
+    }
+
+    /// Counters of [`attend`]: one for each group of heads, or for each part of it that a block takes at a time.
+    pub fn counters(&self) -> usize {
+        self.n_kv_heads * (self.n_heads / self.n_kv_heads).div_ceil(self.attend_shape().0)
+    }
+
     fn check(&self, qkv: &View, n: usize, keys: &View, values: &View) {
         floats(qkv, n * self.qkv());
         assert!(keys.len() >= 2 * self.cache_values() && values.len() >= 2 * self.cache_values(), "key/value cache");
@@ -247,7 +269,7 @@ pub struct RopeTables<'a> {
 
 /// Attention of the step's token over the cache, to which its key and value are appended (f16
 /// `[n_kv_heads, capacity, head_dim]` each). `qkv` is `[q | k | v]`; `out` is `[n_heads, head_dim]`; `partial` holds
-/// [`Heads::partial_values`].
+/// [`Heads::partial_values`]; `arrived`, u32 [`Heads::counters`], is zero before and after.
 ///
 /// # Errors
 /// See the module.
@@ -260,19 +282,23 @@ pub fn attend(
     step: &View,
     [keys, values]: [&View; 2],
     rope: RopeTables<'_>,
-    partial: &View,
+    [partial, arrived]: [&View; 2],
     out: &View,
 ) -> Result<()> {
     heads.check(qkv, 1, keys, values);
+    floats(arrived, heads.counters());
     floats(partial, heads.partial_values(n_splits));
     floats(out, heads.n_heads * heads.head_dim);
     floats(rope.cos, heads.capacity * heads.head_dim / 2);
     floats(rope.sin, heads.capacity * heads.head_dim / 2);
-    assert!(n_splits <= 256, "splits");
+    assert!((1..=MAX_SPLITS).contains(&n_splits), "splits");
+    let (at_once, made_for) = heads.attend_shape();
+    assert!(heads.head_dim <= made_for && heads.head_dim.is_multiple_of(2), "head_dim");
+    let less = if heads.head_dim < made_for { "_less" } else { "" };
     let launch = Launch {
-        kernel: "attend".to_owned(),
-        grid: [heads.n_kv_heads as u32, n_splits as u32],
-        block: 128,
+        kernel: format!("attend_{at_once}x{made_for}{less}"),
+        grid: [heads.counters() as u32, n_splits as u32],
+        block: THREADS,
         shared_bytes: 0,
         args: vec![
             address(qkv),
@@ -286,66 +312,116 @@ pub fn attend(
             u32_of(heads.head_dim),
             u32_of(heads.capacity),
             address(partial),
+            address(arrived),
+            address(out),
         ],
     };
-    device.launch(launch, &[qkv, step, keys, values, rope.cos, rope.sin, partial])?;
-    let launch = Launch {
-        kernel: "attend_combine".to_owned(),
-        grid: [heads.n_heads as u32, 1],
-        block: 128,
-        shared_bytes: 0,
-        args: vec![address(partial), u32_of(heads.head_dim), u32_of(n_splits), address(out)],
-    };
-    device.launch(launch, &[partial, out])
+    device.launch(launch, &[qkv, step, keys, values, rope.cos, rope.sin, partial, arrived, out])
 }
 
-/// Scores of all neurons from the predictor's inner vector `z [rank]`: `factors` are rows `[2 * ffn, rank]`, `neurons`
-/// is `[3, ffn]` (FORMAT.md). `to_host` is the layer's input and where the host reads it, `[hidden]` and no longer, if
-/// it may get a part of the layer ([`HostWork`]).
+/// Numbers between [`predict_inner`] and [`predict_scores`]: for each slice of the columns, its shares of z and of the
+/// sum of squares.
+pub fn inner_values(hidden: usize, rank: usize) -> usize {
+    hidden.div_ceil(INNER_SLICE) * (rank + THREADS as usize / 32)
+}
+
+/// The first half of a low-rank predictor: shares of `input norm(x)`, for [`predict_scores`]. `inner` holds
+/// [`inner_values`].
+///
+/// # Errors
+/// See the module.
+pub fn predict_inner(device: &Device, input: &DeviceMatrix, x: &View, norm_weight: &View, inner: &View) -> Result<()> {
+    let (rank, hidden) = (input.rows, input.columns);
+    input.check();
+    floats(x, hidden);
+    floats(norm_weight, hidden);
+    floats(inner, inner_values(hidden, rank));
+    let launch = Launch {
+        kernel: format!("predict_inner_{}", input.encoding),
+        grid: [hidden.div_ceil(INNER_SLICE) as u32, rank.div_ceil(THREADS as usize / 32) as u32],
+        block: THREADS,
+        shared_bytes: input_shared_bytes(input.encoding, INNER_SLICE),
+        args: vec![
+            address(&input.data),
+            u32_of(rank),
+            u32_of(hidden),
+            address(x),
+            address(norm_weight),
+            address(inner),
+        ],
+    };
+    device.launch(launch, &[&input.data, x, norm_weight, inner])
+}
+
+/// The layer's input as [`predict_scores`] takes it and gives it away, `[hidden]` each.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerInput<'a> {
+    /// Numbers of the input.
+    pub hidden: usize,
+    /// Before its norm.
+    pub x: &'a View,
+    /// The norm's weight.
+    pub norm_weight: &'a View,
+    /// Added to the mean of squares.
+    pub eps: f32,
+    /// What [`predict_inner`] has left.
+    pub inner: &'a View,
+    /// Gets the normalised input.
+    pub normed: &'a View,
+    /// Where the host reads it, if it may get a part of the layer ([`HostWork`]).
+    pub host_x: Option<&'a View>,
+}
+
+/// Scores of all neurons: `factors` are rows `[2 * ffn, rank]`, `neurons` is `[3, ffn]` (FORMAT.md).
 ///
 /// # Errors
 /// See the module.
 pub fn predict_scores(
     device: &Device,
     factors: &DeviceMatrix,
-    z: &View,
+    from: LayerInput<'_>,
     neurons: &View,
     activation: Nonlinearity,
     scores: &View,
-    to_host: Option<[&View; 2]>,
 ) -> Result<()> {
     factors.check();
-    let ffn = factors.rows / 2;
-    let hidden = to_host.map_or(0, |[_, host_x]| host_x.len() / 4);
-    floats(z, factors.columns);
+    let (ffn, rank) = (factors.rows / 2, factors.columns);
+    assert!(rank.is_multiple_of(GROUP), "the rank is a multiple of {GROUP}");
     floats(neurons, 3 * ffn);
     floats(scores, ffn);
-    if let Some([x, _]) = to_host {
-        floats(x, hidden);
+    for view in [from.x, from.norm_weight, from.normed].into_iter().chain(from.host_x) {
+        floats(view, from.hidden);
     }
+    floats(from.inner, inner_values(from.hidden, rank));
     // A lane for each chunk of a row, up to a warp; each such team takes two neurons.
-    let lanes = factors.columns.div_ceil(chunk_columns(factors.encoding)).next_power_of_two().min(32);
+    let lanes = rank.div_ceil(chunk_columns(factors.encoding)).next_power_of_two().min(32);
     let neurons_of_block = 2 * THREADS as usize / lanes;
+    // The fields of `struct LayerInput` in kernels/cuda/predict.cu.
+    let words = vec![
+        from.x.address(),
+        from.norm_weight.address(),
+        u64::from(from.eps.to_bits()) | (from.hidden as u64) << 32,
+        from.inner.address(),
+        from.normed.address(),
+        from.host_x.map_or(0, View::address),
+    ];
     let launch = Launch {
         kernel: format!("predict_scores_{}", factors.encoding),
         grid: [ffn.div_ceil(neurons_of_block).min(8 * device.n_multiprocessors()) as u32, 1],
         block: THREADS,
-        shared_bytes: input_shared_bytes(factors.encoding, factors.columns),
+        shared_bytes: input_shared_bytes(factors.encoding, rank),
         args: vec![
             address(&factors.data),
-            u32_of(factors.columns),
-            address(z),
+            u32_of(rank),
+            Arg::Struct(words),
             address(neurons),
             u32_of(ffn),
             Arg::U32(activation as u32),
             address(scores),
-            optional(to_host.map(|[x, _]| x)),
-            optional(to_host.map(|[_, host_x]| host_x)),
-            u32_of(hidden),
         ],
     };
-    let mut uses = vec![&factors.data, z, neurons, scores];
-    uses.extend(to_host.iter().flatten());
+    let mut uses = vec![&factors.data, neurons, scores, from.x, from.norm_weight, from.inner, from.normed];
+    uses.extend(from.host_x);
     device.launch(launch, &uses)
 }
 

@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::cuda::launch::{
     CacheTables, DeviceMatrix, HostResult, HostWork, Nonlinearity, Step, WorkList, ffn_blocks, host_item, hot_item,
+    inner_values,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
@@ -54,8 +55,9 @@ pub(super) struct Scratch {
     pub normed: View,
     pub qkv: View,
     pub attention_partial: View,
+    pub attention_arrived: View,
     pub attention: View,
-    pub z: View,
+    pub inner: View,
     pub scores: View,
     pub work: WorkList,
     pub partial: View,
@@ -133,7 +135,7 @@ fn rank(split: &Split) -> usize {
 }
 
 /// Bytes of each part of [`Scratch`], in order; the last is the lists of exact mode.
-fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 15] {
+fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 16] {
     let config = &split.manifest().config;
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     let every = if request.base.mode == Mode::Exact { config.n_layers * aligned(8 * ffn as u64) as usize } else { 0 };
@@ -143,8 +145,9 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * hidden,
         4 * qkv_width(config),
         4 * heads(config, request.base.context).partial_values(n_splits),
+        4 * heads(config, request.base.context).counters(),
         4 * config.n_heads * config.head_dim,
-        4 * rank(split),
+        4 * inner_values(hidden, rank(split)),
         4 * ffn.next_multiple_of(4),
         4 * ffn,
         8 * ffn,
@@ -434,15 +437,16 @@ impl Loader<'_> {
     fn scratch(&self) -> Result<Scratch> {
         let plan = self.plan;
         let parts = scratch_parts(self.split, &plan.request, plan.n_splits);
-        let views = parts[..14].iter().map(|&bytes| self.arena.take(bytes)).collect::<Vec<_>>();
+        let views = parts[..15].iter().map(|&bytes| self.arena.take(bytes)).collect::<Vec<_>>();
         let [
             step,
             x,
             normed,
             qkv,
             attention_partial,
+            attention_arrived,
             attention,
-            z,
+            inner,
             scores,
             ids,
             items,
@@ -450,10 +454,24 @@ impl Loader<'_> {
             totals,
             partial,
             logits,
-        ] = <[View; 14]>::try_from(views).expect("fourteen parts");
+        ] = <[View; 15]>::try_from(views).expect("fifteen parts");
         self.device.write(&totals, &[0; 64])?;
+        self.device.write(&attention_arrived, &vec![0; attention_arrived.len()])?;
         let work = WorkList { ids, items, counts, totals };
-        Ok(Scratch { step, x, normed, qkv, attention_partial, attention, z, scores, work, partial, logits })
+        Ok(Scratch {
+            step,
+            x,
+            normed,
+            qkv,
+            attention_partial,
+            attention_arrived,
+            attention,
+            inner,
+            scores,
+            work,
+            partial,
+            logits,
+        })
     }
 
     /// A list of all neurons of a layer, those in pinned memory first: the kernel's blocks take turns, and so each has

@@ -8,14 +8,18 @@ use crate::plan::{Mode, check_request, hot_prefixes, layers_by_rate, whole_chunk
 use crate::{Error, PlanRequest, Result};
 use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use thermocline_kernels::cuda::launch::Heads;
+use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
 use thermocline_split::{Format, Split, TensorEntry};
 
 /// Every piece of device memory begins at a multiple of this.
 pub(super) const ALIGN: u64 = 256;
 
-/// Positions that a block of the attention kernel takes at least, so that a short context is not cut into crumbs.
-const SPLIT_POSITIONS: usize = 32;
+/// Positions that a block of the attention kernel has in a full context, if that makes no more than one block for each
+/// multiprocessor: fewer take as long, and what more blocks leave takes longer to add up.
+const SPLIT_POSITIONS: usize = 40;
+
+/// The same where there are two blocks for each.
+const LONG_SPLIT_POSITIONS: usize = 128;
 
 /// Layers whose trace is replayed: evenly spread; more would not change the choice.
 const REPLAYED_LAYERS: usize = 8;
@@ -140,6 +144,13 @@ pub struct GpuPrediction {
     pub formula: String,
 }
 
+/// Blocks of the attention kernel for each head of keys; `n_blocks` are two for each multiprocessor.
+fn n_splits(context: usize, n_blocks: usize, n_kv_heads: usize) -> usize {
+    let (one, two) = (n_blocks / 2 / n_kv_heads, n_blocks / n_kv_heads);
+    let n = (context / SPLIT_POSITIONS).min(one).max((context / LONG_SPLIT_POSITIONS).min(two));
+    n.clamp(1, MAX_SPLITS)
+}
+
 pub(super) fn aligned(bytes: u64) -> u64 {
     bytes.next_multiple_of(ALIGN)
 }
@@ -159,7 +170,7 @@ impl GpuPlan {
         let layout = *split.layers()[0].layout();
         let (bundle, n, n_layers) = (layout.bundle_bytes() as u64, config.intermediate_size, config.n_layers);
         let context = request.base.context;
-        let n_splits = (context / SPLIT_POSITIONS).clamp(1, (request.n_blocks / config.n_kv_heads).max(1));
+        let n_splits = n_splits(context, request.n_blocks, config.n_kv_heads);
         let prefill_neurons = super::load::prefill_piece(config);
         let fixed = fixed_bytes(split, &request, n_splits, prefill_neurons);
         let budget = request.vram_budget_bytes;

@@ -7,7 +7,8 @@ use crate::Result;
 use crate::plan::Mode;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
-    Added, Bundles, Choose, Norm, RopeTables, Selection, attend, choose, embed, ffn, finish, gemv, predict_scores,
+    Added, Bundles, Choose, LayerInput, Norm, RopeTables, Selection, attend, choose, embed, ffn, finish, gemv,
+    predict_inner, predict_scores,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue};
 
@@ -47,7 +48,8 @@ fn attention(
     let heads = heads(config, plan.request.base.context);
     let rope = RopeTables { cos: &model.rope[0], sin: &model.rope[1] };
     let cache = [&layer.keys, &layer.values];
-    attend(device, heads, plan.n_splits, &s.qkv, &s.step, cache, rope, &s.attention_partial, &s.attention)?;
+    let shares = [&s.attention_partial, &s.attention_arrived];
+    attend(device, heads, plan.n_splits, &s.qkv, &s.step, cache, rope, shares, &s.attention)?;
     let residual = Added { bias: None, residual: Some(&s.x) };
     gemv(device, &layer.o, &s.attention, None, residual, &s.x)
 }
@@ -61,17 +63,23 @@ fn feed_forward(
     with_host: bool,
 ) -> Result<(), CudaError> {
     let s = &model.scratch;
-    let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: Some(&s.normed) };
     let place = (l, config.n_layers);
     let mut host = None;
     let work = match (&layer.predictor, &layer.every) {
         (Some(predictor), _) => {
-            gemv(device, &predictor.input, &s.x, Some(norm), Added::default(), &s.z)?;
+            predict_inner(device, &predictor.input, &s.x, &layer.ffn_norm, &s.inner)?;
             let shared = (with_host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
             let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
-            let to_host = shared.is_some().then_some([&s.normed, &host_x]);
-            let (factors, neurons) = (&predictor.factors, &predictor.neurons);
-            predict_scores(device, factors, &s.z, neurons, model.activation, &s.scores, to_host)?;
+            let input = LayerInput {
+                hidden: config.hidden_size,
+                x: &s.x,
+                norm_weight: &layer.ffn_norm,
+                eps: config.rms_norm_eps,
+                inner: &s.inner,
+                normed: &s.normed,
+                host_x: shared.is_some().then_some(&host_x),
+            };
+            predict_scores(device, &predictor.factors, input, &predictor.neurons, model.activation, &s.scores)?;
             choose(
                 device,
                 &Choose {
@@ -92,6 +100,7 @@ fn feed_forward(
         }
         (None, Some(every)) => {
             // No rows: only the normalised input is wanted.
+            let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: Some(&s.normed) };
             let none = thermocline_kernels::cuda::launch::DeviceMatrix { rows: 0, ..layer.qkv.clone() };
             gemv(device, &none, &s.x, Some(norm), Added::default(), &s.qkv)?;
             every
