@@ -1,6 +1,6 @@
 // The active neurons of a layer, the cache of cold ones, and who computes what.
 //
-// One block of 1024 threads, once a layer, which the rest of the device waits for: an instruction for every score costs
+// One block of 1024 threads, once a layer (a second one only tells the CPU that its input is there), which the rest of the device waits for: an instruction for every score costs
 // 0.1 us, and so does a barrier with the latency of what lies behind it.
 //
 // 1. Top k. A sample of 4096 scores tells roughly where the k-th largest lies. From a little below that on, two
@@ -31,7 +31,7 @@ struct Choose {
   u32 layer, n_layers;
   u32* cpu_list;  // [ffn - n_hot], like all of the CPU's in mapped host memory, or null; its input is there already
   u32* cpu_count;
-  u32* cpu_flag;
+  u32* cpu_flag;  // and, 32 words on, one for the input
   u32* ids;     // [ffn]
   uint2* items;  // [ffn]
   u32* counts;  // [8]: items, link, cached, hot, cpu, active, 0, 0
@@ -284,6 +284,13 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   let_next_start();
   wait_for_previous();
   const u32 thread = threadIdx.x, lane = lane_id(), warp = warp_id();
+  if (blockIdx.x == 1) {
+    // There is a second block only to tell the CPU at once that its input is there: it has something to do with it.
+    if (thread > 0) return;
+    __threadfence_system();
+    *const_cast<volatile u32*>(c.cpu_flag + 32) = c.step[2] * c.n_layers + c.layer + 1;
+    return;
+  }
   const bool every = c.every || c.k >= c.ffn || (c.k == 0 && !(c.threshold >= 0.0f));
 
   // 1. The active ones.

@@ -1,3 +1,4 @@
+use crate::prefetch;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,10 +26,18 @@ struct Team {
     /// A vector for each thread.
     parts: Vec<UnsafeCell<Vec<f32>>>,
     /// Threads that came to a meeting, over all meetings.
-    arrived: AtomicU64,
+    arrived: Line<AtomicU64>,
+    /// Arrivals up to the last meeting to which all have come: on another line, or those who look would hold up those
+    /// who come.
+    met: Line<AtomicU64>,
     /// A thread is gone: the others must not wait for it.
-    broken: AtomicBool,
+    broken: Line<AtomicBool>,
 }
+
+/// Alone on its cache lines: two, which the hardware prefetches together.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Line<T>(T);
 
 // SAFETY: part `i` is written only by the one `Member` of that number, between its second meeting of one sum and its
 // first of the next; it is read by others only between these two meetings. Meetings are acquire-release.
@@ -41,6 +50,10 @@ pub struct Member {
     number: usize,
     /// Meetings that this thread has come to.
     meetings: u64,
+    /// Whether its part is zeros.
+    clear: bool,
+    /// Room for its columns of a sum.
+    sums: Vec<f32>,
 }
 
 /// A member of the team has gone away in the middle of a sum.
@@ -52,9 +65,11 @@ impl Member {
     /// The members of a team of `n` for vectors of `n_columns`.
     pub fn team(n: usize, n_columns: usize) -> Vec<Member> {
         let parts = (0..n).map(|_| UnsafeCell::new(vec![0.0; n_columns])).collect();
-        let team = Team { n_columns, parts, arrived: AtomicU64::new(0), broken: AtomicBool::new(false) };
+        let team = Team { n_columns, parts, arrived: Line::default(), met: Line::default(), broken: Line::default() };
         let team = Arc::new(team);
-        (0..n).map(|number| Member { team: Arc::clone(&team), number, meetings: 0 }).collect()
+        (0..n)
+            .map(|number| Member { team: Arc::clone(&team), number, meetings: 0, clear: true, sums: Vec::new() })
+            .collect()
     }
 
     /// This member's number, from 0.
@@ -78,22 +93,26 @@ impl Member {
         add: impl FnOnce(&mut [f32]),
         take: impl FnOnce(Range<usize>, &[f32]),
     ) -> Result<bool, Broken> {
-        let n = self.n_members();
-        // SAFETY: see `Team`; `&mut self` and one `Member` a number make this the only reference.
-        let mine = unsafe { &mut *self.team.parts[self.number].get() };
-        mine.fill(0.0);
-        add(mine);
+        if !self.clear {
+            self.clear();
+        }
+        self.clear = false;
+        add(self.part());
         self.meet()?;
+        let n = self.n_members();
         let columns = self.team.n_columns * self.number / n..self.team.n_columns * (self.number + 1) / n;
-        let mut sums = vec![0.0f32; columns.len()];
-        for part in &self.team.parts {
-            // SAFETY: between the two meetings nobody writes to a part.
-            let part = unsafe { &*part.get() };
-            for (sum, v) in sums.iter_mut().zip(&part[columns.clone()]) {
+        // SAFETY: between the two meetings nobody writes to a part.
+        let parts = || self.team.parts.iter().map(|part| unsafe { &(&*part.get())[columns.clone()] });
+        // They lie in the caches of other cores: all are asked for before the first is waited for.
+        parts().for_each(|part| prefetch(bytemuck::cast_slice(part)));
+        self.sums.clear();
+        self.sums.resize(columns.len(), 0.0);
+        for part in parts() {
+            for (sum, v) in self.sums.iter_mut().zip(part) {
                 *sum += v;
             }
         }
-        take(columns, &sums);
+        take(columns, &self.sums);
         let last = self.arrive();
         if !last {
             self.wait()?;
@@ -101,10 +120,27 @@ impl Member {
         Ok(last)
     }
 
+    /// Makes room for the next sum, which otherwise does it itself: for when there is time.
+    pub fn clear(&mut self) {
+        self.part().fill(0.0);
+        self.clear = true;
+    }
+
+    /// Only before the first meeting of a sum.
+    fn part(&mut self) -> &mut [f32] {
+        // SAFETY: see `Team`; `&mut self` and one `Member` a number make this the only reference.
+        unsafe { &mut *self.team.parts[self.number].get() }
+    }
+
     /// Whether this was the last member that the meeting waited for.
     fn arrive(&mut self) -> bool {
         self.meetings += 1;
-        self.team.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.meetings * self.team.parts.len() as u64
+        let all = self.meetings * self.team.parts.len() as u64;
+        let last = self.team.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == all;
+        if last {
+            self.team.met.0.store(all, Ordering::Release);
+        }
+        last
     }
 
     fn meet(&mut self) -> Result<(), Broken> {
@@ -113,8 +149,8 @@ impl Member {
 
     fn wait(&self) -> Result<(), Broken> {
         let mut spins = 0u32;
-        while self.team.arrived.load(Ordering::Acquire) < self.meetings * self.team.parts.len() as u64 {
-            if self.team.broken.load(Ordering::Relaxed) {
+        while self.team.met.0.load(Ordering::Acquire) < self.meetings * self.team.parts.len() as u64 {
+            if self.team.broken.0.load(Ordering::Relaxed) {
                 return Err(Broken);
             }
             pause(&mut spins);
@@ -126,7 +162,7 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         // Between sums nobody waits; in the middle of one this is a panic, and the others must be told.
-        self.team.broken.store(true, Ordering::Relaxed);
+        self.team.broken.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -462,9 +462,12 @@ pub struct HostWork {
     pub list: View,
     /// u32: length of the list.
     pub count: View,
-    /// u32: the layer's number, raised last ([`flag_value`]).
+    /// u32: the layer's number, raised last ([`flag_value`]); at [`INPUT_FLAG`] the same, raised as soon as x is there.
     pub flag: View,
 }
+
+/// Words from [`HostWork::flag`] to the one for the input: another line of the cache.
+pub const INPUT_FLAG: usize = 32;
 
 /// The value that the flags of layer `layer` reach in the token of that serial number.
 pub fn flag_value(serial: u32, layer: usize, n_layers: usize) -> u32 {
@@ -540,7 +543,10 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     assert!(out.ids.len() >= 4 * c.ffn && out.items.len() >= 8 * c.ffn, "work list");
     assert!(out.counts.len() >= 32 && out.totals.len() >= 64, "counts");
     if let Some(host) = c.host {
-        assert!(host.list.len() >= 4 * n_cold && host.count.len() >= 4 && host.flag.len() >= 4, "host work");
+        assert!(
+            host.list.len() >= 4 * n_cold && host.count.len() >= 4 && host.flag.len() > 4 * INPUT_FLAG,
+            "host work"
+        );
     }
     let (every, k, threshold) = match c.selection {
         Selection::Every => (1, 0, 0.0),
@@ -573,7 +579,7 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     ];
     let launch = Launch {
         kernel: "choose".to_owned(),
-        grid: [1, 1],
+        grid: [1 + u32::from(c.host.is_some()), 1],
         block: 1024,
         shared_bytes: 0,
         args: vec![Arg::Struct(words)],

@@ -1,6 +1,8 @@
 use crate::{Random, device, pinned, poisoned, read, upload};
 use proptest::prelude::*;
-use thermocline_kernels::cuda::launch::{CacheTables, Choose, HostWork, Selection, WorkList, choose, flag_value};
+use thermocline_kernels::cuda::launch::{
+    CacheTables, Choose, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
+};
 
 const NONE: u32 = u32::MAX;
 
@@ -207,7 +209,7 @@ proptest! {
                     *score = kind.draw(random, place(i));
                 }
             }
-            let (list, count, flag) = (pinned(&vec![7u32; n_cold]), pinned(&[99u32]), pinned(&[98u32]));
+            let (list, count, flag) = (pinned(&vec![7u32; n_cold]), pinned(&[99u32]), pinned(&[98u32; INPUT_FLAG + 1]));
             let host = HostWork { list: list.view(), count: count.view(), flag: flag.view() };
             let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
             let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
@@ -225,6 +227,7 @@ proptest! {
             };
             prop_assert_eq!(got.counts, want.counts);
             prop_assert!(got == want, "{:?}\n{:?}", got, want);
+            prop_assert_eq!(read::<u32>(&flag)[INPUT_FLAG], flag_value(serial, 1, 3));
             if want.host.is_empty() {
                 prop_assert_eq!((read::<u32>(&count)[0], read::<u32>(&flag)[0]), (99, 98), "the host is left alone");
             } else {

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
-use thermocline_kernels::cuda::launch::flag_value;
+use thermocline_kernels::cuda::launch::{INPUT_FLAG, flag_value};
 use thermocline_kernels::{BundleLayout, Kernels, Member, PreparedInput, pause};
 
 /// What the device takes for "the host has given up".
@@ -70,11 +70,12 @@ impl HostShare {
             bytes: AtomicU64::new(0),
         });
         let seen = shared.request_flag.words()[0].load(Ordering::Acquire);
+        let prepared = shared.request_flag.words()[INPUT_FLAG].load(Ordering::Acquire);
         let mut all = Self { shared, threads: Vec::new() };
         for (t, member) in Member::team(n_threads, model.layout.hidden_size()).into_iter().enumerate() {
             let shared = Arc::clone(&all.shared);
             let thread = std::thread::Builder::new().name(format!("host-{t}")).spawn(move || {
-                if catch_unwind(AssertUnwindSafe(|| work(&shared, member, seen))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| work(&shared, member, seen, prepared))).is_err() {
                     shared.panicked.store(true, Ordering::SeqCst);
                     shared.result_flag.words()[0].store(GIVEN_UP, Ordering::SeqCst);
                 }
@@ -151,19 +152,35 @@ impl Drop for HostShare {
     }
 }
 
-/// What a thread does until it is stopped. `seen` is the last request that is not for it: a thread that starts late must
-/// not take the first one for an old one.
-fn work(shared: &Shared, mut member: Member, mut seen: u32) {
+/// What the device asks for, with the layer's flag.
+enum Request {
+    /// Its input is there.
+    Input(u32),
+    /// Its list is, too.
+    Work(u32),
+}
+
+/// What a thread does until it is stopped. `seen` and `prepared` are the last requests that are not for it: a thread that
+/// starts late must not take the first one for an old one.
+fn work(shared: &Shared, mut member: Member, mut seen: u32, mut prepared: u32) {
     let kernels = Kernels::detect();
     let (t, n_threads) = (member.number(), member.n_members());
     let (mut x, mut input) = (vec![0.0f32; shared.layout.hidden_size()], PreparedInput::default());
-    while let Some(flag) = next_request(shared, seen) {
+    while let Some(request) = next_request(shared, seen, prepared) {
+        let (Request::Input(flag) | Request::Work(flag)) = request;
+        if prepared != flag {
+            // The device does not write the next layer's before this one is done, if the host has work in it.
+            prepared = flag;
+            shared.x.copy_to(&mut x);
+            kernels.prepare(shared.layout.encoding(), &x, &mut input);
+        }
+        if matches!(request, Request::Input(_)) {
+            continue;
+        }
         seen = flag;
         let layer = (flag.wrapping_sub(1) % shared.cold.len() as u32) as usize;
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
         let mine = &shared.list.words()[n * t / n_threads..n * (t + 1) / n_threads];
-        shared.x.copy_to(&mut x);
-        kernels.prepare(shared.layout.encoding(), &x, &mut input);
         let add = |sums: &mut [f32]| {
             let (cold, size) = (shared.cold[layer].host_bytes(), shared.layout.bundle_bytes());
             let bundle = |i: usize| {
@@ -183,18 +200,23 @@ fn work(shared: &Shared, mut member: Member, mut seen: u32) {
             Ok(false) => {}
             Err(_) => return,
         }
+        member.clear();
     }
 }
 
-/// The next value of the request flag; `None` when the threads are to end.
-fn next_request(shared: &Shared, seen: u32) -> Option<u32> {
-    let flag = &shared.request_flag.words()[0];
+/// The next request; `None` when the threads are to end.
+fn next_request(shared: &Shared, seen: u32, prepared: u32) -> Option<Request> {
+    let flags = shared.request_flag.words();
     let mut spins = 0u32;
     let mut idle_since = None;
     loop {
-        let now = flag.load(Ordering::Acquire);
+        let now = flags[0].load(Ordering::Acquire);
         if now != seen {
-            return Some(now);
+            return Some(Request::Work(now));
+        }
+        let now = flags[INPUT_FLAG].load(Ordering::Acquire);
+        if now != prepared {
+            return Some(Request::Input(now));
         }
         pause(&mut spins);
         if !spins.is_multiple_of(SPINS_TO_CHECK) {

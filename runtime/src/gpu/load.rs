@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::cuda::launch::{
-    CacheTables, DeviceMatrix, HostResult, HostWork, Nonlinearity, Step, WorkList, ffn_blocks, host_item, hot_item,
-    inner_values,
+    CacheTables, DeviceMatrix, HostResult, HostWork, INPUT_FLAG, Nonlinearity, Step, WorkList, ffn_blocks, host_item,
+    hot_item, inner_values,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
@@ -515,7 +515,7 @@ impl Loader<'_> {
             step: pin(Step::BYTES)?,
             logits: pin(4 * config.vocab_size)?,
             totals: pin(64)?,
-            request_flag: pin(4)?,
+            request_flag: pin(4 * (INPUT_FLAG + 1))?,
             result_flag: pin(4)?,
             count: pin(4)?,
             list: pin(4 * config.intermediate_size)?,
