@@ -143,7 +143,7 @@ fn benches_are_grouped_by_the_one_setting_in_which_they_differ() {
             r.n_threads = 4;
             vram(20)(r);
         }),
-        bench("given", |r| (r.host_share, r.n_threads) = (0.9, 16)),
+        bench("given", |r| (r.host_share, r.host_share_given, r.n_threads) = (0.9, true, 16)),
         bench("a-cpu-0", |r| r.host_share = 0.0),
         bench("a-cpu-0-vram-30", |r| {
             r.host_share = 0.0;

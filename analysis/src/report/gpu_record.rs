@@ -54,6 +54,8 @@ pub struct GpuBenchFile {
     pub limit: String,
     /// Device memory that the driver counts as taken.
     pub device_used_bytes: Option<u64>,
+    /// Whether the CPU's share was given; in records that do not say it, see the command.
+    pub host_share_given: Option<bool>,
     /// Arguments of the program.
     #[serde(default)]
     pub command: Vec<String>,
@@ -158,7 +160,7 @@ pub struct GpuPromise {
 pub enum CpuShare {
     /// The device reads them all.
     Off,
-    /// As the measured speeds of link and threads suggest.
+    /// Found when the model was loaded.
     Auto,
     /// Given.
     Given(f64),
@@ -201,13 +203,18 @@ impl GpuBenchFile {
         Some((runs.clone().copied().reduce(f64::min)?, runs.copied().reduce(f64::max)?))
     }
 
-    /// The record does not say whether the share was given, but a given one is hardly that of the plan.
+    /// How the threads' share came about.
     pub fn cpu_share(&self) -> CpuShare {
+        let in_command = || {
+            let mut arguments = self.command.iter().skip_while(|a| !a.starts_with("--cpu-share"));
+            let flag = arguments.next().map(String::as_str);
+            let value = flag.and_then(|f| f.split_once('=')).map(|(_, v)| v).or(arguments.next().map(String::as_str));
+            flag.is_some() && value != Some("auto")
+        };
         match self.host_share {
             0.0 => CpuShare::Off,
-            // Both were rounded to 32 bits, one of them when it was written.
-            share if (share - self.predicted.host_share).abs() < 1e-6 => CpuShare::Auto,
-            share => CpuShare::Given(share),
+            share if self.host_share_given.unwrap_or_else(in_command) => CpuShare::Given(share),
+            _ => CpuShare::Auto,
         }
     }
 }

@@ -23,6 +23,7 @@ pub fn gpu_bench() -> GpuBenchReport {
         hardware: GpuSpeeds { device: 4e12, link: 50e9, host: 100e9 },
         plan: gpu_plan(),
         host_share: 2.0 / 3.0,
+        host_share_given: false,
         prompt_tok_s: timing([600.0, 650.0, 700.0]),
         decode_tok_s: timing([49.0, 50.0, 52.0]),
         predicted: GpuPrediction {

@@ -28,6 +28,8 @@ pub struct GpuBenchReport {
     pub plan: GpuPlan,
     /// The host threads' share of the cold neurons that were not cached.
     pub host_share: f32,
+    /// Whether it was given, or else found when the model was loaded.
+    pub host_share_given: bool,
     /// Prompt tokens a second.
     pub prompt_tok_s: Timing,
     /// Generated tokens a second.
@@ -107,6 +109,7 @@ impl GpuEngine {
             hardware: self.measured(),
             plan: self.plan().clone(),
             host_share: self.host_share(),
+            host_share_given: self.host_share_given(),
             prompt_tok_s: Timing::new(prompts),
             predicted: self.predicted(),
             bytes_per_token: bytes.per_token(n),

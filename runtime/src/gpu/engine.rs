@@ -25,6 +25,7 @@ pub struct GpuEngine {
     model: Model,
     host: Option<HostShare>,
     host_share: f32,
+    host_share_given: bool,
     token: Graph,
     /// Tokens in the context.
     len: usize,
@@ -78,6 +79,7 @@ impl GpuEngine {
             model,
             host,
             host_share: host_share.unwrap_or(expected).clamp(0.0, 1.0),
+            host_share_given: host_share.is_some(),
             token,
             len: 0,
             serial,
@@ -85,7 +87,7 @@ impl GpuEngine {
             totals: [0; 5],
             account,
         };
-        if engine.host.is_some() && host_share.is_none() {
+        if engine.host.is_some() && !engine.host_share_given {
             engine.tune_host_share()?;
         }
         Ok(engine)
@@ -154,6 +156,11 @@ impl GpuEngine {
     /// The host threads' share of the cold neurons that are not cached.
     pub fn host_share(&self) -> f32 {
         self.host_share
+    }
+
+    /// Whether that share was given, or else found when the model was loaded.
+    pub fn host_share_given(&self) -> bool {
+        self.host_share_given
     }
 
     /// What the plan expects at these speeds.
