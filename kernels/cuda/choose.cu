@@ -1,7 +1,8 @@
 // The active neurons of a layer, the cache of cold ones, and who computes what.
 //
-// One block of 1024 threads, once a layer (a second one only tells the CPU that its input is there), which the rest of the device waits for: an instruction for every score costs
-// 0.1 us, and so does a barrier with the latency of what lies behind it.
+// One block of 1024 threads, once a layer, which the rest of the device waits for: an instruction for every score costs
+// 0.1 us, and so does a barrier with the latency of what lies behind it. (A second block only tells the CPU that its
+// input is there.)
 //
 // 1. Top k. A sample of 4096 scores tells roughly where the k-th largest lies. From a little below that on, two
 //    instructions for each score leave a list, in ascending order, of the active neurons and some more. The list gives
@@ -285,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   wait_for_previous();
   const u32 thread = threadIdx.x, lane = lane_id(), warp = warp_id();
   if (blockIdx.x == 1) {
-    // There is a second block only to tell the CPU at once that its input is there: it has something to do with it.
+    // At once: the CPU's threads take it apart while their neurons are chosen.
     if (thread > 0) return;
     __threadfence_system();
     *const_cast<volatile u32*>(c.cpu_flag + 32) = c.step[2] * c.n_layers + c.layer + 1;

@@ -66,7 +66,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   bool from_first = now.in_row == 0;
   float sums[kRows] = {};
   auto store = [&](int row, float sum) {
-    if (row < rows) out[row] = sum + (bias != nullptr ? bias[row] : 0.0f) + (residual != nullptr ? residual[row] : 0.0f);
+    if (row < rows)
+      out[row] = sum + (bias != nullptr ? bias[row] : 0.0f) + (residual != nullptr ? residual[row] : 0.0f);
   };
   auto leave_rows = [&](int unit, bool to_last) {
     const float sum = warp_sum_each<kRows>(sums);

@@ -105,8 +105,9 @@ struct IntQ8 {
   }
 };
 
-// Arguments as for gemv_bf16, but columns is a multiple of 32. Any grid of blocks of up to 512 threads. Dynamic shared memory: 164 bytes for each
-// group, of which there are whole steps (q4 128 columns, q8 64); from the next multiple of 16 on 6144 for each warp.
+// Arguments as for gemv_bf16, but columns is a multiple of 32. Any grid of blocks of 8 or 16 warps.
+// Dynamic shared memory: 164 bytes for each group, of which there are whole steps (q4 128 columns, q8 64); from the next
+// multiple of 16 on 6144 for each warp.
 template <class E>
 DEVICE void gemv_int(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight, float eps,
                      float* normed_out, const float* bias, const float* residual, float* out) {

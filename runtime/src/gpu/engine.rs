@@ -12,7 +12,7 @@ use crate::sampler::greedy;
 use crate::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use thermocline_kernels::cuda::{Device, Graph};
 use thermocline_split::{Flaw, Split};
 
@@ -96,16 +96,22 @@ impl GpuEngine {
     /// Finds the share that makes tokens fastest, near the expected one: link and threads are measured apart, but share
     /// the RAM when they work together.
     fn tune_host_share(&mut self) -> Result<()> {
-        const STEPS: [f32; 7] = [-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15];
+        const STEPS: [f32; 7] = [0.0, 0.05, -0.05, 0.1, -0.1, 0.15, -0.15];
         const TOKENS: usize = 4;
         const ROUNDS: usize = 2;
+        // A slow machine tries fewer.
+        const LONG_ENOUGH: Duration = Duration::from_secs(2);
         if self.context() < TOKENS {
             return Ok(());
         }
         let expected = self.host_share;
         let mut seconds = [f64::INFINITY; STEPS.len()];
+        let begin = Instant::now();
         for _ in 0..ROUNDS {
             for (step, best) in STEPS.iter().zip(&mut seconds) {
+                if begin.elapsed() > LONG_ENOUGH {
+                    break;
+                }
                 self.host_share = (expected + step).clamp(0.0, 1.0);
                 self.clear();
                 let mut token = 1 % self.split.manifest().config.vocab_size as u32;

@@ -124,7 +124,7 @@ pub struct GpuSpeeds {
     pub host: f64,
 }
 
-/// What a layer costs beyond its bytes: nine kernels, each of which fetches its input before it can begin and brings its
+/// What a layer costs beyond its bytes: eight kernels, each of which fetches its input before it can begin and brings its
 /// sums together at the end. Measured on an H200 (analysis/records/gpu-h200): it hardly depends on the shape.
 const LAYER_SECONDS: f64 = 45e-6;
 
