@@ -56,11 +56,11 @@ DEVICE float2 halves(u32 two) {
 }
 
 // Adds up N values over the lanes that differ in the bits from kStep down to kLast, as warp_sum_each. `take` gets the
-// values that are this lane's, and the number of the first.
+// values that are this lane's, how many, and the number of the first. (Not as an array: NVRTC takes no generic lambda.)
 template <int kStep, int kLast, int N, class Take>
 DEVICE void sum_over_lanes(float (&v)[N], int at, const Take& take) {
   if constexpr (kStep < kLast) {
-    take(v, at);
+    take(v, N, at);
   } else if constexpr (N == 1) {
     v[0] += __shfl_xor_sync(kAllLanes, v[0], kStep);
     sum_over_lanes<kStep / 2, kLast>(v, at, take);
@@ -394,15 +394,14 @@ DEVICE void attend_share(const AttendArgs& args, AttendShared& shared) {
     fetch_values(first + kTile);
   }
 
-  sum_over_lanes<kWarp / 2, kSlice>(outputs, 0, [&](auto& sums, int at) {
-    constexpr int kKept = sizeof(sums) / sizeof(float);
+  sum_over_lanes<kWarp / 2, kSlice>(outputs, 0, [&](const float* sums, int n_kept, int at) {
     if (out_pair >= pairs) return;
 #pragma unroll
-    for (int i = 0; i < kKept; i += 2) {
+    for (int i = 0; i < n_kept; i += 2) {
       const int h = (at + i) / 2;
       if (h >= heads.n) break;
       float* to = partial_outputs(args, split, heads.first + h) + 2 * out_pair;
-      if constexpr (kKept > 1) {
+      if (n_kept > 1) {
         *reinterpret_cast<float2*>(to) = make_float2(sums[i], sums[i + 1]);
       } else {
         to[at % 2] = sums[i];

@@ -25,6 +25,23 @@ nvcc=$(echo "$tools"/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
     -gencode arch=compute_120,code=sm_120 -gencode arch=compute_80,code=compute_80 \
     "$@" -o thermocline.fatbin thermocline.cu
 
+# The other compiler, which knows no host code: pasted together as kernels/src/cuda/driver.rs does it.
+"$tools/bin/python" - "$tools"/lib/python3*/site-packages/nvidia/cu13/lib <<'PYTHON'
+import ctypes, re, sys
+folder, names = sys.argv[1], re.findall(r'cuda/(\w+\.cuh?)"\)', open("../src/cuda/driver.rs").read())
+source = "".join(line for name in names for line in open(name) if not line.startswith("#include"))
+ctypes.CDLL(f"{folder}/libnvrtc-builtins.so.13.0", mode=ctypes.RTLD_GLOBAL)
+nvrtc, program, size = ctypes.CDLL(f"{folder}/libnvrtc.so.13"), ctypes.c_void_p(), ctypes.c_size_t()
+if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"thermocline.cu", 0, None, None) != 0:
+    sys.exit("NVRTC does not start")
+options = (ctypes.c_char_p * 2)(b"--gpu-architecture=compute_90", b"--std=c++17")
+if nvrtc.nvrtcCompileProgram(program, 2, options) != 0:
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    sys.exit(log.value.decode())
+PYTHON
+
 "$tools/bin/python" - *.cu *.cuh > thermocline.fatbin.sources <<'PYTHON'
 import sys, xxhash
 for name in sorted(sys.argv[1:]):
