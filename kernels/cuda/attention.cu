@@ -65,14 +65,9 @@ DEVICE void sum_over_lanes(float (&v)[N], int at, const Take& take) {
     v[0] += __shfl_xor_sync(kAllLanes, v[0], kStep);
     sum_over_lanes<kStep / 2, kLast>(v, at, take);
   } else {
-    const bool upper = lane_id() & kStep;
     float kept[N / 2];
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-      const float give = upper ? v[i] : v[i + N / 2];
-      kept[i] = (upper ? v[i + N / 2] : v[i]) + __shfl_xor_sync(kAllLanes, give, kStep);
-    }
-    sum_over_lanes<kStep / 2, kLast>(kept, upper ? at + N / 2 : at, take);
+    keep_half<kStep>(v, kept);
+    sum_over_lanes<kStep / 2, kLast>(kept, lane_id() & kStep ? at + N / 2 : at, take);
   }
 }
 

@@ -91,10 +91,13 @@ struct FfnWork {
   DEVICE int count() const { return next < last ? ceil_div(last - next, step) : 0; }
 };
 
+// Teams that read the link first of all, where there is work for others too.
+DEVICE int link_teams_of(int n_teams, int n_link) { return min(n_link, max(1, n_teams / 4)); }
+
 // The work of team `team` of `n_teams`.
 DEVICE FfnWork ffn_work(int team, int n_teams, int n_items, int n_link) {
   if (n_teams == 1 || n_link == 0 || n_link == n_items) return {team, n_items, n_teams};
-  const int link_teams = min(n_link, max(1, n_teams / 4));
+  const int link_teams = link_teams_of(n_teams, n_link);
   if (team < link_teams) return {team, n_link, link_teams};
   return {n_link + team - link_teams, n_items, n_teams - link_teams};
 }
@@ -287,7 +290,7 @@ DEVICE void ffn_teams(const FfnArgs& args) {
 
   // Blocks without neurons on the link are ready long before the others: they bring what the next kernels read into the
   // second-level cache.
-  const int link_blocks = n_link == 0 ? 0 : min(static_cast<int>(gridDim.x) - 1, max(1, n_teams / 4));
+  const int link_blocks = min(static_cast<int>(gridDim.x) - 1, link_teams_of(n_teams, n_link));
   if (static_cast<int>(blockIdx.x) >= link_blocks) {
     const u32 n_threads = (gridDim.x - link_blocks) * blockDim.x;
     for (u32 i = (blockIdx.x - link_blocks) * blockDim.x + threadIdx.x; i < args.ahead_bytes / kLine; i += n_threads)

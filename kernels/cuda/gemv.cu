@@ -22,14 +22,13 @@ struct Step {
 };
 
 // w [rows] rows of `columns`; x, norm_weight, normed_out [columns]; bias, residual, out [rows]; out may be the residual.
-// All vectors of `columns` start at a multiple of 16 bytes. Any grid of blocks of up to 256 threads.
+// All vectors of `columns` start at a multiple of 16 bytes. Any grid of blocks of up to 8 warps, a power of two.
 // Dynamic shared memory: 192 bytes for each 32 columns, the last of which may be fewer.
 extern "C" __global__ void __launch_bounds__(256, 2)
     gemv_bf16(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight, float eps,
               float* normed_out, const float* bias, const float* residual, float* out) {
   using namespace gemv_shape;
-  // Sums of rows that a warp has not computed alone: of those that it found begun, and of those that it left begun.
-  __shared__ float ended[kMaxWarps][kRows], begun[kMaxWarps][kRows];
+  __shared__ DividedRows<kRows, kMaxWarps> divided;
   let_next_start();
 
   const int n_chunks = ceil_div(columns, Bf16::kColumns);
@@ -65,21 +64,12 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   StepCursor now = shares.begin();
   bool from_first = now.in_row == 0;
   float sums[kRows] = {};
-  auto store = [&](int row, float sum) {
-    if (row < rows)
-      out[row] = sum + (bias != nullptr ? bias[row] : 0.0f) + (residual != nullptr ? residual[row] : 0.0f);
-  };
+  const RowOutput output = {rows, bias, residual, out};
   auto leave_rows = [&](int unit, bool to_last) {
     const float sum = warp_sum_each<kRows>(sums);
     constexpr int kShare = kWarp / kRows;
     const int r = lane_id() / kShare;
-    if (lane_id() % kShare == 0) {
-      if (from_first && to_last) {
-        store(unit * kRows + r, sum);
-      } else {
-        (from_first ? begun : ended)[warp_id()][r] = sum;
-      }
-    }
+    if (lane_id() % kShare == 0) divided.leave(output, unit, r, sum, from_first, to_last);
 #pragma unroll
     for (int i = 0; i < kRows; i++) sums[i] = 0.0f;
   };
@@ -108,11 +98,5 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const bool leaves = shares.first_step < shares.last_step && now.in_row != 0;
   if (leaves) leave_rows(now.unit, false);
   __syncthreads();
-
-  // Rows that were divided: the warp that began them adds up what the warps after it found.
-  const int lane = lane_id();
-  if (leaves && from_first && lane < kRows) {
-    const float sum = shares.joined(now.unit, begun[warp_id()][lane], [&](int warp) { return ended[warp][lane]; });
-    store(now.unit * kRows + lane, sum);
-  }
+  if (leaves && from_first) divided.join(output, shares, now.unit);
 }

@@ -3,8 +3,8 @@
 // Floor: rows * row_stride bytes from device memory. Around that a kernel costs about 6 us on a Hopper GPU: the vector
 // must be fetched, normalised and taken apart, and the sums brought together.
 //
-// - The vector becomes whole numbers of 31 bits, by a power of two for each group of 32 columns, and these four signed
-//   digits of 8 bits. mma.m16n8k32 multiplies 16 rows of a group with all four digits at once. Sums are exact in 32 bits
+// - The vector becomes whole numbers of 31 bits, by a power of two for each group of 32 columns, and these become
+//   four signed digits of 8 bits. mma.m16n8k32 multiplies 16 rows of a group with all four digits at once. Sums are exact in 32 bits
 //   until the group's scale is applied: what is lost is below 2^-30 of the group's largest input.
 // - Code bytes go into shared memory as they are and come back in the order that the tensor cores want (ldmatrix): byte
 //   j of a q4 group has columns j and j + 16, so that a mask is all it takes.
@@ -113,8 +113,7 @@ DEVICE void gemv_int(const unsigned char* w, int rows, int columns, const float*
                      float* normed_out, const float* bias, const float* residual, float* out) {
   using namespace int_shape;
   using Encoded = typename E::Encoded;
-  // Sums of rows that a warp has not computed alone: of those that it found begun, and of those that it left begun.
-  __shared__ float ended[kMaxWarps][kRows], begun[kMaxWarps][kRows];
+  __shared__ DividedRows<kRows, kMaxWarps> divided;
   __shared__ float scratch[kWarp];
   let_next_start();
 
@@ -207,20 +206,11 @@ DEVICE void gemv_int(const unsigned char* w, int rows, int columns, const float*
   bool from_first = now.in_row == 0;
   // Of one row, by the lower two digits or, in every second lane, the upper two.
   float sum = 0.0f;
-  auto store = [&](int row, float total) {
-    if (row < rows)
-      out[row] = total + (bias != nullptr ? bias[row] : 0.0f) + (residual != nullptr ? residual[row] : 0.0f);
-  };
+  const RowOutput output = {rows, bias, residual, out};
   auto leave_rows = [&](int unit, bool to_last) {
     float total = lane % 2 == 0 ? sum : sum * 65536.0f;
     total += __shfl_xor_sync(kAllLanes, total, 1);
-    if (lane % 2 == 0) {
-      if (from_first && to_last) {
-        store(unit * kRows + own_row, total);
-      } else {
-        (from_first ? begun : ended)[warp_id()][own_row] = total;
-      }
-    }
+    if (lane % 2 == 0) divided.leave(output, unit, own_row, total, from_first, to_last);
     sum = 0.0f;
   };
   // ldmatrix takes the address of a row of eight from each lane: rows 0 to 7, then 8 to 15, of one part and the next.
@@ -267,10 +257,7 @@ DEVICE void gemv_int(const unsigned char* w, int rows, int columns, const float*
   const bool leaves = shares.first_step < shares.last_step && now.in_row != 0;
   if (leaves) leave_rows(now.unit, false);
   __syncthreads();
-  if (leaves && from_first && lane < kRows) {
-    const float total = shares.joined(now.unit, begun[warp_id()][lane], [&](int warp) { return ended[warp][lane]; });
-    store(now.unit * kRows + lane, total);
-  }
+  if (leaves && from_first) divided.join(output, shares, now.unit);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)

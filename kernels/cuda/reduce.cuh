@@ -15,18 +15,24 @@ DEVICE float warp_max(float v) {
   return v;
 }
 
-// Sums N values over the warp with N - 1 + log2(32 / N) shuffles: a lane gives away the half of its values that its
-// partner keeps. Lane l gets the sum of value l / (32 / N). N is a power of two up to 32.
+// Of N values a lane keeps the sums of the half that its partner, kStep lanes away, gives away; the upper one the later.
+template <int kStep, int N>
+DEVICE void keep_half(const float (&v)[N], float (&kept)[N / 2]) {
+  const bool upper = lane_id() & kStep;
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    const float give = upper ? v[i] : v[i + N / 2];
+    kept[i] = (upper ? v[i + N / 2] : v[i]) + __shfl_xor_sync(kAllLanes, give, kStep);
+  }
+}
+
+// Sums N values over the warp with N - 1 + log2(32 / N) shuffles. Lane l gets the sum of value l / (32 / N). N is a power
+// of two up to 32.
 template <int N, int kStep = kWarp / 2>
 DEVICE float warp_sum_each(float (&v)[N]) {
   if constexpr (N > 1) {
-    const bool upper = lane_id() & kStep;
     float kept[N / 2];
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-      const float give = upper ? v[i] : v[i + N / 2];
-      kept[i] = (upper ? v[i + N / 2] : v[i]) + __shfl_xor_sync(kAllLanes, give, kStep);
-    }
+    keep_half<kStep>(v, kept);
     return warp_sum_each<N / 2, kStep / 2>(kept);
   } else {
 #pragma unroll

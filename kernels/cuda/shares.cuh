@@ -35,13 +35,44 @@ struct Shares {
   DEVICE StepCursor begin() const {
     return {first_unit + first_step / steps_of_row, first_step % steps_of_row, steps_of_row};
   }
+};
 
-  // The sum of a divided unit: what the warp that began it has, and what those after it found.
-  template <class F>
-  DEVICE float joined(int unit, float sum, F ended) const {
-    const int end = (unit - first_unit + 1) * steps_of_row;
-    for (int warp = warp_id() + 1; warp < 1 << log2_warps && first_step_of(warp) < end; warp++)
-      if (first_step_of(warp) < first_step_of(warp + 1)) sum += ended(warp);
-    return sum;
+// Where the products go.
+struct RowOutput {
+  int rows;
+  const float* bias;
+  const float* residual;
+  float* out;
+
+  // A unit may have rows behind the last.
+  DEVICE void store(int row, float sum) const {
+    if (row < rows)
+      out[row] = sum + (bias != nullptr ? bias[row] : 0.0f) + (residual != nullptr ? residual[row] : 0.0f);
+  }
+};
+
+// In shared memory: sums of rows that a warp has not computed alone, of those that it found begun and of those that it
+// left begun. A unit is kRows rows.
+template <int kRows, int kMaxWarps>
+struct DividedRows {
+  float ended[kMaxWarps][kRows], begun[kMaxWarps][kRows];
+
+  // Takes what a warp has of row `r` of a unit: all, if it computed that from the first step to the last.
+  DEVICE void leave(const RowOutput& output, int unit, int r, float sum, bool from_first, bool to_last) {
+    if (from_first && to_last) {
+      output.store(unit * kRows + r, sum);
+    } else {
+      (from_first ? begun : ended)[warp_id()][r] = sum;
+    }
+  }
+
+  // After a barrier, for the warp that left the unit begun: adds up what the warps after it found.
+  DEVICE void join(const RowOutput& output, const Shares& shares, int unit) const {
+    const int lane = lane_id(), end = (unit - shares.first_unit + 1) * shares.steps_of_row;
+    if (lane >= kRows) return;
+    float sum = begun[warp_id()][lane];
+    for (int warp = warp_id() + 1; warp < 1 << shares.log2_warps && shares.first_step_of(warp) < end; warp++)
+      if (shares.first_step_of(warp) < shares.first_step_of(warp + 1)) sum += ended[warp][lane];
+    output.store(unit * kRows + lane, sum);
   }
 };

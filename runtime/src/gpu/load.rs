@@ -84,11 +84,11 @@ pub(super) struct PrefillBuffers {
 /// Mapped host memory through which host and device talk.
 #[derive(Debug)]
 pub(super) struct Mapped {
-    /// `[token, position, serial]`.
+    /// See [`Step`].
     pub step: Memory,
     pub logits: Memory,
     pub totals: Memory,
-    /// One word in a page each: written by one side, watched by the other.
+    /// In a page each: written by one side, watched by the other.
     pub request_flag: Memory,
     pub result_flag: Memory,
     pub count: Memory,
@@ -437,41 +437,26 @@ impl Loader<'_> {
     fn scratch(&self) -> Result<Scratch> {
         let plan = self.plan;
         let parts = scratch_parts(self.split, &plan.request, plan.n_splits);
-        let views = parts[..15].iter().map(|&bytes| self.arena.take(bytes)).collect::<Vec<_>>();
-        let [
-            step,
-            x,
-            normed,
-            qkv,
-            attention_partial,
-            attention_arrived,
-            attention,
-            inner,
-            scores,
-            ids,
-            items,
-            counts,
-            totals,
-            partial,
-            logits,
-        ] = <[View; 15]>::try_from(views).expect("fifteen parts");
-        self.device.write(&totals, &[0; 64])?;
-        self.device.write(&attention_arrived, &vec![0; attention_arrived.len()])?;
-        let work = WorkList { ids, items, counts, totals };
-        Ok(Scratch {
-            step,
-            x,
-            normed,
-            qkv,
-            attention_partial,
-            attention_arrived,
-            attention,
-            inner,
-            scores,
-            work,
-            partial,
-            logits,
-        })
+        let mut views = parts.iter().map(|&bytes| self.arena.take(bytes));
+        let mut part = || views.next().expect("a part for each view");
+        // In the order of `scratch_parts`.
+        let scratch = Scratch {
+            step: part(),
+            x: part(),
+            normed: part(),
+            qkv: part(),
+            attention_partial: part(),
+            attention_arrived: part(),
+            attention: part(),
+            inner: part(),
+            scores: part(),
+            work: WorkList { ids: part(), items: part(), counts: part(), totals: part() },
+            partial: part(),
+            logits: part(),
+        };
+        self.device.write(&scratch.work.totals, &[0; 64])?;
+        self.device.write(&scratch.attention_arrived, &vec![0; scratch.attention_arrived.len()])?;
+        Ok(scratch)
     }
 
     /// A list of all neurons of a layer, those in pinned memory first: the kernel's blocks take turns, and so each has
