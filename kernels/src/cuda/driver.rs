@@ -333,7 +333,7 @@ impl Backend for Driver {
             attrs: &mut attribute,
             numAttrs: u32::from(overlaps),
         };
-        // SAFETY: `launch.rs` gives each kernel the arguments that its source declares and has checked that what they
+        // SAFETY: `launch` gives each kernel the arguments that its source declares and has checked that what they
         // point to is large enough; the driver copies values and attributes before it returns.
         unsafe { sys::cuLaunchKernelEx(&config, function.handle, arguments.as_mut_ptr(), std::ptr::null_mut()) }
             .result()

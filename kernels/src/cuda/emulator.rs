@@ -125,7 +125,7 @@ impl Kernels {
         let (grid, block) = ([launch.grid[0], launch.grid[1], 1], [launch.block, 1, 1]);
         let mut arguments: Vec<*mut c_void> = launch.args.iter().map(Arg::pointer).collect();
         let _one = lock(&self.busy);
-        // SAFETY: `launch.rs` gives each kernel the arguments that its source declares and has checked that what they
+        // SAFETY: `launch` gives each kernel the arguments that its source declares and has checked that what they
         // point to is large enough.
         let code = unsafe {
             (self.emulate)(name.as_ptr(), grid.as_ptr(), block.as_ptr(), launch.shared_bytes, arguments.as_mut_ptr())

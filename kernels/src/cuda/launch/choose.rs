@@ -1,0 +1,172 @@
+//! The active neurons, the cache of cold ones, and who computes what.
+
+use super::floats;
+use crate::cuda::backend::{Arg, Launch};
+use crate::cuda::device::Device;
+use crate::cuda::error::Result;
+use crate::cuda::memory::View;
+
+/// Which neurons a token computes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Selection {
+    /// All.
+    Every,
+    /// The so many of highest score.
+    Top(usize),
+    /// Those whose score is above this.
+    Above(f32),
+}
+
+/// The cache of one layer: a cold neuron (number: its place minus the hot ones) may be in a slot of set `number % sets`.
+#[derive(Debug, Clone)]
+pub struct CacheTables {
+    /// Sets; 0 if there is no cache.
+    pub n_sets: usize,
+    /// Slots of a set.
+    pub n_ways: usize,
+    /// u32 `[n_cold]`: slot, or all ones.
+    pub slot_of: View,
+    /// u32 `[n_sets * n_ways]`: cold number, or all ones.
+    pub owner: View,
+    /// `[n_cold]`: recency and frequency in one number, see `kernels/cuda/choose.cu`.
+    pub key: View,
+    /// u32 `[n_sets * n_ways]`: serial of the last token that used the slot.
+    pub used: View,
+    /// Octaves that a key falls behind per token: large is least-recently-used, small is least-frequently-used.
+    pub lambda: f32,
+}
+
+/// Where the host reads which neurons it is to compute: mapped memory. [`predict_scores`] gives it the input.
+#[derive(Debug, Clone)]
+pub struct HostWork {
+    /// u32 `[ffn]`: cold numbers.
+    pub list: View,
+    /// u32: length of the list.
+    pub count: View,
+    /// u32: the layer's number, raised last ([`flag_value`]); at [`INPUT_FLAG`] the same, raised as soon as x is there.
+    pub flag: View,
+}
+
+/// Words from [`HostWork::flag`] to the one for the input: another line of the cache.
+pub const INPUT_FLAG: usize = 32;
+
+/// The value that the flags of layer `layer` reach in the token of that serial number.
+pub fn flag_value(serial: u32, layer: usize, n_layers: usize) -> u32 {
+    serial.wrapping_mul(n_layers as u32).wrapping_add(layer as u32 + 1)
+}
+
+/// What [`choose`] decides.
+#[derive(Debug, Clone)]
+pub struct WorkList {
+    /// u32 `[ffn]`: the active neurons, ascending.
+    pub ids: View,
+    /// u32 pairs `[ffn]`: where each bundle comes from and which slot it fills.
+    pub items: View,
+    /// u32 `[8]`: items, over the link, cached, hot, host, active.
+    pub counts: View,
+    /// u64 `[8]`: the same, added up over all layers and tokens.
+    pub totals: View,
+}
+
+/// The item of a neuron in device memory for good.
+pub fn hot_item(neuron: usize) -> [u32; 2] {
+    [neuron as u32, u32::MAX]
+}
+
+/// The item of a cold neuron that is read from host memory and fills no slot.
+pub fn host_item(cold: usize) -> [u32; 2] {
+    [0x4000_0000 | cold as u32, u32::MAX]
+}
+
+/// Selects the active neurons of a layer, looks them up in the cache, and divides the work.
+#[derive(Debug, Clone, Copy)]
+pub struct Choose<'a> {
+    /// `[ffn]`, and room up to a multiple of four.
+    pub scores: &'a View,
+    /// Neurons.
+    pub ffn: usize,
+    /// Neurons in device memory for good.
+    pub n_hot: usize,
+    /// Which are active.
+    pub selection: Selection,
+    /// The cache.
+    pub cache: &'a CacheTables,
+    /// The step.
+    pub step: &'a View,
+    /// This layer, of `n_layers`.
+    pub layer: usize,
+    /// As above.
+    pub n_layers: usize,
+    /// The host's part, if it has one.
+    pub host: Option<&'a HostWork>,
+    /// The result.
+    pub out: &'a WorkList,
+}
+
+/// See [`Choose`].
+///
+/// # Errors
+/// See the module.
+pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
+    let n_cold = c.ffn - c.n_hot;
+    let (cache, out) = (c.cache, c.out);
+    if c.selection != Selection::Every {
+        // They are read four at a time.
+        floats(c.scores, c.ffn.next_multiple_of(4));
+        assert!(c.scores.address().is_multiple_of(16), "scores in the middle of sixteen bytes");
+    }
+    if cache.n_sets > 0 {
+        assert!(cache.n_ways <= 32 && cache.n_sets <= 0xffff, "a lane for each way, 16 bits for a set");
+        let slots = cache.n_sets * cache.n_ways;
+        assert!(cache.slot_of.len() >= 4 * n_cold && cache.key.len() >= 4 * n_cold, "cache tables");
+        assert!(cache.owner.len() >= 4 * slots && cache.used.len() >= 4 * slots, "cache tables");
+    }
+    assert!(out.ids.len() >= 4 * c.ffn && out.items.len() >= 8 * c.ffn, "work list");
+    assert!(out.counts.len() >= 32 && out.totals.len() >= 64, "counts");
+    if let Some(host) = c.host {
+        assert!(
+            host.list.len() >= 4 * n_cold && host.count.len() >= 4 && host.flag.len() > 4 * INPUT_FLAG,
+            "host work"
+        );
+    }
+    let (every, k, threshold) = match c.selection {
+        Selection::Every => (1, 0, 0.0),
+        Selection::Top(k) => (0, k.clamp(1, c.ffn), 0.0),
+        Selection::Above(threshold) => (0, 0, threshold),
+    };
+    let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    let host = |field: fn(&HostWork) -> &View| c.host.map_or(0, |h| field(h).address());
+    // The fields of `struct Choose` in kernels/cuda/choose.cu, with its padding.
+    let words = vec![
+        c.scores.address(),
+        pair(c.ffn as u32, k as u32),
+        pair(c.n_hot as u32, every),
+        pair(f32::to_bits(threshold), cache.n_sets as u32),
+        pair(cache.n_ways as u32, 0),
+        cache.slot_of.address(),
+        cache.owner.address(),
+        cache.key.address(),
+        cache.used.address(),
+        pair(cache.lambda.to_bits(), 0),
+        c.step.address(),
+        pair(c.layer as u32, c.n_layers as u32),
+        host(|h| &h.list),
+        host(|h| &h.count),
+        host(|h| &h.flag),
+        out.ids.address(),
+        out.items.address(),
+        out.counts.address(),
+        out.totals.address(),
+    ];
+    let launch = Launch {
+        kernel: "choose".to_owned(),
+        grid: [1 + u32::from(c.host.is_some()), 1],
+        block: 1024,
+        shared_bytes: 0,
+        args: vec![Arg::Struct(words)],
+    };
+    let mut uses = vec![c.scores, c.step, &cache.slot_of, &cache.owner, &cache.key, &cache.used];
+    uses.extend([&out.ids, &out.items, &out.counts, &out.totals]);
+    uses.extend(c.host.iter().flat_map(|h| [&h.list, &h.count, &h.flag]));
+    device.launch(launch, &uses)
+}

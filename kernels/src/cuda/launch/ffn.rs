@@ -1,0 +1,132 @@
+//! The fused feed-forward kernel and the sum after it.
+
+use super::{Nonlinearity, THREADS, WorkList, address, chunk_columns, floats, input_shared_bytes, optional, u32_of};
+use crate::cuda::backend::{Arg, Launch};
+use crate::cuda::device::Device;
+use crate::cuda::error::Result;
+use crate::cuda::memory::View;
+use crate::{BundleLayout, GROUP};
+
+/// Where the bundles of a layer lie.
+#[derive(Debug, Clone, Copy)]
+pub struct Bundles<'a> {
+    /// The first neurons of the layer, in device memory.
+    pub hot: &'a View,
+    /// The others, in pinned host memory.
+    pub cold: &'a View,
+    /// The cache's slots.
+    pub cache: &'a View,
+    /// What the kernels after this one read: brought into the second-level cache, as far as it takes half of that.
+    pub ahead: Option<&'a View>,
+}
+
+/// Threads of a block of the fused kernel. A team of up to 16 warps has a chunk of columns for each thread; small teams
+/// share a block.
+fn ffn_threads(layout: BundleLayout) -> u32 {
+    let warps = layout.hidden_size().div_ceil(32 * chunk_columns(layout.encoding())).min(16);
+    let team = if warps == 3 { 4 } else { warps as u32 };
+    if team <= 4 { THREADS } else { 32 * team }
+}
+
+/// Blocks of the fused kernel: two for each multiprocessor.
+pub fn ffn_blocks(device: &Device) -> usize {
+    2 * device.n_multiprocessors()
+}
+
+/// The fused hot/cold kernel: `partial[b, :] = sum h_i d_i` over the items of block b. `partial` is
+/// `[n_blocks, hidden]`.
+///
+/// # Errors
+/// See the module.
+#[allow(clippy::too_many_arguments)]
+pub fn ffn(
+    device: &Device,
+    layout: BundleLayout,
+    activation: Nonlinearity,
+    work: &WorkList,
+    bundles: Bundles<'_>,
+    x: &View,
+    n_blocks: usize,
+    partial: &View,
+) -> Result<()> {
+    let hidden = layout.hidden_size();
+    assert!(hidden.is_multiple_of(GROUP), "the hidden size is a multiple of {GROUP}");
+    floats(x, hidden);
+    floats(partial, n_blocks * hidden);
+    let launch = Launch {
+        kernel: format!("ffn_{}", layout.encoding()),
+        grid: [n_blocks as u32, 1],
+        block: ffn_threads(layout),
+        shared_bytes: input_shared_bytes(layout.encoding(), hidden),
+        args: vec![
+            address(&work.items),
+            address(&work.counts),
+            address(bundles.hot),
+            address(bundles.cold),
+            address(bundles.cache),
+            u32_of(layout.bundle_bytes()),
+            u32_of(hidden),
+            Arg::U32(activation as u32),
+            address(x),
+            address(partial),
+            optional(bundles.ahead),
+            u32_of(bundles.ahead.map_or(0, |v| v.len().min(device.cache_bytes() / 2))),
+        ],
+    };
+    let mut uses = vec![&work.items, &work.counts, bundles.hot, bundles.cold, bundles.cache, x, partial];
+    uses.extend(bundles.ahead);
+    device.launch(launch, &uses)
+}
+
+/// What the host gives back: mapped memory.
+#[derive(Debug, Clone)]
+pub struct HostResult {
+    /// `[hidden]`.
+    pub y: View,
+    /// u32, raised last ([`flag_value`]); all ones if the host gives up.
+    pub flag: View,
+}
+
+/// `x += sum over blocks of partial (+ the host's part)`, in a fixed order.
+///
+/// # Errors
+/// See the module.
+#[allow(clippy::too_many_arguments)]
+pub fn finish(
+    device: &Device,
+    partial: &View,
+    n_blocks: usize,
+    hidden: usize,
+    counts: &View,
+    host: Option<&HostResult>,
+    step: &View,
+    (layer, n_layers): (usize, usize),
+    x: &View,
+) -> Result<()> {
+    floats(partial, n_blocks * hidden);
+    floats(x, hidden);
+    if let Some(host) = host {
+        floats(&host.y, hidden);
+    }
+    let launch = Launch {
+        kernel: "finish".to_owned(),
+        grid: [hidden.div_ceil(GROUP) as u32, 1],
+        block: THREADS,
+        shared_bytes: 0,
+        args: vec![
+            address(partial),
+            u32_of(n_blocks),
+            u32_of(hidden),
+            address(counts),
+            optional(host.map(|h| &h.y)),
+            optional(host.map(|h| &h.flag)),
+            address(step),
+            u32_of(layer),
+            u32_of(n_layers),
+            address(x),
+        ],
+    };
+    let mut uses = vec![partial, counts, step, x];
+    uses.extend(host.iter().flat_map(|h| [&h.y, &h.flag]));
+    device.launch(launch, &uses)
+}

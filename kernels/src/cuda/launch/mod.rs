@@ -1,0 +1,104 @@
+//! Every kernel, with its shapes: what it reads and writes is checked here before it is launched.
+//!
+//! The sources in `kernels/cuda/` say how each works. All numbers are f32 unless said otherwise; every function gives
+//! the compute queue one kernel and does not wait.
+//!
+//! # Errors
+//! Each function fails if the driver does.
+//!
+//! # Panics
+//! Each function panics if a view is smaller than the shapes say: a mistake of the caller, never of the input.
+
+mod attention;
+mod choose;
+mod ffn;
+mod predict;
+mod product;
+mod prompt;
+
+pub use attention::{Heads, MAX_SPLITS, RopeTables, attend};
+pub use choose::{
+    CacheTables, Choose, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value, host_item, hot_item,
+};
+pub use ffn::{Bundles, HostResult, ffn, ffn_blocks, finish};
+pub use predict::{LayerInput, inner_values, predict_inner, predict_scores};
+pub use product::{Added, Norm, embed, gemv};
+pub use prompt::{add_bias_rows, attend_rows, embed_rows, gate_rows, norm_rows, unpack_bundles, unpack_rows};
+
+use super::backend::Arg;
+use super::memory::View;
+use crate::{Encoding, GROUP};
+
+/// Threads of most kernels' blocks.
+const THREADS: u32 = 256;
+
+/// What the token in progress is: `[token, position, serial]`, three u32, and the host's share of the misses, an f32.
+#[derive(Debug, Clone, Copy)]
+pub struct Step;
+
+impl Step {
+    /// Its size.
+    pub const BYTES: usize = 16;
+}
+
+/// An encoded matrix on the device, rows at [`Encoding::row_stride`].
+#[derive(Debug, Clone)]
+pub struct DeviceMatrix {
+    /// How rows are stored.
+    pub encoding: Encoding,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub columns: usize,
+    /// The rows.
+    pub data: View,
+}
+
+impl DeviceMatrix {
+    fn check(&self) {
+        assert!(self.data.len() >= self.rows * self.encoding.row_stride(self.columns), "matrix data");
+    }
+}
+
+/// Numbers by which the kernels know activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Nonlinearity {
+    /// `silu(g) u`.
+    Silu = 0,
+    /// `relu(g) u`.
+    Relu = 1,
+    /// `relu(g) relu(u)`.
+    Drelu = 2,
+}
+
+fn floats(view: &View, n: usize) {
+    assert!(view.len() >= 4 * n, "{} bytes for {n} numbers", view.len());
+}
+
+fn address(view: &View) -> Arg {
+    Arg::Address(view.address())
+}
+
+fn optional(view: Option<&View>) -> Arg {
+    Arg::Address(view.map_or(0, View::address))
+}
+
+fn u32_of(n: usize) -> Arg {
+    Arg::U32(u32::try_from(n).expect("a size below 2^32"))
+}
+
+/// A vector in shared memory, as `kernels/cuda/input.cuh` lays it out: 16 more bytes for each 16 bytes of codes.
+fn input_shared_bytes(encoding: Encoding, columns: usize) -> u32 {
+    let chunk = chunk_columns(encoding);
+    (columns.next_multiple_of(GROUP) / chunk * (4 * chunk + 16)) as u32
+}
+
+/// Columns whose codes are 16 bytes.
+fn chunk_columns(encoding: Encoding) -> usize {
+    match encoding {
+        Encoding::Bf16 => 8,
+        Encoding::Q8 => 16,
+        Encoding::Q4 => 32,
+    }
+}
