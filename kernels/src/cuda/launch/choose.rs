@@ -36,7 +36,7 @@ pub struct CacheTables {
     pub lambda: f32,
 }
 
-/// Where the host reads which neurons it is to compute: mapped memory. [`predict_scores`] gives it the input.
+/// Where the host reads which neurons it is to compute: mapped memory. [`super::predict_scores`] gives it the input.
 #[derive(Debug, Clone)]
 pub struct HostWork {
     /// u32 `[ffn]`: cold numbers.

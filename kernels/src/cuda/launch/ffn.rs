@@ -83,7 +83,7 @@ pub fn ffn(
 pub struct HostResult {
     /// `[hidden]`.
     pub y: View,
-    /// u32, raised last ([`flag_value`]); all ones if the host gives up.
+    /// u32, raised last ([`super::flag_value`]); all ones if the host gives up.
     pub flag: View,
 }
 

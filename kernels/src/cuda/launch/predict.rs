@@ -59,7 +59,7 @@ pub struct LayerInput<'a> {
     pub inner: &'a View,
     /// Gets the normalised input.
     pub normed: &'a View,
-    /// Where the host reads it, if it may get a part of the layer ([`HostWork`]).
+    /// Where the host reads it, if it may get a part of the layer ([`super::HostWork`]).
     pub host_x: Option<&'a View>,
 }
 
