@@ -1,35 +1,82 @@
 use crate::{Encoding, RowRef};
 
-/// Where the three rows of a neuron lie in its bundle.
+/// Rows of a neuron: gate, up, down.
+const ROWS: usize = 3;
+
+/// Where the three rows of a neuron lie in its bundle, or the one row of a matrix in its bytes.
 ///
-/// A bundle is: gate codes, up codes, down codes, gate scales, up scales, down scales, zeros up to a multiple of 16.
-/// Each row has `hidden_size` columns (the down *column* of the neuron is stored as a row). Codes come first so that
-/// every code plane starts at a multiple of 16 when `hidden_size` is a multiple of 32: one 16-byte load a GPU thread.
+/// A bundle is: gate codes, up codes, down codes, gate scales, up scales, down scales, zeros up to a multiple of 16; the
+/// three coarse planes, zeros up to a multiple of 16; the three heads; the three streams, zeros up to a multiple of 16.
+/// What an encoding does not have is left out. Each row has `columns` columns (the down *column* of the neuron is stored
+/// as a row). Codes come first so that every code plane starts at a multiple of 16 when there is a multiple of 32
+/// columns: one 16-byte load a GPU thread. The parts are so divided that a bundle is the bundles of its planes, one after
+/// the other: a split keeps these in files of their own.
+///
+/// Streams have different lengths; there is room for the longest of the layer, so that bundles are as long as each
+/// other and are found by their number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BundleLayout {
     encoding: Encoding,
-    hidden_size: usize,
+    columns: usize,
+    rows: usize,
     code_bytes: usize,
     scale_bytes: usize,
+    coarse_bytes: usize,
+    head_bytes: usize,
+    /// Where the coarse planes begin: the end of the base's part.
+    coarse_at: usize,
+    /// Where the heads begin.
+    head_at: usize,
     bundle_bytes: usize,
 }
 
 impl BundleLayout {
-    /// The layout for a model; `None` if the encoding cannot store rows of `hidden_size`.
+    /// The layout for a model; `None` if the encoding cannot store rows of `hidden_size`, or has streams.
     pub fn new(encoding: Encoding, hidden_size: usize) -> Option<Self> {
-        let (code_bytes, scale_bytes) = (encoding.code_bytes(hidden_size), encoding.scale_bytes(hidden_size));
-        let bundle_bytes = (3 * (code_bytes + scale_bytes)).next_multiple_of(16);
-        encoding.accepts(hidden_size).then_some(Self { encoding, hidden_size, code_bytes, scale_bytes, bundle_bytes })
+        if encoding.has_stream() { None } else { Self::with_streams(encoding, hidden_size, 0) }
     }
 
-    /// The encoding of all three rows.
+    /// The same with room for `stream_bytes` of streams, all three rows of a neuron together.
+    pub fn with_streams(encoding: Encoding, hidden_size: usize, stream_bytes: usize) -> Option<Self> {
+        Self::of_rows(encoding, hidden_size, ROWS, stream_bytes)
+    }
+
+    /// One row of a matrix, with room for `stream_bytes`.
+    pub fn matrix_row(encoding: Encoding, columns: usize, stream_bytes: usize) -> Option<Self> {
+        Self::of_rows(encoding, columns, 1, stream_bytes)
+    }
+
+    fn of_rows(encoding: Encoding, columns: usize, rows: usize, stream_bytes: usize) -> Option<Self> {
+        if !encoding.accepts(columns) {
+            return None;
+        }
+        let (code_bytes, scale_bytes) = (encoding.code_bytes(columns), encoding.scale_bytes(columns));
+        let (coarse_bytes, head_bytes) = (encoding.coarse_bytes(columns), encoding.head_bytes(columns));
+        let coarse_at = (rows * (code_bytes + scale_bytes)).next_multiple_of(16);
+        let head_at = coarse_at + (rows * coarse_bytes).next_multiple_of(16);
+        let bundle_bytes = (head_at + rows * head_bytes + stream_bytes).next_multiple_of(16);
+        Some(Self {
+            encoding,
+            columns,
+            rows,
+            code_bytes,
+            scale_bytes,
+            coarse_bytes,
+            head_bytes,
+            coarse_at,
+            head_at,
+            bundle_bytes,
+        })
+    }
+
+    /// The encoding of all rows.
     pub fn encoding(&self) -> Encoding {
         self.encoding
     }
 
     /// Columns of each row.
     pub fn hidden_size(&self) -> usize {
-        self.hidden_size
+        self.columns
     }
 
     /// Bytes of one bundle.
@@ -37,16 +84,46 @@ impl BundleLayout {
         self.bundle_bytes
     }
 
+    /// Bytes of the base's part of a bundle: what a split without further planes has.
+    pub fn base_bytes(&self) -> usize {
+        self.coarse_at
+    }
+
+    /// Bytes of the coarse planes of a bundle.
+    pub fn coarse_bytes(&self) -> usize {
+        self.head_at - self.coarse_at
+    }
+
+    /// Bytes of heads and streams.
+    pub fn final_bytes(&self) -> usize {
+        self.bundle_bytes - self.head_at
+    }
+
     /// Row `which` (0 gate, 1 up, 2 down) of a bundle.
     ///
     /// # Panics
-    /// If `bundle` is shorter than [`BundleLayout::bundle_bytes`] or `which > 2`.
+    /// If `bundle` is shorter than [`BundleLayout::bundle_bytes`] or there is no such row.
     #[inline]
     pub fn row<'a>(&self, bundle: &'a [u8], which: usize) -> RowRef<'a> {
-        assert!(which < 3, "a bundle has three rows");
-        let codes = which * self.code_bytes;
-        let scales = 3 * self.code_bytes + which * self.scale_bytes;
-        RowRef { codes: &bundle[codes..codes + self.code_bytes], scales: &bundle[scales..scales + self.scale_bytes] }
+        assert!(which < self.rows, "row {which} of {}", self.rows);
+        let part = |from: usize, bytes: usize| &bundle[from + which * bytes..from + (which + 1) * bytes];
+        let mut row = RowRef {
+            codes: part(0, self.code_bytes),
+            scales: part(self.rows * self.code_bytes, self.scale_bytes),
+            ..RowRef::default()
+        };
+        if self.coarse_bytes > 0 {
+            row.coarse = part(self.coarse_at, self.coarse_bytes);
+        }
+        if self.head_bytes > 0 {
+            row.head = part(self.head_at, self.head_bytes);
+            let streams = &bundle[self.head_at + self.rows * self.head_bytes..self.bundle_bytes];
+            let heads = bundle[self.head_at..].chunks_exact(self.head_bytes).take(which);
+            let before: usize = heads.map(|head| self.encoding.stream_bytes(head)).sum();
+            // Of a damaged bundle there may be nothing left.
+            row.stream = streams.get(before..).unwrap_or_default();
+        }
+        row
     }
 
     /// Codes and scales of row `which`, to be written.
@@ -54,8 +131,8 @@ impl BundleLayout {
     /// # Panics
     /// As [`BundleLayout::row`].
     pub fn row_mut<'a>(&self, bundle: &'a mut [u8], which: usize) -> (&'a mut [u8], &'a mut [u8]) {
-        assert!(which < 3, "a bundle has three rows");
-        let (codes, scales) = bundle.split_at_mut(3 * self.code_bytes);
+        assert!(which < self.rows, "row {which} of {}", self.rows);
+        let (codes, scales) = bundle.split_at_mut(self.rows * self.code_bytes);
         let (c, s) = (which * self.code_bytes, which * self.scale_bytes);
         (&mut codes[c..c + self.code_bytes], &mut scales[s..s + self.scale_bytes])
     }

@@ -1,4 +1,5 @@
-use crate::{BundleLayout, Encoding, PreparedInput, RowRef, reference};
+use crate::{BundleLayout, Encoding, PreparedInput, RowRef, exact, reference};
+use std::cell::Cell;
 
 /// An instruction set that there are kernels for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,6 +139,9 @@ impl Kernels {
         x: &[f32],
         ahead: &[&[u8]],
     ) -> [f32; N] {
+        if encoding.has_stream() {
+            return self.decoded(encoding, rows, x.len(), |rows| self.dots_ahead(Encoding::Bf16, rows, x, ahead));
+        }
         for row in &rows {
             check(encoding, row, x.len());
         }
@@ -177,6 +181,9 @@ impl Kernels {
         y: &mut [f32],
         ahead: &[&[u8]],
     ) {
+        if encoding.has_stream() {
+            return self.decoded(encoding, rows, y.len(), |rows| self.axpys(Encoding::Bf16, rows, a, y, ahead));
+        }
         for row in &rows {
             check(encoding, row, y.len());
         }
@@ -191,6 +198,54 @@ impl Kernels {
         // Plain loops do not wait for memory.
         let _ = ahead;
         rows.into_iter().zip(a).for_each(|(row, a)| reference::axpy(encoding, row, a, y));
+    }
+
+    /// The bfloat16 bits of `row`, as long as `out`: the same as [`exact::decode`] for rows that were packed, any bits
+    /// for others.
+    ///
+    /// # Panics
+    /// If the encoding is not exact, or as [`Kernels::dots`].
+    pub fn decode(&self, encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
+        check(encoding, &row, out.len());
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512 && is_x86_feature_detected!("bmi2") {
+            let has_vbmi = is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
+            match encoding {
+                // SAFETY: the features were just looked for, those of the set as in `dots_ahead`; lengths were checked.
+                Encoding::Bf16x if has_vbmi => return unsafe { crate::x86::exact::bf16x(row, out) },
+                // SAFETY: as above.
+                Encoding::Q4Exact => return unsafe { crate::x86::exact::residual::<true>(row, out) },
+                // SAFETY: as above.
+                Encoding::Q8Exact => return unsafe { crate::x86::exact::residual::<false>(row, out) },
+                _ => {}
+            }
+        }
+        exact::decode(encoding, row, out);
+    }
+
+    /// Calls `then` with `rows` as bfloat16, decoded into memory of this thread's: so the results are those of rows that
+    /// are stored as bfloat16.
+    fn decoded<const N: usize, T>(
+        &self,
+        encoding: Encoding,
+        rows: [RowRef<'_>; N],
+        columns: usize,
+        then: impl FnOnce([RowRef<'_>; N]) -> T,
+    ) -> T {
+        thread_local!(static BITS: Cell<Vec<u16>> = const { Cell::new(Vec::new()) });
+        // Taken, not borrowed: nothing that `then` does can find it in use.
+        let mut bits = BITS.take();
+        bits.resize(bits.len().max(N * columns), 0);
+        for (row, out) in rows.into_iter().zip(bits.chunks_exact_mut(columns)) {
+            self.decode(encoding, row, out);
+        }
+        let rows = std::array::from_fn(|n| {
+            let codes = bytemuck::cast_slice(&bits[n * columns..(n + 1) * columns]);
+            RowRef { codes, ..RowRef::default() }
+        });
+        let result = then(rows);
+        BITS.set(bits);
+        result
     }
 
     /// Gate and up pre-activations of the neuron in `bundle` for a prepared input. Memory that will be read soon,
@@ -214,7 +269,9 @@ fn check(encoding: Encoding, row: &RowRef<'_>, columns: usize) {
     assert!(
         encoding.accepts(columns)
             && row.codes.len() >= encoding.code_bytes(columns)
-            && row.scales.len() >= encoding.scale_bytes(columns),
+            && row.scales.len() >= encoding.scale_bytes(columns)
+            && row.coarse.len() >= encoding.coarse_bytes(columns)
+            && row.head.len() >= encoding.head_bytes(columns),
         "row too short, or not whole groups"
     );
 }

@@ -4,13 +4,30 @@ use std::str::FromStr;
 /// Columns that share a scale in the quantised encodings.
 pub const GROUP: usize = 32;
 
-/// How a row of weights is stored: a plane of codes, then a plane of scales.
+/// Columns whose variable-length codes lie together, with their length in the row's head: what one warp decodes, and
+/// where another one can start.
+pub const SEGMENT: usize = 1024;
+
+/// Columns that are coded together: a vector of bytes.
+pub const BLOCK: usize = 64;
+
+/// Symbols that `bf16x` has codes for.
+pub(crate) const SYMBOLS: usize = 9;
+
+/// How a row of weights is stored.
 ///
-/// | encoding | codes | scales | bits per weight |
+/// | encoding | parts | bits per weight | value |
 /// | --- | --- | --- | --- |
-/// | `bf16` | bfloat16, little-endian | none | 16 |
-/// | `q8` | i8 | one f16 for each group of 32 | 8.5 |
-/// | `q4` | 4 bits, offset 8; byte j of a group holds columns j (low) and j + 16 (high) | the same | 4.5 |
+/// | `bf16` | bfloat16, little-endian | 16 | the bfloat16 |
+/// | `q8` | i8 codes; one f16 scale for each group of 32 | 8.5 | code * scale |
+/// | `q4` | 4-bit codes, offset 8 (byte j of a group holds columns j, low, and j + 16, high); scales | 4.5 | (code - 8) * scale |
+/// | `bf16x` | sign and mantissa, exponents coded ([`mod@exact::bf16x`](crate::exact::bf16x)) | about 10.6 | the bfloat16 |
+/// | `q4+plus` | `q4`, and a coarse plane of 4 more bits | 8.5 | the middle of a sixteenth of the code's range |
+/// | `q4+exact` | `q4+plus`, and a final plane ([`mod@exact::residual`](crate::exact::residual)) | about 11.4 | the bfloat16 |
+/// | `q8+exact` | `q8`, and a final plane | about 11.3 | the bfloat16 |
+///
+/// The parts of a row are planes: codes, scales, coarse codes, a head of lengths, a stream of codes of variable length.
+/// What is stored is exactly a bfloat16 where the last column says so, whatever its bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Encoding {
     /// bfloat16.
@@ -19,11 +36,30 @@ pub enum Encoding {
     Q8,
     /// 4-bit codes, f16 scales for groups of 32.
     Q4,
+    /// bfloat16 with coded exponents.
+    Bf16x,
+    /// `Q4` with the coarse plane.
+    Q4Plus,
+    /// `Q4` with both planes.
+    Q4Exact,
+    /// `Q8` with the final plane.
+    Q8Exact,
 }
 
 impl Encoding {
     /// Every encoding, for tests and help texts.
-    pub const ALL: [Encoding; 3] = [Encoding::Bf16, Encoding::Q8, Encoding::Q4];
+    pub const ALL: [Encoding; 7] = [
+        Encoding::Bf16,
+        Encoding::Q8,
+        Encoding::Q4,
+        Encoding::Bf16x,
+        Encoding::Q4Plus,
+        Encoding::Q4Exact,
+        Encoding::Q8Exact,
+    ];
+
+    /// Those with one plane of codes, whose rows are as long as each other.
+    pub const PLAIN: [Encoding; 3] = [Encoding::Bf16, Encoding::Q8, Encoding::Q4];
 
     /// The name used in manifests and on the command line.
     pub fn name(self) -> &'static str {
@@ -31,6 +67,10 @@ impl Encoding {
             Encoding::Bf16 => "bf16",
             Encoding::Q8 => "q8",
             Encoding::Q4 => "q4",
+            Encoding::Bf16x => "bf16x",
+            Encoding::Q4Plus => "q4+plus",
+            Encoding::Q4Exact => "q4+exact",
+            Encoding::Q8Exact => "q8+exact",
         }
     }
 
@@ -40,6 +80,10 @@ impl Encoding {
             Encoding::Bf16 => 1,
             Encoding::Q8 => 2,
             Encoding::Q4 => 3,
+            Encoding::Bf16x => 4,
+            Encoding::Q4Plus => 5,
+            Encoding::Q4Exact => 6,
+            Encoding::Q8Exact => 7,
         }
     }
 
@@ -48,40 +92,94 @@ impl Encoding {
         Self::ALL.into_iter().find(|e| e.id() == id)
     }
 
+    /// The encoding that is left without its further planes.
+    pub fn base(self) -> Self {
+        match self {
+            Encoding::Q4Plus | Encoding::Q4Exact => Encoding::Q4,
+            Encoding::Q8Exact => Encoding::Q8,
+            plain => plain,
+        }
+    }
+
+    /// Whether every bfloat16 comes back bit for bit.
+    pub fn is_exact(self) -> bool {
+        matches!(self, Encoding::Bf16 | Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact)
+    }
+
+    /// Whether rows have a head and a stream: codes of variable length.
+    pub fn has_stream(self) -> bool {
+        self.is_exact() && self != Encoding::Bf16
+    }
+
     /// Whether rows of `columns` weights can be stored: quantised rows are whole groups.
     pub fn accepts(self, columns: usize) -> bool {
-        columns > 0 && (self == Encoding::Bf16 || columns.is_multiple_of(GROUP))
+        let free = matches!(self, Encoding::Bf16 | Encoding::Bf16x);
+        columns > 0 && (free || columns.is_multiple_of(GROUP))
     }
 
     /// Bytes of the codes of a row.
     pub fn code_bytes(self, columns: usize) -> usize {
-        match self {
+        match self.base() {
             Encoding::Bf16 => columns * 2,
+            Encoding::Bf16x => columns + columns.div_ceil(BLOCK) * (BLOCK / 4),
             Encoding::Q8 => columns,
-            Encoding::Q4 => columns / 2,
+            _ => columns / 2,
         }
     }
 
     /// Bytes of the scales of a row.
     pub fn scale_bytes(self, columns: usize) -> usize {
-        match self {
-            Encoding::Bf16 => 0,
-            Encoding::Q8 | Encoding::Q4 => columns / GROUP * 2,
+        match self.base() {
+            Encoding::Bf16 | Encoding::Bf16x => 0,
+            _ => columns / GROUP * 2,
         }
     }
 
-    /// Bytes from one row of a matrix to the next: codes, scales, zeros up to a multiple of 16.
+    /// Bytes of the coarse plane of a row.
+    pub fn coarse_bytes(self, columns: usize) -> usize {
+        if matches!(self, Encoding::Q4Plus | Encoding::Q4Exact) { columns / 2 } else { 0 }
+    }
+
+    /// Bytes of the head of a row: what its stream cannot be read without.
+    pub fn head_bytes(self, columns: usize) -> usize {
+        let segments = columns.div_ceil(SEGMENT);
+        match self {
+            Encoding::Bf16x => SYMBOLS + 2 * segments,
+            Encoding::Q4Exact | Encoding::Q8Exact => 4 * segments,
+            _ => 0,
+        }
+    }
+
+    /// Bytes of the stream of a row, by its head; 0 without one.
+    pub fn stream_bytes(self, head: &[u8]) -> usize {
+        let (lengths, step) = match self {
+            Encoding::Bf16x => (head.get(SYMBOLS..).unwrap_or_default(), 2),
+            Encoding::Q4Exact | Encoding::Q8Exact => (head, 4),
+            _ => return 0,
+        };
+        let length = |entry: &[u8]| entry.first_chunk().map_or(0, |b| usize::from(u16::from_le_bytes(*b)));
+        lengths.chunks_exact(step).map(length).sum()
+    }
+
+    /// Bytes from one row of a matrix to the next, without a stream: codes and scales up to a multiple of 16, the same of
+    /// the coarse plane, the head.
     pub fn row_stride(self, columns: usize) -> usize {
-        (self.code_bytes(columns) + self.scale_bytes(columns)).next_multiple_of(16)
+        let base = (self.code_bytes(columns) + self.scale_bytes(columns)).next_multiple_of(16);
+        base + self.coarse_bytes(columns).next_multiple_of(16) + self.head_bytes(columns)
     }
 
     /// The first column of `row` whose weight is NaN or infinite; in quantised encodings the first of a group whose
     /// scale is.
     pub fn first_not_finite(self, row: RowRef<'_>) -> Option<usize> {
+        if self.has_stream() {
+            let mut bits = vec![0; self.columns(row)];
+            crate::exact::decode(self, row, &mut bits);
+            return bits.iter().position(|b| b & 0x7f80 == 0x7f80);
+        }
         // Sixteen bits with all exponent bits set.
         let (bytes, exponent, step) = match self {
             Encoding::Bf16 => (row.codes, 0x7f80, 1),
-            Encoding::Q8 | Encoding::Q4 => (row.scales, 0x7c00, GROUP),
+            _ => (row.scales, 0x7c00, GROUP),
         };
         let special = |b: &[u8; 2]| u16::from_le_bytes(*b) & exponent == exponent;
         let (halves, _) = bytes.as_chunks::<2>();
@@ -90,10 +188,25 @@ impl Encoding {
         if any { halves.iter().position(special).map(|i| i * step) } else { None }
     }
 
-    /// Whether every weight of `row` is zero because of its scales, or in bf16 by itself.
+    /// Whether every weight of `row` is zero because of its scales, or in exact encodings by itself.
     pub fn is_zero(self, row: RowRef<'_>) -> bool {
+        if self.has_stream() {
+            let mut bits = vec![0; self.columns(row)];
+            crate::exact::decode(self, row, &mut bits);
+            return bits.iter().all(|b| b & 0x7fff == 0);
+        }
         let bytes = if self == Encoding::Bf16 { row.codes } else { row.scales };
         bytes.as_chunks::<2>().0.iter().all(|b| u16::from_le_bytes(*b) & 0x7fff == 0)
+    }
+
+    /// Columns of `row`.
+    fn columns(self, row: RowRef<'_>) -> usize {
+        match self.base() {
+            Encoding::Bf16 => row.codes.len() / 2,
+            Encoding::Bf16x => row.codes.len() - row.codes.len().div_ceil(BLOCK / 4 * 5) * (BLOCK / 4),
+            Encoding::Q8 => row.codes.len(),
+            _ => row.codes.len() * 2,
+        }
     }
 }
 
@@ -110,27 +223,43 @@ impl FromStr for Encoding {
         Self::ALL
             .into_iter()
             .find(|e| e.name() == s)
-            .ok_or_else(|| format!("unknown encoding {s:?}; expected bf16, q8 or q4"))
+            .ok_or_else(|| format!("unknown encoding {s:?}; expected one of {}", Self::ALL.map(Self::name).join(", ")))
     }
 }
 
-/// One encoded row, borrowed.
-#[derive(Debug, Clone, Copy)]
+/// One encoded row, borrowed: its planes, each empty where the encoding has none.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct RowRef<'a> {
     /// [`Encoding::code_bytes`] bytes.
     pub codes: &'a [u8],
     /// [`Encoding::scale_bytes`] bytes.
     pub scales: &'a [u8],
+    /// [`Encoding::coarse_bytes`] bytes.
+    pub coarse: &'a [u8],
+    /// [`Encoding::head_bytes`] bytes.
+    pub head: &'a [u8],
+    /// [`Encoding::stream_bytes`] bytes, and whatever comes after them.
+    pub stream: &'a [u8],
 }
 
 impl<'a> RowRef<'a> {
-    /// The row at the start of `bytes`, in the layout of a matrix row.
+    /// The row at the start of `bytes`, in the layout of a matrix row: what [`Encoding::row_stride`] counts, then the
+    /// stream.
     ///
     /// # Panics
     /// If `bytes` is shorter than a row.
     #[inline]
     pub fn from_matrix_row(encoding: Encoding, columns: usize, bytes: &'a [u8]) -> Self {
-        let (codes, rest) = bytes.split_at(encoding.code_bytes(columns));
-        RowRef { codes, scales: &rest[..encoding.scale_bytes(columns)] }
+        let (code_bytes, scale_bytes) = (encoding.code_bytes(columns), encoding.scale_bytes(columns));
+        let (codes, rest) = bytes.split_at(code_bytes);
+        let mut row = RowRef { codes, scales: &rest[..scale_bytes], ..RowRef::default() };
+        if encoding != encoding.base() || encoding.has_stream() {
+            let coarse_at = (code_bytes + scale_bytes).next_multiple_of(16);
+            let coarse_bytes = encoding.coarse_bytes(columns);
+            row.coarse = &bytes[coarse_at..coarse_at + coarse_bytes];
+            let tail = &bytes[coarse_at + coarse_bytes.next_multiple_of(16)..];
+            (row.head, row.stream) = tail.split_at(encoding.head_bytes(columns));
+        }
+        row
     }
 }

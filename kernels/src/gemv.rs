@@ -1,6 +1,6 @@
 use crate::{Encoding, Kernels, Pool, RowRef, prefetch};
 
-/// An encoded matrix `[rows, columns]`, borrowed: rows of [`Encoding::row_stride`] bytes one after the other.
+/// An encoded matrix `[rows, columns]`, borrowed: rows in the layout of [`RowRef::from_matrix_row`], one after the other.
 #[derive(Debug, Clone, Copy)]
 pub struct MatrixRef<'a> {
     /// How each row is stored.
@@ -9,11 +9,18 @@ pub struct MatrixRef<'a> {
     pub rows: usize,
     /// Columns (inputs).
     pub columns: usize,
-    /// `rows * row_stride` bytes or more.
+    /// Bytes from one row to the next: [`Encoding::row_stride`], and room for the longest stream.
+    pub stride: usize,
+    /// `rows * stride` bytes or more.
     pub data: &'a [u8],
 }
 
 impl<'a> MatrixRef<'a> {
+    /// A matrix in an encoding without streams.
+    pub fn new(encoding: Encoding, rows: usize, columns: usize, data: &'a [u8]) -> Self {
+        Self { encoding, rows, columns, stride: encoding.row_stride(columns), data }
+    }
+
     /// Row `r`.
     ///
     /// # Panics
@@ -21,8 +28,8 @@ impl<'a> MatrixRef<'a> {
     #[inline]
     pub fn row(&self, r: usize) -> RowRef<'a> {
         assert!(r < self.rows, "row {r} of {}", self.rows);
-        let stride = self.encoding.row_stride(self.columns);
-        RowRef::from_matrix_row(self.encoding, self.columns, &self.data[r * stride..(r + 1) * stride])
+        let bytes = &self.data[r * self.stride..(r + 1) * self.stride];
+        RowRef::from_matrix_row(self.encoding, self.columns, bytes)
     }
 }
 
@@ -67,7 +74,7 @@ pub const PREFETCH_BYTES: usize = 3072;
 /// # Panics
 /// If a row or the input is too short.
 pub fn gemv_rows(kernels: &Kernels, w: &MatrixRef<'_>, first: usize, x: &[f32], y: &mut [f32]) {
-    let stride = w.encoding.row_stride(w.columns);
+    let stride = w.stride;
     // Short rows four at a time: the end of each, adding up one vector's lanes, is as long as its products.
     if stride <= SHORT_ROW_BYTES {
         rows_by::<4>(kernels, w, first, x, y)
@@ -80,7 +87,7 @@ pub fn gemv_rows(kernels: &Kernels, w: &MatrixRef<'_>, first: usize, x: &[f32], 
 const SHORT_ROW_BYTES: usize = 1024;
 
 fn rows_by<const N: usize>(kernels: &Kernels, w: &MatrixRef<'_>, first: usize, x: &[f32], y: &mut [f32]) {
-    let stride = w.encoding.row_stride(w.columns);
+    let stride = w.stride;
     let end = (first + y.len()) * stride;
     let (groups, rest) = y.as_chunks_mut::<N>();
     let mut r = first;

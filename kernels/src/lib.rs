@@ -2,7 +2,8 @@
 //!
 //! | concept | where |
 //! | --- | --- |
-//! | how a row of weights is stored | [`Encoding`], [`pack`] |
+//! | how a row of weights is stored | [`Encoding`], [`pack()`] |
+//! | rows that give back a checkpoint's bits | [`exact`] |
 //! | one neuron, gate and up rows and down column together | [`BundleLayout`] |
 //! | dot and axpy on encoded rows, chosen for the CPU at run time | [`Kernels`] |
 //! | a layer's input, made ready for the rows of its neurons | [`PreparedInput`] |
@@ -23,6 +24,7 @@ mod certificate;
 pub mod cuda;
 mod dispatch;
 mod encoding;
+pub mod exact;
 mod gemv;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 mod input;
@@ -39,7 +41,7 @@ pub use aligned::{AlignedBuf, AllocError};
 pub use bundle::BundleLayout;
 pub use certificate::{CERTIFIED_ROWS, Certificate, QuantisedInput};
 pub use dispatch::{Isa, Kernels, prefetch};
-pub use encoding::{Encoding, GROUP, RowRef};
+pub use encoding::{BLOCK, Encoding, GROUP, RowRef, SEGMENT};
 pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows, gemvs};
 pub use input::PreparedInput;
 pub use matmul::{matmul, matmul_nn};

@@ -1,5 +1,6 @@
+use crate::exact::{self, bits16, value16};
 use crate::{Encoding, GROUP, RowRef};
-use half::{bf16, f16};
+use half::f16;
 
 /// A weight that an encoding cannot hold.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
@@ -34,15 +35,17 @@ pub enum ScaleFit<'a> {
 
 /// Encodes one row as a matrix row: codes, scales, zeros up to the end of `out`.
 ///
-/// bf16 rounds to nearest even; a value that is already bf16 keeps its bits.
+/// bf16 rounds to nearest even; a value that is already bf16 keeps its bits, of a NaN too. A weight halfway between two
+/// codes gets that of the larger value.
 ///
 /// # Errors
 /// If a weight is not finite or too large, for `q8` and `q4`.
 ///
 /// # Panics
-/// If the encoding does not accept rows of this length, `out` is shorter than a row, or a weighted fit has another
+/// If the encoding is not a plain one or does not accept rows of this length, `out` is shorter than a row, or a weighted fit has another
 /// number of weights.
 pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) -> Result<(), PackError> {
+    assert!(Encoding::PLAIN.contains(&encoding), "{encoding} rows are packed by `exact`");
     assert!(encoding.accepts(row.len()), "{encoding} cannot store rows of {}", row.len());
     if let ScaleFit::Weighted(Some(w)) = fit {
         assert_eq!(w.len(), row.len(), "one weight a column");
@@ -52,7 +55,7 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
     rest.fill(0);
     if encoding == Encoding::Bf16 {
         for (o, &v) in codes.chunks_exact_mut(2).zip(row) {
-            o.copy_from_slice(&bf16::from_f32(v).to_le_bytes());
+            o.copy_from_slice(&bits16(v).to_le_bytes());
         }
         return Ok(());
     }
@@ -68,7 +71,7 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
             return Err(PackError::OutOfRange { column: g * GROUP + worst, value: values[worst], encoding });
         }
         let inverse = if scale == f16::ZERO { 0.0 } else { 1.0 / scale.to_f32() };
-        let code = |v: f32| (v * inverse).round_ties_even().clamp(low, high) as i32;
+        let code = |v: f32| settle(v, scale.to_f32(), (v * inverse).round_ties_even() as i32, low as i32, high as i32);
         rest[2 * g..2 * g + 2].copy_from_slice(&scale.to_le_bytes());
         if encoding == Encoding::Q4 {
             for j in 0..GROUP / 2 {
@@ -82,6 +85,18 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
         }
     }
     Ok(())
+}
+
+/// The code in whose cell `v` lies, the interval of one step around the code's value with its lower end, from the `code`
+/// that a rounded quotient gives: a bound of the cell is exact in f32, the quotient is not. Planes over the code count
+/// on that (`exact/residual.rs`).
+fn settle(v: f32, scale: f32, code: i32, low: i32, high: i32) -> i32 {
+    let code = code.clamp(low, high);
+    let half = scale / 2.0;
+    let (a, b) = ((2 * code - 1) as f32 * half, (2 * code + 1) as f32 * half);
+    let up = if scale < 0.0 { -1 } else { 1 };
+    let code = code + if v < a.min(b) { -up } else { up * i32::from(v >= a.max(b) && scale != 0.0) };
+    code.clamp(low, high)
 }
 
 /// The f16 scale of one group.
@@ -143,7 +158,7 @@ fn fit_scale(values: &[f32], fit: ScaleFit<'_>, low: f32, high: f32) -> f16 {
     f16::from_f32(best.1)
 }
 
-/// Decodes one row to f32. Exact: every code times its scale is computed in f32.
+/// Decodes one row to f32. Exact: every code times its scale is computed in f32, the middle of a cell as well.
 ///
 /// # Panics
 /// If `out` is longer than the row.
@@ -151,8 +166,24 @@ pub fn unpack(encoding: Encoding, row: RowRef<'_>, out: &mut [f32]) {
     let scale = |g: usize| f16::from_le_bytes([row.scales[2 * g], row.scales[2 * g + 1]]).to_f32();
     match encoding {
         Encoding::Bf16 => {
-            for (o, c) in out.iter_mut().zip(row.codes.chunks_exact(2)) {
-                *o = bf16::from_le_bytes([c[0], c[1]]).to_f32();
+            for (o, c) in out.iter_mut().zip(row.codes.as_chunks::<2>().0) {
+                *o = value16(u16::from_le_bytes(*c));
+            }
+        }
+        Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => {
+            let mut bits = vec![0; out.len()];
+            exact::decode(encoding, row, &mut bits);
+            out.iter_mut().zip(bits).for_each(|(o, b)| *o = value16(b));
+        }
+        Encoding::Q4Plus => {
+            let groups = row.codes.chunks_exact(GROUP / 2).zip(row.coarse.chunks_exact(GROUP / 2));
+            for (g, (o, (c, f))) in out.chunks_exact_mut(GROUP).zip(groups).enumerate() {
+                let s = scale(g) / 16.0;
+                let (lo, hi) = o.split_at_mut(GROUP / 2);
+                for (((lo, hi), &c), &f) in lo.iter_mut().zip(hi).zip(c).zip(f) {
+                    *lo = (f32::from((c & 15) << 4 | f & 15) - 135.5) * s;
+                    *hi = (f32::from(c & 0xf0 | f >> 4) - 135.5) * s;
+                }
             }
         }
         Encoding::Q8 => {

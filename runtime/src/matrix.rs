@@ -79,7 +79,7 @@ impl Matrix {
     }
 
     fn sub<'a>(&self, data: &'a [u8], rows: usize) -> MatrixRef<'a> {
-        MatrixRef { encoding: self.encoding, rows, columns: self.entry.columns, data }
+        MatrixRef::new(self.encoding, rows, self.entry.columns, data)
     }
 
     /// The products of several matrices with one token's `x`, one after the other in `out`, in one parallel loop, if all

@@ -59,10 +59,10 @@ impl Predictor {
     /// as zero: a broken predictor costs accuracy, never a crash.
     pub(crate) fn scores(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], scores: &mut [f32]) {
         let mut z = vec![0.0; self.rank];
-        let input = MatrixRef { encoding: Encoding::Q8, rows: self.rank, columns: self.hidden_size, data: &self.input };
+        let input = MatrixRef::new(Encoding::Q8, self.rank, self.hidden_size, &self.input);
         gemv(kernels, pool, input, x, &mut z);
         let ffn = scores.len();
-        let factors = MatrixRef { encoding: self.encoding, rows: 2 * ffn, columns: self.rank, data: &self.factors };
+        let factors = MatrixRef::new(self.encoding, 2 * ffn, self.rank, &self.factors);
         pool.for_each_chunk(scores, TASK_NEURONS, |task, scores| {
             let first = task * TASK_NEURONS;
             let mut sums = [0.0; 2 * TASK_NEURONS];

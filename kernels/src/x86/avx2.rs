@@ -21,6 +21,8 @@ pub(crate) unsafe fn dots<const N: usize>(
             Encoding::Bf16 => dots_bf16(rows, x, ahead),
             Encoding::Q8 => dots_groups::<N, Q8>(rows, x, ahead),
             Encoding::Q4 => dots_groups::<N, Q4>(rows, x, ahead),
+            Encoding::Q4Plus => dots_groups::<N, Q4Plus>(rows, x, ahead),
+            Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => unreachable!("rows are decoded first"),
         }
     }
 }
@@ -43,6 +45,8 @@ pub(crate) unsafe fn axpys<const N: usize>(
                 Encoding::Bf16 => axpy_bf16(row, a, y, &mut ahead),
                 Encoding::Q8 => axpy_groups::<Q8>(row, a, y, &mut ahead),
                 Encoding::Q4 => axpy_groups::<Q4>(row, a, y, &mut ahead),
+                Encoding::Q4Plus => axpy_groups::<Q4Plus>(row, a, y, &mut ahead),
+                Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => unreachable!("rows are decoded first"),
             }
         }
     }
@@ -51,23 +55,49 @@ pub(crate) unsafe fn axpys<const N: usize>(
 /// How the codes of one group become four vectors of floats.
 trait Group {
     const CODE_BYTES: usize;
+    /// What scales are multiplied with, a power of two.
+    const STEP: f32 = 1.0;
+    /// Group `g` of a row.
+    ///
     /// # Safety
-    /// `codes` points to `CODE_BYTES` bytes; AVX2 as above.
-    unsafe fn decode(codes: *const u8) -> [__m256; 4];
+    /// The row has such a group; AVX2 as above.
+    unsafe fn decode(row: &RowRef<'_>, g: usize) -> [__m256; 4];
 }
 
 struct Q8;
 struct Q4;
+struct Q4Plus;
+
+impl Group for Q4Plus {
+    const CODE_BYTES: usize = GROUP / 2;
+    const STEP: f32 = 1.0 / 16.0;
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode(row: &RowRef<'_>, g: usize) -> [__m256; 4] {
+        // SAFETY: 16 readable bytes each by contract.
+        let (codes, coarse) = unsafe {
+            let at = g * Self::CODE_BYTES;
+            (_mm_loadu_si128(row.codes.as_ptr().add(at).cast()), _mm_loadu_si128(row.coarse.as_ptr().add(at).cast()))
+        };
+        let low = _mm_set1_epi8(15);
+        let join = |upper, lower| _mm_or_si128(_mm_andnot_si128(low, upper), _mm_and_si128(low, lower));
+        let lo = join(_mm_slli_epi16::<4>(codes), coarse);
+        let hi = join(codes, _mm_srli_epi16::<4>(coarse));
+        let middle = _mm256_set1_ps(135.5);
+        let value = |v| _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), middle);
+        [value(lo), value(_mm_unpackhi_epi64(lo, lo)), value(hi), value(_mm_unpackhi_epi64(hi, hi))]
+    }
+}
 
 impl Group for Q8 {
     const CODE_BYTES: usize = GROUP;
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn decode(codes: *const u8) -> [__m256; 4] {
+    unsafe fn decode(row: &RowRef<'_>, g: usize) -> [__m256; 4] {
         let mut out = [_mm256_setzero_ps(); 4];
         for (v, o) in out.iter_mut().enumerate() {
             // SAFETY: 32 readable bytes by contract, 8 of them here.
-            let c = unsafe { _mm_loadl_epi64(codes.add(8 * v).cast()) };
+            let c = unsafe { _mm_loadl_epi64(row.codes.as_ptr().add(g * Self::CODE_BYTES + 8 * v).cast()) };
             *o = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(c));
         }
         out
@@ -78,9 +108,12 @@ impl Group for Q4 {
     const CODE_BYTES: usize = GROUP / 2;
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn decode(codes: *const u8) -> [__m256; 4] {
+    unsafe fn decode(row: &RowRef<'_>, g: usize) -> [__m256; 4] {
         // SAFETY: 16 readable bytes by contract.
-        let (a, b) = unsafe { (_mm_loadl_epi64(codes.cast()), _mm_loadl_epi64(codes.add(8).cast())) };
+        let (a, b) = unsafe {
+            let codes = row.codes.as_ptr().add(g * Self::CODE_BYTES);
+            (_mm_loadl_epi64(codes.cast()), _mm_loadl_epi64(codes.add(8).cast()))
+        };
         let (a, b) = (_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(b));
         let (mask, eight) = (_mm256_set1_epi32(15), _mm256_set1_epi32(8));
         let float = |v| _mm256_cvtepi32_ps(_mm256_sub_epi32(v, eight));
@@ -97,10 +130,11 @@ impl Group for Q4 {
 /// `scales` points to one f16.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn scale(scales: *const u8) -> __m256 {
+unsafe fn scale<G: Group>(scales: *const u8) -> __m256 {
     // SAFETY: two readable bytes by contract.
     let bits = unsafe { scales.cast::<u16>().read_unaligned() };
-    _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
+    let scale = _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))));
+    if G::STEP == 1.0 { scale } else { _mm256_mul_ps(scale, _mm256_set1_ps(G::STEP)) }
 }
 
 #[inline]
@@ -121,13 +155,13 @@ unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]
         for n in 0..N {
             // SAFETY: group g lies inside x and inside every row, by the contract of `dots`.
             unsafe {
-                let w = G::decode(rows[n].codes.as_ptr().add(g * G::CODE_BYTES));
+                let w = G::decode(&rows[n], g);
                 let p = x.as_ptr().add(g * GROUP);
                 let mut t = _mm256_mul_ps(w[0], _mm256_loadu_ps(p));
                 for (v, w) in w.iter().enumerate().skip(1) {
                     t = _mm256_fmadd_ps(*w, _mm256_loadu_ps(p.add(8 * v)), t);
                 }
-                acc[n] = _mm256_fmadd_ps(t, scale(rows[n].scales.as_ptr().add(2 * g)), acc[n]);
+                acc[n] = _mm256_fmadd_ps(t, scale::<G>(rows[n].scales.as_ptr().add(2 * g)), acc[n]);
             }
         }
     }
@@ -142,8 +176,8 @@ unsafe fn axpy_groups<G: Group>(row: RowRef<'_>, a: f32, y: &mut [f32], ahead: &
         ahead.step();
         // SAFETY: group g lies inside y and inside the row, by the contract of `axpys`.
         unsafe {
-            let s = _mm256_mul_ps(a, scale(row.scales.as_ptr().add(2 * g)));
-            for (v, w) in G::decode(row.codes.as_ptr().add(g * G::CODE_BYTES)).into_iter().enumerate() {
+            let s = _mm256_mul_ps(a, scale::<G>(row.scales.as_ptr().add(2 * g)));
+            for (v, w) in G::decode(&row, g).into_iter().enumerate() {
                 let p = y.as_mut_ptr().add(g * GROUP + 8 * v);
                 _mm256_storeu_ps(p, _mm256_fmadd_ps(w, s, _mm256_loadu_ps(p)));
             }

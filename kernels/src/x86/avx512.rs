@@ -30,6 +30,8 @@ pub(crate) unsafe fn dots<const N: usize>(
             Encoding::Bf16 => dots_bf16(rows, x, ahead),
             Encoding::Q8 => dots_groups::<N, Q8>(rows, x, ahead),
             Encoding::Q4 => dots_groups::<N, Q4>(rows, x, ahead),
+            Encoding::Q4Plus => dots_groups::<N, Q4Plus>(rows, x, ahead),
+            Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => unreachable!("rows are decoded first"),
         }
     }
 }
@@ -53,6 +55,8 @@ pub(crate) unsafe fn axpys<const N: usize>(
             }
             Encoding::Q8 => axpys_groups::<N, Q8>(rows, a, y, ahead),
             Encoding::Q4 => axpys_groups::<N, Q4>(rows, a, y, ahead),
+            Encoding::Q4Plus => axpys_groups::<N, Q4Plus>(rows, a, y, ahead),
+            Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => unreachable!("rows are decoded first"),
         }
     }
 }
@@ -60,21 +64,29 @@ pub(crate) unsafe fn axpys<const N: usize>(
 /// How the codes of one group become two vectors of floats.
 trait Group {
     const CODE_BYTES: usize;
+    /// What scales are multiplied with, a power of two.
+    const STEP: f32 = 1.0;
+    /// Group `g` of a row.
+    ///
     /// # Safety
-    /// `codes` points to `CODE_BYTES` bytes; AVX-512 as above.
-    unsafe fn decode(codes: *const u8, table: __m512) -> (__m512, __m512);
+    /// The row has such a group; AVX-512 as above.
+    unsafe fn decode(row: &RowRef<'_>, g: usize, table: __m512) -> (__m512, __m512);
 }
 
 struct Q8;
 struct Q4;
+struct Q4Plus;
 
 impl Group for Q8 {
     const CODE_BYTES: usize = GROUP;
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn decode(codes: *const u8, _table: __m512) -> (__m512, __m512) {
+    unsafe fn decode(row: &RowRef<'_>, g: usize, _table: __m512) -> (__m512, __m512) {
         // SAFETY: 32 readable bytes by contract.
-        let (lo, hi) = unsafe { (_mm_loadu_si128(codes.cast()), _mm_loadu_si128(codes.add(16).cast())) };
+        let (lo, hi) = unsafe {
+            let codes = row.codes.as_ptr().add(g * Self::CODE_BYTES);
+            (_mm_loadu_si128(codes.cast()), _mm_loadu_si128(codes.add(16).cast()))
+        };
         (_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(lo)), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(hi)))
     }
 }
@@ -83,10 +95,32 @@ impl Group for Q4 {
     const CODE_BYTES: usize = GROUP / 2;
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn decode(codes: *const u8, table: __m512) -> (__m512, __m512) {
+    unsafe fn decode(row: &RowRef<'_>, g: usize, table: __m512) -> (__m512, __m512) {
         // SAFETY: 16 readable bytes by contract.
-        let c = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.cast()) });
+        let codes = unsafe { _mm_loadu_si128(row.codes.as_ptr().add(g * Self::CODE_BYTES).cast()) };
+        let c = _mm512_cvtepu8_epi32(codes);
         (_mm512_permutexvar_ps(c, table), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(c), table))
+    }
+}
+
+impl Group for Q4Plus {
+    const CODE_BYTES: usize = GROUP / 2;
+    const STEP: f32 = 1.0 / 16.0;
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn decode(row: &RowRef<'_>, g: usize, _table: __m512) -> (__m512, __m512) {
+        // SAFETY: 16 readable bytes each by contract.
+        let (codes, coarse) = unsafe {
+            let at = g * Self::CODE_BYTES;
+            (_mm_loadu_si128(row.codes.as_ptr().add(at).cast()), _mm_loadu_si128(row.coarse.as_ptr().add(at).cast()))
+        };
+        let low = _mm_set1_epi8(15);
+        // Bit by bit the codes where `low` has zeros, else the coarse ones: both planes' lower, then upper nibbles.
+        let lo = _mm_ternarylogic_epi32::<0xca>(low, coarse, _mm_slli_epi16::<4>(codes));
+        let hi = _mm_ternarylogic_epi32::<0xca>(low, _mm_srli_epi16::<4>(coarse), codes);
+        let middle = _mm512_set1_ps(135.5);
+        let value = |v| _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(v)), middle);
+        (value(lo), value(hi))
     }
 }
 
@@ -99,19 +133,20 @@ fn table() -> __m512 {
 /// Groups whose scales are widened at once: one vector.
 const SCALES: usize = 16;
 
-/// Widens up to [`SCALES`] scales. From memory each then costs nothing: the multiply takes it with a broadcast.
+/// Widens up to [`SCALES`] scales and multiplies them. From memory each then costs nothing: the multiply takes it with a
+/// broadcast.
 ///
 /// # Safety
 /// `scales` points to `n` f16, `n` at most [`SCALES`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn widen_scales(scales: *const u8, n: usize) -> [f32; SCALES] {
+unsafe fn widen_scales(scales: *const u8, n: usize, factor: f32) -> [f32; SCALES] {
     let mask = ((1u32 << n) - 1) as u16;
     let mut out = [0.0; SCALES];
     // SAFETY: `n` f16 are readable by contract, the masked rest is not touched; `out` holds one vector.
     unsafe {
         let halves = _mm256_maskz_loadu_epi16(mask, scales.cast());
-        _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(halves));
+        _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(factor)));
     }
     out
 }
@@ -130,16 +165,15 @@ unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]
         let n = SCALES.min(n_groups - first);
         // SAFETY: groups `first .. first + n` lie inside x and inside every row, by the contract of `dots`.
         unsafe {
-            let scales: [_; N] = std::array::from_fn(|r| widen_scales(rows[r].scales.as_ptr().add(2 * first), n));
+            let scales: [_; N] =
+                std::array::from_fn(|r| widen_scales(rows[r].scales.as_ptr().add(2 * first), n, G::STEP));
             for i in (0..n).step_by(2) {
                 let (g, pair) = (first + i, i + 1 < n);
                 for r in 0..N {
-                    let codes = rows[r].codes.as_ptr().add(g * G::CODE_BYTES);
                     let p = x.as_ptr().add(g * GROUP);
-                    even[r] = add_group::<G>(codes, p, scales[r][i], table, even[r]);
+                    even[r] = add_group::<G>(&rows[r], g, p, scales[r][i], table, even[r]);
                     if pair {
-                        let (codes, p) = (codes.add(G::CODE_BYTES), p.add(GROUP));
-                        odd[r] = add_group::<G>(codes, p, scales[r][i + 1], table, odd[r]);
+                        odd[r] = add_group::<G>(&rows[r], g + 1, p.add(GROUP), scales[r][i + 1], table, odd[r]);
                     }
                 }
             }
@@ -152,13 +186,20 @@ unsafe fn dots_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], x: &[f32]
 /// `sum + scale * (codes . x)` for one group.
 ///
 /// # Safety
-/// `codes` points to one group, `x` to 32 floats.
+/// The row has a group `g`, `x` points to 32 floats.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn add_group<G: Group>(codes: *const u8, x: *const f32, scale: f32, table: __m512, sum: __m512) -> __m512 {
+unsafe fn add_group<G: Group>(
+    row: &RowRef<'_>,
+    g: usize,
+    x: *const f32,
+    scale: f32,
+    table: __m512,
+    sum: __m512,
+) -> __m512 {
     // SAFETY: by this function's contract.
     unsafe {
-        let (lo, hi) = G::decode(codes, table);
+        let (lo, hi) = G::decode(row, g, table);
         let t = _mm512_fmadd_ps(hi, _mm512_loadu_ps(x.add(16)), _mm512_mul_ps(lo, _mm512_loadu_ps(x)));
         _mm512_fmadd_ps(t, _mm512_set1_ps(scale), sum)
     }
@@ -175,19 +216,15 @@ unsafe fn axpys_groups<const N: usize, G: Group>(rows: [RowRef<'_>; N], a: [f32;
         let n = SCALES.min(n_groups - first);
         // SAFETY: groups `first .. first + n` lie inside y and inside every row, by the contract of `axpys`.
         unsafe {
-            let scales: [_; N] = std::array::from_fn(|r| {
-                let mut scales = widen_scales(rows[r].scales.as_ptr().add(2 * first), n);
-                let scaled = _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr()), _mm512_set1_ps(a[r]));
-                _mm512_storeu_ps(scales.as_mut_ptr(), scaled);
-                scales
-            });
+            let scales: [_; N] =
+                std::array::from_fn(|r| widen_scales(rows[r].scales.as_ptr().add(2 * first), n, G::STEP * a[r]));
             for i in 0..n {
                 ahead.step();
                 let g = first + i;
                 let p = y.as_mut_ptr().add(g * GROUP);
                 let (mut y0, mut y1) = (_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16)));
                 for r in 0..N {
-                    let (lo, hi) = G::decode(rows[r].codes.as_ptr().add(g * G::CODE_BYTES), table);
+                    let (lo, hi) = G::decode(&rows[r], g, table);
                     let s = _mm512_set1_ps(scales[r][i]);
                     y0 = _mm512_fmadd_ps(lo, s, y0);
                     y1 = _mm512_fmadd_ps(hi, s, y1);

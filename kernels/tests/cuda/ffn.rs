@@ -160,7 +160,7 @@ proptest! {
         encoding in 0usize..3, hidden in hidden(), activation in activation(), n_blocks in 1usize..7,
         counts in [0usize..20, 0usize..12, 0usize..25], seed: u64,
     ) {
-        let layout = BundleLayout::new(Encoding::ALL[encoding], hidden).unwrap();
+        let layout = BundleLayout::new(Encoding::PLAIN[encoding], hidden).unwrap();
         let counts = if hidden > 5000 { counts.map(|n| n / 4) } else { counts };
         check(&Case { layout, activation, n_blocks, counts, whole: false }, seed);
     }
@@ -170,7 +170,7 @@ proptest! {
         encoding in 0usize..3, groups in 1usize..16, drelu: bool, n_blocks in 1usize..7,
         counts in [0usize..20, 0usize..12, 0usize..25], seed: u64,
     ) {
-        let layout = BundleLayout::new(Encoding::ALL[encoding], 32 * groups).unwrap();
+        let layout = BundleLayout::new(Encoding::PLAIN[encoding], 32 * groups).unwrap();
         let activation = if drelu { Nonlinearity::Drelu } else { Nonlinearity::Relu };
         check(&Case { layout, activation, n_blocks, counts, whole: true }, seed);
     }
@@ -208,7 +208,7 @@ proptest! {
 
 #[test]
 fn ffn_takes_the_widest_rows() {
-    for encoding in Encoding::ALL {
+    for encoding in Encoding::PLAIN {
         for hidden in [10_240, 16_384, 32_768] {
             let layout = BundleLayout::new(encoding, hidden).unwrap();
             check(

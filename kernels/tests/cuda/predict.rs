@@ -77,7 +77,7 @@ proptest! {
         seed: u64,
     ) {
         let random = &mut Random::new(seed);
-        let encoding = Encoding::ALL[encoding];
+        let encoding = Encoding::PLAIN[encoding];
         let activation = [Nonlinearity::Silu, Nonlinearity::Relu, Nonlinearity::Drelu][activation];
         let w = Rows::random(encoding, 2 * ffn, rank, random);
         let mut neurons: Vec<f32> = random.values(3 * ffn).iter().map(|v| v.abs()).collect();

@@ -100,5 +100,6 @@ fn chunk_columns(encoding: Encoding) -> usize {
         Encoding::Bf16 => 8,
         Encoding::Q8 => 16,
         Encoding::Q4 => 32,
+        other => unreachable!("no kernel for {other} rows"),
     }
 }

@@ -110,6 +110,7 @@ impl GemvShape {
             }
             Encoding::Q8 => 64,
             Encoding::Q4 => 128,
+            other => unreachable!("no product of {other} rows"),
         };
         let (units, steps_of_row) = (w.rows.div_ceil(16), w.columns.div_ceil(step_columns));
         let digits = (steps_of_row * step_columns / GROUP * 164).next_multiple_of(16);
