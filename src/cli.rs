@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::parse_budget;
+use thermocline_split::{LayerEncodings, Precision};
 
 /// Below the list of verbs.
 const ORDER_OF_SETTINGS: &str = "A flag wins over the environment (THERMOCLINE_*), that over the settings file, that over \
@@ -112,6 +113,10 @@ pub struct Placement {
     /// Share of each layer's neurons that sparse mode computes, above 0 and at most 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
     pub active: f32,
+    /// Planes of the weights that are read, where the split has several: base, plus (with the coarse plane), or exact (the
+    /// checkpoint's bits)
+    #[arg(long, default_value = "base", value_name = "PLANES", env = "THERMOCLINE_PRECISION")]
+    pub precision: Precision,
     /// RAM for weights, caches and buffers: 8 (GiB), 64MiB, or auto, which holds everything; the rest stays on disk
     #[arg(long, default_value = "auto", value_parser = parse_budget, env = "THERMOCLINE_RAM_BUDGET")]
     pub ram_budget: std::option::Option<u64>,
@@ -297,10 +302,12 @@ pub struct Split {
     /// Split directory to write
     #[arg(short, long)]
     pub output: PathBuf,
-    /// Encoding of the neurons: bf16, q8, q4
+    /// Encoding of the neurons: q4, q8, bf16; bf16x (bf16 with coded exponents, exact in two thirds of the bytes);
+    /// q4+exact, q8+exact (with planes that lead to the exact bf16, used as --precision asks). Layers can have their own:
+    /// q4,0-3=bf16x
     #[arg(long, default_value = "q4")]
-    pub encoding: Encoding,
-    /// Encoding of embedding, attention and head [default: q8, or bf16 with --encoding bf16]
+    pub encoding: LayerEncodings,
+    /// Encoding of embedding, attention and head [default: q8, or as exact as --encoding]
     #[arg(long)]
     pub resident_encoding: Option<Encoding>,
     /// Order of the neurons
@@ -312,6 +319,9 @@ pub struct Split {
     /// zstd level of the chunks that it shrinks; 0 stores all as they are
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i32).range(0..=22))]
     pub zstd_level: i32,
+    /// For keeping or sending: compress every chunk as far as it goes. Slower to read; any reader takes it
+    #[arg(long, conflicts_with = "zstd_level")]
+    pub archive: bool,
     /// Rank of the predictor, a multiple of 32 [default: a ninth of the hidden size]
     #[arg(long)]
     pub predictor_rank: Option<usize>,
@@ -337,7 +347,7 @@ pub struct Planted {
         id = "planted",
         value_name = "SHAPE",
         conflicts_with_all = [
-            "model", "profile", "encoding", "resident_encoding", "order", "chunk_neurons", "zstd_level",
+            "model", "profile", "encoding", "resident_encoding", "order", "chunk_neurons", "zstd_level", "archive",
             "predictor_rank", "scales",
         ]
     )]
@@ -405,6 +415,9 @@ pub struct Verify {
     /// Checkpoint that it was made from; a planted split has none, and only its own checksums are checked
     #[arg(short, long, env = "THERMOCLINE_MODEL")]
     pub model: Option<PathBuf>,
+    /// Fail unless every tensor is equal to the checkpoint's bit for bit
+    #[arg(long)]
+    pub exact: bool,
     /// Print one JSON value and nothing else
     #[arg(long)]
     pub json: bool,
@@ -455,6 +468,9 @@ pub struct Eval {
     /// Shares of the neurons that oracle, oracle-h and predicted keep: a row for each
     #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
+    /// Planes of the weights, where the split has several: base, plus or exact
+    #[arg(long, default_value = "base", value_name = "PLANES")]
+    pub precision: Precision,
     /// What computes
     #[arg(long, value_enum, default_value = "batch")]
     pub engine: EngineName,

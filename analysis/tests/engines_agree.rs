@@ -26,7 +26,7 @@ fn make(dir: &Path, model: &TinyModel, encoding: Encoding) -> std::path::PathBuf
     let profile =
         calibrate(checkpoint.as_ref(), &tokens(512), &settings, &options, &dir.join("profile"), &mut |_| ()).unwrap();
     let options = SplitOptions {
-        encoding,
+        encoding: encoding.into(),
         resident_encoding: encoding,
         order: None,
         chunk_neurons: None,

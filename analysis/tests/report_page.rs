@@ -28,7 +28,7 @@ fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
     let (profile_dir, split_dir) = (dir.join("profile <b>"), dir.join("split"));
     let profile = calibrate(checkpoint.as_ref(), &tokens, &settings, &options, &profile_dir, &mut |_| ()).unwrap();
     let options = SplitOptions {
-        encoding: Encoding::Q4,
+        encoding: Encoding::Q4.into(),
         resident_encoding: Encoding::Q8,
         order: None,
         chunk_neurons: None,

@@ -99,6 +99,15 @@ impl BundleLayout {
         self.bundle_bytes - self.head_at
     }
 
+    /// Bytes of the bundle that begins with `bytes`, without the room behind its streams; without any streams if its heads
+    /// are not there. The number is more than [`BundleLayout::bundle_bytes`] where heads are damaged.
+    pub fn used_bytes(&self, bytes: &[u8]) -> usize {
+        let streams_at = self.head_at + self.rows * self.head_bytes;
+        let heads = bytes.get(self.head_at..streams_at).unwrap_or_default();
+        let of_row = |head: &[u8]| self.encoding.stream_bytes(head);
+        streams_at + heads.chunks_exact(self.head_bytes.max(1)).map(of_row).sum::<usize>()
+    }
+
     /// Row `which` (0 gate, 1 up, 2 down) of a bundle.
     ///
     /// # Panics

@@ -223,6 +223,18 @@ impl Kernels {
         exact::decode(encoding, row, out);
     }
 
+    /// `row` as f32, as [`unpack`](crate::unpack) gives it.
+    ///
+    /// # Panics
+    /// As [`Kernels::dots`].
+    pub fn unpack(&self, encoding: Encoding, row: RowRef<'_>, out: &mut [f32]) {
+        if encoding.has_stream() {
+            self.decoded(encoding, [row], out.len(), |[row]| crate::unpack(Encoding::Bf16, row, out));
+        } else {
+            crate::unpack(encoding, row, out);
+        }
+    }
+
     /// Calls `then` with `rows` as bfloat16, decoded into memory of this thread's: so the results are those of rows that
     /// are stored as bfloat16.
     fn decoded<const N: usize, T>(

@@ -86,7 +86,8 @@ impl NeuronCache {
         }
         self.owner[slot] = id as u32;
         self.slot_of[id] = slot as u32;
-        self.data[slot * self.bundle_bytes..(slot + 1) * self.bundle_bytes].copy_from_slice(bundle);
+        // Bundles of other layers may be longer.
+        self.data[slot * self.bundle_bytes..][..bundle.len()].copy_from_slice(bundle);
     }
 }
 

@@ -8,7 +8,7 @@ use crate::ffn::FfnSums;
 use crate::kv::KvCache;
 use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
-use crate::plan::{Mode, Plan, decoded_bytes};
+use crate::plan::{Mode, Plan, decoded_bytes, largest_bundle, n_parts};
 use crate::predictor::{Predictor, n_active, top_k};
 use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};
@@ -16,7 +16,7 @@ use crate::{Error, Result};
 use std::sync::Arc;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::{Kernels, Pool, QuantisedInput, ops};
-use thermocline_split::{Flaw, Split, TensorEntry};
+use thermocline_split::{Flaw, Split};
 
 /// Norms and biases of one layer.
 #[derive(Debug)]
@@ -77,15 +77,20 @@ impl Engine {
         let run_bytes = plan.staging.run_bytes;
         let decoded = decoded_bytes(&split, run_bytes);
         let resident = split.resident();
-        let resident_file = Arc::new(DirectFile::open(resident.path())?);
-        let entries: Vec<&TensorEntry> = resident.tensors().iter().filter(|t| t.format.encoding().is_some()).collect();
+        let matrices = split.matrices()?;
+        let mut resident_files = vec![Arc::new(DirectFile::open(resident.path())?)];
+        if let Some((file, _)) = matrices.iter().find_map(|m| m.planes().get(1)) {
+            resident_files.push(Arc::new(DirectFile::open(file.path())?));
+        }
         let matrix = |name: &str, shape: (usize, usize)| -> Result<Matrix> {
-            let entry = resident.entry(name)?;
+            let missing = || misfit(&split, name, "the tensor is missing".to_owned());
+            let placed = matrices.iter().zip(&plan.pinned_rows).find(|(m, _)| m.entry().name == name);
+            let (matrix, &rows) = placed.ok_or_else(missing)?;
+            let entry = matrix.entry();
             if (entry.rows, entry.columns) != shape {
                 return Err(misfit(&split, name, format!("[{}, {}], expected {shape:?}", entry.rows, entry.columns)));
             }
-            let rows = entries.iter().zip(&plan.pinned_rows).find(|(e, _)| e.name == name).map_or(0, |(_, &r)| r);
-            Matrix::load(resident, entry, rows, run_bytes)
+            Matrix::load(matrix, rows, run_bytes)
         };
         let vector = |name: &str, n: usize| -> Result<Vec<f32>> {
             let v = resident.read_f32(name)?;
@@ -133,29 +138,29 @@ impl Engine {
         progress(config.n_layers, config.n_layers);
 
         let loaded = attention.iter().flatten().chain([&embedding]).chain(&lm_head);
-        let flaws = loaded.map(|m| m.entry.flaw(m.pinned_bytes())).chain(ffn.iter().map(LayerFfn::flaw));
+        let flaws = loaded.map(Matrix::flaw).chain(ffn.iter().map(LayerFfn::flaw));
         let flaws = flaws.flatten().collect();
 
         let (mut dense, mut sparse) = (Vec::new(), Vec::new());
         for (matrices, neurons) in attention.iter().zip(&ffn) {
             for m in matrices {
-                dense.extend(m.runs(&resident_file));
-                sparse.extend(m.runs(&resident_file));
+                dense.extend(m.runs(&resident_files));
+                sparse.extend(m.runs(&resident_files));
             }
             dense.extend(neurons.cold_runs());
         }
         let head = lm_head.as_ref().unwrap_or(&embedding);
-        dense.extend(head.runs(&resident_file));
-        sparse.extend(head.runs(&resident_file));
+        dense.extend(head.runs(&resident_files));
+        sparse.extend(head.runs(&resident_files));
         let staging = plan.staging;
         let streams = if plan.streams() {
-            let fetcher = Fetcher::new(staging.n_readers, staging.n_buffers, run_bytes, decoded)?;
+            let fetcher = Fetcher::new(staging.n_readers, staging.n_buffers, run_bytes, n_parts(&split), decoded)?;
             Some(Streams::new(fetcher, Stream::new(dense, 0), Stream::new(sparse, staging.n_buffers / 2)))
         } else {
             None
         };
         let layout = *split.layers()[0].layout();
-        let (bundle, n) = (layout.bundle_bytes(), config.intermediate_size);
+        let (bundle, n) = (largest_bundle(&split), config.intermediate_size);
         Ok(Self {
             compute: Compute { kernels: Kernels::detect(), pool: Pool::new(plan.request.n_threads)? },
             vectors,
@@ -171,7 +176,7 @@ impl Engine {
             rope: Rope::new(&config, plan.request.context),
             sums: FfnSums::new(layout, config.activation, n),
             quantised: QuantisedInput::default(),
-            batch: FfnBatch::new(layout, config.activation, n),
+            batch: FfnBatch::new(hidden, config.activation, n),
             active: Vec::new(),
             account: Account::default(),
             flaws,
@@ -253,7 +258,7 @@ impl Engine {
     pub fn measure_disk_speed(&mut self) -> Result<Option<f64>> {
         let Some(streams) = &mut self.streams else { return Ok(None) };
         streams.rewind();
-        let files = self.split.layers().iter().map(thermocline_split::LayerFile::path);
+        let files = self.split.layers().iter().flat_map(thermocline_split::LayerFile::paths);
         crate::hardware::read_speed(files, &self.plan.staging, &streams.fetcher).map(Some)
     }
 
@@ -379,18 +384,14 @@ impl Engine {
         if row >= self.config.vocab_size {
             return Err(crate::decoder::unknown_token(token, self.config.vocab_size));
         }
-        let entry = &self.embedding.entry;
-        let row_bytes = entry.row_bytes() as u64;
-        if self.embedding.pinned_row(row, out) {
+        let row_bytes = self.embedding.row_bytes() as u64;
+        if self.embedding.pinned_row(&self.compute.kernels, row, out) {
             self.account.bytes.host += row_bytes;
             return Ok(());
         }
         self.account.bytes.disk += row_bytes;
-        let bytes = self.split.resident().read_rows(entry, row, 1)?;
-        if let Some(encoding) = entry.format.encoding() {
-            let row = thermocline_kernels::RowRef::from_matrix_row(encoding, entry.columns, &bytes);
-            thermocline_kernels::unpack(encoding, row, out);
-        }
+        let bytes = self.split.matrix("model.embed_tokens.weight")?.read_rows(row, 1)?;
+        self.embedding.unpack(&self.compute.kernels, &bytes, out);
         Ok(())
     }
 

@@ -4,6 +4,15 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// Weights that the GPU engine cannot compute with.
+    #[error(
+        "the GPU engine has no kernels for {encoding}, or not for layers of different encodings; \
+         run with --precision base, or on the CPU with --vram-budget 0"
+    )]
+    GpuEncoding {
+        /// The encoding.
+        encoding: &'static str,
+    },
     /// The budget is too small for what must be in memory.
     #[error(
         "--ram-budget {budget_bytes} bytes is too small: {needed_bytes} bytes are needed for {what}; \

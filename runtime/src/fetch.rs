@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use thermocline_kernels::AlignedBuf;
-use thermocline_split::{Codec, LayerFile};
+use thermocline_split::{FileRange, LayerFile, join_rows};
 
 /// Offsets, lengths and addresses of direct reads are multiples of this.
 const BLOCK: u64 = 4096;
@@ -85,14 +85,35 @@ impl DirectFile {
     }
 }
 
-/// What to read.
+/// What to read, and what becomes of it.
 #[derive(Debug, Clone)]
 pub(crate) struct Run {
+    /// One piece of each plane's file, the base first.
+    pub parts: Vec<RunPart>,
+    pub content: RunContent,
+}
+
+/// Bytes of one file.
+#[derive(Debug, Clone)]
+pub(crate) struct RunPart {
     pub file: Arc<DirectFile>,
     pub offset: u64,
     pub len: usize,
-    /// The chunks in it, to be checked and decoded; none for plain tensors.
-    pub chunks: Option<(Arc<LayerIndex>, Range<usize>)>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum RunContent {
+    /// Rows of a matrix: of each plane as many bytes a row as it says.
+    Rows(Arc<[usize]>),
+    /// Chunks, to be checked and decoded.
+    Chunks(Arc<LayerIndex>, Range<usize>),
+}
+
+impl Run {
+    /// Bytes to read.
+    pub(crate) fn len(&self) -> usize {
+        self.parts.iter().map(|part| part.len).sum()
+    }
 }
 
 /// The part of an open split's layer that readers need.
@@ -107,18 +128,16 @@ impl LayerIndex {
         &self.split.layers()[self.layer]
     }
 
-    /// The run of `chunks`.
-    pub(crate) fn run(self: &Arc<Self>, file: &Arc<DirectFile>, chunks: Range<usize>) -> Run {
-        let index = &self.file().index()[chunks.clone()];
-        let len = index.iter().map(|e| e.stored_bytes as usize).sum();
-        let offset = index.first().map_or(0, |e| e.offset);
-        Run { file: Arc::clone(file), offset, len, chunks: Some((Arc::clone(self), chunks)) }
+    /// The run of `chunks`, whose files are `files`.
+    pub(crate) fn run(self: &Arc<Self>, files: &[Arc<DirectFile>], chunks: Range<usize>) -> Run {
+        let ranges = self.file().stored_ranges(chunks.clone());
+        let part = |r: &FileRange| RunPart { file: Arc::clone(&files[r.file]), offset: r.offset, len: r.bytes };
+        Run { parts: ranges.iter().map(part).collect(), content: RunContent::Chunks(Arc::clone(self), chunks) }
     }
 
     /// Bytes of bundles in `chunks`.
     pub(crate) fn bundle_bytes(&self, chunks: Range<usize>) -> usize {
-        let n: usize = self.file().index()[chunks].iter().map(|e| e.n_neurons as usize).sum();
-        n * self.file().layout().bundle_bytes()
+        self.file().n_neurons(chunks) * self.file().layout().bundle_bytes()
     }
 }
 
@@ -172,13 +191,19 @@ pub(crate) struct Fetcher {
 }
 
 impl Fetcher {
-    /// `n_buffers` buffers for runs of at most `raw_bytes` on disk and `decoded_bytes` of bundles (0 if no chunk is
-    /// compressed).
+    /// `n_buffers` buffers for runs of at most `raw_bytes` on disk, in at most `n_parts` files, and `decoded_bytes` of
+    /// bundles and rows (0 if all of them are stored as they are used).
     ///
     /// # Errors
     /// If the system refuses memory or a thread.
-    pub(crate) fn new(n_readers: usize, n_buffers: usize, raw_bytes: usize, decoded_bytes: usize) -> Result<Self> {
-        let raw_bytes = Self::raw_len(raw_bytes);
+    pub(crate) fn new(
+        n_readers: usize,
+        n_buffers: usize,
+        raw_bytes: usize,
+        n_parts: usize,
+        decoded_bytes: usize,
+    ) -> Result<Self> {
+        let raw_bytes = Self::raw_len(raw_bytes, n_parts);
         let buffer = || Ok(Buffer { raw: AlignedBuf::zeroed(raw_bytes)?, decoded: AlignedBuf::zeroed(decoded_bytes)? });
         let free = (0..n_buffers).map(|_| buffer()).collect::<Result<_>>()?;
         let state = State { queue: VecDeque::new(), done: HashMap::new(), free, next_ticket: 0, stop: false };
@@ -198,14 +223,14 @@ impl Fetcher {
         Ok(fetcher)
     }
 
-    /// A run may begin and end anywhere in a block.
-    fn raw_len(raw_bytes: usize) -> usize {
-        raw_bytes.next_multiple_of(BLOCK as usize) + BLOCK as usize
+    /// A run may begin and end anywhere in a block, in each of its files.
+    fn raw_len(raw_bytes: usize, n_parts: usize) -> usize {
+        raw_bytes.next_multiple_of(BLOCK as usize) + (2 * n_parts - 1) * BLOCK as usize
     }
 
     /// Memory of `n_buffers` such buffers.
-    pub(crate) fn buffer_bytes(n_buffers: usize, raw_bytes: usize, decoded_bytes: usize) -> u64 {
-        (n_buffers * (Self::raw_len(raw_bytes) + decoded_bytes.next_multiple_of(BLOCK as usize))) as u64
+    pub(crate) fn buffer_bytes(n_buffers: usize, raw_bytes: usize, n_parts: usize, decoded_bytes: usize) -> u64 {
+        (n_buffers * (Self::raw_len(raw_bytes, n_parts) + decoded_bytes.next_multiple_of(BLOCK as usize))) as u64
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -222,7 +247,8 @@ impl Fetcher {
     /// # Panics
     /// If the run is longer than the buffers.
     pub(crate) fn try_submit(&self, run: &Run) -> Option<Ticket> {
-        assert!(run.len + BLOCK as usize <= self.raw_bytes, "a run of {} bytes", run.len);
+        let blocks = (2 * run.parts.len() - 1) * BLOCK as usize;
+        assert!(run.len() + blocks <= self.raw_bytes, "a run of {} bytes", run.len());
         let mut state = self.lock();
         let buffer = state.free.pop()?;
         let ticket = state.next_ticket;
@@ -302,27 +328,31 @@ fn read_loop(shared: &Shared) {
 
 /// Where in the buffer the bytes are, and whether in its decoded half.
 fn fill(run: &Run, buffer: &mut Buffer) -> Result<(Range<usize>, bool)> {
-    let start = run.file.read(run.offset, run.len, &mut buffer.raw)?;
-    let range = start..start + run.len;
-    let Some((layer, chunks)) = &run.chunks else { return Ok((range, false)) };
-    let file = layer.file();
-    let stored = &buffer.raw[range.clone()];
-    let in_place = file.index()[chunks.clone()].iter().all(|e| e.codec == Codec::Stored);
-    let (mut at, mut out) = (0, 0);
-    for c in chunks.clone() {
-        let entry = &file.index()[c];
-        let bytes = &stored[at..at + entry.stored_bytes as usize];
-        at += bytes.len();
-        if in_place {
-            file.check_chunk(c, bytes)?;
-        } else {
-            let n = entry.n_neurons as usize * file.layout().bundle_bytes();
-            file.decode_chunk(c, bytes, &mut buffer.decoded[out..out + n])?;
-            out += n;
+    let mut ranges = Vec::with_capacity(run.parts.len());
+    let mut at = 0;
+    for part in &run.parts {
+        let start = at + part.file.read(part.offset, part.len, &mut buffer.raw[at..])?;
+        ranges.push(start..start + part.len);
+        at = (start + part.len).next_multiple_of(BLOCK as usize);
+    }
+    let parts: Vec<&[u8]> = ranges.iter().map(|r| &buffer.raw[r.clone()]).collect();
+    match (&run.content, ranges.as_slice()) {
+        (RunContent::Rows(_), [only]) => Ok((only.clone(), false)),
+        (RunContent::Rows(bytes), _) => {
+            let n: usize = run.len();
+            join_rows(&parts, bytes, &mut buffer.decoded[..n]);
+            Ok((0..n, true))
+        }
+        (RunContent::Chunks(layer, chunks), [only]) if layer.file().are_stored(chunks.clone()) => {
+            layer.file().check_chunks(chunks.clone(), &buffer.raw[only.clone()])?;
+            Ok((only.clone(), false))
+        }
+        (RunContent::Chunks(layer, chunks), _) => {
+            let n = layer.bundle_bytes(chunks.clone());
+            layer.file().decode_chunks(chunks.clone(), &parts, &mut buffer.decoded[..n])?;
+            Ok((0..n, true))
         }
     }
-    let range = if in_place { range } else { 0..out };
-    Ok((range, !in_place))
 }
 
 #[cfg(test)]
@@ -344,13 +374,14 @@ mod tests {
     }
 
     fn run(file: &Arc<DirectFile>, offset: usize, len: usize) -> Run {
-        Run { file: Arc::clone(file), offset: offset as u64, len, chunks: None }
+        let part = RunPart { file: Arc::clone(file), offset: offset as u64, len };
+        Run { parts: vec![part], content: RunContent::Rows(Arc::new([1])) }
     }
 
     #[test]
     fn concurrent_requests_each_get_their_own_bytes() {
         let (_guard, file) = file();
-        let fetcher = Fetcher::new(4, 6, 9000, 0).expect("readers");
+        let fetcher = Fetcher::new(4, 6, 9000, 1, 0).expect("readers");
         let place = |i: usize| (i * 7919 % (LEN - 9000), 1 + i * 613 % 9000);
         let mut tickets = VecDeque::new();
         for i in 0..400 {
@@ -372,7 +403,7 @@ mod tests {
     #[test]
     fn errors_lose_no_buffers() {
         let (guard, file) = file();
-        let fetcher = Fetcher::new(2, 5, 9000, 0).expect("readers");
+        let fetcher = Fetcher::new(2, 5, 9000, 1, 0).expect("readers");
         for cut in [0, 100, 4096, 4097, 12_000] {
             guard.as_file().set_len(cut).expect("cut");
             for _ in 0..10 {

@@ -62,8 +62,9 @@ impl FfnSums {
         4 * self.partials.len() as u64 + PreparedInput::bytes(self.hidden_size)
     }
 
-    /// Starts a new layer, whose input is `x`.
-    pub(crate) fn start(&mut self, kernels: &Kernels, x: &[f32]) {
+    /// Starts a new layer, whose bundles have this layout and whose input is `x`.
+    pub(crate) fn start(&mut self, kernels: &Kernels, layout: &BundleLayout, x: &[f32]) {
+        self.layout = *layout;
         kernels.prepare(self.layout.encoding(), x, &mut self.input);
         self.partials.fill(0.0);
     }
@@ -400,7 +401,7 @@ mod tests {
     fn output(layout: &BundleLayout, x: &[f32], all: &[u8], listed: bool) -> Vec<f32> {
         let pool = &mut Pool::new(2).expect("threads");
         let mut sums = FfnSums::new(*layout, Activation::Relu, NEURONS);
-        sums.start(&Kernels::detect(), x);
+        sums.start(&Kernels::detect(), layout, x);
         if listed {
             let list: Vec<(u32, &[u8])> = (0..).zip(all.chunks_exact(layout.bundle_bytes())).collect();
             sums.add(&Kernels::detect(), pool, Span::Listed(&list));
@@ -442,7 +443,7 @@ mod tests {
                 ] {
                     let mut sums = FfnSums::new(layout, activation, NEURONS);
                     sums.skip_zeros = matches!(span, Span::Certified { .. });
-                    sums.start(&kernels, &x);
+                    sums.start(&kernels, &layout, &x);
                     let read = sums.add(&kernels, pool, span);
                     // Elsewhere 8-bit codes are as long as the gates that they spare.
                     let less = encoding == Encoding::Bf16 && sums.skip_zeros;

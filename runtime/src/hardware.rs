@@ -1,7 +1,7 @@
 //! What this machine can do, measured.
 
 use crate::Result;
-use crate::fetch::{DirectFile, Fetcher, Run};
+use crate::fetch::{DirectFile, Fetcher, Run, RunContent, RunPart};
 use crate::ffn::{FfnSums, Span};
 use serde::Serialize;
 use std::path::Path;
@@ -35,12 +35,16 @@ impl Hardware {
     /// If a layer file cannot be read, or the system refuses threads or memory.
     pub fn measure(split: &thermocline_split::Split, n_threads: usize) -> Result<Self> {
         let mut pool = Pool::new(n_threads)?;
-        let memory = AlignedBuf::zeroed(MEMORY_PROBE_BYTES)?;
-        let files = split.layers().iter().map(thermocline_split::LayerFile::path);
+        let mut memory = AlignedBuf::zeroed(MEMORY_PROBE_BYTES)?;
+        let layout = split.layers()[0].layout();
+        if layout.encoding().has_stream() {
+            fill_with_bundles(split, &mut memory)?;
+        }
+        let files = split.layers().iter().flat_map(thermocline_split::LayerFile::paths);
         Ok(Self {
             n_threads,
             ram_bytes_per_second: ram_speed(&mut pool, &memory),
-            kernel_bytes_per_second: kernel_speed(&mut pool, &memory, split.layers()[0].layout()),
+            kernel_bytes_per_second: kernel_speed(&mut pool, &memory, layout),
             disk_bytes_per_second: disk_speed(files, &StagingShape::default())?,
         })
     }
@@ -61,6 +65,15 @@ impl Default for StagingShape {
     fn default() -> Self {
         Self { run_bytes: 512 << 10, n_buffers: 8, n_readers: 4 }
     }
+}
+
+/// Real bundles, again and again: zeros have no codes of variable length to decode.
+fn fill_with_bundles(split: &thermocline_split::Split, memory: &mut [u8]) -> Result<()> {
+    let file = &split.layers()[0];
+    let mut bundles = vec![0; file.n_neurons(0..1) * file.layout().bundle_bytes()];
+    file.read_chunks(0..1, &mut bundles)?;
+    memory.chunks_mut(bundles.len()).for_each(|part| part.copy_from_slice(&bundles[..part.len()]));
+    Ok(())
 }
 
 /// The best of several passes over `memory`.
@@ -95,7 +108,7 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     let used = &memory[..n * layout.bundle_bytes()];
     let mut sums = FfnSums::new(*layout, Activation::Relu, n);
     sums.skip_zeros = false;
-    sums.start(&kernels, &vec![0.5f32; layout.hidden_size()]);
+    sums.start(&kernels, layout, &vec![0.5f32; layout.hidden_size()]);
     best_pass(used, || {
         sums.add(&kernels, pool, Span::Contiguous { first: 0, bytes: used });
     })
@@ -106,7 +119,7 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
 /// # Errors
 /// If a file cannot be read, or the system refuses threads or memory.
 pub fn disk_speed<'a>(files: impl Iterator<Item = &'a Path>, shape: &StagingShape) -> Result<f64> {
-    read_speed(files, shape, &Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 0)?)
+    read_speed(files, shape, &Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes, 1, 0)?)
 }
 
 /// The same with the readers and buffers of a loaded model, all of which must be free.
@@ -122,7 +135,8 @@ pub(crate) fn read_speed<'a>(
         let mut offset = 0;
         while offset < file.bytes() && total < DISK_PROBE_BYTES {
             let len = shape.run_bytes.min((file.bytes() - offset) as usize);
-            runs.push(Run { file: Arc::clone(&file), offset, len, chunks: None });
+            let part = RunPart { file: Arc::clone(&file), offset, len };
+            runs.push(Run { parts: vec![part], content: RunContent::Rows(Arc::new([1])) });
             offset += len as u64;
             total += len as u64;
         }

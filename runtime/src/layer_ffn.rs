@@ -10,7 +10,7 @@ use crate::prefill::FfnBatch;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
-use thermocline_kernels::{AlignedBuf, Certificate, QuantisedInput, unpack};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Certificate, Kernels, QuantisedInput};
 use thermocline_split::{Flaw, Split};
 
 /// Chunks that lie closer than this are read together: the bytes between cost less than another read.
@@ -22,7 +22,8 @@ const LOOKAHEAD_RESERVE: usize = 4;
 #[derive(Debug)]
 pub(crate) struct LayerFfn {
     index: Arc<LayerIndex>,
-    file: Arc<DirectFile>,
+    /// The planes' files, the base's first.
+    files: Vec<Arc<DirectFile>>,
     hot: AlignedBuf,
     /// Of all gates, if the plan has it and the gates' magnitudes allow it.
     certificate: Option<Certificate>,
@@ -68,16 +69,21 @@ impl LayerFfn {
         let layout = *file.layout();
         let gate = |n: usize, out: &mut [f32]| {
             let bundle = &hot[n * bundle_bytes..(n + 1) * bundle_bytes];
-            unpack(layout.encoding(), layout.row(bundle, 0), out);
+            Kernels::detect().unpack(layout.encoding(), layout.row(bundle, 0), out);
         };
         let certificate = if certified { Certificate::new(n_neurons, layout.hidden_size(), gate)? } else { None };
-        let direct = Arc::new(DirectFile::open(file.path())?);
-        Ok(Self { file: direct, hot, certificate, n_hot, bundle_bytes, n_neurons, run_bytes, decoded_bytes, index })
+        let files = file.paths().map(|path| Ok(Arc::new(DirectFile::open(path)?))).collect::<Result<_>>()?;
+        Ok(Self { files, hot, certificate, n_hot, bundle_bytes, n_neurons, run_bytes, decoded_bytes, index })
     }
 
     /// Whether reads bypass the page cache.
     pub(crate) fn is_direct(&self) -> bool {
-        self.file.is_direct()
+        self.files.iter().all(|file| file.is_direct())
+    }
+
+    /// The bundles' layout.
+    pub(crate) fn layout(&self) -> &BundleLayout {
+        self.index.file().layout()
     }
 
     /// The first flaw among the hot bundles.
@@ -92,12 +98,12 @@ impl LayerFfn {
 
     /// All cold chunks, in runs that fit a buffer.
     pub(crate) fn cold_runs(&self) -> Vec<Run> {
-        let n_chunks = self.index.file().index().len();
+        let n_chunks = self.index.file().n_chunks();
         let mut runs = Vec::new();
         let mut start = self.n_hot.div_ceil(self.index.file().chunk_neurons());
         while start < n_chunks {
             let end = self.fit(start, n_chunks);
-            runs.push(self.index.run(&self.file, start..end));
+            runs.push(self.index.run(&self.files, start..end));
             start = end;
         }
         runs
@@ -105,10 +111,9 @@ impl LayerFfn {
 
     /// The end of the longest run from chunk `start` that fits a buffer.
     fn fit(&self, start: usize, limit: usize) -> usize {
-        let index = self.index.file().index();
         let (mut stored, mut end) = (0, start);
         while end < limit {
-            stored += index[end].stored_bytes as usize;
+            stored += self.index.file().stored_bytes(end..end + 1) as usize;
             let decoded = self.index.bundle_bytes(start..end + 1);
             if end > start && (stored > self.run_bytes || (self.decoded_bytes > 0 && decoded > self.decoded_bytes)) {
                 break;
@@ -130,7 +135,7 @@ impl LayerFfn {
     ) -> Result<()> {
         account.neurons_computed += self.n_neurons as u64;
         account.neurons_total += self.n_neurons as u64;
-        sums.start(&compute.kernels, x);
+        sums.start(&compute.kernels, self.layout(), x);
         let bytes = self.hot_bytes();
         let hot = match &self.certificate {
             Some(certificate) if sums.skip_zeros && input.set(x) => Span::Certified { bytes, certificate, input },
@@ -159,12 +164,12 @@ impl LayerFfn {
         y: &mut [f32],
     ) -> Result<()> {
         account.bytes.host += self.hot_bytes().len() as u64;
-        batch.add(&mut compute.pool, x, self.hot_bytes(), y);
+        batch.add(compute, self.layout(), x, self.hot_bytes(), y);
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
             let staged = self.take(disk, account)?;
-            batch.add(&mut compute.pool, x, staged.bytes(), y);
+            batch.add(compute, self.layout(), x, staged.bytes(), y);
             first += staged.bytes().len() / self.bundle_bytes;
             disk.fetcher.release(staged);
         }
@@ -195,11 +200,10 @@ impl LayerFfn {
 
     /// Joins near chunks to runs that fit a buffer and do not reach across a run that is `taken`.
     fn runs_of(&self, chunks: &[usize], taken: &[(Range<usize>, Ticket)]) -> Vec<Range<usize>> {
-        let index = self.index.file().index();
         let mut runs: Vec<Range<usize>> = Vec::new();
         for &c in chunks {
             if let Some(last) = runs.last_mut() {
-                let gap: u64 = index[last.end..c].iter().map(|e| u64::from(e.stored_bytes)).sum();
+                let gap = self.index.file().stored_bytes(last.end..c);
                 let apart = taken.iter().any(|(t, _)| (last.end..c).contains(&t.start));
                 if !apart && gap <= GAP_BYTES && self.fit(last.start, c + 1) == c + 1 {
                     last.end = c + 1;
@@ -224,7 +228,7 @@ impl LayerFfn {
             if fetcher.n_free() <= LOOKAHEAD_RESERVE {
                 break;
             }
-            let Some(ticket) = fetcher.try_submit(&self.index.run(&self.file, run.clone())) else { break };
+            let Some(ticket) = fetcher.try_submit(&self.index.run(&self.files, run.clone())) else { break };
             account.chunks_foreseen += run.len() as u64;
             foreseen.runs.push((run, ticket));
         }
@@ -245,7 +249,7 @@ impl LayerFfn {
         x: &[f32],
     ) -> Result<()> {
         let layer = self.index.layer;
-        sums.start(&compute.kernels, x);
+        sums.start(&compute.kernels, self.layout(), x);
         account.neurons_computed += active.len() as u64;
         account.neurons_total += self.n_neurons as u64;
         let missing = self.missing_chunks(layer, active, cache);
@@ -272,7 +276,7 @@ impl LayerFfn {
             while submitted < runs.len() {
                 let (range, ticket) = &mut runs[submitted];
                 if ticket.is_none() {
-                    *ticket = fetcher.try_submit(&self.index.run(&self.file, range.clone()));
+                    *ticket = fetcher.try_submit(&self.index.run(&self.files, range.clone()));
                     if ticket.is_none() {
                         break;
                     }
@@ -284,7 +288,7 @@ impl LayerFfn {
             let ticket = match ticket {
                 Some(ticket) => ticket,
                 None => loop {
-                    if let Some(ticket) = fetcher.try_submit(&self.index.run(&self.file, range.clone())) {
+                    if let Some(ticket) = fetcher.try_submit(&self.index.run(&self.files, range.clone())) {
                         break ticket;
                     }
                     std::thread::yield_now();

@@ -2,14 +2,14 @@
 
 use crate::Result;
 use crate::account::Account;
-use crate::fetch::{DirectFile, Fetcher, Run};
+use crate::fetch::{DirectFile, Fetcher, Run, RunContent, RunPart};
 use crate::prefill::MatrixBatch;
 use crate::stream::Stream;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
-use thermocline_kernels::{AlignedBuf, Encoding, Kernels, MatrixRef, Pool, gemv, gemvs};
-use thermocline_split::{TensorEntry, TensorFile};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, MatrixRef, Pool, gemv, gemvs};
+use thermocline_split::{Flaw, StoredMatrix, TensorEntry};
 
 /// What computing needs besides the weights.
 pub(crate) struct Compute {
@@ -26,8 +26,13 @@ pub(crate) struct Disk<'a> {
 /// A matrix whose first `pinned_rows` rows are in memory.
 #[derive(Debug)]
 pub(crate) struct Matrix {
-    pub entry: TensorEntry,
-    encoding: Encoding,
+    entry: TensorEntry,
+    /// Of a row.
+    layout: BundleLayout,
+    /// Where each plane begins in its file.
+    offsets: Vec<u64>,
+    /// Bytes of a row in each.
+    plane_bytes: Arc<[usize]>,
     pinned: AlignedBuf,
     pinned_rows: usize,
     /// Row ranges that are streamed, each one run.
@@ -36,50 +41,61 @@ pub(crate) struct Matrix {
 
 impl Matrix {
     /// Reads the pinned rows; `run_bytes` bounds the streamed ranges.
-    pub(crate) fn load(file: &TensorFile, entry: &TensorEntry, pinned_rows: usize, run_bytes: usize) -> Result<Self> {
-        let encoding = entry.format.encoding().ok_or_else(|| thermocline_split::Error::Corrupt {
-            path: file.path().to_owned(),
-            field: entry.name.clone(),
-            reason: "not an encoded matrix".to_owned(),
-        })?;
-        let row_bytes = entry.row_bytes();
+    pub(crate) fn load(matrix: &StoredMatrix<'_>, pinned_rows: usize, run_bytes: usize) -> Result<Self> {
+        let (entry, row_bytes) = (matrix.entry(), matrix.row_bytes());
         let mut pinned = AlignedBuf::zeroed(pinned_rows * row_bytes)?;
         // The checksum covers the whole tensor: what will be streamed is checked now, once.
-        file.read_start(entry, &mut pinned[..pinned_rows * row_bytes])?;
+        matrix.read_start(&mut pinned[..pinned_rows * row_bytes])?;
         let per_run = (run_bytes / row_bytes).max(1);
         let streamed = (pinned_rows..entry.rows).step_by(per_run).map(|r| r..(r + per_run).min(entry.rows)).collect();
-        Ok(Self { entry: entry.clone(), encoding, pinned, pinned_rows, streamed })
+        let (offsets, plane_bytes) =
+            matrix.planes().iter().map(|(_, t)| (t.offset, t.row_bytes())).unzip::<_, _, _, Vec<_>>();
+        let (entry, layout) = (entry.clone(), *matrix.layout());
+        Ok(Self { entry, layout, offsets, plane_bytes: plane_bytes.into(), pinned, pinned_rows, streamed })
     }
 
     /// What is in memory.
     pub(crate) fn pinned_bytes(&self) -> &[u8] {
-        &self.pinned[..self.pinned_rows * self.entry.row_bytes()]
+        &self.pinned[..self.pinned_rows * self.row_bytes()]
     }
 
-    /// The runs that one use of the matrix takes from the stream.
-    pub(crate) fn runs(&self, file: &Arc<DirectFile>) -> impl Iterator<Item = Run> + '_ {
-        let row_bytes = self.entry.row_bytes();
-        let file = Arc::clone(file);
-        self.streamed.iter().map(move |rows| Run {
-            file: Arc::clone(&file),
-            offset: self.entry.offset + (rows.start * row_bytes) as u64,
-            len: rows.len() * row_bytes,
-            chunks: None,
+    /// Bytes of a row.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.layout.bundle_bytes()
+    }
+
+    /// The first flaw of what is in memory.
+    pub(crate) fn flaw(&self) -> Option<Flaw> {
+        self.entry.matrix_flaw(&self.layout, self.pinned_bytes())
+    }
+
+    /// The runs that one use of the matrix takes from the stream; `files` has the file of each plane.
+    pub(crate) fn runs<'a>(&'a self, files: &'a [Arc<DirectFile>]) -> impl Iterator<Item = Run> + 'a {
+        self.streamed.iter().map(move |rows| {
+            let planes = self.offsets.iter().zip(&*self.plane_bytes).enumerate();
+            let part = |(p, (offset, bytes)): (usize, (&u64, &usize))| RunPart {
+                file: Arc::clone(&files[p.min(1)]),
+                offset: offset + (rows.start * bytes) as u64,
+                len: rows.len() * bytes,
+            };
+            Run { parts: planes.map(part).collect(), content: RunContent::Rows(Arc::clone(&self.plane_bytes)) }
         })
     }
 
     /// Row `r`, decoded, if it is in memory.
-    pub(crate) fn pinned_row(&self, r: usize, out: &mut [f32]) -> bool {
-        if r >= self.pinned_rows {
-            return false;
-        }
-        let matrix = self.sub(&self.pinned, self.pinned_rows);
-        thermocline_kernels::unpack(self.encoding, matrix.row(r), out);
-        true
+    pub(crate) fn pinned_row(&self, kernels: &Kernels, r: usize, out: &mut [f32]) -> bool {
+        let row = self.pinned_bytes().chunks_exact(self.row_bytes()).nth(r);
+        row.inspect(|row| self.unpack(kernels, row, out)).is_some()
+    }
+
+    /// Decodes a row.
+    pub(crate) fn unpack(&self, kernels: &Kernels, row: &[u8], out: &mut [f32]) {
+        kernels.unpack(self.layout.encoding(), self.layout.row(row, 0), out);
     }
 
     fn sub<'a>(&self, data: &'a [u8], rows: usize) -> MatrixRef<'a> {
-        MatrixRef::new(self.encoding, rows, self.entry.columns, data)
+        let (encoding, columns, stride) = (self.layout.encoding(), self.entry.columns, self.row_bytes());
+        MatrixRef { encoding, rows, columns, stride, data }
     }
 
     /// The products of several matrices with one token's `x`, one after the other in `out`, in one parallel loop, if all
@@ -115,11 +131,11 @@ impl Matrix {
             let w = self.sub(data, range.len());
             match &mut batch {
                 None => gemv(&compute.kernels, &mut compute.pool, w, x, &mut out[range]),
-                Some(batch) => batch.add(&mut compute.pool, w, x, out),
+                Some(batch) => batch.add(compute, w, x, out),
             }
         };
         if self.pinned_rows > 0 {
-            account.bytes.host += (self.pinned_rows * self.entry.row_bytes()) as u64;
+            account.bytes.host += self.pinned_bytes().len() as u64;
             part(compute, &self.pinned, 0..self.pinned_rows);
         }
         if let Some(disk) = disk {

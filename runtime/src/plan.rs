@@ -13,7 +13,7 @@ use crate::{Error, Result};
 use serde::Serialize;
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Certificate, Encoding, QuantisedInput};
-use thermocline_split::{Codec, Format, Split, TensorEntry};
+use thermocline_split::{Format, LayerFile, Split, StoredMatrix};
 
 /// How neurons are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -129,16 +129,15 @@ impl Plan {
     pub fn new(split: &Split, request: PlanRequest) -> Result<Self> {
         check_request(&request)?;
         let config = &split.manifest().config;
-        let layout = *split.layers()[0].layout();
-        let (bundle, n) = (layout.bundle_bytes() as u64, config.intermediate_size);
-        let matrices: Vec<&TensorEntry> =
-            split.resident().tensors().iter().filter(|t| t.format.encoding().is_some()).collect();
-        let matrix_bytes: u64 = matrices.iter().map(|t| t.bytes).sum();
-        let all_hot = (config.n_layers * n) as u64 * bundle;
+        let n = config.intermediate_size;
+        let bundles: Vec<u64> = split.layers().iter().map(|f| f.layout().bundle_bytes() as u64).collect();
+        let matrices = split.matrices()?;
+        let matrix_bytes: u64 = matrices.iter().map(StoredMatrix::bytes).sum();
+        let all_hot = n as u64 * bundles.iter().sum::<u64>();
         let mut fixed = fixed_bytes(split, &request);
         let budget = request.ram_budget_bytes.unwrap_or(u64::MAX);
         let mut staging = StagingShape::default();
-        let mut pinned_rows: Vec<usize> = matrices.iter().map(|t| t.rows).collect();
+        let mut pinned_rows: Vec<usize> = matrices.iter().map(|t| t.entry().rows).collect();
         let mut hot = vec![n; config.n_layers];
         let mut cache_slots = 0;
         let mut replayed = None;
@@ -149,14 +148,14 @@ impl Plan {
             // The head last: its rows can be divided, and an untied embedding is read one row a token.
             let tied = config.tie_word_embeddings;
             for ((rows, t), i) in pinned_rows.iter_mut().zip(&matrices).zip(0..) {
-                let later = i == 0 || t.name == "lm_head.weight";
+                let later = i == 0 || t.entry().name == "lm_head.weight";
                 *rows = if later { 0 } else { take_rows(t, &mut left) };
             }
             let head = if tied { 0 } else { matrices.len() - 1 };
-            pinned_rows[head] = take_rows(matrices[head], &mut left);
+            pinned_rows[head] = take_rows(&matrices[head], &mut left);
             match request.mode {
                 Mode::Exact => {
-                    let each = (left / bundle) as usize / config.n_layers;
+                    let each = (left / bundles.iter().sum::<u64>()) as usize;
                     hot = split.layers().iter().map(|f| whole_chunks(each.min(n), f.chunk_neurons(), n)).collect();
                 }
                 Mode::Sparse { .. } => {
@@ -168,8 +167,8 @@ impl Plan {
             }
         }
         let pinned_bytes = matrices.iter().zip(&pinned_rows).map(|(t, &r)| (r * t.row_bytes()) as u64).sum();
-        let hot_bytes = hot.iter().sum::<usize>() as u64 * bundle;
-        let cache_bytes = NeuronCache::bytes(cache_slots, bundle as usize, config.n_layers, n);
+        let hot_bytes = hot.iter().zip(&bundles).map(|(&hot, bundle)| hot as u64 * bundle).sum();
+        let cache_bytes = NeuronCache::bytes(cache_slots, largest_bundle(split), config.n_layers, n);
         let taken: u64 = fixed.total() + pinned_bytes + hot_bytes + cache_bytes;
         let certificate_bytes = match certificate_bytes(split, &request) {
             bytes if fixed.staging == 0 && taken.saturating_add(bytes) <= budget => bytes,
@@ -206,16 +205,17 @@ impl Plan {
         self.fixed.staging > 0
     }
 
-    fn expect_bytes(&mut self, split: &Split, matrices: &[&TensorEntry], replayed: Option<Replayed>) -> Result<()> {
+    fn expect_bytes(&mut self, split: &Split, matrices: &[StoredMatrix<'_>], replayed: Option<Replayed>) -> Result<()> {
         let config = &split.manifest().config;
-        let bundle = split.layers()[0].layout().bundle_bytes() as f64;
+        let bundles = split.layers().iter().map(|f| f.layout().bundle_bytes() as f64);
+        let bundle = bundles.sum::<f64>() / split.layers().len() as f64;
         // An untied embedding costs one row a token.
-        let read = |t: &TensorEntry| config.tie_word_embeddings || t.name != "model.embed_tokens.weight";
+        let read = |t: &StoredMatrix| config.tie_word_embeddings || t.entry().name != "model.embed_tokens.weight";
         let mut disk: f64 = 0.0;
         let mut ram = self.fixed.predictors as f64;
         for (t, &rows) in matrices.iter().zip(&self.pinned_rows).filter(|(t, _)| read(t)) {
             ram += (rows * t.row_bytes()) as f64;
-            disk += ((t.rows - rows) * t.row_bytes()) as f64;
+            disk += ((t.entry().rows - rows) * t.row_bytes()) as f64;
         }
         let total = (config.n_layers * config.intermediate_size) as f64;
         match (self.request.mode, replayed) {
@@ -223,8 +223,7 @@ impl Plan {
                 ram += self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
                 ram += self.certificate_bytes as f64;
                 for (file, &hot) in split.layers().iter().zip(&self.hot_neurons) {
-                    let cold = &file.index()[hot.div_ceil(file.chunk_neurons())..];
-                    disk += cold.iter().map(|e| f64::from(e.stored_bytes)).sum::<f64>();
+                    disk += file.stored_bytes(hot.div_ceil(file.chunk_neurons())..file.n_chunks()) as f64;
                 }
             }
             (Mode::Sparse { active }, None) => ram += f64::from(active) * total * bundle,
@@ -296,10 +295,14 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     let widest = hidden.max(config.n_heads * config.head_dim);
     let activations = 4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 8 * ffn;
     // A matrix piece and its products, or a feed-forward piece and its gate and up products.
+    // Rows with streams are decoded, up to four at a time by each thread.
+    let streams = split.layers().iter().any(|f| f.layout().encoding().has_stream());
+    let decoded = if streams { (request.n_threads * 4 * 2 * widest) as u64 } else { 0 };
     let pieces = 4 * PIECE * widest + 4 * request.n_threads * 2 * 32 * PIECE;
     let scratch = activations as u64
         + pieces as u64
-        + FfnBatch::bytes(&layout, ffn)
+        + FfnBatch::bytes(hidden, ffn)
+        + decoded
         + FfnSums::new(layout, config.activation, ffn).bytes()
         + Rope::bytes(config, request.context)
         + batch_scratch_bytes(config, batch, request.context, request.n_threads);
@@ -307,8 +310,8 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
 }
 
 /// Rows of `t` that `left` bytes hold.
-fn take_rows(t: &TensorEntry, left: &mut u64) -> usize {
-    let rows = ((*left / t.row_bytes() as u64) as usize).min(t.rows);
+fn take_rows(t: &StoredMatrix<'_>, left: &mut u64) -> usize {
+    let rows = ((*left / t.row_bytes() as u64) as usize).min(t.entry().rows);
     *left -= (rows * t.row_bytes()) as u64;
     rows
 }
@@ -332,9 +335,10 @@ fn does_not_fit(budget_bytes: u64, fixed: &FixedBytes) -> Error {
 
 /// Buffers of half a megabyte, or less if they would take more than an eighth of the budget or than the `left` bytes
 /// (or else a budget that can hold the least would be refused); never less than the largest chunk or row.
-fn staging_shape(split: &Split, matrices: &[&TensorEntry], budget: u64, left: u64) -> StagingShape {
+fn staging_shape(split: &Split, matrices: &[StoredMatrix<'_>], budget: u64, left: u64) -> StagingShape {
     let mut shape = StagingShape::default();
-    let chunks = split.layers().iter().flat_map(|f| f.index()).map(|e| e.stored_bytes as usize);
+    let stored = |f: &'_ LayerFile| (0..f.n_chunks()).map(|c| f.stored_bytes(c..c + 1) as usize).max().unwrap_or(0);
+    let chunks = split.layers().iter().map(stored);
     let rows = matrices.iter().map(|t| t.row_bytes());
     let least = chunks.chain(rows).max().unwrap_or(0).max(16 << 10);
     while shape.run_bytes / 2 >= least && staging_bytes(split, &shape) > left.min(budget / 8) {
@@ -345,14 +349,28 @@ fn staging_shape(split: &Split, matrices: &[&TensorEntry], budget: u64, left: u6
 }
 
 fn staging_bytes(split: &Split, shape: &StagingShape) -> u64 {
-    Fetcher::buffer_bytes(shape.n_buffers, shape.run_bytes, decoded_bytes(split, shape.run_bytes))
+    let decoded = decoded_bytes(split, shape.run_bytes);
+    Fetcher::buffer_bytes(shape.n_buffers, shape.run_bytes, n_parts(split), decoded)
 }
 
-/// Room for the decoded bundles of one run; none if no chunk is compressed. Runs are cut by this size too.
+/// Room for the decoded bundles of one run; none if all of them are stored as they are used. Runs are cut by this size
+/// too.
 pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
-    let compressed = split.layers().iter().flat_map(|f| f.index()).any(|e| e.codec == Codec::Zstd);
+    let stored = split.layers().iter().all(|f| f.are_stored(0..f.n_chunks()));
     let largest = split.layers().iter().map(|f| f.chunk_neurons() * f.layout().bundle_bytes()).max().unwrap_or(0);
-    if compressed { (2 * run_bytes).max(largest) } else { 0 }
+    if stored && n_parts(split) == 1 { 0 } else { (2 * run_bytes).max(largest) }
+}
+
+/// Files that a run is read from, at most.
+pub(crate) fn n_parts(split: &Split) -> usize {
+    let layers = split.layers().iter().map(|f| f.paths().count());
+    let matrices = split.matrices().into_iter().flatten().map(|m| m.planes().len());
+    layers.chain(matrices).max().unwrap_or(1)
+}
+
+/// Bytes of the longest bundle of all layers.
+pub(crate) fn largest_bundle(split: &Split) -> usize {
+    split.layers().iter().map(|f| f.layout().bundle_bytes()).max().unwrap_or(0)
 }
 
 /// The widest rows that are certified: what 8 bits leave out of a row, times the input, is about a hundredth of the two
@@ -424,7 +442,7 @@ pub(crate) fn hot_prefixes(split: &Split, layers_by_rate: &[u32], n: usize) -> V
 /// Divides `left` bytes between hot prefix and cache: the division whose replay reads the fewest bytes from disk.
 fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize, Replayed)> {
     let config = &split.manifest().config;
-    let (n, bundle) = (config.intermediate_size, split.layers()[0].layout().bundle_bytes() as u64);
+    let (n, bundle) = (config.intermediate_size, largest_bundle(split) as u64);
     let hottest = layers_by_rate(split)?;
     let mut best: Option<(Vec<usize>, usize, Replayed)> = None;
     for quarters in 0..=4u64 {

@@ -3,8 +3,9 @@
 //! Pieces have fixed boundaries and every product runs on one thread, so that the result does not depend on where the
 //! weights came from nor on the number of threads.
 
+use crate::matrix::Compute;
 use thermocline_datasets::Activation;
-use thermocline_kernels::{BundleLayout, MatrixRef, Pool, matmul, matmul_nn, unpack};
+use thermocline_kernels::{BundleLayout, MatrixRef, Pool, matmul, matmul_nn};
 
 /// Neurons, or rows of a matrix, that are in memory as f32 at a time.
 pub(crate) const PIECE: usize = 256;
@@ -27,13 +28,14 @@ impl MatrixBatch {
     }
 
     /// Takes the next rows; multiplies whenever a piece is complete. `x` is `[n, columns]`, `out` is `[n, rows]`.
-    pub(crate) fn add(&mut self, pool: &mut Pool, w: MatrixRef<'_>, x: &[f32], out: &mut [f32]) {
+    pub(crate) fn add(&mut self, compute: &mut Compute, w: MatrixRef<'_>, x: &[f32], out: &mut [f32]) {
+        let Compute { kernels, pool } = compute;
         let mut next = 0;
         while next < w.rows {
             let piece = PIECE.min(self.rows - self.done);
             let n = (piece - self.filled).min(w.rows - next);
             let decoded = &mut self.decoded[self.filled * w.columns..(self.filled + n) * w.columns];
-            pool.for_each_chunk(decoded, w.columns, |r, out| unpack(w.encoding, w.row(next + r), out));
+            pool.for_each_chunk(decoded, w.columns, |r, out| kernels.unpack(w.encoding, w.row(next + r), out));
             next += n;
             self.filled += n;
             if self.filled < piece {
@@ -58,7 +60,7 @@ impl MatrixBatch {
 /// A feed-forward layer over a batch, fed with bundles in ascending order.
 #[derive(Debug)]
 pub(crate) struct FfnBatch {
-    layout: BundleLayout,
+    hidden_size: usize,
     activation: Activation,
     n_neurons: usize,
     /// `[PIECE, hidden]` each.
@@ -70,14 +72,14 @@ pub(crate) struct FfnBatch {
 }
 
 impl FfnBatch {
-    pub(crate) fn new(layout: BundleLayout, activation: Activation, n_neurons: usize) -> Self {
-        let rows = std::array::from_fn(|_| vec![0.0; PIECE.min(n_neurons) * layout.hidden_size()]);
-        Self { layout, activation, n_neurons, rows, filled: 0, done: 0 }
+    pub(crate) fn new(hidden_size: usize, activation: Activation, n_neurons: usize) -> Self {
+        let rows = std::array::from_fn(|_| vec![0.0; PIECE.min(n_neurons) * hidden_size]);
+        Self { hidden_size, activation, n_neurons, rows, filled: 0, done: 0 }
     }
 
     /// Memory of the decoded piece.
-    pub(crate) fn bytes(layout: &BundleLayout, n_neurons: usize) -> u64 {
-        (3 * 4 * PIECE.min(n_neurons) * layout.hidden_size()) as u64
+    pub(crate) fn bytes(hidden_size: usize, n_neurons: usize) -> u64 {
+        (3 * 4 * PIECE.min(n_neurons) * hidden_size) as u64
     }
 
     /// Forgets a layer that was broken off.
@@ -86,8 +88,16 @@ impl FfnBatch {
     }
 
     /// Takes the next bundles; multiplies whenever a piece is complete. `x` and `y` are `[n, hidden]`, `y += FFN(x)`.
-    pub(crate) fn add(&mut self, pool: &mut Pool, x: &[f32], mut bundles: &[u8], y: &mut [f32]) {
-        let (layout, bytes, hidden) = (self.layout, self.layout.bundle_bytes(), self.layout.hidden_size());
+    pub(crate) fn add(
+        &mut self,
+        compute: &mut Compute,
+        layout: &BundleLayout,
+        x: &[f32],
+        mut bundles: &[u8],
+        y: &mut [f32],
+    ) {
+        let Compute { kernels, pool } = compute;
+        let (bytes, hidden) = (layout.bundle_bytes(), layout.hidden_size());
         while !bundles.is_empty() {
             let piece = PIECE.min(self.n_neurons - self.done);
             let n = (piece - self.filled).min(bundles.len() / bytes);
@@ -97,7 +107,7 @@ impl FfnBatch {
                 pool.for_each_chunk(rows, 16 * hidden, |task, rows| {
                     for (r, out) in rows.chunks_exact_mut(hidden).enumerate() {
                         let at = (task * 16 + r) * bytes;
-                        unpack(layout.encoding(), layout.row(&now[at..at + bytes], which), out);
+                        kernels.unpack(layout.encoding(), layout.row(&now[at..at + bytes], which), out);
                     }
                 });
             }
@@ -110,7 +120,7 @@ impl FfnBatch {
     }
 
     fn multiply(&mut self, pool: &mut Pool, x: &[f32], y: &mut [f32]) {
-        let (hidden, piece, activation) = (self.layout.hidden_size(), self.filled, self.activation);
+        let (hidden, piece, activation) = (self.hidden_size, self.filled, self.activation);
         let [gate, up, down] = &self.rows;
         pool.for_each_chunk(y, TASK_TOKENS * hidden, |task, y| {
             let n = y.len() / hidden;

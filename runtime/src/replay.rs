@@ -52,7 +52,7 @@ impl Trace {
         for token in 0..self.n_tokens {
             let counted = if token >= warm_up { 1.0 } else { 0.0 };
             for (l, (bits, file)) in self.layers.iter().zip(split.layers()).enumerate() {
-                let (index, chunk_neurons) = (file.index(), file.chunk_neurons());
+                let chunk_neurons = file.chunk_neurons();
                 let mut last_chunk = usize::MAX;
                 let row = &bits[token * width..(token + 1) * width];
                 let ones = row
@@ -69,7 +69,7 @@ impl Trace {
                     } else {
                         let chunk = n / chunk_neurons;
                         if chunk != last_chunk {
-                            sum.disk_bytes += counted * f64::from(index[chunk].stored_bytes);
+                            sum.disk_bytes += counted * file.stored_bytes(chunk..chunk + 1) as f64;
                             last_chunk = chunk;
                         }
                         cache.insert(l, n, &[]);

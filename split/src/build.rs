@@ -1,18 +1,21 @@
 //! Makes a split directory from a checkpoint and its profile, one layer at a time.
 
 use crate::error::{Result, io};
-use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
+use crate::layer_file::layer_entry;
+use crate::manifest::{FORMAT_VERSION, Manifest, Packing, PlainFile, Source};
 use crate::order::{OrderKind, OverFetch, best_chunk, best_order, over_fetch_table};
 use crate::pack_layer::{FACTORS, PackedLayer, pack_layer, pack_matrix};
 use crate::partial::Partial;
-use crate::tensor_file::{Format, Writer};
-use crate::{Error, chunk::Compression, layer_file};
+use crate::plane_file::write_plane;
+use crate::planes::{contents, plane_names};
+use crate::tensor_file::{Format, TensorFileEntry, Writer};
+use crate::{Error, LayerEncodings, chunk::Compression};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::{ActiveSet, Profile, disk};
 use thermocline_datasets::{Checkpoint, ModelConfig};
-use thermocline_kernels::{BundleLayout, Encoding, ScaleFit};
+use thermocline_kernels::{Encoding, ScaleFit};
 use xxhash_rust::xxh3::xxh3_128;
 
 /// Tokens of trace, at most, that a split carries for `plan` and `report`.
@@ -23,8 +26,8 @@ const SURVEYED_LAYERS: usize = 6;
 /// How to split.
 #[derive(Debug, Clone)]
 pub struct SplitOptions {
-    /// Encoding of the feed-forward bundles.
-    pub encoding: Encoding,
+    /// Encoding of the feed-forward bundles of each layer.
+    pub encoding: LayerEncodings,
     /// Encoding of embedding, attention and head.
     pub resident_encoding: Encoding,
     /// The neurons' order; measured if not given.
@@ -110,8 +113,7 @@ pub fn split(
 ) -> Result<SplitReport> {
     build(checkpoint, profile, options, out, progress).map_err(|error| match &error {
         Error::Io { source, .. } if disk::is_full(source) => {
-            let needed = BundleLayout::new(options.encoding, checkpoint.config().hidden_size)
-                .map_or(0, |layout| expected_bytes(checkpoint, &layout, options));
+            let needed = expected_bytes(checkpoint, options);
             Error::DiskFull { path: out.to_owned(), needed, available: disk::Space::of(out).available_bytes }
         }
         _ => error,
@@ -136,9 +138,14 @@ fn build(
     }
     profile.verify()?;
     let settings = |what: String| Error::Settings { what };
-    let layout = BundleLayout::new(options.encoding, config.hidden_size).ok_or_else(|| {
-        settings(format!("hidden size {} is no multiple of 32; use --encoding bf16", config.hidden_size))
-    })?;
+    let widest = options.encoding.of_layers(config.n_layers).find(|e| !e.accepts(config.hidden_size));
+    if let Some(encoding) = widest {
+        let what = format!("{encoding}: hidden size {} is no multiple of 32; use --encoding bf16x", config.hidden_size);
+        return Err(settings(what));
+    }
+    if let Some(l) = options.encoding.last_named().filter(|l| *l >= config.n_layers) {
+        return Err(settings(format!("--encoding names layer {l}; the model has {}", config.n_layers)));
+    }
     if options.predictor_rank == 0 || !options.predictor_rank.is_multiple_of(32) {
         return Err(settings(format!("--predictor-rank {} is not a multiple of 32", options.predictor_rank)));
     }
@@ -149,12 +156,13 @@ fn build(
             return Err(settings(format!("--chunk-neurons {n} is not in 1..={}", config.intermediate_size)));
         }
         Some(n) => n,
-        None => best_chunk(&surveyed, layout.bundle_bytes()).min(config.intermediate_size),
+        None => best_chunk(&surveyed, bytes_each(options.encoding.common(), 3, config.hidden_size))
+            .min(config.intermediate_size),
     };
     let over_fetch = over_fetch_table(&surveyed);
     let order = options.order.unwrap_or_else(|| best_order(&over_fetch, chunk_neurons));
     let packing = Packing {
-        ffn_encoding: options.encoding.name().to_owned(),
+        ffn_encoding: options.encoding.to_string(),
         resident_encoding: options.resident_encoding.name().to_owned(),
         chunk_neurons,
         order: order.name().to_owned(),
@@ -171,31 +179,36 @@ fn build(
         scales: format!("{:?}", options.scales),
     };
     let partial = Partial::open(out, &serde_json::to_string(&identity).unwrap_or_default())?;
-    partial.check_space(expected_bytes(checkpoint, &layout, options))?;
+    partial.check_space(expected_bytes(checkpoint, options))?;
 
     let dir = partial.dir();
     let mut layers = Vec::with_capacity(config.n_layers);
     let mut resumed_layers = 0;
     for l in 0..config.n_layers {
         progress(l, config.n_layers + 1);
-        if partial.has_layer(l) {
+        let encoding = options.encoding.of(l);
+        let names = plane_names(encoding);
+        if partial.has_layer(l, names) {
             resumed_layers += 1;
         } else {
             let statistics = profile.layer(l)?;
-            let packed = pack_layer(checkpoint, l, &statistics, &layout, order, options, &packing)?;
-            let path = partial.temporary_layer(l);
-            let (ids, bundles) = (&packed.order, &packed.bundles);
-            layer_file::write_layer(&path, l, &layout, ids, bundles, chunk_neurons, options.compression)?;
-            partial.finish_layer(l, &packed)?;
+            let packed = pack_layer(checkpoint, l, &statistics, encoding, order, options, &packing)?;
+            let ids = &packed.order;
+            let contents = contents(encoding, config.hidden_size, &packed.planes, ids.len());
+            for (p, (plane, content)) in packed.planes.iter().zip(&contents).enumerate() {
+                let path = partial.temporary_layer(l, p);
+                write_plane(&path, l, content, ids, plane, chunk_neurons, options.compression)?;
+            }
+            partial.finish_layer(l, names, &packed)?;
         }
-        layers.push(layer_entry(dir, l)?);
+        layers.push(layer_entry(dir, &Partial::layer_files(l, names))?);
     }
     progress(config.n_layers, config.n_layers + 1);
-    let resident = write_resident(checkpoint, profile, options, dir)?;
+    let (resident, resident_planes) = write_resident(checkpoint, profile, options, dir)?;
     let places: Vec<u64> = profile.sample_tokens()?.into_iter().take(TRACE_TOKENS_MAX).collect();
     let (predictors, statistics) = assemble_parts(config, packing.predictor_rank, &places, &partial)?;
     let files = write_plain_files(checkpoint, dir)?;
-    let ffn_bytes = layers.iter().map(|l| l.file_bytes).sum();
+    let ffn_bytes: u64 = layers.iter().map(|l| l.file_bytes + l.planes.iter().map(|p| p.file_bytes).sum::<u64>()).sum();
     let source = Source {
         model: checkpoint.name(),
         model_digest,
@@ -203,7 +216,11 @@ fn build(
         corpus_digest: profile.meta().corpus_digest.clone(),
         n_tokens: profile.meta().n_tokens,
     };
-    let bytes = ffn_bytes + resident.file_bytes + predictors.file_bytes + statistics.file_bytes;
+    let bytes = ffn_bytes
+        + resident.file_bytes
+        + resident_planes.as_ref().map_or(0, |f| f.file_bytes)
+        + predictors.file_bytes
+        + statistics.file_bytes;
     let manifest = Manifest {
         format: "thermocline-split".to_owned(),
         version: FORMAT_VERSION,
@@ -212,6 +229,7 @@ fn build(
         packing,
         layers,
         resident,
+        resident_planes,
         predictors,
         statistics,
         files,
@@ -222,13 +240,6 @@ fn build(
     progress(config.n_layers + 1, config.n_layers + 1);
     let path = out.to_owned();
     Ok(SplitReport { path, bytes, ffn_bytes, order, chunk_neurons, over_fetch, resumed_layers })
-}
-
-/// What the manifest says of a layer that is written.
-pub(crate) fn layer_entry(dir: &Path, l: usize) -> Result<LayerEntry> {
-    let file = format!("layers/{l:03}.thm");
-    let written = layer_file::LayerFile::open(&dir.join(&file))?;
-    Ok(LayerEntry { file, file_bytes: written.file_bytes(), checksum: written.checksum() })
 }
 
 /// The activation rates that order the neurons.
@@ -286,27 +297,37 @@ fn shape(checkpoint: &dyn Checkpoint, name: &str) -> Result<(usize, usize)> {
     }
 }
 
+/// The resident tensors, and what further planes their matrices have.
 fn write_resident(
     checkpoint: &dyn Checkpoint,
     profile: &Profile,
     options: &SplitOptions,
     dir: &Path,
-) -> Result<crate::TensorFileEntry> {
+) -> Result<(TensorFileEntry, Option<TensorFileEntry>)> {
+    let encoding = options.resident_encoding;
+    let names = plane_names(encoding);
     let (matrices, vectors) = (resident_matrices(checkpoint), resident_vectors(checkpoint));
-    let mut announced = Vec::new();
+    let (mut announced, mut announced_planes) = (Vec::new(), Vec::new());
     for name in &matrices {
         let (rows, columns) = shape(checkpoint, name)?;
-        if !options.resident_encoding.accepts(columns) {
-            let what = format!("{name} has rows of {columns}, no multiple of 32; use --resident-encoding bf16");
+        if !encoding.accepts(columns) {
+            let what = format!("{name} has rows of {columns}, no multiple of 32; use --resident-encoding bf16x");
             return Err(Error::Settings { what });
         }
-        announced.push((name.clone(), Format::from(options.resident_encoding), rows, columns));
+        announced.push((name.clone(), Format::from(encoding.base()), rows, columns));
+        announced_planes
+            .extend(names.iter().map(|plane| (format!("{name}.{plane}"), Format::of_plane(plane), rows, columns)));
     }
     for name in &vectors {
         announced.push((name.clone(), Format::F32, 1, shape(checkpoint, name)?.1));
     }
     let mut writer = Writer::create(dir, "resident.safetensors", announced)?;
+    let mut further = match names {
+        [] => None,
+        _ => Some(Writer::create(dir, "resident-planes.safetensors", announced_planes)?),
+    };
     for name in &matrices {
+        let (rows, columns) = shape(checkpoint, name)?;
         let statistics = match name.split('.').nth(2).and_then(|l| l.parse::<usize>().ok()) {
             Some(layer) if options.scales == Scales::Moments => Some(profile.layer(layer)?),
             _ => None,
@@ -316,16 +337,23 @@ fn write_resident(
                 if name.contains("o_proj") { s.attention_output_mean_square } else { s.qkv_input_mean_square };
             squares.into_iter().map(|v| v as f32).collect::<Vec<_>>()
         });
-        let (rows, columns) = shape(checkpoint, name)?;
-        let encoding = options.resident_encoding;
-        let bytes = pack_matrix(checkpoint, name, rows, columns, encoding, options.scales.fit(importance.as_deref()))?;
-        writer.write(name, &bytes)?;
+        let fit = options.scales.fit(importance.as_deref());
+        let planes = pack_matrix(checkpoint, name, rows, columns, encoding, fit)?;
+        let mut planes = planes.iter();
+        if let Some(base) = planes.next() {
+            writer.write(name, base)?;
+        }
+        for (plane, bytes) in names.iter().zip(planes) {
+            if let Some(further) = &mut further {
+                further.write(&format!("{name}.{plane}"), bytes)?;
+            }
+        }
     }
     for name in &vectors {
         let bytes: Vec<u8> = checkpoint.load(name)?.iter().flat_map(|v| v.to_le_bytes()).collect();
         writer.write(name, &bytes)?;
     }
-    writer.finish()
+    Ok((writer.finish()?, further.map(Writer::finish).transpose()?))
 }
 
 /// Puts the layers' parts together: predictors of rank `rank`, and statistics with the trace of the tokens at `places`.
@@ -334,7 +362,7 @@ pub(crate) fn assemble_parts(
     rank: usize,
     places: &[u64],
     partial: &Partial,
-) -> Result<(crate::TensorFileEntry, crate::TensorFileEntry)> {
+) -> Result<(TensorFileEntry, TensorFileEntry)> {
     let (ffn, n_trace) = (config.intermediate_size, places.len());
     let mut predictors = Vec::new();
     let mut statistics = vec![("trace.token".to_owned(), Format::U8, n_trace, 8)];
@@ -376,16 +404,28 @@ pub(crate) fn write_plain_file(dir: &Path, name: &str, text: &str) -> Result<Pla
     Ok(PlainFile { file: name.to_owned(), checksum: format!("{:032x}", xxh3_128(text.as_bytes())) })
 }
 
-fn expected_bytes(checkpoint: &dyn Checkpoint, layout: &BundleLayout, options: &SplitOptions) -> u64 {
+/// About what a row, or a bundle of three, takes.
+fn bytes_each(encoding: Encoding, rows: usize, columns: usize) -> usize {
+    // Exact rows are planned with what normal weights take, and somewhat more.
+    let streams = match encoding {
+        Encoding::Bf16x => columns / 10,
+        Encoding::Q4Exact | Encoding::Q8Exact => columns * 3 / 8,
+        _ => 0,
+    };
+    rows * (encoding.row_stride(columns) + streams)
+}
+
+fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
     let config = checkpoint.config();
-    let ffn = (config.n_layers * config.intermediate_size * layout.bundle_bytes()) as u64;
+    let neuron = |encoding: Encoding| bytes_each(encoding, 3, config.hidden_size);
+    let ffn: usize = options.encoding.of_layers(config.n_layers).map(|e| config.intermediate_size * neuron(e)).sum();
     let resident: usize = resident_matrices(checkpoint)
         .iter()
         .filter_map(|name| shape(checkpoint, name).ok())
-        .map(|(rows, columns)| rows * options.resident_encoding.row_stride(columns))
+        .map(|(rows, columns)| rows * bytes_each(options.resident_encoding, 1, columns))
         .sum();
     let predictors = config.n_layers
         * (options.predictor_rank * config.hidden_size * 2
             + 2 * config.intermediate_size * (options.predictor_rank * 2));
-    ffn + resident as u64 + predictors as u64 + (16 << 20)
+    (ffn + resident + predictors) as u64 + (16 << 20)
 }

@@ -1,16 +1,18 @@
 //! A split seen as the dense model that it encodes: what evaluation and `verify` compare with the source.
 
-use crate::{Result, Split, TensorEntry};
+use crate::{Precision, Result, Split};
+use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use thermocline_datasets::{Checkpoint, Error, ModelConfig, SourceDtype, TensorInfo};
-use thermocline_kernels::{Encoding, RowRef, unpack};
+use thermocline_kernels::{Encoding, Kernels, RowRef};
 
 /// Tensors of a split, decoded, under their canonical names and in the checkpoint's neuron order.
 /// Holds the encoded bundles of one layer at a time.
 pub struct SplitCheckpoint {
     split: Split,
+    kernels: Kernels,
     layer: Mutex<Option<Arc<DecodedLayer>>>,
 }
 
@@ -22,17 +24,17 @@ struct DecodedLayer {
 }
 
 impl SplitCheckpoint {
-    /// Opens a split directory.
+    /// Opens a split directory with all its planes: what it holds of the checkpoint.
     ///
     /// # Errors
-    /// As [`Split::open`].
+    /// As [`Split::open_at`].
     pub fn open(dir: &Path) -> Result<Self> {
-        Ok(Self::new(Split::open(dir)?))
+        Ok(Self::new(Split::open_at(dir, Precision::Exact)?))
     }
 
     /// Takes an open split.
     pub fn new(split: Split) -> Self {
-        Self { split, layer: Mutex::new(None) }
+        Self { split, kernels: Kernels::detect(), layer: Mutex::new(None) }
     }
 
     /// The split behind it.
@@ -56,7 +58,7 @@ impl SplitCheckpoint {
         *held = None;
         let file = &self.split.layers()[layer];
         let mut bundles = vec![0; file.order().len() * file.layout().bundle_bytes()];
-        file.read_chunks(0..file.index().len(), &mut bundles)?;
+        file.read_chunks(0..file.n_chunks(), &mut bundles)?;
         let decoded = Arc::new(DecodedLayer { layer, bundles, place: file.places() });
         *held = Some(Arc::clone(&decoded));
         Ok(decoded)
@@ -73,14 +75,14 @@ impl SplitCheckpoint {
         if which < 2 {
             let mut out = vec![0.0; rows.len() * hidden];
             for (id, out) in rows.zip(out.chunks_exact_mut(hidden)) {
-                unpack(layout.encoding(), row(id), out);
+                self.kernels.unpack(layout.encoding(), row(id), out);
             }
             return Ok(out);
         }
         let ffn = decoded.place.len();
         let (mut out, mut column) = (vec![0.0; rows.len() * ffn], vec![0.0; hidden]);
         for id in 0..ffn {
-            unpack(layout.encoding(), row(id), &mut column);
+            self.kernels.unpack(layout.encoding(), row(id), &mut column);
             for (r, v) in column[rows.clone()].iter().enumerate() {
                 out[r * ffn + id] = *v;
             }
@@ -88,17 +90,19 @@ impl SplitCheckpoint {
         Ok(out)
     }
 
-    fn tensor_rows(&self, tensor: &TensorEntry, rows: Range<usize>) -> Result<Vec<f32>> {
-        let Some(encoding) = tensor.format.encoding() else {
-            let all = self.split.resident().read_f32(&tensor.name)?;
+    fn tensor_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        let tensor = self.split.resident().entry(name)?;
+        if tensor.format.encoding().is_none() {
+            let all = self.split.resident().read_f32(name)?;
             let n = rows.len();
             return Ok(all.into_iter().skip(rows.start).take(n).collect());
-        };
-        let bytes = self.split.resident().read_rows(tensor, rows.start, rows.len())?;
-        let mut out = vec![0.0; rows.len() * tensor.columns];
-        for (row, out) in bytes.chunks_exact(tensor.row_bytes()).zip(out.chunks_exact_mut(tensor.columns)) {
-            unpack(encoding, RowRef::from_matrix_row(encoding, tensor.columns, row), out);
         }
+        let matrix = self.split.matrix(name)?;
+        let (layout, columns) = (matrix.layout(), tensor.columns);
+        let bytes = matrix.read_rows(rows.start, rows.len())?;
+        let mut out = vec![0.0; rows.len() * columns];
+        let rows = out.par_chunks_exact_mut(columns).zip(bytes.par_chunks_exact(matrix.row_bytes()));
+        rows.for_each(|(out, row)| self.kernels.unpack(layout.encoding(), layout.row(row, 0), out));
         Ok(out)
     }
 
@@ -109,9 +113,10 @@ impl SplitCheckpoint {
 
 fn dtype(encoding: Encoding) -> SourceDtype {
     match encoding {
-        Encoding::Bf16 => SourceDtype::Bf16,
+        Encoding::Bf16 | Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => SourceDtype::Bf16,
         Encoding::Q8 => SourceDtype::Quantized("q8"),
         Encoding::Q4 => SourceDtype::Quantized("q4"),
+        Encoding::Q4Plus => SourceDtype::Quantized("q4+plus"),
     }
 }
 
@@ -147,9 +152,11 @@ impl Checkpoint for SplitCheckpoint {
             return Some(TensorInfo { shape, dtype: dtype(file.layout().encoding()), n_bytes });
         }
         let t = self.split.resident().tensors().iter().find(|t| t.name == name)?;
-        Some(match t.format.encoding() {
-            Some(e) => TensorInfo { shape: vec![t.rows, t.columns], dtype: dtype(e), n_bytes: t.bytes },
-            None => TensorInfo { shape: vec![t.columns], dtype: SourceDtype::F32, n_bytes: t.bytes },
+        Some(match self.split.matrix(name) {
+            Ok(m) => {
+                TensorInfo { shape: vec![t.rows, t.columns], dtype: dtype(m.layout().encoding()), n_bytes: m.bytes() }
+            }
+            Err(_) => TensorInfo { shape: vec![t.columns], dtype: SourceDtype::F32, n_bytes: t.bytes },
         })
     }
 
@@ -163,8 +170,7 @@ impl Checkpoint for SplitCheckpoint {
         if let Some((layer, which)) = self.bundle_row(name) {
             return self.bundle_rows(layer, which, rows).map_err(|e| self.damaged(e));
         }
-        let tensor = self.split.resident().entry(name).map_err(|_| missing())?;
-        self.tensor_rows(tensor, rows).map_err(|e| self.damaged(e))
+        self.tensor_rows(name, rows).map_err(|e| self.damaged(e))
     }
 
     /// The manifest's checksum: it covers the checksums of everything else.

@@ -1,8 +1,8 @@
 //! Weights that no sound model has: values that are not finite, tensors of nothing but zeros.
 
 use crate::error::Result;
-use crate::{Error, LayerFile, Split, TensorEntry};
-use thermocline_kernels::RowRef;
+use crate::{Error, Format, LayerFile, Split, TensorEntry};
+use thermocline_kernels::BundleLayout;
 
 /// The three tensors of a bundle, in its order of rows.
 const PROJECTIONS: [&str; 3] = ["gate", "up", "down"];
@@ -70,18 +70,22 @@ impl LayerFile {
 }
 
 impl TensorEntry {
-    /// The first flaw among `bytes`, the tensor's first rows as they are stored. Only a whole matrix is called all
-    /// zero: a bias may be.
+    /// The first flaw among `bytes`, an f32 tensor's first rows. A bias may be all zero.
     pub fn flaw(&self, bytes: &[u8]) -> Option<Flaw> {
+        let value = |b: &[u8]| b.try_into().map_or(0.0, f32::from_le_bytes);
+        let at = bytes.chunks_exact(4).position(|b| !value(b).is_finite())?;
+        let kind = FlawKind::NotFinite { row: at / self.columns, column: at % self.columns };
+        Some(Flaw { tensor: self.name.clone(), neuron: None, kind })
+    }
+
+    /// The first flaw among `bytes`, the first rows of an encoded matrix of this name in `layout`. Only a whole matrix
+    /// is called all zero.
+    pub fn matrix_flaw(&self, layout: &BundleLayout, bytes: &[u8]) -> Option<Flaw> {
         let flaw = |kind| Some(Flaw { tensor: self.name.clone(), neuron: None, kind });
-        let Some(encoding) = self.format.encoding() else {
-            let value = |b: &[u8]| b.try_into().map_or(0.0, f32::from_le_bytes);
-            let at = bytes.chunks_exact(4).position(|b| !value(b).is_finite())?;
-            return flaw(FlawKind::NotFinite { row: at / self.columns, column: at % self.columns });
-        };
-        let mut zero = bytes.len() as u64 == self.bytes;
-        for (row, bytes) in bytes.chunks_exact(self.row_bytes()).enumerate() {
-            let encoded = RowRef::from_matrix_row(encoding, self.columns, bytes);
+        let encoding = layout.encoding();
+        let mut zero = bytes.len() == self.rows * layout.bundle_bytes();
+        for (row, bytes) in bytes.chunks_exact(layout.bundle_bytes()).enumerate() {
+            let encoded = layout.row(bytes, 0);
             if let Some(column) = encoding.first_not_finite(encoded) {
                 return flaw(FlawKind::NotFinite { row, column });
             }
@@ -107,13 +111,28 @@ impl Split {
         for (l, layer) in self.layers().iter().enumerate() {
             progress(l, total);
             let mut bundles = vec![0; layer.order().len() * layer.layout().bundle_bytes()];
-            layer.read_chunks(0..layer.index().len(), &mut bundles)?;
+            layer.read_chunks(0..layer.n_chunks(), &mut bundles)?;
             sound(layer.path(), layer.flaw(0, &bundles))?;
         }
         for (i, file) in [self.resident(), self.predictors()].into_iter().enumerate() {
             progress(self.layers().len() + i, total);
             for tensor in file.tensors() {
-                sound(file.path(), tensor.flaw(&file.read(&tensor.name)?))?;
+                let flaw = match tensor.format.encoding() {
+                    None if tensor.format == Format::F32 => tensor.flaw(&file.read(&tensor.name)?),
+                    None => file.read(&tensor.name).map(|_| None)?,
+                    Some(encoding) if i > 0 => {
+                        let layout = BundleLayout::matrix_row(encoding, tensor.columns, 0);
+                        let bytes = file.read(&tensor.name)?;
+                        layout.and_then(|layout| tensor.matrix_flaw(&layout, &bytes))
+                    }
+                    Some(_) => {
+                        let matrix = self.matrix(&tensor.name)?;
+                        let mut bytes = vec![0; matrix.bytes() as usize];
+                        matrix.read_start(&mut bytes)?;
+                        tensor.matrix_flaw(matrix.layout(), &bytes)
+                    }
+                };
+                sound(file.path(), flaw)?;
             }
         }
         progress(total, total);

@@ -1,412 +1,295 @@
-//! `layers/NNN.thm`: the bundles of one layer, in split order, in chunks. FORMAT.md describes every byte.
+//! The bundles of one layer as a reader wants them: its planes, up to a precision, put together.
 
-use crate::error::{Result, corrupt, io, listed};
-use crate::{Error, chunk};
-use std::fs::File;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use crate::Error;
+use crate::chunk::Codec;
+use crate::error::{Result, corrupt};
+use crate::manifest::{LayerEntry, PlaneEntry};
+use crate::plane_file::{Content, PlaneFile};
+use crate::planes::plane_names;
+use crate::precision::Precision;
+use std::ops::Range;
+use std::path::Path;
 use thermocline_kernels::{BundleLayout, Encoding};
-use xxhash_rust::xxh3::xxh3_64;
 
-/// First bytes of a layer file.
-const MAGIC: &[u8; 8] = b"THMLAYER";
-/// The version that is written and the newest that is read.
-const VERSION: u32 = 1;
-/// Bytes of the fixed header, its checksum included.
-const HEADER_BYTES: usize = 80;
-/// Bytes of an index entry.
-const ENTRY_BYTES: usize = 32;
-/// The data start at a multiple of this, so that O_DIRECT reads of the first chunk waste nothing.
-const DATA_ALIGN: u64 = 4096;
-/// No real model comes near; keeps every size below 2^63.
-const MAX_NEURONS: u32 = 1 << 24;
-const MAX_HIDDEN: u32 = 1 << 20;
-
-/// Where one chunk lies and how it is stored.
+/// Bytes of one of a layer's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ChunkEntry {
-    /// First byte in the file.
+pub struct FileRange {
+    /// Which: an index into [`LayerFile::paths`].
+    pub file: usize,
+    /// First byte.
     pub offset: u64,
-    /// Bytes in the file.
-    pub stored_bytes: u32,
-    /// How they are stored.
-    pub codec: chunk::Codec,
-    /// Neurons in the chunk.
-    pub n_neurons: u32,
-    /// XXH3-64 of the stored bytes.
-    pub checksum: u64,
+    /// How many.
+    pub bytes: usize,
 }
 
-/// An open, checked layer file: header, neuron order and chunk index in memory, bundles on disk.
+/// An open, checked layer: neuron order and chunk index in memory, bundles on disk, in one file or in one for each plane.
 #[derive(Debug)]
 pub struct LayerFile {
-    path: PathBuf,
-    file: File,
-    layer: usize,
+    /// The base first.
+    planes: Vec<PlaneFile>,
     layout: BundleLayout,
-    chunk_neurons: usize,
-    order: Vec<u32>,
-    index: Vec<ChunkEntry>,
-    file_bytes: u64,
-    checksum: u64,
 }
 
 impl LayerFile {
-    /// Opens and checks a layer file: checksums of header, order and index; that the order is a permutation; that the
-    /// chunks lie one behind the other, without holes, to the end of the file. Chunk data are checked when read.
+    /// Opens the file of a layer in one plane and checks it: checksums of header, order and index; that the order is a
+    /// permutation; that the chunks lie one behind the other, without holes, to the end of the file. Chunk data are
+    /// checked when read.
     ///
     /// # Errors
     /// If the file cannot be read or any of that does not hold.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(listed(path))?;
-        let file_bytes = file.metadata().map_err(io(path))?.len();
-        let mut header = [0u8; HEADER_BYTES];
-        if file_bytes < HEADER_BYTES as u64 {
-            return Err(corrupt(
-                path,
-                "header",
-                format!("the file has {file_bytes} bytes, a header has {HEADER_BYTES}"),
-            ));
-        }
-        file.read_exact_at(&mut header, 0).map_err(io(path))?;
-        if header.first_chunk::<8>() != Some(MAGIC) {
-            return Err(corrupt(path, "magic", "not a Thermocline layer file"));
-        }
-        let u32_at = |at: usize| header.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
-        let u64_at = |at: usize| header.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
-        let version = u32_at(8);
-        if version != VERSION {
-            return Err(Error::UnsupportedVersion { path: path.to_owned(), got: version.into(), max: VERSION.into() });
-        }
-        let (layer, n_neurons, hidden_size) = (u32_at(12), u32_at(16), u32_at(20));
-        let (encoding, chunk_neurons, n_chunks) = (u32_at(24), u32_at(28), u32_at(32));
-        if n_neurons == 0 || n_neurons > MAX_NEURONS || hidden_size == 0 || hidden_size > MAX_HIDDEN {
-            return Err(corrupt(path, "n_neurons, hidden_size", format!("{n_neurons}, {hidden_size} out of range")));
-        }
-        if chunk_neurons == 0 || chunk_neurons > n_neurons || n_chunks != n_neurons.div_ceil(chunk_neurons) {
-            return Err(corrupt(
-                path,
-                "chunk_neurons",
-                format!("{chunk_neurons} in {n_chunks} chunks for {n_neurons}"),
-            ));
-        }
-        let layout = Encoding::from_id(encoding)
-            .and_then(|e| BundleLayout::new(e, hidden_size as usize))
-            .ok_or_else(|| corrupt(path, "encoding", format!("number {encoding} with hidden size {hidden_size}")))?;
-        if u32_at(36) as usize != layout.bundle_bytes() {
-            return Err(corrupt(path, "bundle_bytes", format!("{}, expected {}", u32_at(36), layout.bundle_bytes())));
-        }
-        let (data_offset, expected_bytes) = (u64_at(40), u64_at(48));
-        let tables = n_neurons as usize * 4 + n_chunks as usize * ENTRY_BYTES;
-        if expected_bytes != file_bytes {
-            return Err(corrupt(path, "file_bytes", format!("{file_bytes} bytes, written with {expected_bytes}")));
-        }
-        if data_offset != (HEADER_BYTES as u64 + tables as u64).next_multiple_of(DATA_ALIGN) || data_offset > file_bytes
-        {
-            return Err(corrupt(path, "data_offset", format!("{data_offset} in a file of {file_bytes} bytes")));
-        }
-        let mut meta = vec![0u8; HEADER_BYTES - 8 + tables];
-        let (head, rest) = meta.split_at_mut(HEADER_BYTES - 8);
-        head.copy_from_slice(header.get(..HEADER_BYTES - 8).unwrap_or_default());
-        file.read_exact_at(rest, HEADER_BYTES as u64).map_err(io(path))?;
-        if xxh3_64(&meta) != u64_at(HEADER_BYTES - 8) {
-            return Err(corrupt(path, "meta_checksum", "header, order or index are damaged"));
-        }
-        let (order, index) = meta.split_at(HEADER_BYTES - 8).1.split_at(n_neurons as usize * 4);
-        let order = read_order(path, order)?;
-        let index = read_index(path, index, data_offset, file_bytes, n_neurons, chunk_neurons, &layout)?;
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-            layer: layer as usize,
-            layout,
-            chunk_neurons: chunk_neurons as usize,
-            order,
-            index,
-            file_bytes,
-            checksum: u64_at(HEADER_BYTES - 8),
-        })
+        Self::of_planes(vec![PlaneFile::open(path)?], Precision::Base)
     }
 
-    /// Where the file lies.
+    /// Opens the planes that `precision` takes of those that the manifest lists for this encoding.
+    pub(crate) fn open_planes(
+        dir: &Path,
+        entry: &LayerEntry,
+        encoding: Encoding,
+        precision: Precision,
+    ) -> Result<Self> {
+        let names = plane_names(encoding);
+        if names.len() != entry.planes.len() {
+            let reason = format!("{} planes of a layer in {encoding}", entry.planes.len());
+            return Err(corrupt(&dir.join(&entry.file), "planes", reason));
+        }
+        let base =
+            PlaneEntry { file: entry.file.clone(), file_bytes: entry.file_bytes, checksum: entry.checksum.clone() };
+        let further = names.iter().zip(&entry.planes).filter(|(name, _)| precision.takes(**name == "final"));
+        let mut planes = Vec::new();
+        for entry in [&base].into_iter().chain(further.map(|(_, entry)| entry)) {
+            let path = dir.join(&entry.file);
+            let plane = PlaneFile::open(&path)?;
+            if plane.file_bytes() != entry.file_bytes || plane.checksum() != entry.checksum {
+                return Err(corrupt(&path, "header", "does not fit the manifest: files of two splits are mixed"));
+            }
+            planes.push(plane);
+        }
+        Self::of_planes(planes, precision)
+    }
+
+    fn of_planes(planes: Vec<PlaneFile>, precision: Precision) -> Result<Self> {
+        let Some((base, further)) = planes.split_first() else { unreachable!("a layer has a base") };
+        let Content::Bundles(stored) = *base.content() else {
+            return Err(corrupt(base.path(), "encoding", "a further plane where the base should be"));
+        };
+        let misfit = |file: &PlaneFile| corrupt(file.path(), "header", "does not fit the layer's base");
+        for plane in further {
+            let same = plane.layer() == base.layer()
+                && plane.order() == base.order()
+                && plane.chunk_neurons() == base.chunk_neurons();
+            if !same {
+                return Err(misfit(plane));
+            }
+        }
+        let (hidden, encoding) = (stored.hidden_size(), stored.encoding());
+        let contents: Vec<&Content> = further.iter().map(PlaneFile::content).collect();
+        let layout = match (encoding, contents.as_slice()) {
+            (_, []) => Some(stored),
+            (Encoding::Q4, [Content::Coarse { .. }]) => BundleLayout::new(Encoding::Q4Plus, hidden),
+            (Encoding::Q4, [Content::Coarse { .. }, Content::Final { bytes, .. }]) => {
+                with_final(Encoding::Q4Exact, hidden, *bytes)
+            }
+            (Encoding::Q8, [Content::Final { bytes, .. }]) => with_final(Encoding::Q8Exact, hidden, *bytes),
+            _ => None,
+        };
+        let total: usize = planes.iter().map(|p| p.content().bundle_bytes()).sum();
+        match layout.filter(|l| l.bundle_bytes() == total) {
+            Some(layout) => Ok(Self { planes, layout }),
+            None => {
+                let reason = format!("{} planes over {encoding} at {precision}", further.len());
+                Err(corrupt(base.path(), "encoding", reason))
+            }
+        }
+    }
+
+    fn base(&self) -> &PlaneFile {
+        &self.planes[0]
+    }
+
+    /// Where the base lies.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.base().path()
     }
 
-    /// The layer's number.
+    /// Where the files lie, the base's first.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.planes.iter().map(PlaneFile::path)
+    }
+
+    /// Which layer this is.
     pub fn layer(&self) -> usize {
-        self.layer
+        self.base().layer()
     }
 
-    /// The bundles' layout.
+    /// The bundles' layout, as they are when planes are put together.
     pub fn layout(&self) -> &BundleLayout {
         &self.layout
     }
 
     /// Neurons in every chunk but perhaps the last.
     pub fn chunk_neurons(&self) -> usize {
-        self.chunk_neurons
+        self.base().chunk_neurons()
+    }
+
+    /// Chunks of the layer.
+    pub fn n_chunks(&self) -> usize {
+        self.base().index().len()
     }
 
     /// `order()[i]` is the checkpoint's number of the neuron at position i; hot first.
     pub fn order(&self) -> &[u32] {
-        &self.order
+        self.base().order()
     }
 
     /// The inverse of [`LayerFile::order`]: the place of each of the checkpoint's neurons.
     pub fn places(&self) -> Vec<u32> {
-        let mut place = vec![0; self.order.len()];
-        self.order.iter().enumerate().for_each(|(p, &id)| place[id as usize] = p as u32);
+        let mut place = vec![0; self.order().len()];
+        self.order().iter().enumerate().for_each(|(p, &id)| place[id as usize] = p as u32);
         place
     }
 
-    /// Every chunk, in order.
-    pub fn index(&self) -> &[ChunkEntry] {
-        &self.index
-    }
-
-    /// Size of the file.
+    /// Size of the files.
     pub fn file_bytes(&self) -> u64 {
-        self.file_bytes
+        self.planes.iter().map(PlaneFile::file_bytes).sum()
     }
 
-    /// Checksum of header, order and index, in hexadecimal; through the index it covers the chunks.
+    /// Checksum of the base's header, order and index, in hexadecimal; through the index it covers the chunks.
     pub fn checksum(&self) -> String {
-        format!("{:016x}", self.checksum)
+        self.base().checksum()
+    }
+
+    /// Bytes of `chunks` in the files.
+    ///
+    /// # Panics
+    /// If the range is outside the layer, here and below.
+    pub fn stored_bytes(&self, chunks: Range<usize>) -> u64 {
+        let of_plane = |p: &PlaneFile| p.index()[chunks.clone()].iter().map(|e| u64::from(e.stored_bytes)).sum::<u64>();
+        self.planes.iter().map(of_plane).sum()
+    }
+
+    /// Where the bytes of `chunks` lie: one piece of each file.
+    pub fn stored_ranges(&self, chunks: Range<usize>) -> Vec<FileRange> {
+        let of_plane = |(file, p): (usize, &PlaneFile)| {
+            let entries = &p.index()[chunks.clone()];
+            let bytes = entries.iter().map(|e| e.stored_bytes as usize).sum();
+            FileRange { file, offset: entries.first().map_or(0, |e| e.offset), bytes }
+        };
+        self.planes.iter().enumerate().map(of_plane).collect()
+    }
+
+    /// Neurons in `chunks`.
+    pub fn n_neurons(&self, chunks: Range<usize>) -> usize {
+        (chunks.end * self.chunk_neurons()).min(self.order().len())
+            - (chunks.start * self.chunk_neurons()).min(self.order().len())
+    }
+
+    /// Whether the stored bytes of `chunks` are the bundles themselves.
+    pub fn are_stored(&self, chunks: Range<usize>) -> bool {
+        self.planes.len() == 1 && self.base().index()[chunks].iter().all(|e| e.codec == Codec::Stored)
+    }
+
+    /// Chunks that are compressed, in all files.
+    pub fn n_compressed(&self) -> usize {
+        let entries = self.planes.iter().flat_map(|p| p.index());
+        entries.filter(|e| matches!(e.codec, Codec::Zstd | Codec::ZstdPlanes)).count()
     }
 
     /// Reads, checks and decodes chunks `chunks` into `out` (their bundles, one behind the other).
     ///
     /// # Errors
-    /// If the file cannot be read, or a chunk's checksum or size is wrong.
+    /// If a file cannot be read, or a chunk's checksum or size is wrong.
     ///
     /// # Panics
-    /// If the range is outside the index or `out` has another length than the bundles.
-    pub fn read_chunks(&self, chunks: std::ops::Range<usize>, out: &mut [u8]) -> Result<()> {
+    /// If `out` has another length than the bundles.
+    pub fn read_chunks(&self, chunks: Range<usize>, out: &mut [u8]) -> Result<()> {
         let mut stored = Vec::new();
+        self.decode_with(chunks, out, |p, c, bundles| self.planes[p].read_chunk(c, &mut stored, bundles))
+    }
+
+    /// Checks and decodes `chunks` into `out`, from the bytes of [`LayerFile::stored_ranges`].
+    ///
+    /// # Errors
+    /// If a checksum or a decoded size is wrong.
+    ///
+    /// # Panics
+    /// If `stored` or `out` has another length.
+    pub fn decode_chunks(&self, chunks: Range<usize>, stored: &[&[u8]], out: &mut [u8]) -> Result<()> {
+        let mut rest = stored.to_vec();
+        self.decode_with(chunks, out, |p, c, bundles| {
+            let (now, later) = rest[p].split_at(self.planes[p].index()[c].stored_bytes as usize);
+            rest[p] = later;
+            self.planes[p].decode_chunk(c, now, bundles)
+        })
+    }
+
+    /// Checks the stored bytes of `chunks`, which [`LayerFile::are_stored`].
+    ///
+    /// # Errors
+    /// If a checksum is wrong.
+    pub fn check_chunks(&self, chunks: Range<usize>, mut stored: &[u8]) -> Result<()> {
+        for c in chunks {
+            let (now, later) = stored.split_at(self.base().index()[c].stored_bytes as usize);
+            self.base().check_chunk(c, now)?;
+            stored = later;
+        }
+        Ok(())
+    }
+
+    /// `decode(plane, chunk, bundles)` for all of them; the planes of a neuron become neighbours.
+    fn decode_with(
+        &self,
+        chunks: Range<usize>,
+        out: &mut [u8],
+        mut decode: impl FnMut(usize, usize, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let size = self.layout.bundle_bytes();
+        let mut plane_bundles = Vec::new();
         let mut rest = out;
         for c in chunks {
-            let entry = &self.index[c];
-            let (bundles, tail) = rest.split_at_mut(entry.n_neurons as usize * self.layout.bundle_bytes());
-            stored.resize(entry.stored_bytes as usize, 0);
-            self.file.read_exact_at(&mut stored, entry.offset).map_err(io(&self.path))?;
-            self.decode_chunk(c, &stored, bundles)?;
+            let n = self.n_neurons(c..c + 1);
+            let (bundles, tail) = rest.split_at_mut(n * size);
             rest = tail;
+            if self.planes.len() == 1 {
+                decode(0, c, bundles)?;
+                continue;
+            }
+            let mut first = 0;
+            for (p, plane) in self.planes.iter().enumerate() {
+                let bytes = plane.content().bundle_bytes();
+                plane_bundles.resize(n * bytes, 0);
+                decode(p, c, &mut plane_bundles)?;
+                for (bundle, part) in bundles.chunks_exact_mut(size).zip(plane_bundles.chunks_exact(bytes)) {
+                    bundle[first..first + bytes].copy_from_slice(part);
+                }
+                first += bytes;
+            }
         }
         assert!(rest.is_empty(), "the output is longer than the chunks");
         Ok(())
     }
-
-    /// Checks and decodes the stored bytes of chunk `c` into `bundles`.
-    ///
-    /// # Errors
-    /// If the checksum or the decoded size is wrong.
-    ///
-    /// # Panics
-    /// If there is no chunk `c`.
-    pub fn decode_chunk(&self, c: usize, stored: &[u8], bundles: &mut [u8]) -> Result<()> {
-        let entry = &self.index[c];
-        let good = self.check_chunk(c, stored).is_ok() && chunk::decode(entry.codec, stored, bundles);
-        if good { Ok(()) } else { Err(self.corrupt_chunk(c)) }
-    }
-
-    /// Checks the stored bytes of chunk `c` (enough for a chunk that is stored as it is).
-    ///
-    /// # Errors
-    /// If the checksum is wrong.
-    pub fn check_chunk(&self, c: usize, stored: &[u8]) -> Result<()> {
-        if self.index.get(c).is_some_and(|e| xxh3_64(stored) == e.checksum) {
-            Ok(())
-        } else {
-            Err(self.corrupt_chunk(c))
-        }
-    }
-
-    fn corrupt_chunk(&self, c: usize) -> Error {
-        let first = c * self.chunk_neurons;
-        let end = (first + self.chunk_neurons).min(self.order.len());
-        Error::CorruptChunk { path: self.path.clone(), layer: self.layer, first, end }
-    }
 }
 
-fn read_order(path: &Path, bytes: &[u8]) -> Result<Vec<u32>> {
-    let order: Vec<u32> = bytes.chunks_exact(4).map(|b| b.try_into().map_or(0, u32::from_le_bytes)).collect();
-    let mut seen = vec![false; order.len()];
-    for (position, &id) in order.iter().enumerate() {
-        match seen.get_mut(id as usize) {
-            Some(s) if !*s => *s = true,
-            Some(_) => return Err(corrupt(path, format!("order[{position}]"), format!("neuron {id} occurs twice"))),
-            None => return Err(corrupt(path, format!("order[{position}]"), format!("neuron {id} of {}", seen.len()))),
-        }
-    }
-    Ok(order)
+/// The layout whose heads and streams take `bytes`.
+fn with_final(encoding: Encoding, hidden_size: usize, bytes: usize) -> Option<BundleLayout> {
+    let bare = BundleLayout::with_streams(encoding, hidden_size, 0)?;
+    let heads = 3 * encoding.head_bytes(hidden_size);
+    BundleLayout::with_streams(encoding, hidden_size, bytes.checked_sub(heads)?)
+        .filter(|l| l.base_bytes() == bare.base_bytes())
 }
 
-fn read_index(
-    path: &Path,
-    bytes: &[u8],
-    data_offset: u64,
-    file_bytes: u64,
-    n_neurons: u32,
-    chunk_neurons: u32,
-    layout: &BundleLayout,
-) -> Result<Vec<ChunkEntry>> {
-    let mut expected_offset = data_offset;
-    let mut left = n_neurons;
-    let mut index = Vec::with_capacity(bytes.len() / ENTRY_BYTES);
-    for (c, b) in bytes.chunks_exact(ENTRY_BYTES).enumerate() {
-        let field = |name: &str| format!("index[{c}].{name}");
-        let u32_at = |at: usize| b.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
-        let u64_at = |at: usize| b.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
-        let codec = chunk::Codec::from_id(u32_at(12))
-            .ok_or_else(|| corrupt(path, field("codec"), format!("number {} is unknown", u32_at(12))))?;
-        let entry = ChunkEntry {
-            offset: u64_at(0),
-            stored_bytes: u32_at(8),
-            codec,
-            n_neurons: u32_at(16),
-            checksum: u64_at(24),
-        };
-        if entry.n_neurons != left.min(chunk_neurons) {
-            return Err(corrupt(
-                path,
-                field("n_neurons"),
-                format!("{}, expected {}", entry.n_neurons, left.min(chunk_neurons)),
-            ));
-        }
-        left -= entry.n_neurons;
-        let raw = u64::from(entry.n_neurons) * layout.bundle_bytes() as u64;
-        if entry.offset != expected_offset || (codec == chunk::Codec::Stored && u64::from(entry.stored_bytes) != raw) {
-            return Err(corrupt(path, field("offset, stored_bytes"), "chunks must lie one behind the other"));
-        }
-        expected_offset += u64::from(entry.stored_bytes);
-        index.push(entry);
+/// What the manifest says of a layer whose files are written, the base first.
+pub(crate) fn layer_entry(dir: &Path, files: &[String]) -> Result<LayerEntry> {
+    let mut planes = Vec::with_capacity(files.len());
+    for file in files {
+        let written = PlaneFile::open(&dir.join(file))?;
+        planes.push(PlaneEntry { file: file.clone(), file_bytes: written.file_bytes(), checksum: written.checksum() });
     }
-    if expected_offset != file_bytes {
-        return Err(corrupt(path, "index", format!("chunks end at {expected_offset}, the file at {file_bytes}")));
-    }
-    Ok(index)
-}
-
-/// Writes a layer file: `bundles` in split order, `order` as in [`LayerFile::order`]. Returns its size.
-///
-/// # Errors
-/// If the file cannot be written.
-pub(crate) fn write_layer(
-    path: &Path,
-    layer: usize,
-    layout: &BundleLayout,
-    order: &[u32],
-    bundles: &[u8],
-    chunk_neurons: usize,
-    compression: chunk::Compression,
-) -> Result<u64> {
-    use rayon::prelude::*;
-    let chunks: Vec<_> = bundles
-        .par_chunks(chunk_neurons * layout.bundle_bytes())
-        .map(|raw| (raw.len() / layout.bundle_bytes(), chunk::encode(compression, raw)))
-        .collect();
-    let mut writer = LayerWriter::create(path, layer, layout, order, chunk_neurons)?;
-    for (n, (codec, stored)) in &chunks {
-        writer.list(*n, *codec, stored);
-        writer.append(stored)?;
-    }
-    writer.finish()
-}
-
-/// A layer file being written, chunk by chunk; what stands in front of the chunks comes last.
-pub(crate) struct LayerWriter<'a> {
-    path: &'a Path,
-    layer: usize,
-    layout: &'a BundleLayout,
-    order: &'a [u32],
-    chunk_neurons: usize,
-    file: BufWriter<File>,
-    index: Vec<u8>,
-    data_offset: u64,
-    /// Where the next chunk begins.
-    offset: u64,
-}
-
-impl<'a> LayerWriter<'a> {
-    /// Starts a file for neurons in this order ([`LayerFile::order`]).
-    pub(crate) fn create(
-        path: &'a Path,
-        layer: usize,
-        layout: &'a BundleLayout,
-        order: &'a [u32],
-        chunk_neurons: usize,
-    ) -> Result<Self> {
-        let n_chunks = order.len().div_ceil(chunk_neurons);
-        let tables = order.len() * 4 + n_chunks * ENTRY_BYTES;
-        let data_offset = ((HEADER_BYTES + tables) as u64).next_multiple_of(DATA_ALIGN);
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io(path))?);
-        file.seek(SeekFrom::Start(data_offset)).map_err(io(path))?;
-        let index = Vec::with_capacity(n_chunks * ENTRY_BYTES);
-        Ok(Self { path, layer, layout, order, chunk_neurons, file, index, data_offset, offset: data_offset })
-    }
-
-    /// Appends bundles as they are: whole chunks, but perhaps for the layer's last.
-    pub(crate) fn stored(&mut self, bundles: &[u8]) -> Result<()> {
-        let bundle_bytes = self.layout.bundle_bytes();
-        for chunk in bundles.chunks(self.chunk_neurons * bundle_bytes) {
-            self.list(chunk.len() / bundle_bytes, chunk::Codec::Stored, chunk);
+    let mut planes = planes.into_iter();
+    match planes.next() {
+        Some(PlaneEntry { file, file_bytes, checksum }) => {
+            Ok(LayerEntry { file, file_bytes, checksum, planes: planes.collect() })
         }
-        self.append(bundles)
-    }
-
-    /// Enters the next chunk in the index.
-    fn list(&mut self, n_neurons: usize, codec: chunk::Codec, stored: &[u8]) {
-        self.index.extend_from_slice(&self.offset.to_le_bytes());
-        for v in [stored.len() as u32, codec.id(), n_neurons as u32, 0] {
-            self.index.extend_from_slice(&v.to_le_bytes());
-        }
-        self.index.extend_from_slice(&xxh3_64(stored).to_le_bytes());
-        self.offset += stored.len() as u64;
-    }
-
-    fn append(&mut self, stored: &[u8]) -> Result<()> {
-        self.file.write_all(stored).map_err(io(self.path))
-    }
-
-    /// Writes header, order and index. Returns the file's size.
-    pub(crate) fn finish(self) -> Result<u64> {
-        let mut meta = Vec::with_capacity(HEADER_BYTES - 8 + self.order.len() * 4 + self.index.len());
-        meta.extend_from_slice(MAGIC);
-        for v in [
-            VERSION,
-            self.layer as u32,
-            self.order.len() as u32,
-            self.layout.hidden_size() as u32,
-            self.layout.encoding().id(),
-            self.chunk_neurons as u32,
-            (self.index.len() / ENTRY_BYTES) as u32,
-            self.layout.bundle_bytes() as u32,
-        ] {
-            meta.extend_from_slice(&v.to_le_bytes());
-        }
-        for v in [self.data_offset, self.offset, 0, 0] {
-            meta.extend_from_slice(&v.to_le_bytes());
-        }
-        debug_assert_eq!(meta.len(), HEADER_BYTES - 8);
-        for id in self.order {
-            meta.extend_from_slice(&id.to_le_bytes());
-        }
-        meta.extend_from_slice(&self.index);
-        let checksum = xxh3_64(&meta);
-        let (head, rest) = meta.split_at(HEADER_BYTES - 8);
-        let (mut file, file_bytes) = (self.file, self.offset);
-        let write = || -> std::io::Result<()> {
-            file.rewind()?;
-            file.write_all(head)?;
-            file.write_all(&checksum.to_le_bytes())?;
-            file.write_all(rest)?;
-            let file = file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
-            file.set_len(file_bytes)?;
-            file.sync_all()
-        };
-        write().map_err(io(self.path))?;
-        Ok(file_bytes)
+        None => Err(Error::Settings { what: "a layer without files".to_owned() }),
     }
 }

@@ -5,6 +5,7 @@
 //! | make one from a checkpoint and its profile | [`split()`], [`SplitOptions`] |
 //! | open one | [`Split`], [`Manifest`] |
 //! | one layer's bundles on disk | [`LayerFile`] |
+//! | which planes of them are used | [`Precision`] |
 //! | everything else on disk | [`TensorFile`] |
 //! | orders and chunk lengths, measured | [`mod@order`] |
 //! | make one of a planted model, without either | [`split_planted()`], [`planted_bytes`] |
@@ -21,13 +22,18 @@ mod checkpoint;
 mod chunk;
 mod error;
 mod flaw;
+mod layer_encodings;
 mod layer_file;
 mod manifest;
 mod open;
 pub mod order;
 mod pack_layer;
 mod partial;
+mod plane_file;
+mod planes;
 mod planted;
+mod precision;
+mod resident;
 mod tensor_file;
 mod verify;
 
@@ -36,9 +42,12 @@ pub use checkpoint::SplitCheckpoint;
 pub use chunk::{Codec, Compression};
 pub use error::{Error, Result};
 pub use flaw::{Flaw, FlawKind};
-pub use layer_file::{ChunkEntry, LayerFile};
-pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
+pub use layer_encodings::LayerEncodings;
+pub use layer_file::{FileRange, LayerFile};
+pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, PlaneEntry, Source};
 pub use open::Split;
 pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
+pub use precision::Precision;
+pub use resident::{StoredMatrix, join_rows};
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

@@ -1,8 +1,8 @@
 //! `manifest.json`: what is in a split directory and what it was made from.
 
-use crate::Error;
 use crate::error::{Result, corrupt, io};
 use crate::tensor_file::TensorFileEntry;
+use crate::{Error, LayerEncodings};
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::Path;
@@ -34,7 +34,7 @@ pub struct Source {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Packing {
-    /// Encoding of the feed-forward bundles.
+    /// Encodings of the feed-forward bundles, as [`LayerEncodings`] reads them.
     pub ffn_encoding: String,
     /// Encoding of embedding, attention and head.
     pub resident_encoding: String,
@@ -57,6 +57,21 @@ pub struct LayerEntry {
     /// Its size.
     pub file_bytes: u64,
     /// The checksum in its header, in hexadecimal: it covers header, order, and index with the chunks' checksums.
+    pub checksum: String,
+    /// The further planes of the same neurons: coarse, final.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub planes: Vec<PlaneEntry>,
+}
+
+/// One plane of a layer over its base.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlaneEntry {
+    /// File name in the split directory.
+    pub file: String,
+    /// Its size.
+    pub file_bytes: u64,
+    /// As [`LayerEntry::checksum`].
     pub checksum: String,
 }
 
@@ -88,6 +103,9 @@ pub struct Manifest {
     pub layers: Vec<LayerEntry>,
     /// Embedding, attention, norms, head.
     pub resident: TensorFileEntry,
+    /// The further planes of these matrices: `NAME.coarse`, `NAME.final`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resident_planes: Option<TensorFileEntry>,
     /// The predictors.
     pub predictors: TensorFileEntry,
     /// Per-neuron statistics and the trace that `plan` replays.
@@ -99,6 +117,15 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// The layers' encodings.
+    ///
+    /// # Errors
+    /// If they are none that this program knows.
+    pub(crate) fn ffn_encodings(&self, dir: &Path) -> Result<LayerEncodings> {
+        let parsed = self.packing.ffn_encoding.parse();
+        parsed.map_err(|e: String| corrupt(&dir.join("manifest.json"), "packing.ffn_encoding", e))
+    }
+
     fn to_json(&self) -> String {
         let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
         text.push('\n');
@@ -159,6 +186,9 @@ impl Manifest {
             &manifest.predictors.file,
             &manifest.statistics.file,
         ]);
+        let names = names
+            .chain(manifest.resident_planes.iter().map(|f| &f.file))
+            .chain(manifest.layers.iter().flat_map(|l| l.planes.iter().map(|p| &p.file)));
         for name in names {
             let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
             if name.starts_with('/') || name.contains('\\') || !name.split('/').all(plain) {

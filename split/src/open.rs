@@ -2,7 +2,7 @@
 
 use crate::error::{Result, corrupt, listed};
 use crate::planted::REPORT_FILE;
-use crate::{LayerFile, Manifest, TensorEntry, TensorFile};
+use crate::{Format, LayerFile, Manifest, Precision, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::predictor::LowRank;
 use thermocline_datasets::planted::PlantedReport;
@@ -15,38 +15,49 @@ pub struct Split {
     dir: PathBuf,
     manifest: Manifest,
     layers: Vec<LayerFile>,
+    precision: Precision,
     resident: TensorFile,
+    resident_planes: Option<TensorFile>,
     predictors: TensorFile,
     statistics: TensorFile,
 }
 
 impl Split {
-    /// Opens a split directory.
+    /// Opens a split directory, its base only where it has further planes.
     ///
     /// # Errors
     /// If a file is missing, damaged, or does not belong to the others.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_at(dir, Precision::Base)
+    }
+
+    /// Opens a split directory with the planes that `precision` takes; those that it leaves are not looked at.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged, or does not belong to the others.
+    pub fn open_at(dir: &Path, precision: Precision) -> Result<Self> {
         let manifest = Manifest::read(dir)?;
+        let encodings = manifest.ffn_encodings(dir)?;
         let mut layers = Vec::with_capacity(manifest.layers.len());
         for (l, entry) in manifest.layers.iter().enumerate() {
-            let path = dir.join(&entry.file);
-            let file = LayerFile::open(&path)?;
+            let file = LayerFile::open_planes(dir, entry, encodings.of(l), precision)?;
             let c = &manifest.config;
             let fits = file.layer() == l
-                && file.file_bytes() == entry.file_bytes
-                && file.checksum() == entry.checksum
                 && file.order().len() == c.intermediate_size
                 && file.layout().hidden_size() == c.hidden_size
-                && file.layout().encoding().name() == manifest.packing.ffn_encoding;
+                && file.layout().encoding().base() == encodings.of(l).base();
             if !fits {
-                return Err(corrupt(&path, "header", "does not fit the manifest: files of two splits are mixed"));
+                let reason = "does not fit the manifest: files of two splits are mixed";
+                return Err(corrupt(file.path(), "header", reason));
             }
             layers.push(file);
         }
         let resident = TensorFile::open(dir, &manifest.resident)?;
+        let planes = manifest.resident_planes.as_ref().filter(|_| precision > Precision::Base);
+        let resident_planes = planes.map(|entry| TensorFile::open(dir, entry)).transpose()?;
         let predictors = TensorFile::open(dir, &manifest.predictors)?;
         let statistics = TensorFile::open(dir, &manifest.statistics)?;
-        Ok(Self { dir: dir.to_owned(), manifest, layers, resident, predictors, statistics })
+        Ok(Self { dir: dir.to_owned(), manifest, layers, precision, resident, resident_planes, predictors, statistics })
     }
 
     /// Where it lies.
@@ -57,6 +68,16 @@ impl Split {
     /// What is in it.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// Which planes it was opened with.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The further planes of embedding, attention and head, if they are used.
+    pub(crate) fn resident_planes(&self) -> Option<&TensorFile> {
+        self.resident_planes.as_ref()
     }
 
     /// The layer files.
@@ -141,7 +162,13 @@ impl Split {
     /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.
     pub fn dense_bytes(&self) -> u64 {
         let bundles: usize = self.layers.iter().map(|l| l.order().len() * l.layout().bundle_bytes()).sum();
-        bundles as u64 + self.resident.tensors().iter().map(|t| t.bytes).sum::<u64>()
+        let resident = self.resident_planes.iter().chain([&self.resident]).flat_map(TensorFile::tensors);
+        bundles as u64 + resident.filter(|t| self.takes(t)).map(|t| t.bytes).sum::<u64>()
+    }
+
+    /// Whether a resident tensor is used at this precision.
+    pub(crate) fn takes(&self, tensor: &TensorEntry) -> bool {
+        !matches!(tensor.format, Format::Coarse | Format::Final) || self.precision.takes(tensor.format == Format::Final)
     }
 
     /// A small file kept from the checkpoint, checked; `None` if the split has none of that name.

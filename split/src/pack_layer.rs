@@ -5,11 +5,13 @@ use crate::build::{SplitOptions, rates};
 use crate::error::Result;
 use crate::manifest::Packing;
 use crate::order::OrderKind;
+use crate::planes::{lay_out, pack_row};
 use rayon::prelude::*;
 use thermocline_calibrate::LayerStatistics;
 use thermocline_calibrate::predictor::{self, LowRank};
 use thermocline_datasets::Checkpoint;
-use thermocline_kernels::{BundleLayout, Encoding, RowRef, ScaleFit, pack, unpack};
+use thermocline_kernels::exact::PackedRow;
+use thermocline_kernels::{Encoding, RowRef, ScaleFit, pack, unpack};
 
 /// Rows of a matrix that are in memory as f32 at a time.
 const BLOCK_ROWS: usize = 4096;
@@ -22,8 +24,8 @@ pub(crate) const FACTORS: Encoding = Encoding::Q4;
 pub(crate) struct PackedLayer {
     /// Checkpoint number of the neuron at each place.
     pub order: Vec<u32>,
-    /// `[ffn]` bundles in that order.
-    pub bundles: Vec<u8>,
+    /// `[ffn]` bundles in that order, plane by plane, the base first.
+    pub planes: Vec<Vec<u8>>,
     /// q8 rows `[rank, hidden]`.
     pub predictor_input: Vec<u8>,
     /// Rows `[2 * ffn, rank]` in [`FACTORS`]: each neuron's row of the gate factor, then of the up factor.
@@ -69,14 +71,14 @@ pub(crate) fn pack_layer(
     checkpoint: &dyn Checkpoint,
     l: usize,
     statistics: &LayerStatistics,
-    layout: &BundleLayout,
+    encoding: Encoding,
     kind: OrderKind,
     options: &SplitOptions,
     packing: &Packing,
 ) -> Result<PackedLayer> {
     let name = |p: &str| format!("model.layers.{l}.mlp.{p}_proj.weight");
     let (gate, up) = (checkpoint.load(&name("gate"))?, checkpoint.load(&name("up"))?);
-    let hidden = layout.hidden_size();
+    let hidden = checkpoint.config().hidden_size;
     let ffn = gate.len() / hidden;
     let down = transpose(&checkpoint.load(&name("down"))?, hidden, ffn);
     let rates = rates(statistics, packing);
@@ -84,22 +86,19 @@ pub(crate) fn pack_layer(
 
     let moments: Vec<f32> = statistics.ffn_input_mean_square.iter().map(|&v| v as f32).collect();
     let (by_moments, plain) = (options.scales.fit(Some(&moments)), options.scales.fit(None));
-    let mut bundles = vec![0u8; ffn * layout.bundle_bytes()];
-    bundles.par_chunks_mut(layout.bundle_bytes()).zip(&order).try_for_each(|(bundle, &id)| {
-        let mut row = vec![0u8; layout.encoding().row_stride(hidden)];
+    // A down column adds to every output alike: no channel of it counts more than another.
+    let sources = [(&gate, by_moments, "gate"), (&up, by_moments, "up"), (&down, plain, "down")];
+    let rows = order.par_iter().flat_map_iter(|&id| {
         let range = id as usize * hidden..(id as usize + 1) * hidden;
-        // A down column adds to every output alike: no channel of it counts more than another.
-        let sources = [(&gate, by_moments, "gate"), (&up, by_moments, "up"), (&down, plain, "down")];
-        for (which, (matrix, fit, proj)) in sources.into_iter().enumerate() {
-            pack(layout.encoding(), &matrix[range.clone()], fit, &mut row).map_err(|source| Error::Pack {
+        sources.iter().map(move |(matrix, fit, proj)| {
+            pack_row(encoding, &matrix[range.clone()], *fit).map_err(|source| Error::Pack {
                 tensor: name(proj),
                 row: id as usize,
                 source,
-            })?;
-            layout.set_row(bundle, which, &row);
-        }
-        Ok::<(), Error>(())
-    })?;
+            })
+        })
+    });
+    let planes = lay_out(encoding, hidden, 3, &rows.collect::<Result<Vec<_>>>()?);
 
     let norms: Vec<f32> = down.chunks_exact(hidden).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
     let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
@@ -126,7 +125,7 @@ pub(crate) fn pack_layer(
         energy: floats(&|id| statistics.energy[id] as f32),
         trace: reorder_bits(statistics, &order),
         order,
-        bundles,
+        planes,
     })
 }
 
@@ -193,7 +192,7 @@ fn pack_rows(name: &str, m: &[f32], columns: usize, encoding: Encoding, fit: Sca
     Ok(out)
 }
 
-/// Encodes a checkpoint's matrix block by block.
+/// Encodes a checkpoint's matrix, read block by block: its planes, the base first.
 pub(crate) fn pack_matrix(
     checkpoint: &dyn Checkpoint,
     name: &str,
@@ -201,15 +200,18 @@ pub(crate) fn pack_matrix(
     columns: usize,
     encoding: Encoding,
     fit: ScaleFit<'_>,
-) -> Result<Vec<u8>> {
-    let mut out = Vec::with_capacity(rows * encoding.row_stride(columns));
+) -> Result<Vec<Vec<u8>>> {
+    let mut packed: Vec<PackedRow> = Vec::with_capacity(rows);
     for first in (0..rows).step_by(BLOCK_ROWS) {
         let block = checkpoint.load_rows(name, first..(first + BLOCK_ROWS).min(rows))?;
-        let packed = pack_rows(name, &block, columns, encoding, fit).map_err(|e| match e {
-            Error::Pack { tensor, row, source } => Error::Pack { tensor, row: row + first, source },
-            other => other,
-        })?;
-        out.extend_from_slice(&packed);
+        let rows = block.par_chunks(columns).enumerate().map(|(row, values)| {
+            pack_row(encoding, values, fit).map_err(|source| Error::Pack {
+                tensor: name.to_owned(),
+                row: first + row,
+                source,
+            })
+        });
+        packed.extend(rows.collect::<Result<Vec<_>>>()?);
     }
-    Ok(out)
+    Ok(lay_out(encoding, columns, 1, &packed))
 }

@@ -1,8 +1,9 @@
 //! A split directory under construction: `OUT.partial`, locked, resumable, renamed when complete.
 
+use crate::Error;
 use crate::error::{Result, corrupt, io};
 use crate::pack_layer::PackedLayer;
-use crate::{Error, LayerFile};
+use crate::plane_file::PlaneFile;
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -67,33 +68,30 @@ impl Partial {
         Err(Error::DiskFull { path: self.dir.clone(), needed, available: space.available_bytes })
     }
 
-    fn layer_path(&self, l: usize) -> PathBuf {
-        self.dir.join(format!("layers/{l:03}.thm"))
+    /// Where the planes of layer `l` lie in the directory, the base first.
+    pub(crate) fn layer_files(l: usize, planes: &[&str]) -> Vec<String> {
+        let further = planes.iter().map(|name| format!("layers/{l:03}.{name}.thm"));
+        [format!("layers/{l:03}.thm")].into_iter().chain(further).collect()
     }
 
     fn part_path(&self, l: usize) -> PathBuf {
         self.dir.join(format!("parts/{l:03}.part"))
     }
 
-    pub(crate) fn temporary_layer(&self, l: usize) -> PathBuf {
-        self.dir.join(format!("parts/{l:03}.thm.tmp"))
+    /// Where plane `p` of layer `l` grows.
+    pub(crate) fn temporary_layer(&self, l: usize, p: usize) -> PathBuf {
+        self.dir.join(format!("parts/{l:03}.{p}.thm.tmp"))
     }
 
     /// Whether layer `l` was finished by an earlier run and is whole.
-    pub(crate) fn has_layer(&self, l: usize) -> bool {
-        let Ok(file) = LayerFile::open(&self.layer_path(l)) else { return false };
-        // Chunk by chunk: several threads may look at a layer each.
-        let bundle_bytes = file.layout().bundle_bytes();
-        let mut bundles = vec![0; file.chunk_neurons() * bundle_bytes];
-        let mut whole = |c: usize| {
-            let bundles = &mut bundles[..file.index()[c].n_neurons as usize * bundle_bytes];
-            file.read_chunks(c..c + 1, bundles).is_ok()
-        };
-        (0..file.index().len()).all(&mut whole) && self.read_part(l).is_ok()
+    pub(crate) fn has_layer(&self, l: usize, planes: &[&str]) -> bool {
+        let files = Self::layer_files(l, planes);
+        files.iter().all(|file| PlaneFile::open(&self.dir.join(file)).is_ok_and(|f| f.is_whole()))
+            && self.read_part(l).is_ok()
     }
 
-    /// Writes the part file, then moves the layer file in place: a layer file implies its part.
-    pub(crate) fn finish_layer(&self, l: usize, packed: &PackedLayer) -> Result<()> {
+    /// Writes the part file, then moves the layer's files in place, the base last: it implies the others.
+    pub(crate) fn finish_layer(&self, l: usize, planes: &[&str], packed: &PackedLayer) -> Result<()> {
         let path = self.part_path(l);
         let mut body = Vec::new();
         for field in packed.parts() {
@@ -107,8 +105,11 @@ impl Partial {
             file.sync_all()
         };
         write().map_err(io(&path))?;
-        let to = self.layer_path(l);
-        fs::rename(self.temporary_layer(l), &to).map_err(io(&to))
+        for (p, file) in Self::layer_files(l, planes).iter().enumerate().rev() {
+            let to = self.dir.join(file);
+            fs::rename(self.temporary_layer(l, p), &to).map_err(io(&to))?;
+        }
+        Ok(())
     }
 
     pub(crate) fn read_part(&self, l: usize) -> Result<PackedLayer> {

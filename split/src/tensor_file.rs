@@ -3,7 +3,7 @@
 use crate::error::{Result, corrupt, io, listed};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use thermocline_kernels::Encoding;
@@ -28,34 +28,65 @@ pub enum Format {
     Q8,
     /// As above.
     Q4,
+    /// Rows with room for the longest stream of the matrix.
+    Bf16x,
+    /// Coarse planes over rows of the same name.
+    Coarse,
+    /// Heads and streams over rows of the same name, with room for the longest.
+    Final,
 }
 
 impl Format {
     /// The encoding, if rows are encoded.
     pub fn encoding(self) -> Option<Encoding> {
         match self {
-            Format::F32 | Format::U8 => None,
+            Format::F32 | Format::U8 | Format::Coarse | Format::Final => None,
+            Format::Bf16x => Some(Encoding::Bf16x),
             Format::Bf16 => Some(Encoding::Bf16),
             Format::Q8 => Some(Encoding::Q8),
             Format::Q4 => Some(Encoding::Q4),
         }
     }
 
-    /// Bytes of one row of `columns`; `None` if rows of that length cannot be stored.
+    /// Of a further plane, by its name.
+    pub(crate) fn of_plane(name: &str) -> Self {
+        if name == "coarse" { Format::Coarse } else { Format::Final }
+    }
+
+    /// Bytes of one row of `columns`; `None` if rows of that length cannot be stored. With streams: the least.
     pub fn row_bytes(self, columns: usize) -> Option<usize> {
-        match self.encoding() {
-            Some(e) => e.accepts(columns).then(|| e.row_stride(columns)),
-            None => columns.checked_mul(if self == Format::F32 { 4 } else { 1 }),
+        let groups = |bytes: usize| Encoding::Q4.accepts(columns).then_some(bytes);
+        match self {
+            Format::Coarse => groups(Encoding::Q4Plus.coarse_bytes(columns).next_multiple_of(16)),
+            Format::Final => groups(Encoding::Q4Exact.head_bytes(columns)),
+            Format::F32 => columns.checked_mul(4),
+            Format::U8 => Some(columns),
+            Format::Bf16 | Format::Bf16x | Format::Q8 | Format::Q4 => {
+                self.encoding().filter(|e| e.accepts(columns)).map(|e| e.row_stride(columns))
+            }
         }
+    }
+
+    /// Whether rows have streams, and are as long as the longest needs.
+    fn has_streams(self) -> bool {
+        matches!(self, Format::Bf16x | Format::Final)
+    }
+
+    /// More than any row takes: 16 bits a column, and no more codes than twice as many.
+    fn most_row_bytes(self, columns: usize) -> Option<usize> {
+        let streams = if self.has_streams() { columns.checked_mul(6)?.checked_add(64)? } else { 0 };
+        self.row_bytes(columns)?.checked_add(streams)
     }
 }
 
+/// Of the base, where there are further planes.
 impl From<Encoding> for Format {
     fn from(e: Encoding) -> Self {
         match e {
             Encoding::Bf16 => Format::Bf16,
-            Encoding::Q8 => Format::Q8,
-            Encoding::Q4 => Format::Q4,
+            Encoding::Q8 | Encoding::Q8Exact => Format::Q8,
+            Encoding::Bf16x => Format::Bf16x,
+            Encoding::Q4 | Encoding::Q4Plus | Encoding::Q4Exact => Format::Q4,
         }
     }
 }
@@ -83,7 +114,26 @@ pub struct TensorEntry {
 impl TensorEntry {
     /// Bytes from one row to the next.
     pub fn row_bytes(&self) -> usize {
+        if self.format.has_streams() {
+            return (self.bytes / self.rows.max(1) as u64) as usize;
+        }
         self.format.row_bytes(self.columns).unwrap_or(0)
+    }
+
+    /// Whether size and shape fit each other.
+    fn is_sound(&self) -> bool {
+        let rows = |bytes: Option<usize>| bytes.and_then(|b| b.checked_mul(self.rows)).map(|b| b as u64);
+        let (least, most) = (rows(self.format.row_bytes(self.columns)), rows(self.format.most_row_bytes(self.columns)));
+        let each = self.bytes.checked_rem(self.rows as u64);
+        match (least, most) {
+            (Some(least), Some(most)) if self.format.has_streams() => {
+                self.rows > 0
+                    && (least..=most).contains(&self.bytes)
+                    && each == Some(0)
+                    && self.row_bytes().is_multiple_of(16)
+            }
+            (least, _) => least == Some(self.bytes),
+        }
     }
 }
 
@@ -105,6 +155,10 @@ pub(crate) struct Writer {
     file: BufWriter<File>,
     entry: TensorFileEntry,
     next: usize,
+    /// Room for the header, its length included.
+    data_at: u64,
+    /// Where the next tensor begins.
+    at: u64,
 }
 
 impl Writer {
@@ -112,54 +166,75 @@ impl Writer {
     pub(crate) fn create(dir: &Path, name: &str, tensors: Vec<(String, Format, usize, usize)>) -> Result<Self> {
         let path = dir.join(name);
         let mut entries = Vec::with_capacity(tensors.len());
-        let mut header = serde_json::Map::new();
         let mut at = 0u64;
         for (name, format, rows, columns) in tensors {
             let row_bytes = format
-                .row_bytes(columns)
+                .most_row_bytes(columns)
                 .ok_or_else(|| corrupt(&path, name.clone(), format!("{format:?} cannot store rows of {columns}")))?;
             let bytes = (rows * row_bytes) as u64;
-            let (dtype, shape) = match format {
-                Format::F32 => ("F32", [rows, columns]),
-                _ => ("U8", [rows, row_bytes]),
-            };
-            let value = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [at, at + bytes]});
-            header.insert(name.clone(), value);
             entries.push(TensorEntry { name, format, rows, columns, offset: at, bytes, checksum: String::new() });
             at += bytes;
         }
-        let mut json = serde_json::Value::Object(header).to_string().into_bytes();
-        json.resize((json.len() + 8).next_multiple_of(DATA_ALIGN) - 8, b' ');
-        for entry in &mut entries {
-            entry.offset += json.len() as u64 + 8;
-        }
+        // Streams may turn out shorter; the header does not become longer by that.
+        let data_at = (header(&entries, 0).len() + 8).next_multiple_of(DATA_ALIGN) as u64;
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&path).map_err(io(&path))?);
-        file.write_all(&(json.len() as u64).to_le_bytes()).and_then(|()| file.write_all(&json)).map_err(io(&path))?;
-        let file_bytes = json.len() as u64 + 8 + at;
-        let entry = TensorFileEntry { file: name.to_owned(), file_bytes, tensors: entries };
-        Ok(Self { path, file, entry, next: 0 })
+        file.seek(SeekFrom::Start(data_at)).map_err(io(&path))?;
+        let entry = TensorFileEntry { file: name.to_owned(), file_bytes: 0, tensors: entries };
+        Ok(Self { path, file, entry, next: 0, data_at, at: data_at })
     }
 
     /// Writes the next announced tensor, which must be `name`.
     pub(crate) fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let entry = self.entry.tensors.get_mut(self.next).filter(|e| e.name == name && e.bytes == bytes.len() as u64);
+        let entry = self.entry.tensors.get_mut(self.next).filter(|e| e.name == name);
+        let entry = entry.and_then(|e| {
+            (e.offset, e.bytes) = (self.at, bytes.len() as u64);
+            e.is_sound().then_some(e)
+        });
         let Some(entry) = entry else {
             return Err(corrupt(&self.path, name, "not the tensor that was announced"));
         };
         entry.checksum = format!("{:016x}", xxh3_64(bytes));
         self.next += 1;
+        self.at += bytes.len() as u64;
         self.file.write_all(bytes).map_err(io(&self.path))
     }
 
     /// Ends the file and returns its manifest entry.
-    pub(crate) fn finish(self) -> Result<TensorFileEntry> {
+    pub(crate) fn finish(mut self) -> Result<TensorFileEntry> {
         if self.next != self.entry.tensors.len() {
             return Err(corrupt(&self.path, "tensors", "not all announced tensors were written"));
         }
-        let file = self.file.into_inner().map_err(|e| io(&self.path)(e.into_error()))?;
-        file.sync_all().map_err(io(&self.path))?;
+        self.entry.file_bytes = self.at;
+        let mut json = header(&self.entry.tensors, self.data_at).into_bytes();
+        json.resize(self.data_at as usize - 8, b' ');
+        let write = || -> std::io::Result<()> {
+            let mut file = self.file;
+            file.rewind()?;
+            file.write_all(&(json.len() as u64).to_le_bytes())?;
+            file.write_all(&json)?;
+            let file = file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+            file.set_len(self.at)?;
+            file.sync_all()
+        };
+        write().map_err(io(&self.path))?;
         Ok(self.entry)
     }
+}
+
+/// The safetensors header of tensors at offsets from `data_at` on.
+fn header(tensors: &[TensorEntry], data_at: u64) -> String {
+    let mut header = serde_json::Map::new();
+    for t in tensors {
+        let (dtype, row) = match t.format {
+            Format::F32 => ("F32", t.columns),
+            _ => ("U8", (t.bytes / t.rows.max(1) as u64) as usize),
+        };
+        let first = t.offset - data_at;
+        let value =
+            serde_json::json!({"dtype": dtype, "shape": [t.rows, row], "data_offsets": [first, first + t.bytes]});
+        header.insert(t.name.clone(), value);
+    }
+    serde_json::Value::Object(header).to_string()
 }
 
 /// An open tensor file.
@@ -184,8 +259,7 @@ impl TensorFile {
         }
         let mut end = None;
         for t in &entry.tensors {
-            let bytes = t.format.row_bytes(t.columns).and_then(|b| b.checked_mul(t.rows)).map(|b| b as u64);
-            if bytes != Some(t.bytes) || end.is_some_and(|e| e != t.offset) {
+            if !t.is_sound() || end.is_some_and(|e| e != t.offset) {
                 return Err(corrupt(&path, &t.name, "shape, size and place do not fit each other"));
             }
             end = t.offset.checked_add(t.bytes);
@@ -269,16 +343,33 @@ impl TensorFile {
     /// If `out` is longer than the tensor.
     pub fn read_start(&self, tensor: &TensorEntry, out: &mut [u8]) -> Result<()> {
         assert!(out.len() as u64 <= tensor.bytes, "no more rows than the tensor has");
-        self.file.read_exact_at(out, tensor.offset).map_err(io(&self.path))?;
+        let wanted = out.len();
+        self.read_by(tensor, PIECE_BYTES, |at, piece| {
+            let n = piece.len().min(wanted.saturating_sub(at));
+            out[at.min(wanted)..][..n].copy_from_slice(&piece[..n]);
+        })
+    }
+
+    /// Reads a whole tensor in pieces of `piece_bytes`, `take(place, piece)` each, and checks it at the end.
+    ///
+    /// # Errors
+    /// If it cannot be read or its checksum is wrong.
+    pub(crate) fn read_by(
+        &self,
+        tensor: &TensorEntry,
+        piece_bytes: usize,
+        mut take: impl FnMut(usize, &[u8]),
+    ) -> Result<()> {
         let mut hash = Xxh3::new();
-        hash.update(out);
-        let mut piece = vec![0; PIECE_BYTES.min(tensor.bytes as usize - out.len())];
-        let mut at = out.len() as u64;
+        let mut piece = vec![0; piece_bytes.min(tensor.bytes as usize)];
+        let mut at = 0;
         while at < tensor.bytes {
-            let n = piece.len().min((tensor.bytes - at) as usize);
-            self.file.read_exact_at(&mut piece[..n], tensor.offset + at).map_err(io(&self.path))?;
-            hash.update(&piece[..n]);
-            at += n as u64;
+            let piece_bytes = piece.len().min((tensor.bytes - at) as usize);
+            let piece = &mut piece[..piece_bytes];
+            self.file.read_exact_at(piece, tensor.offset + at).map_err(io(&self.path))?;
+            hash.update(piece);
+            take(at as usize, piece);
+            at += piece_bytes as u64;
         }
         if format!("{:016x}", hash.digest()) != tensor.checksum {
             return Err(corrupt(&self.path, &tensor.name, "checksum mismatch; fetch or make the split again"));

@@ -56,11 +56,11 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
         return Err(Error::WrongSource { path: split.dir().to_owned(), got, expected });
     }
     // Everything that the comparison of weights below does not read: predictors, statistics, tokenizer.
-    for file in [split.predictors(), split.statistics(), split.resident()] {
+    for file in [split.predictors(), split.statistics(), split.resident()].into_iter().chain(split.resident_planes()) {
         check_tensors(file)?;
     }
     check_plain_files(&split)?;
-    let n_chunks = split.layers().iter().map(|l| l.index().len() as u64).sum();
+    let n_chunks = split.layers().iter().map(|l| (l.n_chunks() * l.paths().count()) as u64).sum();
     let stored = SplitCheckpoint::new(split);
     let names = in_layer_order(checkpoint.names());
     let mut report = VerifyReport { tensors: Vec::new(), violations: Vec::new(), n_weights: 0, n_chunks };

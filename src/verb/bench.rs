@@ -27,7 +27,7 @@ struct Output {
 }
 
 pub fn bench(args: &Bench) -> anyhow::Result<()> {
-    let split = Split::open(&args.placement.model)?;
+    let split = Split::open_at(&args.placement.model, args.placement.precision)?;
     let layout = *split.layers()[0].layout();
     let threads = args.placement.threads.checked()?;
     let kernel = || Ok(kernel_speed(&mut Pool::new(threads)?, &AlignedBuf::zeroed(KERNEL_PROBE_BYTES)?, &layout));

@@ -10,7 +10,7 @@ use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
-use thermocline_split::{Split, SplitCheckpoint};
+use thermocline_split::{Precision, Split, SplitCheckpoint};
 
 /// Where masks were applied, for people who compare figures.
 const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
@@ -72,9 +72,9 @@ pub enum Model {
 }
 
 impl Model {
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
+    pub fn open(path: &Path, precision: Precision) -> anyhow::Result<Self> {
         if path.join("manifest.json").exists() {
-            return Ok(Model::Split(Box::new(SplitCheckpoint::open(path)?)));
+            return Ok(Model::Split(Box::new(SplitCheckpoint::new(Split::open_at(path, precision)?))));
         }
         Ok(Model::Checkpoint(open_checkpoint(path)?))
     }
@@ -98,7 +98,7 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let begin = Instant::now();
     super::run::limit_threads(args.threads)?;
     let masks = masks(&args.mask, &args.active);
-    let model = Model::open(&args.model)?;
+    let model = Model::open(&args.model, args.precision)?;
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
     let tokens = Tokenizer::from_json(&model.dense().tokenizer_json()?)?.encode(&text, false)?;
     let windows = Windows::new(&tokens, args.ctx, args.windows).map_err(usage)?;
@@ -141,6 +141,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             model: args.model.clone(),
             mode,
             active,
+            precision: args.precision,
             ram_budget: None,
             vram_budget: args.vram_budget,
             cpu_share: None,
@@ -148,7 +149,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             ctx_size: None,
             threads: args.threads,
         };
-        let split = Split::open(&args.model).with_context(|| "--engine decode needs a split")?;
+        let split = Split::open_at(&args.model, args.precision).with_context(|| "--engine decode needs a split")?;
         let mut loaded = super::load::load(split, &placement, windows.ctx(), 1, true)?;
         let on_token = |done: usize, total: usize| {
             let (done, total) = (i * total + done, masks.len() * total);

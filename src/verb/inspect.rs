@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use thermocline_calibrate::Profile;
 use thermocline_datasets::open_checkpoint;
-use thermocline_split::{Codec, Split};
+use thermocline_split::{Precision, Split};
 
 pub fn inspect(args: &Inspect) -> anyhow::Result<()> {
     let path = &args.path;
@@ -26,16 +26,15 @@ pub fn inspect(args: &Inspect) -> anyhow::Result<()> {
 }
 
 fn split(path: &Path) -> anyhow::Result<Value> {
-    let split = Split::open(path)?;
+    let split = Split::open_at(path, Precision::Exact)?;
     let m = split.manifest();
     let layers: Vec<Value> = split
         .layers()
         .iter()
         .map(|l| {
-            let compressed = l.index().iter().filter(|e| e.codec == Codec::Zstd).count();
             json!({
-                "layer": l.layer(), "file_bytes": l.file_bytes(), "chunks": l.index().len(),
-                "compressed_chunks": compressed, "neurons": l.order().len(), "bundle_bytes": l.layout().bundle_bytes(),
+                "layer": l.layer(), "file_bytes": l.file_bytes(), "chunks": l.n_chunks(),
+                "encoding": l.layout().encoding().name(), "compressed_chunks": l.n_compressed(), "neurons": l.order().len(), "bundle_bytes": l.layout().bundle_bytes(),
                 "hottest_neurons": l.order().iter().take(4).collect::<Vec<_>>(),
             })
         })

@@ -162,14 +162,14 @@ mod gpu {
         let on_layer =
             |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
         let share = args.cpu_share.map(|s| s as f32);
-        let dir = split.dir().to_owned();
+        let (dir, precision) = (split.dir().to_owned(), split.precision());
         let mut engine = GpuEngine::load(split, plan.clone(), device.clone(), share, &on_layer);
         if let Err(e @ Error::VramRefused { .. }) = &engine {
             // Others may have taken memory since it was counted: once, with less.
             let mut smaller = plan.request;
             smaller.vram_budget_bytes = (plan.total_bytes as f64 * SHRINK) as u64;
             progress.note(&format!("{e}; trying with {}", format_bytes(smaller.vram_budget_bytes)));
-            let split = Split::open(&dir)?;
+            let split = Split::open_at(&dir, precision)?;
             let plan = GpuPlan::new(&split, smaller)?;
             engine = GpuEngine::load(split, plan, device, share, &on_layer);
         }

@@ -18,7 +18,7 @@ struct Output {
 }
 
 pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
-    let split = Split::open(&args.placement.model)?;
+    let split = Split::open_at(&args.placement.model, args.placement.precision)?;
     let request = super::load::request(&args.placement, 512, 128);
     #[cfg(feature = "cuda")]
     if let Some(device) = super::load::open_device(&args.placement, args.json)? {

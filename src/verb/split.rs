@@ -11,7 +11,7 @@ use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_split::order::{OrderKind, TABLE_CHUNKS};
-use thermocline_split::{Compression, Scales, SplitOptions, SplitReport, planted_bytes, split_planted};
+use thermocline_split::{Compression, LayerEncodings, Scales, SplitOptions, SplitReport, planted_bytes, split_planted};
 
 pub fn split(args: &Split) -> anyhow::Result<()> {
     super::run::limit_threads(args.threads)?;
@@ -26,7 +26,7 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
     };
     let checkpoint = open_checkpoint(model)?;
     let profile = Profile::open(profile)?;
-    let mut options = defaults(checkpoint.as_ref(), args.encoding);
+    let mut options = defaults(checkpoint.as_ref(), args.encoding.clone());
     options.resident_encoding = args.resident_encoding.unwrap_or(options.resident_encoding);
     options.order = match args.order {
         OrderName::Auto => None,
@@ -35,7 +35,11 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
         OrderName::Random => Some(OrderKind::Random),
     };
     options.chunk_neurons = args.chunk_neurons;
-    options.compression = if args.zstd_level == 0 { Compression::None } else { Compression::Zstd(args.zstd_level) };
+    options.compression = match args.zstd_level {
+        _ if args.archive => Compression::Archive(ARCHIVE_LEVEL),
+        0 => Compression::None,
+        level => Compression::Zstd(level),
+    };
     options.predictor_rank = args.predictor_rank.unwrap_or(options.predictor_rank);
     options.scales = match args.scales {
         ScalesName::Moments => Scales::Moments,
@@ -109,11 +113,20 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// zstd's level for archives: split planes are short of matches, and higher ones win less than a thousandth.
+const ARCHIVE_LEVEL: i32 = 9;
+
 /// Options for a model, by encoding.
-pub fn defaults(checkpoint: &dyn Checkpoint, encoding: Encoding) -> SplitOptions {
+pub fn defaults(checkpoint: &dyn Checkpoint, encoding: LayerEncodings) -> SplitOptions {
+    let resident_encoding = match encoding.common() {
+        Encoding::Bf16 => Encoding::Bf16,
+        Encoding::Bf16x => Encoding::Bf16x,
+        Encoding::Q4Exact | Encoding::Q8Exact => Encoding::Q8Exact,
+        Encoding::Q4 | Encoding::Q4Plus | Encoding::Q8 => Encoding::Q8,
+    };
     SplitOptions {
         encoding,
-        resident_encoding: if encoding == Encoding::Bf16 { Encoding::Bf16 } else { Encoding::Q8 },
+        resident_encoding,
         order: None,
         chunk_neurons: None,
         compression: Compression::None,

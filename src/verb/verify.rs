@@ -6,12 +6,12 @@ use crate::output::{self, Progress};
 use serde_json::json;
 use std::collections::BTreeMap;
 use thermocline_datasets::open_checkpoint;
-use thermocline_split::{Split, TensorReport, VerifyReport};
+use thermocline_split::{Precision, Split, TensorReport, VerifyReport};
 
 pub fn verify(args: &Verify) -> anyhow::Result<()> {
     let Some(model) = &args.model else { return alone(args) };
     let checkpoint = open_checkpoint(model)?;
-    let split = Split::open(&args.split)?;
+    let split = Split::open_at(&args.split, Precision::Exact)?;
     let progress = Progress::new("verify", args.json);
     let on_tensor = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("{done}/{total}"));
     let report = thermocline_split::verify(split, checkpoint.as_ref(), &on_tensor);
@@ -33,6 +33,18 @@ pub fn verify(args: &Verify) -> anyhow::Result<()> {
         let reason = format!("{n} tensors are not as they should be; the first, {first}, {how}");
         return Err(thermocline_split::Error::Corrupt { path: args.split.clone(), field, reason }.into());
     }
+    let inexact = || report.tensors.iter().filter(|t| !t.exact);
+    if let Some(first) = inexact().next().filter(|_| args.exact) {
+        let (n, field) = (inexact().count(), first.name.clone());
+        let reason = format!(
+            "{n} of {} tensors are not the checkpoint's bit for bit; the first is stored as {} of {}; \
+             split a BF16 checkpoint with --encoding bf16x or q4+exact",
+            report.tensors.len(),
+            first.stored,
+            first.source
+        );
+        return Err(thermocline_split::Error::Corrupt { path: args.split.clone(), field, reason }.into());
+    }
     Ok(())
 }
 
@@ -48,7 +60,7 @@ fn alone(args: &Verify) -> anyhow::Result<()> {
     let checked = split.check(&on_part);
     progress.finish();
     checked?;
-    let n_chunks: usize = split.layers().iter().map(|l| l.index().len()).sum();
+    let n_chunks: usize = split.layers().iter().map(thermocline_split::LayerFile::n_chunks).sum();
     if args.json {
         return output::json(&json!({"planted": planted.model, "n_chunks": n_chunks, "violations": []}));
     }
@@ -85,9 +97,11 @@ fn print(report: &VerifyReport) {
         }
     }
     println!(
-        "{} weights and {} chunks checked, {} violations",
+        "{} weights and {} chunks checked, {} of {} tensors exact, {} violations",
         report.n_weights,
         report.n_chunks,
+        report.tensors.iter().filter(|t| t.exact).count(),
+        report.tensors.len(),
         report.violations.len()
     );
 }

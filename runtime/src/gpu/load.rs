@@ -225,6 +225,7 @@ impl Model {
             let reason = format!("the GPU engine needs a hidden size that is a multiple of 32, not {hidden}");
             return Err(misfit(split, "config.hidden_size", reason));
         }
+        check_encodings(split)?;
         let bytes = plan.total_bytes - plan.fixed.context;
         let memory = device.allocate(bytes as usize).map_err(|e| match e {
             CudaError::OutOfMemory { .. } => Error::VramRefused { needed_bytes: bytes, source: e },
@@ -270,7 +271,7 @@ impl Model {
                 check_shape(split, entry, vocab)?;
                 let mut host = AlignedBuf::zeroed(entry.bytes as usize)?;
                 split.resident().read_into(entry, &mut host[..entry.bytes as usize])?;
-                flaws.extend(entry.flaw(&host[..entry.bytes as usize]));
+                flaws.extend(flaw(entry, &host[..entry.bytes as usize]));
                 let data = device.pin(host)?.view();
                 let table = DeviceMatrix { encoding, rows: vocab.0, columns: vocab.1, data };
                 (loader.matrix(&["lm_head.weight"], &[vocab], &mut flaws)?, table)
@@ -329,7 +330,7 @@ impl Loader<'_> {
             let start = bytes.len();
             bytes.resize(start + entry.bytes as usize, 0);
             file.read_into(entry, &mut bytes[start..])?;
-            flaws.extend(entry.flaw(&bytes[start..]));
+            flaws.extend(flaw(entry, &bytes[start..]));
         }
         let rows = shapes.iter().map(|s| s.0).sum();
         Ok(DeviceMatrix { encoding, rows, columns: shapes[0].1, data: self.arena.put(self.device, &bytes)? })
@@ -429,7 +430,7 @@ impl Loader<'_> {
     fn cold(&self, file: &LayerFile, n_hot: usize) -> Result<(Memory, Option<Flaw>)> {
         let len = (file.order().len() - n_hot) * file.layout().bundle_bytes();
         let mut host = AlignedBuf::zeroed(len)?;
-        file.read_chunks(n_hot.div_ceil(file.chunk_neurons())..file.index().len(), &mut host[..len])?;
+        file.read_chunks(n_hot.div_ceil(file.chunk_neurons())..file.n_chunks(), &mut host[..len])?;
         let flaw = file.flaw(n_hot, &host[..len]);
         Ok((self.device.pin(host)?, flaw))
     }
@@ -519,6 +520,25 @@ impl Mapped {
     /// What the kernels read from them.
     pub(super) fn result(&self) -> HostResult {
         HostResult { y: self.y.view(), flag: self.result_flag.view() }
+    }
+}
+
+/// The first flaw of a matrix that is stored as it is.
+fn flaw(entry: &TensorEntry, bytes: &[u8]) -> Option<Flaw> {
+    let layout = BundleLayout::matrix_row(entry.format.encoding()?, entry.columns, 0)?;
+    entry.matrix_flaw(&layout, bytes)
+}
+
+/// Refuses what there are no kernels for.
+fn check_encodings(split: &Split) -> Result<()> {
+    let layers = split.layers().iter().map(|f| f.layout().encoding());
+    let matrices = split.matrices()?.into_iter().map(|m| m.layout().encoding());
+    let first = split.layers()[0].layout();
+    let unknown = layers.chain(matrices).find(|e| !Encoding::PLAIN.contains(e));
+    let mixed = split.layers().iter().map(|f| f.layout()).find(|l| *l != first).map(BundleLayout::encoding);
+    match unknown.or(mixed) {
+        Some(encoding) => Err(Error::GpuEncoding { encoding: encoding.name() }),
+        None => Ok(()),
     }
 }
 

@@ -3,9 +3,9 @@
 use super::rows::Row;
 use super::{BUNDLE, CHUNK_NEURONS, FACTOR};
 use crate::error::Result;
-use crate::layer_file::LayerWriter;
 use crate::pack_layer::{FACTORS, PackedLayer};
 use crate::partial::Partial;
+use crate::plane_file::{Content, PlaneWriter};
 use half::f16;
 use thermocline_datasets::Random;
 use thermocline_datasets::planted::{PlantedModel, PlantedNeuron};
@@ -30,8 +30,8 @@ pub(super) fn write(model: &PlantedModel, l: usize, layout: &BundleLayout, parti
     let (layer, n) = (model.layer(l), model.shape().intermediate_size);
     let order: Vec<u32> = (0..n as u32).collect();
     let mut rest = Rest::new(model, l);
-    let path = partial.temporary_layer(l);
-    let mut file = LayerWriter::create(&path, l, layout, &order, CHUNK_NEURONS)?;
+    let path = partial.temporary_layer(l, 0);
+    let mut file = PlaneWriter::create(&path, l, Content::Bundles(*layout), &order, CHUNK_NEURONS)?;
     let mut piece = vec![0u8; PIECE_NEURONS.min(n) * layout.bundle_bytes()];
     for first in (0..n).step_by(PIECE_NEURONS) {
         let end = (first + PIECE_NEURONS).min(n);

@@ -6,8 +6,9 @@ mod resident;
 mod rows;
 
 use crate::Error;
-use crate::build::{assemble_parts, layer_entry, write_plain_file};
+use crate::build::{assemble_parts, write_plain_file};
 use crate::error::Result;
+use crate::layer_file::layer_entry;
 use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, Source};
 use crate::pack_layer::FACTORS;
 use crate::partial::Partial;
@@ -189,6 +190,7 @@ fn build(
         },
         layers,
         resident,
+        resident_planes: None,
         predictors,
         statistics,
         files,
@@ -201,13 +203,17 @@ fn build(
 }
 
 fn make_layer(model: &PlantedModel, l: usize, layout: &BundleLayout, partial: &Partial) -> Result<Done> {
-    let resumed = partial.has_layer(l);
+    let resumed = partial.has_layer(l, &[]);
     let packed = if resumed {
         partial.read_part(l)?
     } else {
         let packed = layer::write(model, l, layout, partial)?;
-        partial.finish_layer(l, &packed)?;
+        partial.finish_layer(l, &[], &packed)?;
         packed
     };
-    Ok(Done { entry: layer_entry(partial.dir(), l)?, counts: Counts::of(model, l, &packed), resumed })
+    Ok(Done {
+        entry: layer_entry(partial.dir(), &Partial::layer_files(l, &[]))?,
+        counts: Counts::of(model, l, &packed),
+        resumed,
+    })
 }

@@ -1,0 +1,152 @@
+//! Embedding, attention and head matrices as a reader wants them: their planes, up to a precision, put together.
+
+use crate::error::{Result, corrupt};
+use crate::{Format, Precision, Split, TensorEntry, TensorFile};
+use thermocline_kernels::{BundleLayout, Encoding};
+
+/// What is read at a time of a plane that becomes part of rows.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// A matrix of a split, in one tensor or in one for each plane.
+#[derive(Debug)]
+pub struct StoredMatrix<'a> {
+    /// The base first.
+    planes: Vec<(&'a TensorFile, &'a TensorEntry)>,
+    layout: BundleLayout,
+}
+
+impl Split {
+    /// A matrix of embedding, attention or head, at this split's precision.
+    ///
+    /// # Errors
+    /// If there is none of that name, or its planes do not fit each other.
+    pub fn matrix(&self, name: &str) -> Result<StoredMatrix<'_>> {
+        let base = (self.resident(), self.resident().entry(name)?);
+        let mut planes = vec![base];
+        if let Some(file) = self.resident_planes() {
+            for (plane, is_final) in [("coarse", false), ("final", true)] {
+                let name = format!("{name}.{plane}");
+                let found = file.tensors().iter().find(|t| t.name == name);
+                planes.extend(found.filter(|_| self.precision().takes(is_final)).map(|entry| (file, entry)));
+            }
+        }
+        StoredMatrix::new(planes, self.precision())
+    }
+
+    /// All of them, in file order.
+    ///
+    /// # Errors
+    /// As [`Split::matrix`].
+    pub fn matrices(&self) -> Result<Vec<StoredMatrix<'_>>> {
+        let encoded = self.resident().tensors().iter().filter(|t| t.format.encoding().is_some());
+        encoded.map(|t| self.matrix(&t.name)).collect()
+    }
+}
+
+impl<'a> StoredMatrix<'a> {
+    fn new(planes: Vec<(&'a TensorFile, &'a TensorEntry)>, precision: Precision) -> Result<Self> {
+        let Some(&(file, base)) = planes.first() else { unreachable!("a matrix has a base") };
+        let bad = |reason: &str| corrupt(file.path(), &base.name, reason);
+        let stored = base.format.encoding().ok_or_else(|| bad("not an encoded matrix"))?;
+        if planes.iter().any(|(_, t)| (t.rows, t.columns) != (base.rows, base.columns)) {
+            return Err(bad("planes of different shapes"));
+        }
+        let formats: Vec<Format> = planes.iter().skip(1).map(|(_, t)| t.format).collect();
+        let encoding = match (stored, formats.as_slice()) {
+            (encoding, []) => encoding,
+            (Encoding::Q4, [Format::Coarse]) => Encoding::Q4Plus,
+            (Encoding::Q4, [Format::Coarse, Format::Final]) => Encoding::Q4Exact,
+            (Encoding::Q8, [Format::Final]) => Encoding::Q8Exact,
+            _ => return Err(bad(&format!("{} planes over {stored} at {precision}", formats.len()))),
+        };
+        let total: usize = planes.iter().map(|(_, t)| t.row_bytes()).sum();
+        let streams = total.checked_sub(encoding.row_stride(base.columns)).unwrap_or_default();
+        let layout = BundleLayout::matrix_row(encoding, base.columns, streams).filter(|l| l.bundle_bytes() == total);
+        let layout = layout.ok_or_else(|| bad("rows do not fit the encoding"))?;
+        Ok(Self { planes, layout })
+    }
+
+    /// The base's entry: name, rows and columns.
+    pub fn entry(&self) -> &'a TensorEntry {
+        self.planes[0].1
+    }
+
+    /// The tensors of the planes and their files, the base first.
+    pub fn planes(&self) -> &[(&'a TensorFile, &'a TensorEntry)] {
+        &self.planes
+    }
+
+    /// The layout of a row, as they are when planes are put together.
+    pub fn layout(&self) -> &BundleLayout {
+        &self.layout
+    }
+
+    /// Bytes from one row to the next.
+    pub fn row_bytes(&self) -> usize {
+        self.layout.bundle_bytes()
+    }
+
+    /// Bytes of all rows.
+    pub fn bytes(&self) -> u64 {
+        (self.entry().rows * self.row_bytes()) as u64
+    }
+
+    /// Reads rows `first .. first + n` (unchecked: the checksum covers whole tensors).
+    ///
+    /// # Errors
+    /// If the rows are outside the matrix or cannot be read.
+    pub fn read_rows(&self, first: usize, n: usize) -> Result<Vec<u8>> {
+        let parts = self.planes.iter().map(|(file, t)| file.read_rows(t, first, n)).collect::<Result<Vec<_>>>()?;
+        let mut out = vec![0; n * self.row_bytes()];
+        self.join(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>(), &mut out);
+        Ok(out)
+    }
+
+    /// Reads everything, a piece at a time, checks it, and keeps the first rows: `out` holds as many whole rows as are
+    /// wanted.
+    ///
+    /// # Errors
+    /// If it cannot be read or a checksum is wrong.
+    ///
+    /// # Panics
+    /// If `out` is longer than the matrix.
+    pub fn read_start(&self, out: &mut [u8]) -> Result<()> {
+        if let [(file, t)] = self.planes.as_slice() {
+            return file.read_start(t, out);
+        }
+        let row_bytes = self.row_bytes();
+        let mut first = 0;
+        for (file, t) in &self.planes {
+            let bytes = t.row_bytes();
+            file.read_by(t, bytes * (PIECE_BYTES / bytes).max(1), |at, piece| {
+                let rows = out.chunks_exact_mut(row_bytes).skip(at / bytes);
+                rows.zip(piece.chunks_exact(bytes))
+                    .for_each(|(row, part)| row[first..first + bytes].copy_from_slice(part));
+            })?;
+            first += bytes;
+        }
+        Ok(())
+    }
+
+    /// Puts the planes of the same rows together.
+    ///
+    /// # Panics
+    /// If a part is shorter than its rows.
+    pub fn join(&self, parts: &[&[u8]], out: &mut [u8]) {
+        join_rows(parts, &self.planes.iter().map(|(_, t)| t.row_bytes()).collect::<Vec<_>>(), out);
+    }
+}
+
+/// Rows of several planes, `bytes[p]` each of plane p, become rows with the planes one after the other.
+///
+/// # Panics
+/// If a part is shorter than its rows.
+pub fn join_rows(parts: &[&[u8]], bytes: &[usize], out: &mut [u8]) {
+    for (i, row) in out.chunks_exact_mut(bytes.iter().sum()).enumerate() {
+        let mut first = 0;
+        for (part, &bytes) in parts.iter().zip(bytes) {
+            row[first..first + bytes].copy_from_slice(&part[i * bytes..(i + 1) * bytes]);
+            first += bytes;
+        }
+    }
+}
