@@ -471,6 +471,10 @@ pub struct Eval {
     /// Planes of the weights, where the split has several: base, plus or exact
     #[arg(long, default_value = "base", value_name = "PLANES")]
     pub precision: Precision,
+    /// What each plane of the weights buys, against all of them: base, plus, exact, or exact@SHARE (all planes of this
+    /// share of each layer's neurons, those with the most energy); several, separated by commas, give a row each
+    #[arg(long, value_delimiter = ',', value_name = "PLANES", conflicts_with_all = ["mask", "active", "precision", "engine"])]
+    pub planes: Vec<thermocline_analysis::eval::Planes>,
     /// What computes
     #[arg(long, value_enum, default_value = "batch")]
     pub engine: EngineName,

@@ -3,6 +3,7 @@
 //! | concept | where |
 //! | --- | --- |
 //! | perplexity, KL divergence and recall under a mask | [`eval`] |
+//! | what planes of weights take | [`study_planes`] |
 //! | charts as plain data, drawn as SVG or PNG | [`plots`] |
 //! | one offline HTML page | [`report`] |
 //! | failures | [`Error`] |
@@ -11,7 +12,9 @@
 
 mod error;
 pub mod eval;
+mod planes;
 pub mod plots;
 pub mod report;
 
 pub use error::{Error, Result};
+pub use planes::{PlaneStudy, PlanesStudy, study_planes};

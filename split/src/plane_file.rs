@@ -104,6 +104,20 @@ impl Content {
         }
     }
 
+    /// Whether chunks can be stored so.
+    fn takes(&self, codec: chunk::Codec) -> bool {
+        let has_streams = match self {
+            Content::Bundles(layout) => layout.encoding().has_stream(),
+            Content::Coarse { .. } => false,
+            Content::Final { .. } => true,
+        };
+        match codec {
+            chunk::Codec::Stored | chunk::Codec::Zstd => true,
+            chunk::Codec::Trimmed => has_streams,
+            chunk::Codec::ZstdPlanes => !has_streams,
+        }
+    }
+
     /// Bundles one behind the other without the room behind their streams; `None` if there is none in these.
     pub(crate) fn trim(&self, bundles: &[u8]) -> Option<Vec<u8>> {
         if matches!(self, Content::Coarse { .. }) {
@@ -359,7 +373,8 @@ fn read_index(
         let u32_at = |at: usize| b.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
         let u64_at = |at: usize| b.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
         let codec = chunk::Codec::from_id(u32_at(12))
-            .ok_or_else(|| corrupt(path, field("codec"), format!("number {} is unknown", u32_at(12))))?;
+            .filter(|codec| content.takes(*codec))
+            .ok_or_else(|| corrupt(path, field("codec"), format!("number {} of such bundles", u32_at(12))))?;
         let entry = ChunkEntry {
             offset: u64_at(0),
             stored_bytes: u32_at(8),

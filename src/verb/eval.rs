@@ -8,7 +8,8 @@ use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
 use thermocline_analysis::Error;
-use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode};
+use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode, evaluate_planes};
+use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_split::{Precision, Split, SplitCheckpoint};
 
@@ -36,6 +37,9 @@ pub struct Output<'a> {
     seconds: f64,
     version: &'static str,
     command: Vec<String>,
+    /// What the planes take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    study: Option<&'a PlanesStudy>,
 }
 
 impl<'a> Output<'a> {
@@ -61,6 +65,7 @@ impl<'a> Output<'a> {
             seconds: begin.elapsed().as_secs_f64(),
             version: env!("CARGO_PKG_VERSION"),
             command: std::env::args().skip(1).collect(),
+            study: None,
         })
     }
 }
@@ -102,6 +107,9 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
     let tokens = Tokenizer::from_json(&model.dense().tokenizer_json()?)?.encode(&text, false)?;
     let windows = Windows::new(&tokens, args.ctx, args.windows).map_err(usage)?;
+    if !args.planes.is_empty() {
+        return planes(args, &model, &windows, begin);
+    }
     let results = match args.engine {
         EngineName::Batch => batch(&model, &windows, &masks, args.json)?,
         EngineName::Decode => decode(args, &windows, &masks)?,
@@ -113,6 +121,61 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     println!("{model_name} ({}), {text}: {} windows of {}", encoding(&model), windows.len(), windows.ctx());
     table(&results);
     println!("masks at {POSITIONS}; +- is the 95 % interval: {INTERVAL}");
+    Ok(())
+}
+
+/// `--planes`: what each of them takes, and what it buys.
+fn planes(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> anyhow::Result<()> {
+    if model.split().is_none() {
+        return Err(Usage("--planes needs a split; -m names a checkpoint".to_owned()).into());
+    }
+    let study = study_planes(&Split::open_at(&args.model, Precision::Exact)?)?;
+    let progress = Progress::new("eval", args.json);
+    let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
+    let results = evaluate_planes(&args.model, windows, &args.planes, &on_step);
+    progress.finish();
+    let results = results.map_err(usage)?;
+    if args.json {
+        let mut output = Output::new(model, &args.model, &name(&args.text), windows, &results, begin)?;
+        output.study = Some(&study);
+        return output::json(&output);
+    }
+    println!("{} ({}): bits for each feed-forward weight", model_name(&args.model), study.encoding);
+    println!("{:>10} {:>8} {:>8} {:>8}", "plane", "stored", "entropy", "zstd");
+    for p in &study.planes {
+        println!("{:>10} {:>8.3} {:>8.3} {:>8.3}", p.plane, p.bits_per_weight, p.entropy_bits, p.zstd_bits);
+    }
+    println!(
+        "together {:.2} % of bf16, whose exponents leave {:.2} %",
+        100.0 * study.share_of_bf16,
+        100.0 * study.bf16_entropy_bits / 16.0
+    );
+    if let (Some(speed), Some(seconds)) = (study.decode_gb_s, study.decode_seconds_per_token) {
+        println!(
+            "decoded at {speed:.1} GB/s of bf16 by one thread (a copy: {:.0}), {:.1} ms for all neurons of a token",
+            study.copy_gb_s,
+            1e3 * seconds
+        );
+    }
+    println!("{}: {} windows of {}, against all planes", name(&args.text), windows.len(), windows.ctx());
+    println!(
+        "{:>12} {:>11} {:>16} {:>8} {:>16} {:>9} {:>7}",
+        "planes", "perplexity", "+-", "ratio", "+-", "KL", "top-1"
+    );
+    for r in &results {
+        let range = |r: [f64; 2]| format!("{:.3}..{:.3}", r[0], r[1]);
+        println!(
+            "{:>12} {:>11.3} {:>16} {:>8.4} {:>16} {:>9.6} {:>7.4}",
+            r.planes.as_deref().unwrap_or("-"),
+            r.perplexity,
+            range(r.perplexity_ci95),
+            r.perplexity_ratio.unwrap_or(1.0),
+            r.perplexity_ratio_ci95.map_or("-".to_owned(), range),
+            r.kl.unwrap_or(0.0),
+            r.top1_agreement.unwrap_or(1.0)
+        );
+    }
+    println!("+- is the 95 % interval: {INTERVAL}");
     Ok(())
 }
 

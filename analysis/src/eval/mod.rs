@@ -6,6 +6,7 @@
 //! | the text, cut in windows | [`Windows`] |
 //! | all masks at once, through the dense forward | [`evaluate`] |
 //! | the same figure through the token engine, one token at a time | [`evaluate_decode`] |
+//! | what planes of the weights buy | [`evaluate_planes`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
 //!
 //! Masks apply at **every** position, as if each had been decoded; a run computes its prompt densely, so it is at
@@ -17,12 +18,14 @@ mod bootstrap;
 mod decode;
 mod likelihood;
 mod mask;
+mod planes;
 mod quality;
 mod windows;
 
 pub use batch::evaluate;
 pub use decode::evaluate_decode;
 pub use mask::{Mask, active_count};
+pub use planes::{Planes, evaluate_planes};
 pub use quality::LayerQuality;
 pub use windows::Windows;
 
@@ -36,6 +39,9 @@ use serde::{Deserialize, Serialize};
 pub struct Evaluation {
     /// `dense`, `exact`, `oracle`, `oracle-h` or `predicted`.
     pub mask: String,
+    /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `exact@SHARE`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub planes: Option<String>,
     /// Share of each layer's neurons that the mask keeps, where it has one.
     pub active: Option<f64>,
     /// `batch` (dense forward, mask applied to all positions) or `decode` (token engine).
@@ -93,6 +99,7 @@ impl Evaluation {
         let n = scores.losses.len().max(1) as f64;
         Ok(Evaluation {
             mask: mask.name().to_owned(),
+            planes: None,
             active: mask.active(),
             engine: "batch".to_owned(),
             perplexity: summary.perplexity,

@@ -27,7 +27,8 @@ pub(crate) const PLAIN_SEGMENT: u16 = u16::MAX;
 /// Weights beyond this are clipped when scales are chosen: f16 scales reach no further, fitted a fifth above the largest.
 const LARGEST: f32 = 65504.0 * 5.0;
 
-/// The bfloat16 of a cell: `first` is the order key of the smallest, `n` how many there are, at least 1.
+/// The bfloat16 of a cell: `first` is the order key of the smallest, `n` how many there are. No weight lies in a cell
+/// without any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Cell {
     first: i32,
@@ -60,7 +61,7 @@ impl Cell {
             return Self { first: 0, n: 1 };
         }
         let (a, b) = (key_from(low as f32 * unit), key_from(high as f32 * unit));
-        Self { first: a.min(b), n: ((a - b).unsigned_abs()).max(1) }
+        Self { first: a.min(b), n: (a - b).unsigned_abs() }
     }
 
     /// Of a `q4` code with its coarse code.
@@ -82,12 +83,12 @@ impl Cell {
 
     /// Bits that every number of the cell has.
     fn width(self) -> usize {
-        self.n.ilog2() as usize
+        self.n.max(1).ilog2() as usize
     }
 
     /// Numbers that have no more than these.
     fn n_short(self) -> u32 {
-        (2 << self.width()) - self.n
+        (2 << self.width()) - self.n.max(1)
     }
 }
 
@@ -179,18 +180,21 @@ fn scale(scales: &[u8], column: usize) -> f32 {
     f16::from_le_bytes([scales[at], scales[at + 1]]).to_f32()
 }
 
+/// The cell of a column.
+fn cell(encoding: Encoding, row: &RowRef<'_>, column: usize) -> Cell {
+    let s = scale(row.scales, column);
+    match encoding {
+        Encoding::Q4Exact => {
+            let (at, shift) = nibble(column);
+            Cell::q4(row.codes[at] >> shift & 15, row.coarse[at] >> shift & 15, s)
+        }
+        Encoding::Q8Exact => Cell::q8(row.codes[column] as i8, s),
+        other => panic!("{other} has no final plane"),
+    }
+}
+
 /// Plain loops: see [`super::decode`].
 pub(super) fn decode(encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
-    let cell = |column: usize| {
-        let s = scale(row.scales, column);
-        match encoding.base() {
-            Encoding::Q4 => {
-                let (at, shift) = nibble(column);
-                Cell::q4(row.codes[at] >> shift & 15, row.coarse[at] >> shift & 15, s)
-            }
-            _ => Cell::q8(row.codes[column] as i8, s),
-        }
-    };
     let segments = segments(row.head, 4, row.stream).zip(row.head.chunks_exact(4));
     for (range, (stream, entry)) in segment_ranges(out.len()).zip(segments) {
         let n_exceptions = u16::from_le_bytes([entry[2], entry[3]]);
@@ -202,7 +206,7 @@ pub(super) fn decode(encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
         }
         let mut bits = BitReader::new(stream);
         for first in range.clone().step_by(BLOCK) {
-            let cells: Vec<Cell> = (first..range.end.min(first + BLOCK)).map(cell).collect();
+            let cells: Vec<Cell> = (first..range.end.min(first + BLOCK)).map(|c| cell(encoding, &row, c)).collect();
             let mut numbers = vec![0; cells.len()];
             for j in 0..u16::BITS as usize {
                 for (number, _) in numbers.iter_mut().zip(&cells).filter(|(_, cell)| cell.width() > j) {
@@ -217,6 +221,16 @@ pub(super) fn decode(encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
         }
         patch(stream, n_exceptions, &mut out[range]);
     }
+}
+
+/// Sum over the weights of a row of log2 N, N the bfloat16 that the planes before the final one leave: what that could
+/// take at best, if all of them are alike.
+///
+/// # Panics
+/// If the encoding has no final plane, or the row is too short.
+pub fn cell_bits(encoding: Encoding, row: RowRef<'_>) -> f64 {
+    let columns = row.scales.len() / 2 * GROUP;
+    (0..columns).map(|column| f64::from(cell(encoding, &row, column).n.max(1)).log2()).sum()
 }
 
 /// Puts the exceptions at the end of a segment's stream in their columns.
