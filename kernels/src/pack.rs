@@ -52,7 +52,9 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
     rest.fill(0);
     if encoding == Encoding::Bf16 {
         for (o, &v) in codes.chunks_exact_mut(2).zip(row) {
-            o.copy_from_slice(&bf16::from_f32(v).to_le_bytes());
+            let exact = v.to_bits() & 0xffff == 0;
+            let bits = if exact { (v.to_bits() >> 16) as u16 } else { bf16::from_f32(v).to_bits() };
+            o.copy_from_slice(&bits.to_le_bytes());
         }
         return Ok(());
     }
@@ -152,7 +154,8 @@ pub fn unpack(encoding: Encoding, row: RowRef<'_>, out: &mut [f32]) {
     match encoding {
         Encoding::Bf16 => {
             for (o, c) in out.iter_mut().zip(row.codes.chunks_exact(2)) {
-                *o = bf16::from_le_bytes([c[0], c[1]]).to_f32();
+                // Shifted, not converted: signalling NaNs keep their bits.
+                *o = f32::from_bits(u32::from(u16::from_le_bytes([c[0], c[1]])) << 16);
             }
         }
         Encoding::Q8 => {
