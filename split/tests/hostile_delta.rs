@@ -26,7 +26,9 @@ fn made() -> (TempDir, PathBuf, Memory) {
             n if n.contains("k_proj") => 0.0,
             _ => 0.1,
         };
-        bits.iter_mut().for_each(|b| *b = b.wrapping_add(u16::from(random.uniform() < density)));
+        // The embedding has blocks without changes behind its first rows.
+        let n = if name.contains("embed") { 40 } else { bits.len() };
+        bits[..n].iter_mut().for_each(|b| *b = b.wrapping_add(u16::from(random.uniform() < density)));
     }
     changed.template = Some("template".to_owned());
     let dir = TempDir::new().unwrap();

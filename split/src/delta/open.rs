@@ -4,6 +4,7 @@ use super::bits::Shape;
 use super::block::Decoder;
 use super::index::{self, BLOCK_WEIGHTS_MAX, BlockEntry, ENTRY_BYTES};
 use super::manifest::{DATA_FILE, DELTA_VERSION, DeltaKind, DeltaManifest, DeltaTensor, MANIFEST_FILE};
+use super::patch::PARALLEL_WEIGHTS_MIN;
 use crate::error::{Result, corrupt, io, listed};
 use crate::growing::LOCK;
 use std::collections::{BTreeSet, HashMap};
@@ -31,6 +32,8 @@ pub struct Delta {
     by_name: HashMap<String, usize>,
     bytes: u64,
     pub(super) patcher: Patcher,
+    /// Weights from which several threads are worth waking.
+    pub(super) parallel_from: usize,
 }
 
 /// The header of `delta.bin`.
@@ -77,7 +80,8 @@ impl Delta {
         let sizes = sizes.map(|name| std::fs::metadata(dir.join(name)).map_or(0, |m| m.len()));
         let bytes = sizes.fold(data_bytes, u64::saturating_add);
         let (dir, patcher) = (dir.to_owned(), Patcher::detect());
-        Ok(Self { dir, path, file, manifest, index, by_name, bytes, patcher })
+        let parallel_from = PARALLEL_WEIGHTS_MIN;
+        Ok(Self { dir, path, file, manifest, index, by_name, bytes, patcher, parallel_from })
     }
 
     /// Where it lies.

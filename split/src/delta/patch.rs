@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// Weights from which rows are patched by all threads of the pool. Below, waking them costs more than they save
 /// (`benches/delta.rs`, group `crossover`).
-pub const PARALLEL_WEIGHTS_MIN: usize = 1 << 18;
+pub(super) const PARALLEL_WEIGHTS_MIN: usize = 1 << 18;
 /// Rows folded by one job.
 const FOLD_ROWS: usize = 16;
 
@@ -29,6 +29,12 @@ enum Job<'a> {
 }
 
 impl Delta {
+    /// Sets from how many weights on rows are patched by all threads of the current rayon pool; by default
+    /// 131072, which was measured on two cores.
+    pub fn set_parallel_from(&mut self, weights: usize) {
+        self.parallel_from = weights;
+    }
+
     /// Turns rows of a base matrix into the final model's, in place. `rows` and their order are the checkpoint's,
     /// for a down projection too (where [`Delta::patch_neurons`] is much faster); `base` is `[rows.len(), columns]`
     /// row-major bf16 bits.
@@ -128,11 +134,15 @@ impl Delta {
 
     /// Does the jobs, with all threads of the pool if there is enough to do.
     fn run(&self, jobs: Vec<Job<'_>>) -> Result<()> {
+        // A block is decoded whole, however few of its rows are wanted.
         let weights = |job: &Job<'_>| match job {
-            Job::Block { rows, .. } => rows.iter().map(|(_, row)| row.len()).sum::<usize>(),
+            Job::Block { tensor, block, .. } => {
+                let entry = &self.manifest.tensors[*tensor];
+                rows_of(entry, *block).len() * entry.columns
+            }
             Job::Fold { factors, rows } => rows.iter().map(|(_, row)| row.len()).sum::<usize>() * (1 + factors.rank()),
         };
-        if jobs.len() > 1 && jobs.iter().map(weights).sum::<usize>() >= PARALLEL_WEIGHTS_MIN {
+        if jobs.len() > 1 && jobs.iter().map(weights).sum::<usize>() >= self.parallel_from {
             jobs.into_par_iter().try_for_each(|job| self.run_one(job))
         } else {
             jobs.into_iter().try_for_each(|job| self.run_one(job))
