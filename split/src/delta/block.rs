@@ -3,7 +3,7 @@
 use super::index::{BlockEntry, BlockKind};
 use std::cell::RefCell;
 use std::ops::Range;
-use thermocline_kernels::patch::{Patcher, count_bits};
+use thermocline_kernels::patch::Patcher;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Buffers and the decompressor that a thread keeps from block to block.
@@ -45,6 +45,7 @@ impl Decoder {
         entry: &BlockEntry,
         rows: usize,
         columns: usize,
+        patcher: Patcher,
     ) -> Result<Block<'_>, &'static str> {
         if xxh3_64(&self.stored) != entry.checksum {
             return Err("checksum mismatch; fetch or make the delta again");
@@ -70,13 +71,13 @@ impl Decoder {
             }
         }
         if entry.kind == BlockKind::Sparse {
-            self.take_differences(entry, columns)?;
+            self.take_differences(entry, columns, patcher)?;
         }
         let (planes, differences, starts) = (&self.planes, &self.differences[..], &self.starts[..]);
         Ok(Block { kind: entry.kind, columns, planes, differences, starts })
     }
 
-    fn take_differences(&mut self, entry: &BlockEntry, columns: usize) -> Result<(), &'static str> {
+    fn take_differences(&mut self, entry: &BlockEntry, columns: usize, patcher: Patcher) -> Result<(), &'static str> {
         let [bitmap, low, high] = &self.planes;
         self.differences.clear();
         let wide = low.iter().zip(high).map(|(low, high)| u16::from(*low) | u16::from(*high) << 8);
@@ -85,7 +86,7 @@ impl Decoder {
         let mut n = 0usize;
         self.starts.push(0);
         for bits in bitmap.chunks_exact(columns.div_ceil(8).max(1)) {
-            n = n.saturating_add(count_bits(bits));
+            n = n.saturating_add(patcher.count_bits(bits));
             self.starts.push(n);
         }
         if n as u64 != u64::from(entry.changed) { Err("bitmap and number of changes do not fit") } else { Ok(()) }

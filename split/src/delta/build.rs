@@ -33,15 +33,17 @@ pub enum Final<'a> {
 /// How to make a delta.
 #[derive(Debug, Clone, Copy)]
 pub struct DeltaOptions {
-    /// zstd level of the planes; 0 stores them as they are.
+    /// zstd level of the planes; 0 stores them as they are. Bitmaps and small numbers in no order hold little but their
+    /// frequencies, so level 1 is as small as 9, and 19 a tenth smaller (`benches/delta.rs`).
     pub zstd_level: i32,
-    /// Weights of a block, about: what must be decoded to get at one row.
+    /// Weights of a block, about: what must be decoded to get at one row. A quarter of the default makes a delta 6 %
+    /// larger, eight times it 1 % smaller.
     pub block_weights: usize,
 }
 
 impl Default for DeltaOptions {
     fn default() -> Self {
-        Self { zstd_level: 3, block_weights: 1 << 18 }
+        Self { zstd_level: 1, block_weights: 1 << 17 }
     }
 }
 

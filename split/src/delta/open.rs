@@ -20,7 +20,7 @@ pub(super) const MAGIC: &[u8; 8] = b"THMDELTA";
 /// Bytes of the header of `delta.bin`: magic, version, zeros.
 pub(super) const HEADER_BYTES: usize = 64;
 
-/// A delta directory, open. Memory: 40 bytes for each block of rows (about 10 MB for 70 billion weights).
+/// A delta directory, open. Memory: 40 bytes for each block of rows (about 21 MB for 70 billion weights).
 #[derive(Debug)]
 pub struct Delta {
     pub(super) dir: PathBuf,

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// Weights from which rows are patched by all threads of the pool. Below, waking them costs more than they save
 /// (`benches/delta.rs`, group `crossover`).
-pub(super) const PARALLEL_WEIGHTS_MIN: usize = 1 << 18;
+pub(super) const PARALLEL_WEIGHTS_MIN: usize = 1 << 17;
 /// Rows folded by one job.
 const FOLD_ROWS: usize = 16;
 
@@ -168,7 +168,7 @@ impl Delta {
                 self.damaged(&entry.name, format!("block {block}, rows {}..{}: {reason}", own.start, own.end))
             };
             self.read_stored(place, decoder)?;
-            let decoded = decoder.decode(place, own.len(), entry.columns).map_err(damaged)?;
+            let decoded = decoder.decode(place, own.len(), entry.columns, self.patcher).map_err(damaged)?;
             for (number, row) in rows {
                 if !decoded.apply(self.patcher, number, row) {
                     return Err(damaged("bitmap and number of changes do not fit"));
