@@ -235,7 +235,8 @@ fn bitmaps_that_do_not_fit_their_values_and_frames_that_grow_are_refused() {
         let files = [MANIFEST_FILE, DATA_FILE].map(|name| (dir.join(name), fs::read(dir.join(name)).unwrap()));
         if level == 0 {
             // One bit more, one less, and one past the last column (1003 = 125 * 8 + 3).
-            let lies: [fn(&mut [u8], &mut [u8]); 3] = [
+            type Lie = fn(&mut [u8], &mut [u8]);
+            let lies: [Lie; 3] = [
                 |_, stored| {
                     let zero = stored.iter().position(|b| *b == 0).unwrap();
                     stored[zero] = 1;
