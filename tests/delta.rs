@@ -158,3 +158,18 @@ fn an_adapter_is_stored_as_its_factors() {
     let message = fails(4, &["delta", text(&base), text(&folder), "-o", text(&dir.path().join("new"))]);
     assert!(message.contains("use_dora") && message.contains("merge_and_unload"), "{message}");
 }
+
+#[test]
+fn a_full_disk_is_told_and_leaves_no_delta() {
+    let (base, tuned, dir) = (demo(), tuned(), TempDir::new().unwrap());
+    let out = dir.path().join("delta");
+    // No file may grow beyond 100 KiB: writes fail half way, as on a full disk.
+    let mut command = std::process::Command::new("bash");
+    command.args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$@\"", "bash", support::BINARY, "delta"]);
+    let ran: support::Ran = command.args([&base, &tuned]).arg("-o").arg(&out).output().unwrap().into();
+    assert_eq!(ran.code, Some(1), "{}", ran.stderr);
+    assert!(ran.stderr.contains("disk full") && !out.exists(), "{}", ran.stderr);
+    fails(4, &["inspect", text(&dir.path().join("delta.partial"))]);
+    ok(&["delta", text(&base), text(&tuned), "-o", text(&out)]);
+    assert!(support::files(&out) == support::files(&delta()) && !dir.path().join("delta.partial").exists());
+}

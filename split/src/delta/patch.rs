@@ -43,7 +43,8 @@ impl Delta {
     /// row-major bf16 bits.
     ///
     /// # Errors
-    /// If the delta is damaged or has no such matrix, or the rows are outside it.
+    /// If the delta is damaged or has no such matrix, or the rows are outside it. Some rows may be patched by then: what
+    /// is in `base` is of no more use.
     ///
     /// # Panics
     /// If `base` is not as long as the rows.
@@ -71,7 +72,7 @@ impl Delta {
     /// in any order is one pass over its part of the delta.
     ///
     /// # Errors
-    /// If the delta is damaged, or there is no such layer or neuron.
+    /// If the delta is damaged, or there is no such layer or neuron; the slices are of no more use then.
     ///
     /// # Panics
     /// If a slice is not as long as the neurons' weights.
