@@ -37,9 +37,11 @@ pub enum Verb {
     Calibrate(Calibrate),
     /// Pack a model hot-first, with the help of a profile
     Split(Split),
+    /// Store a fine-tuned model as what differs from its base, bit for bit
+    Delta(Delta),
     /// Show what fits where for a budget, and how fast that should be
     Plan(PlanArgs),
-    /// Prove a split against the checkpoint that it was made from
+    /// Prove a split, or a base with a delta, against the checkpoint that it was made from
     Verify(Verify),
     /// Measure perplexity, KL divergence and recall on a text
     #[cfg(feature = "analysis")]
@@ -49,7 +51,7 @@ pub enum Verb {
     /// Draw one offline HTML page from a split or profile, evaluations and runs
     #[cfg(feature = "analysis")]
     Report(Report),
-    /// Show what is inside a split, a profile or a checkpoint
+    /// Show what is inside a split, a profile, a delta or a checkpoint
     Inspect(Inspect),
     /// Show what this machine can do, and what is missing
     Doctor(Doctor),
@@ -409,15 +411,39 @@ pub struct PlanArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct Delta {
+    /// Model that was fine-tuned, with bf16 matrices: a .gguf file or a Hugging Face folder
+    pub base: PathBuf,
+    /// What was made of it: a model of the same shape, or a folder with a LoRA adapter (PEFT), which is folded in
+    #[arg(value_name = "FINAL")]
+    pub final_model: PathBuf,
+    /// Delta directory to write
+    #[arg(short, long)]
+    pub output: PathBuf,
+    /// zstd level; 0 stores changes as they are, 19 saves a tenth and takes long
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(i32).range(0..=22))]
+    pub zstd_level: i32,
+    #[command(flatten)]
+    pub threads: Threads,
+    /// Print one JSON value and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct Verify {
-    /// Split directory
+    /// Split directory; with --delta the delta's base: a bf16 split or a checkpoint
     pub split: PathBuf,
-    /// Checkpoint that it was made from; a planted split has none, and only its own checksums are checked
+    /// Checkpoint that it was made from; a planted split has none, and only its own checksums are checked. With --delta
+    /// the final model; without it, the digests in the delta are compared
     #[arg(short, long, env = "THERMOCLINE_MODEL")]
     pub model: Option<PathBuf>,
     /// Fail unless every tensor is equal to the checkpoint's bit for bit
     #[arg(long)]
     pub exact: bool,
+    /// Delta directory: prove that base and delta are the final model, bit for bit
+    #[arg(long, value_name = "DIR")]
+    pub delta: Option<PathBuf>,
     /// Print one JSON value and nothing else
     #[arg(long)]
     pub json: bool,
@@ -528,7 +554,7 @@ pub struct Report {
 
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// Split or profile directory, .gguf file or Hugging Face folder
+    /// Split, profile or delta directory, .gguf file or Hugging Face folder
     pub path: PathBuf,
     /// Print one JSON value and nothing else
     #[arg(long)]

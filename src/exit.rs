@@ -89,6 +89,8 @@ fn split(error: &SplitError) -> u8 {
         | SplitError::Unsound { .. }
         | SplitError::UnsupportedVersion { .. }
         | SplitError::WrongSource { .. }
+        | SplitError::DifferentModels { .. }
+        | SplitError::NotBf16 { .. }
         | SplitError::Pack { .. } => 4,
         SplitError::Checkpoint(e) => datasets(e),
         SplitError::Profile(e) => calibrate(e),

@@ -13,12 +13,13 @@ fn tiny_split() -> std::path::PathBuf {
     split(&llama(), "q4", &["--chunk-neurons", "16", "--order", "random"])
 }
 
-const VERBS: [&str; 13] = [
+const VERBS: [&str; 14] = [
     "demo",
     "run",
     "calibrate",
     "calibrate merge",
     "split",
+    "delta",
     "plan",
     "verify",
     "eval",

@@ -10,6 +10,7 @@
 //! | a proof that a gate is negative, from 8-bit copies | [`Certificate`] |
 //! | the plain loops that every variant is tested against | [`mod@reference`] |
 //! | rows of a resident matrix times a vector or a batch | [`gemv`], [`matmul`] |
+//! | rows of bf16 turned into those of a fine-tuned model | [`mod@patch`] |
 //! | threads that wait for work without sleeping | [`Pool`] |
 //! | threads that add up vectors together | [`Member`] |
 //! | the GPU: device, memory, graphs, kernels | `cuda` (feature) |
@@ -31,6 +32,7 @@ mod input;
 mod matmul;
 pub mod ops;
 mod pack;
+pub mod patch;
 mod pool;
 pub mod reference;
 mod team;

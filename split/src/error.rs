@@ -26,6 +26,40 @@ pub enum Error {
         /// Bytes that are free there.
         available: u64,
     },
+    /// There is no room for the delta; nothing of it was kept.
+    #[error(
+        "{path}: disk full after {written} bytes of the delta; make room and run the same command again",
+        path = .path.display()
+    )]
+    DeltaDiskFull {
+        /// Where it was to go.
+        path: PathBuf,
+        /// Bytes that had been written.
+        written: u64,
+    },
+    /// Two models that no delta leads between.
+    #[error("{what}: {base} in the base, {changed} in the final model; a delta needs two models of one shape")]
+    DifferentModels {
+        /// The tensor, or the field of the configuration.
+        what: String,
+        /// Its shape or value in the base.
+        base: String,
+        /// The same in the final model.
+        changed: String,
+    },
+    /// A matrix of which there are no 16 bits to compare.
+    #[error(
+        "{path}: tensor {tensor} is {dtype}; a delta compares bf16 bits, give models with BF16 matrices",
+        path = .path.display()
+    )]
+    NotBf16 {
+        /// The model.
+        path: PathBuf,
+        /// The canonical tensor name.
+        tensor: String,
+        /// Its type there.
+        dtype: String,
+    },
     /// A file breaks the format.
     #[error("{path}: {field}: {reason}", path = .path.display())]
     Corrupt {

@@ -11,6 +11,7 @@
 //! | make one of a planted model, without either | [`split_planted()`], [`planted_bytes`] |
 //! | a split seen as the dense model that it encodes | [`SplitCheckpoint`] |
 //! | proof against the checkpoint | [`verify()`] |
+//! | a fine-tuned model as what differs from its base | [`delta`] |
 //! | weights that no sound model has | [`Flaw`] |
 //!
 //! FORMAT.md at the root of the repository describes every byte.
@@ -20,8 +21,10 @@
 mod build;
 mod checkpoint;
 mod chunk;
+pub mod delta;
 mod error;
 mod flaw;
+mod growing;
 mod layer_encodings;
 mod layer_file;
 mod manifest;

@@ -1,71 +1,47 @@
 //! A split directory under construction: `OUT.partial`, locked, resumable, renamed when complete.
 
-use crate::Error;
 use crate::error::{Result, corrupt, io};
+use crate::growing::Growing;
 use crate::pack_layer::PackedLayer;
 use crate::plane_file::PlaneFile;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use thermocline_calibrate::disk::Space;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// The directory, held under a lock of the operating system until it is dropped.
+/// The directory, and what is finished in it.
 pub(crate) struct Partial {
-    dir: PathBuf,
-    /// Locked; the lock ends with the process, however that ends.
-    _lock: File,
+    growing: Growing,
 }
 
 impl Partial {
     /// Opens `OUT.partial`. What an earlier run with the same `identity` finished is kept, anything else is removed.
     pub(crate) fn open(out: &Path, identity: &str) -> Result<Self> {
-        let mut name = out.file_name().map(ToOwned::to_owned).unwrap_or_default();
-        name.push(".partial");
-        let dir = out.with_file_name(name);
-        fs::create_dir_all(&dir).map_err(io(&dir))?;
-        let lock_path = dir.join("lock");
-        let lock = File::create(&lock_path).map_err(io(&lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::Locked { path: dir }),
-            Err(TryLockError::Error(e)) => return Err(io(&lock_path)(e)),
-        }
-        // Between opening and locking, the process that held the lock may have published the directory: the lock is
-        // then on a file that is no longer there.
-        let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-        match (lock.metadata(), fs::metadata(&lock_path)) {
-            (Ok(held), Ok(there)) if same(&held, &there) && !out.exists() => {}
-            _ => return Err(Error::Locked { path: dir }),
-        }
+        let growing = Growing::open(out)?;
+        let dir = growing.dir();
         let identity_path = dir.join("identity.json");
         if fs::read_to_string(&identity_path).ok().as_deref() != Some(identity) {
             for sub in ["layers", "parts"] {
                 match fs::remove_dir_all(dir.join(sub)) {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&dir)(e)),
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(dir)(e)),
                     _ => {}
                 }
             }
             fs::write(&identity_path, identity).map_err(io(&identity_path))?;
         }
         for sub in ["layers", "parts"] {
-            fs::create_dir_all(dir.join(sub)).map_err(io(&dir))?;
+            fs::create_dir_all(dir.join(sub)).map_err(io(dir))?;
         }
-        Ok(Self { dir, _lock: lock })
+        Ok(Self { growing })
     }
 
     pub(crate) fn dir(&self) -> &Path {
-        &self.dir
+        self.growing.dir()
     }
 
     /// Refuses to start what the disk cannot hold.
     pub(crate) fn check_space(&self, needed: u64) -> Result<()> {
-        let space = Space::of(&self.dir);
-        if space.holds(needed) {
-            return Ok(());
-        }
-        Err(Error::DiskFull { path: self.dir.clone(), needed, available: space.available_bytes })
+        self.growing.check_space(needed)
     }
 
     /// Where the planes of layer `l` lie in the directory, the base first.
@@ -75,18 +51,18 @@ impl Partial {
     }
 
     fn part_path(&self, l: usize) -> PathBuf {
-        self.dir.join(format!("parts/{l:03}.part"))
+        self.dir().join(format!("parts/{l:03}.part"))
     }
 
     /// Where plane `p` of layer `l` grows.
     pub(crate) fn temporary_layer(&self, l: usize, p: usize) -> PathBuf {
-        self.dir.join(format!("parts/{l:03}.{p}.thm.tmp"))
+        self.dir().join(format!("parts/{l:03}.{p}.thm.tmp"))
     }
 
     /// Whether layer `l` was finished by an earlier run and is whole.
     pub(crate) fn has_layer(&self, l: usize, planes: &[&str]) -> bool {
         let files = Self::layer_files(l, planes);
-        files.iter().all(|file| PlaneFile::open(&self.dir.join(file)).is_ok_and(|f| f.is_whole()))
+        files.iter().all(|file| PlaneFile::open(&self.dir().join(file)).is_ok_and(|f| f.is_whole()))
             && self.read_part(l).is_ok()
     }
 
@@ -106,7 +82,7 @@ impl Partial {
         };
         write().map_err(io(&path))?;
         for (p, file) in Self::layer_files(l, planes).iter().enumerate().rev() {
-            let to = self.dir.join(file);
+            let to = self.dir().join(file);
             fs::rename(self.temporary_layer(l, p), &to).map_err(io(&to))?;
         }
         Ok(())
@@ -133,15 +109,9 @@ impl Partial {
 
     /// Removes what only a resumed run needs and gives the directory its final name.
     pub(crate) fn publish(self, out: &Path) -> Result<()> {
-        fs::remove_dir_all(self.dir.join("parts")).map_err(io(&self.dir))?;
-        for name in ["identity.json", "lock"] {
-            fs::remove_file(self.dir.join(name)).map_err(io(&self.dir))?;
-        }
-        for dir in [self.dir.join("layers"), self.dir.clone()] {
-            File::open(&dir).and_then(|d| d.sync_all()).map_err(io(&dir))?;
-        }
-        fs::rename(&self.dir, out).map_err(io(out))?;
-        let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(parent).and_then(|d| d.sync_all()).map_err(io(parent))
+        let dir = self.dir();
+        fs::remove_dir_all(dir.join("parts")).map_err(io(dir))?;
+        fs::remove_file(dir.join("identity.json")).map_err(io(dir))?;
+        self.growing.publish(out, &["layers"])
     }
 }

@@ -104,7 +104,8 @@ fn in_layer_order(mut names: Vec<String>) -> Vec<String> {
     names
 }
 
-fn compare(a: &SplitCheckpoint, b: &dyn Checkpoint, name: &str, n_weights: &mut u64) -> Result<TensorReport> {
+/// Tensor `name` of `a` beside that of its source `b`.
+pub(crate) fn compare(a: &dyn Checkpoint, b: &dyn Checkpoint, name: &str, n_weights: &mut u64) -> Result<TensorReport> {
     let missing = |c: &dyn Checkpoint| thermocline_datasets::Error::MissingTensor {
         path: c.path().to_owned(),
         name: name.to_owned(),
@@ -112,7 +113,8 @@ fn compare(a: &SplitCheckpoint, b: &dyn Checkpoint, name: &str, n_weights: &mut 
     let stored = a.info(name).ok_or_else(|| missing(a))?;
     let source = b.info(name).ok_or_else(|| missing(b))?;
     if stored.shape != source.shape {
-        let what = format!("{name}: shape {:?} in the split, {:?} in the checkpoint", stored.shape, source.shape);
+        let what =
+            format!("{name}: shape {:?} in the split or base, {:?} in the checkpoint", stored.shape, source.shape);
         return Err(Error::Settings { what });
     }
     let rows = source.shape[0];

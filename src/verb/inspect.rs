@@ -1,4 +1,4 @@
-//! `inspect`: what is inside a split, a profile or a checkpoint.
+//! `inspect`: what is inside a split, a profile, a delta or a checkpoint.
 
 use crate::cli::Inspect;
 use crate::output;
@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use thermocline_calibrate::Profile;
 use thermocline_datasets::open_checkpoint;
+use thermocline_split::delta::{Delta, MANIFEST_FILE};
 use thermocline_split::{Precision, Split};
 
 pub fn inspect(args: &Inspect) -> anyhow::Result<()> {
@@ -15,6 +16,8 @@ pub fn inspect(args: &Inspect) -> anyhow::Result<()> {
     } else if path.join("profile.json").exists() {
         let profile = Profile::open(path)?;
         json!({"kind": "profile", "path": path, "profile": profile.meta()})
+    } else if path.join(MANIFEST_FILE).exists() {
+        delta(path)?
     } else {
         checkpoint(path)?
     };
@@ -48,6 +51,20 @@ fn split(path: &Path) -> anyhow::Result<Value> {
         value["planted"] = serde_json::to_value(report)?;
     }
     Ok(value)
+}
+
+fn delta(path: &Path) -> anyhow::Result<Value> {
+    let delta = Delta::open(path)?;
+    let m = delta.manifest();
+    let tensors: Vec<Value> = m
+        .tensors
+        .iter()
+        .map(|t| json!({"name": t.name, "kind": t.kind, "rows": t.rows, "columns": t.columns, "changed": t.changed, "bytes": t.bytes}))
+        .collect();
+    Ok(json!({
+        "kind": "delta", "path": path, "format_version": m.version, "base": m.base, "final": m.final_model,
+        "config": m.config, "bytes": delta.bytes(), "blocks": delta.n_blocks(), "files": m.files, "tensors": tensors,
+    }))
 }
 
 fn checkpoint(path: &Path) -> anyhow::Result<Value> {

@@ -3,6 +3,7 @@
 mod bench;
 mod calibrate;
 mod completions;
+mod delta;
 #[cfg(feature = "analysis")]
 mod demo;
 mod doctor;
@@ -28,6 +29,7 @@ pub fn dispatch(verb: Verb, settings: &Settings) -> anyhow::Result<()> {
         Verb::Run(args) => run::run(&args),
         Verb::Calibrate(args) => calibrate::calibrate(&args),
         Verb::Split(args) => split::split(&args),
+        Verb::Delta(args) => delta::delta(&args),
         Verb::Plan(args) => plan::plan(&args),
         Verb::Verify(args) => verify::verify(&args),
         #[cfg(feature = "analysis")]

@@ -1,14 +1,20 @@
-//! `verify`: every tensor of a split against its checkpoint.
+//! `verify`: every tensor of a split, or of a base with a delta, against its checkpoint.
 
 use crate::cli::Verify;
 use crate::exit::Usage;
 use crate::output::{self, Progress};
 use serde_json::json;
 use std::collections::BTreeMap;
-use thermocline_datasets::open_checkpoint;
-use thermocline_split::{Precision, Split, TensorReport, VerifyReport};
+use std::path::Path;
+use thermocline_datasets::huggingface::LoraAdapter;
+use thermocline_datasets::{Checkpoint, open_checkpoint};
+use thermocline_split::delta::{AdapterCheckpoint, Delta, DeltaCheckpoint, MANIFEST_FILE, verify_delta};
+use thermocline_split::{Precision, Split, SplitCheckpoint, TensorReport, VerifyReport};
 
 pub fn verify(args: &Verify) -> anyhow::Result<()> {
+    if let Some(delta) = &args.delta {
+        return with_delta(args, delta);
+    }
     let Some(model) = &args.model else { return alone(args) };
     let checkpoint = open_checkpoint(model)?;
     let split = Split::open_at(&args.split, Precision::Exact)?;
@@ -16,36 +22,67 @@ pub fn verify(args: &Verify) -> anyhow::Result<()> {
     let on_tensor = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("{done}/{total}"));
     let report = thermocline_split::verify(split, checkpoint.as_ref(), &on_tensor);
     progress.finish();
-    let report = report?;
-    if args.json {
-        output::json(&report)?;
+    conclude(&report?, &args.split, args.json, args.exact)
+}
+
+/// Base and delta against the final model, or against the delta's own digests.
+fn with_delta(args: &Verify, dir: &Path) -> anyhow::Result<()> {
+    let delta = Delta::open(dir)?;
+    let rebuilt = if args.split.join("manifest.json").exists() {
+        DeltaCheckpoint::over_split(SplitCheckpoint::open(&args.split)?, delta)?
     } else {
-        print(&report);
+        DeltaCheckpoint::new(open_checkpoint(&args.split)?, delta)?
+    };
+    let (adapter, checkpoint, adapted);
+    let expected: Option<&dyn Checkpoint> = match &args.model {
+        Some(path) if LoraAdapter::is_adapter(path) => {
+            adapter = LoraAdapter::open(path, rebuilt.base())?;
+            adapted = AdapterCheckpoint::new(rebuilt.base(), &adapter);
+            Some(&adapted)
+        }
+        Some(path) => {
+            checkpoint = open_checkpoint(path)?;
+            Some(checkpoint.as_ref())
+        }
+        None => None,
+    };
+    let progress = Progress::new("verify", args.json);
+    let on_tensor = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("{done}/{total}"));
+    let report = verify_delta(&rebuilt, expected, &on_tensor);
+    progress.finish();
+    conclude(&report?, &dir.join(MANIFEST_FILE), args.json, true)
+}
+
+/// Prints a report; an error, and so an exit code, if anything is not as it should be, or not equal where that is asked.
+fn conclude(report: &VerifyReport, path: &Path, json: bool, exact: bool) -> anyhow::Result<()> {
+    if json {
+        output::json(report)?;
+    } else {
+        print(report);
     }
-    if !report.violations.is_empty() {
-        let (n, first) = (report.violations.len(), &report.violations[0]);
-        let field = first.clone();
+    let fail = |n: usize, field: &str, how: String| {
+        let reason = format!("{n} tensors are not as they should be; the first, {field}, {how}");
+        Err(thermocline_split::Error::Corrupt { path: path.to_owned(), field: field.to_owned(), reason }.into())
+    };
+    if let Some(first) = report.violations.first() {
         let spoilt = report.tensors.iter().find(|t| t.name == *first).and_then(|t| t.spoilt);
         let how = match spoilt {
             Some(index) => format!("is not finite at index {index}, where the checkpoint is"),
             None => "must be exact and is not".to_owned(),
         };
-        let reason = format!("{n} tensors are not as they should be; the first, {first}, {how}");
-        return Err(thermocline_split::Error::Corrupt { path: args.split.clone(), field, reason }.into());
+        return fail(report.violations.len(), first, how);
     }
-    let inexact = || report.tensors.iter().filter(|t| !t.exact);
-    if let Some(first) = inexact().next().filter(|_| args.exact) {
-        let (n, field) = (inexact().count(), first.name.clone());
-        let reason = format!(
-            "{n} of {} tensors are not the checkpoint's bit for bit; the first is stored as {} of {}; \
-             split a BF16 checkpoint with --encoding bf16x or q4+exact",
-            report.tensors.len(),
-            first.stored,
-            first.source
-        );
-        return Err(thermocline_split::Error::Corrupt { path: args.split.clone(), field, reason }.into());
+    let mut inexact = report.tensors.iter().filter(|t| !t.exact);
+    match inexact.next() {
+        Some(first) if exact => {
+            let how = format!(
+                "is stored as {} of {}, not bit for bit: split a BF16 checkpoint with --encoding bf16x or q4+exact",
+                first.stored, first.source
+            );
+            fail(1 + inexact.count(), &first.name, how)
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Without a checkpoint: a planted split, of which only the checksums can be wrong.

@@ -8,7 +8,7 @@ mod k_blocks;
 mod legacy;
 
 use crate::gguf::GgmlType;
-use half::{bf16, f16};
+use half::f16;
 
 /// Decodes whole blocks of `kind` from `bytes` into `out`; false if the lengths do not belong together.
 #[must_use]
@@ -16,7 +16,10 @@ pub fn dequantize(kind: GgmlType, bytes: &[u8], out: &mut [f32]) -> bool {
     match kind {
         GgmlType::F32 => blocks(bytes, out, |b: &[u8; 4], o: &mut [f32; 1]| o[0] = f32::from_le_bytes(*b)),
         GgmlType::F16 => blocks(bytes, out, |b: &[u8; 2], o: &mut [f32; 1]| o[0] = f16::from_le_bytes(*b).to_f32()),
-        GgmlType::BF16 => blocks(bytes, out, |b: &[u8; 2], o: &mut [f32; 1]| o[0] = bf16::from_le_bytes(*b).to_f32()),
+        // Shifted, not converted: a conversion would quiet signalling NaNs, and an exact copy must keep every bit.
+        GgmlType::BF16 => blocks(bytes, out, |b: &[u8; 2], o: &mut [f32; 1]| {
+            o[0] = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+        }),
         GgmlType::Q4_0 => blocks(bytes, out, legacy::q4_0),
         GgmlType::Q4_1 => blocks(bytes, out, legacy::q4_1),
         GgmlType::Q5_0 => blocks(bytes, out, legacy::q5_0),
@@ -57,6 +60,15 @@ mod tests {
     use super::*;
     use candle_core::Device;
     use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+
+    #[test]
+    fn every_bf16_keeps_its_bits() {
+        let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+        let mut values = vec![0.0; 1 << 16];
+        assert!(dequantize(GgmlType::BF16, &bytes, &mut values));
+        let kept = |(bits, value): (u32, &f32)| value.to_bits() == bits << 16;
+        assert!((0u32..).zip(&values).all(kept), "a signalling NaN, or another value, was changed");
+    }
 
     fn candle_type(kind: GgmlType) -> GgmlDType {
         match kind {

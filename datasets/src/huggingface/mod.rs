@@ -1,11 +1,14 @@
-//! Hugging Face folders: `config.json`, one `model.safetensors` or shards with an index, `tokenizer.json`.
+//! Hugging Face folders: `config.json`, one `model.safetensors` or shards with an index, `tokenizer.json`;
+//! and LoRA adapters to such models.
 
+mod adapter;
 mod checkpoint;
 mod config_json;
 mod header;
 mod json;
 mod shards;
 
+pub use adapter::{LoraAdapter, LoraFactors};
 pub use checkpoint::FolderCheckpoint;
 pub use header::{MAX_HEADER_BYTES, SafetensorsEntry, parse_header};
 pub(crate) use json::check_depth as check_json_depth;

@@ -3,6 +3,7 @@
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod exact;
+pub(crate) mod patch;
 pub(crate) mod vnni;
 
 use std::arch::x86_64::{_MM_HINT_T2, _mm_prefetch};
