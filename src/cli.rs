@@ -119,6 +119,9 @@ pub struct Placement {
     /// checkpoint's bits)
     #[arg(long, default_value = "base", value_name = "PLANES", env = "THERMOCLINE_PRECISION")]
     pub precision: Precision,
+    /// Delta directory: run the model that it makes of the split's; the split must have the base's bits
+    #[arg(long, value_name = "DIR", env = "THERMOCLINE_DELTA")]
+    pub delta: Option<PathBuf>,
     /// RAM for weights, caches and buffers: 8 (GiB), 64MiB, or auto, which holds everything; the rest stays on disk
     #[arg(long, default_value = "auto", value_parser = parse_budget, env = "THERMOCLINE_RAM_BUDGET")]
     pub ram_budget: std::option::Option<u64>,
@@ -497,6 +500,9 @@ pub struct Eval {
     /// Planes of the weights, where the split has several: base, plus or exact
     #[arg(long, default_value = "base", value_name = "PLANES")]
     pub precision: Precision,
+    /// Delta directory: the model that it makes of the split's, which must have the base's bits
+    #[arg(long, value_name = "DIR", conflicts_with = "planes")]
+    pub delta: Option<PathBuf>,
     /// What each plane of the weights buys, against all of them: base, plus, exact, or exact@SHARE (all planes of this
     /// share of each layer's neurons, those with the most energy); several, separated by commas, give a row each
     #[arg(long, value_delimiter = ',', value_name = "PLANES", conflicts_with_all = ["mask", "active", "precision", "engine"])]

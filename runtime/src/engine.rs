@@ -90,10 +90,10 @@ impl Engine {
             if (entry.rows, entry.columns) != shape {
                 return Err(misfit(&split, name, format!("[{}, {}], expected {shape:?}", entry.rows, entry.columns)));
             }
-            Matrix::load(matrix, rows, run_bytes)
+            Matrix::load(&split, matrix, rows, run_bytes)
         };
         let vector = |name: &str, n: usize| -> Result<Vec<f32>> {
-            let v = resident.read_f32(name)?;
+            let v = split.vector(name)?;
             if v.len() == n { Ok(v) } else { Err(misfit(&split, name, format!("{} values, expected {n}", v.len()))) }
         };
         let (hidden, q_width) = (config.hidden_size, config.n_heads * config.head_dim);

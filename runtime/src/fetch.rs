@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use thermocline_kernels::AlignedBuf;
-use thermocline_split::{FileRange, LayerFile, join_rows};
+use thermocline_split::{FileRange, LayerFile};
 
 /// Offsets, lengths and addresses of direct reads are multiples of this.
 const BLOCK: u64 = 4096;
@@ -103,8 +103,10 @@ pub(crate) struct RunPart {
 
 #[derive(Debug, Clone)]
 pub(crate) enum RunContent {
-    /// Rows of a matrix: of each plane as many bytes a row as it says.
-    Rows(Arc<[usize]>),
+    /// The bytes themselves, of one part.
+    Plain,
+    /// Rows of a matrix, from the one of this number on.
+    Rows(Arc<MatrixIndex>, usize),
     /// Chunks, to be checked and decoded.
     Chunks(Arc<LayerIndex>, Range<usize>),
 }
@@ -139,6 +141,13 @@ impl LayerIndex {
     pub(crate) fn bundle_bytes(&self, chunks: Range<usize>) -> usize {
         self.file().n_neurons(chunks) * self.file().layout().bundle_bytes()
     }
+}
+
+/// A matrix of an open split, as readers need it.
+#[derive(Debug)]
+pub(crate) struct MatrixIndex {
+    pub split: Arc<thermocline_split::Split>,
+    pub name: String,
 }
 
 /// A filled buffer; give it back with [`Fetcher::release`].
@@ -337,10 +346,13 @@ fn fill(run: &Run, buffer: &mut Buffer) -> Result<(Range<usize>, bool)> {
     }
     let parts: Vec<&[u8]> = ranges.iter().map(|r| &buffer.raw[r.clone()]).collect();
     match (&run.content, ranges.as_slice()) {
-        (RunContent::Rows(_), [only]) => Ok((only.clone(), false)),
-        (RunContent::Rows(bytes), _) => {
-            let n: usize = run.len();
-            join_rows(&parts, bytes, &mut buffer.decoded[..n]);
+        (RunContent::Plain, [only, ..]) => Ok((only.clone(), false)),
+        (RunContent::Plain, []) => Ok((0..0, false)),
+        (RunContent::Rows(index, first), _) => {
+            let matrix = index.split.matrix(&index.name)?;
+            let stored: usize = matrix.planes().iter().map(|(_, t)| t.row_bytes()).sum();
+            let n = run.len() / stored * matrix.row_bytes();
+            matrix.join(*first, &parts, &mut buffer.decoded[..n])?;
             Ok((0..n, true))
         }
         (RunContent::Chunks(layer, chunks), [only]) if layer.file().are_stored(chunks.clone()) => {
@@ -375,7 +387,7 @@ mod tests {
 
     fn run(file: &Arc<DirectFile>, offset: usize, len: usize) -> Run {
         let part = RunPart { file: Arc::clone(file), offset: offset as u64, len };
-        Run { parts: vec![part], content: RunContent::Rows(Arc::new([1])) }
+        Run { parts: vec![part], content: RunContent::Plain }
     }
 
     #[test]

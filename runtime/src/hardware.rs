@@ -136,7 +136,7 @@ pub(crate) fn read_speed<'a>(
         while offset < file.bytes() && total < DISK_PROBE_BYTES {
             let len = shape.run_bytes.min((file.bytes() - offset) as usize);
             let part = RunPart { file: Arc::clone(&file), offset, len };
-            runs.push(Run { parts: vec![part], content: RunContent::Rows(Arc::new([1])) });
+            runs.push(Run { parts: vec![part], content: RunContent::Plain });
             offset += len as u64;
             total += len as u64;
         }

@@ -2,14 +2,14 @@
 
 use crate::Result;
 use crate::account::Account;
-use crate::fetch::{DirectFile, Fetcher, Run, RunContent, RunPart};
+use crate::fetch::{DirectFile, Fetcher, MatrixIndex, Run, RunContent, RunPart};
 use crate::prefill::MatrixBatch;
 use crate::stream::Stream;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, MatrixRef, Pool, gemv, gemvs};
-use thermocline_split::{Flaw, StoredMatrix, TensorEntry};
+use thermocline_split::{Flaw, Split, StoredMatrix, TensorEntry};
 
 /// What computing needs besides the weights.
 pub(crate) struct Compute {
@@ -32,7 +32,10 @@ pub(crate) struct Matrix {
     /// Where each plane begins in its file.
     offsets: Vec<u64>,
     /// Bytes of a row in each.
-    plane_bytes: Arc<[usize]>,
+    plane_bytes: Vec<usize>,
+    /// Whether these are the rows themselves.
+    is_stored: bool,
+    index: Arc<MatrixIndex>,
     pinned: AlignedBuf,
     pinned_rows: usize,
     /// Row ranges that are streamed, each one run.
@@ -41,17 +44,23 @@ pub(crate) struct Matrix {
 
 impl Matrix {
     /// Reads the pinned rows; `run_bytes` bounds the streamed ranges.
-    pub(crate) fn load(matrix: &StoredMatrix<'_>, pinned_rows: usize, run_bytes: usize) -> Result<Self> {
+    pub(crate) fn load(
+        split: &Arc<Split>,
+        matrix: &StoredMatrix<'_>,
+        pinned_rows: usize,
+        run_bytes: usize,
+    ) -> Result<Self> {
         let (entry, row_bytes) = (matrix.entry(), matrix.row_bytes());
         let mut pinned = AlignedBuf::zeroed(pinned_rows * row_bytes)?;
         // The checksum covers the whole tensor: what will be streamed is checked now, once.
         matrix.read_start(&mut pinned[..pinned_rows * row_bytes])?;
         let per_run = (run_bytes / row_bytes).max(1);
         let streamed = (pinned_rows..entry.rows).step_by(per_run).map(|r| r..(r + per_run).min(entry.rows)).collect();
-        let (offsets, plane_bytes) =
-            matrix.planes().iter().map(|(_, t)| (t.offset, t.row_bytes())).unzip::<_, _, _, Vec<_>>();
+        let (offsets, plane_bytes) = matrix.planes().iter().map(|(_, t)| (t.offset, t.row_bytes())).unzip();
         let (entry, layout) = (entry.clone(), *matrix.layout());
-        Ok(Self { entry, layout, offsets, plane_bytes: plane_bytes.into(), pinned, pinned_rows, streamed })
+        let index = Arc::new(MatrixIndex { split: Arc::clone(split), name: entry.name.clone() });
+        let is_stored = matrix.is_stored();
+        Ok(Self { entry, layout, offsets, plane_bytes, is_stored, index, pinned, pinned_rows, streamed })
     }
 
     /// What is in memory.
@@ -72,13 +81,15 @@ impl Matrix {
     /// The runs that one use of the matrix takes from the stream; `files` has the file of each plane.
     pub(crate) fn runs<'a>(&'a self, files: &'a [Arc<DirectFile>]) -> impl Iterator<Item = Run> + 'a {
         self.streamed.iter().map(move |rows| {
-            let planes = self.offsets.iter().zip(&*self.plane_bytes).enumerate();
+            let planes = self.offsets.iter().zip(&self.plane_bytes).enumerate();
             let part = |(p, (offset, bytes)): (usize, (&u64, &usize))| RunPart {
                 file: Arc::clone(&files[p.min(1)]),
                 offset: offset + (rows.start * bytes) as u64,
                 len: rows.len() * bytes,
             };
-            Run { parts: planes.map(part).collect(), content: RunContent::Rows(Arc::clone(&self.plane_bytes)) }
+            let rows = || RunContent::Rows(Arc::clone(&self.index), rows.start);
+            let content = if self.is_stored { RunContent::Plain } else { rows() };
+            Run { parts: planes.map(part).collect(), content }
         })
     }
 

@@ -93,7 +93,7 @@ impl SplitCheckpoint {
     fn tensor_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
         let tensor = self.split.resident().entry(name)?;
         if tensor.format.encoding().is_none() {
-            let all = self.split.resident().read_f32(name)?;
+            let all = self.split.vector(name)?;
             let n = rows.len();
             return Ok(all.into_iter().skip(rows.start).take(n).collect());
         }

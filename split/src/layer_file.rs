@@ -2,6 +2,7 @@
 
 use crate::Error;
 use crate::chunk::Codec;
+use crate::delta::Delta;
 use crate::error::{Result, corrupt};
 use crate::manifest::{LayerEntry, PlaneEntry};
 use crate::plane_file::{Content, PlaneFile};
@@ -9,7 +10,8 @@ use crate::planes::plane_names;
 use crate::precision::Precision;
 use std::ops::Range;
 use std::path::Path;
-use thermocline_kernels::{BundleLayout, Encoding};
+use std::sync::Arc;
+use thermocline_kernels::{BundleLayout, Encoding, Kernels};
 
 /// Bytes of one of a layer's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,8 +29,15 @@ pub struct FileRange {
 pub struct LayerFile {
     /// The base first.
     planes: Vec<PlaneFile>,
+    /// Of the planes put together.
+    stored: BundleLayout,
+    /// Of what readers get: the same, or bf16 with a delta on it.
     layout: BundleLayout,
+    delta: Option<Arc<Delta>>,
 }
+
+/// Neurons that a delta changes in one pass: it reads a block of rows once for each.
+const PATCHED_NEURONS: usize = 4096;
 
 impl LayerFile {
     /// Opens the file of a layer in one plane and checks it: checksums of header, order and index; that the order is a
@@ -95,12 +104,24 @@ impl LayerFile {
         };
         let total: usize = planes.iter().map(|p| p.content().bundle_bytes()).sum();
         match layout.filter(|l| l.bundle_bytes() == total) {
-            Some(layout) => Ok(Self { planes, layout }),
+            Some(layout) => Ok(Self { planes, stored: layout, layout, delta: None }),
             None => {
                 let reason = format!("{} planes over {encoding} at {precision}", further.len());
                 Err(corrupt(base.path(), "encoding", reason))
             }
         }
+    }
+
+    /// Puts a delta on the bundles, which then come as bf16.
+    ///
+    /// # Errors
+    /// If the bundles are not exact.
+    pub(crate) fn set_delta(&mut self, delta: Arc<Delta>) -> Result<()> {
+        let encoding = self.stored.encoding();
+        let bf16 = BundleLayout::new(Encoding::Bf16, self.stored.hidden_size()).filter(|_| encoding.is_exact());
+        self.layout = bf16.ok_or_else(|| not_exact(self.path(), encoding))?;
+        self.delta = Some(delta);
+        Ok(())
     }
 
     fn base(&self) -> &PlaneFile {
@@ -186,7 +207,9 @@ impl LayerFile {
 
     /// Whether the stored bytes of `chunks` are the bundles themselves.
     pub fn are_stored(&self, chunks: Range<usize>) -> bool {
-        self.planes.len() == 1 && self.base().index()[chunks].iter().all(|e| e.codec == Codec::Stored)
+        self.planes.len() == 1
+            && self.delta.is_none()
+            && self.base().index()[chunks].iter().all(|e| e.codec == Codec::Stored)
     }
 
     /// Chunks that are compressed, in all files.
@@ -243,7 +266,69 @@ impl LayerFile {
         out: &mut [u8],
         mut decode: impl FnMut(usize, usize, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        let size = self.layout.bundle_bytes();
+        if let Some(delta) = &self.delta {
+            let first = chunks.start * self.chunk_neurons();
+            let (size, mut stored) = (self.layout.bundle_bytes(), Vec::new());
+            let mut rest = &mut *out;
+            for c in chunks {
+                let n = self.n_neurons(c..c + 1);
+                let (bundles, tail) = rest.split_at_mut(n * size);
+                rest = tail;
+                stored.resize(n * self.stored.bundle_bytes(), 0);
+                self.decode_stored(c..c + 1, &mut stored, &mut decode)?;
+                self.to_bf16(&stored, bundles);
+            }
+            assert!(rest.is_empty(), "the output is longer than the chunks");
+            return self.patch(delta, first, out);
+        }
+        self.decode_stored(chunks, out, &mut decode)
+    }
+
+    /// Exact bundles become bundles of bf16.
+    fn to_bf16(&self, stored: &[u8], out: &mut [u8]) {
+        let kernels = Kernels::detect();
+        let mut bits = vec![0u16; self.layout.hidden_size()];
+        let bundles = out.chunks_exact_mut(self.layout.bundle_bytes());
+        for (out, bundle) in bundles.zip(stored.chunks_exact(self.stored.bundle_bytes())) {
+            for which in 0..3 {
+                kernels.decode(self.stored.encoding(), self.stored.row(bundle, which), &mut bits);
+                self.layout.row_mut(out, which).0.copy_from_slice(bytemuck::cast_slice(&bits));
+            }
+        }
+    }
+
+    /// Puts the delta on bundles of bf16, from neuron `first` in split order on.
+    fn patch(&self, delta: &Delta, first: usize, bundles: &mut [u8]) -> Result<()> {
+        let (size, hidden) = (self.layout.bundle_bytes(), self.layout.hidden_size());
+        let mut rows = [const { Vec::new() }; 3];
+        for (i, bundles) in bundles.chunks_mut(PATCHED_NEURONS * size).enumerate() {
+            let n = bundles.len() / size;
+            let ids = &self.order()[first + i * PATCHED_NEURONS..][..n];
+            for (which, rows) in rows.iter_mut().enumerate() {
+                rows.resize(n * hidden, 0u16);
+                for (bundle, row) in bundles.chunks_exact(size).zip(rows.chunks_exact_mut(hidden)) {
+                    bytemuck::cast_slice_mut(row).copy_from_slice(self.layout.row(bundle, which).codes);
+                }
+            }
+            let [gate, up, down] = &mut rows;
+            delta.patch_neurons(self.layer(), ids, gate, up, down)?;
+            for (which, rows) in rows.iter().enumerate() {
+                for (bundle, row) in bundles.chunks_exact_mut(size).zip(rows.chunks_exact(hidden)) {
+                    self.layout.row_mut(bundle, which).0.copy_from_slice(bytemuck::cast_slice(row));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The planes of `chunks` put together.
+    fn decode_stored(
+        &self,
+        chunks: Range<usize>,
+        out: &mut [u8],
+        decode: &mut dyn FnMut(usize, usize, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let size = self.stored.bundle_bytes();
         let mut plane_bundles = Vec::new();
         let mut rest = out;
         for c in chunks {
@@ -268,6 +353,16 @@ impl LayerFile {
         assert!(rest.is_empty(), "the output is longer than the chunks");
         Ok(())
     }
+}
+
+/// What a delta cannot be put on.
+pub(crate) fn not_exact(path: &Path, encoding: Encoding) -> Error {
+    let path = path.display();
+    let what = format!(
+        "{path}: a delta needs the base's own bits, and {encoding} has not got them; \
+         use --precision exact, of a split with --encoding bf16, bf16x or q4+exact of a BF16 checkpoint"
+    );
+    Error::Settings { what }
 }
 
 /// The layout whose heads and streams take `bytes`.

@@ -51,6 +51,6 @@ pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Pla
 pub use open::Split;
 pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use precision::Precision;
-pub use resident::{StoredMatrix, join_rows};
+pub use resident::StoredMatrix;
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

@@ -1,9 +1,11 @@
 //! A split directory, opened and checked.
 
+use crate::delta::Delta;
 use crate::error::{Result, corrupt, listed};
 use crate::planted::REPORT_FILE;
-use crate::{Format, LayerFile, Manifest, Precision, TensorEntry, TensorFile};
+use crate::{Error, LayerFile, Manifest, Precision, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use thermocline_calibrate::predictor::LowRank;
 use thermocline_datasets::planted::PlantedReport;
 use thermocline_kernels::{RowRef, unpack};
@@ -16,6 +18,7 @@ pub struct Split {
     manifest: Manifest,
     layers: Vec<LayerFile>,
     precision: Precision,
+    delta: Option<Arc<Delta>>,
     resident: TensorFile,
     resident_planes: Option<TensorFile>,
     predictors: TensorFile,
@@ -57,7 +60,62 @@ impl Split {
         let resident_planes = planes.map(|entry| TensorFile::open(dir, entry)).transpose()?;
         let predictors = TensorFile::open(dir, &manifest.predictors)?;
         let statistics = TensorFile::open(dir, &manifest.statistics)?;
-        Ok(Self { dir: dir.to_owned(), manifest, layers, precision, resident, resident_planes, predictors, statistics })
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest,
+            layers,
+            precision,
+            delta: None,
+            resident,
+            resident_planes,
+            predictors,
+            statistics,
+        })
+    }
+
+    /// Puts a delta on the weights: they then are the final model's, bit for bit, and come as bf16. Predictors and
+    /// statistics stay the base's.
+    ///
+    /// # Errors
+    /// If the delta was made from another model, the split has not got the base's bits, or the final model is of
+    /// another shape.
+    pub fn with_delta(mut self, delta: Delta) -> Result<Self> {
+        let (got, expected) = (delta.base_digest().to_owned(), self.manifest.source.model_digest.clone());
+        if got != expected {
+            return Err(Error::WrongSource { path: delta.dir().to_owned(), got, expected });
+        }
+        if self.manifest.source.ffn_dtype != "BF16" {
+            let (path, dtype) = (self.dir.display(), &self.manifest.source.ffn_dtype);
+            let what = format!("{path}: made from a checkpoint in {dtype}, not BF16: a delta cannot be put on it");
+            return Err(Error::Settings { what });
+        }
+        let (base, config) = (&self.manifest.config, &delta.manifest().config);
+        let same = (base.hidden_size, base.intermediate_size, base.n_layers, base.vocab_size)
+            == (config.hidden_size, config.intermediate_size, config.n_layers, config.vocab_size);
+        if !same {
+            return Err(corrupt(delta.dir(), "config", "the final model has another shape than this split"));
+        }
+        self.manifest.config = config.clone();
+        let delta = Arc::new(delta);
+        self.layers.iter_mut().try_for_each(|layer| layer.set_delta(Arc::clone(&delta)))?;
+        self.delta = Some(delta);
+        // Whatever cannot take it should be found now.
+        self.matrices()?;
+        Ok(self)
+    }
+
+    /// The delta on it.
+    pub fn delta(&self) -> Option<&Delta> {
+        self.delta.as_deref()
+    }
+
+    /// A norm or bias.
+    ///
+    /// # Errors
+    /// If there is none of that name, or it cannot be read or is damaged.
+    pub fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        let changed = self.delta().map(|delta| delta.vector(name)).transpose()?.flatten();
+        changed.map_or_else(|| self.resident.read_f32(name), Ok)
     }
 
     /// Where it lies.
@@ -162,13 +220,9 @@ impl Split {
     /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.
     pub fn dense_bytes(&self) -> u64 {
         let bundles: usize = self.layers.iter().map(|l| l.order().len() * l.layout().bundle_bytes()).sum();
-        let resident = self.resident_planes.iter().chain([&self.resident]).flat_map(TensorFile::tensors);
-        bundles as u64 + resident.filter(|t| self.takes(t)).map(|t| t.bytes).sum::<u64>()
-    }
-
-    /// Whether a resident tensor is used at this precision.
-    pub(crate) fn takes(&self, tensor: &TensorEntry) -> bool {
-        !matches!(tensor.format, Format::Coarse | Format::Final) || self.precision.takes(tensor.format == Format::Final)
+        let vectors = self.resident.tensors().iter().filter(|t| t.format.encoding().is_none()).map(|t| t.bytes);
+        let matrices = self.matrices().into_iter().flatten().map(|m| m.bytes());
+        bundles as u64 + vectors.sum::<u64>() + matrices.sum::<u64>()
     }
 
     /// A small file kept from the checkpoint, checked; `None` if the split has none of that name.
@@ -176,6 +230,10 @@ impl Split {
     /// # Errors
     /// If it cannot be read or is not what was written.
     pub fn plain_file(&self, name: &str) -> Result<Option<String>> {
+        if let Some(text) = self.delta().map(|delta| delta.plain_file(name)).transpose()?.flatten() {
+            // The final model has no template where its copy is empty.
+            return Ok(Some(text).filter(|text| !text.is_empty()));
+        }
         let Some(entry) = self.manifest.files.iter().find(|f| f.file == name) else { return Ok(None) };
         let path = self.dir.join(name);
         let bytes = std::fs::read(&path).map_err(listed(&path))?;

@@ -1,8 +1,11 @@
 //! Embedding, attention and head matrices as a reader wants them: their planes, up to a precision, put together.
 
+use crate::delta::Delta;
 use crate::error::{Result, corrupt};
+use crate::layer_file::not_exact;
 use crate::{Format, Precision, Split, TensorEntry, TensorFile};
-use thermocline_kernels::{BundleLayout, Encoding};
+use rayon::prelude::*;
+use thermocline_kernels::{BundleLayout, Encoding, Kernels};
 
 /// What is read at a time of a plane that becomes part of rows.
 const PIECE_BYTES: usize = 256 << 10;
@@ -12,7 +15,11 @@ const PIECE_BYTES: usize = 256 << 10;
 pub struct StoredMatrix<'a> {
     /// The base first.
     planes: Vec<(&'a TensorFile, &'a TensorEntry)>,
+    /// Of a row with its planes put together.
+    stored: BundleLayout,
+    /// Of what readers get: the same, or bf16 with a delta on it.
     layout: BundleLayout,
+    delta: Option<&'a Delta>,
 }
 
 impl Split {
@@ -30,7 +37,7 @@ impl Split {
                 planes.extend(found.filter(|_| self.precision().takes(is_final)).map(|entry| (file, entry)));
             }
         }
-        StoredMatrix::new(planes, self.precision())
+        StoredMatrix::new(planes, self.precision())?.with_delta(self.delta())
     }
 
     /// All of them, in file order.
@@ -63,7 +70,18 @@ impl<'a> StoredMatrix<'a> {
         let streams = total.checked_sub(encoding.row_stride(base.columns)).unwrap_or_default();
         let layout = BundleLayout::matrix_row(encoding, base.columns, streams).filter(|l| l.bundle_bytes() == total);
         let layout = layout.ok_or_else(|| bad("rows do not fit the encoding"))?;
-        Ok(Self { planes, layout })
+        Ok(Self { planes, stored: layout, layout, delta: None })
+    }
+
+    fn with_delta(mut self, delta: Option<&'a Delta>) -> Result<Self> {
+        if delta.is_some() {
+            let encoding = self.stored.encoding();
+            let bf16 = BundleLayout::matrix_row(Encoding::Bf16, self.stored.hidden_size(), 0);
+            let bf16 = bf16.filter(|_| encoding.is_exact());
+            self.layout = bf16.ok_or_else(|| not_exact(self.planes[0].0.path(), encoding))?;
+            self.delta = delta;
+        }
+        Ok(self)
     }
 
     /// The base's entry: name, rows and columns.
@@ -98,7 +116,7 @@ impl<'a> StoredMatrix<'a> {
     pub fn read_rows(&self, first: usize, n: usize) -> Result<Vec<u8>> {
         let parts = self.planes.iter().map(|(file, t)| file.read_rows(t, first, n)).collect::<Result<Vec<_>>>()?;
         let mut out = vec![0; n * self.row_bytes()];
-        self.join(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>(), &mut out);
+        self.join(first, &parts.iter().map(Vec::as_slice).collect::<Vec<_>>(), &mut out)?;
         Ok(out)
     }
 
@@ -111,10 +129,20 @@ impl<'a> StoredMatrix<'a> {
     /// # Panics
     /// If `out` is longer than the matrix.
     pub fn read_start(&self, out: &mut [u8]) -> Result<()> {
+        if self.delta.is_some() {
+            let mut stored = vec![0; out.len() / self.row_bytes() * self.stored.bundle_bytes()];
+            self.read_stored(&mut stored)?;
+            return self.finish(0, &stored, out);
+        }
+        self.read_stored(out)
+    }
+
+    /// The same without a delta.
+    fn read_stored(&self, out: &mut [u8]) -> Result<()> {
         if let [(file, t)] = self.planes.as_slice() {
             return file.read_start(t, out);
         }
-        let row_bytes = self.row_bytes();
+        let row_bytes = self.stored.bundle_bytes();
         let mut first = 0;
         for (file, t) in &self.planes {
             let bytes = t.row_bytes();
@@ -128,20 +156,48 @@ impl<'a> StoredMatrix<'a> {
         Ok(())
     }
 
-    /// Puts the planes of the same rows together.
+    /// Whether the stored bytes are the rows themselves.
+    pub fn is_stored(&self) -> bool {
+        self.planes.len() == 1 && self.delta.is_none()
+    }
+
+    /// Makes rows, from `first` on, of the stored bytes of their planes.
+    ///
+    /// # Errors
+    /// If a delta cannot be read.
     ///
     /// # Panics
     /// If a part is shorter than its rows.
-    pub fn join(&self, parts: &[&[u8]], out: &mut [u8]) {
-        join_rows(parts, &self.planes.iter().map(|(_, t)| t.row_bytes()).collect::<Vec<_>>(), out);
+    pub fn join(&self, first: usize, parts: &[&[u8]], out: &mut [u8]) -> Result<()> {
+        let bytes: Vec<usize> = self.planes.iter().map(|(_, t)| t.row_bytes()).collect();
+        if self.delta.is_none() {
+            join_rows(parts, &bytes, out);
+            return Ok(());
+        }
+        let mut stored = vec![0; out.len() / self.row_bytes() * self.stored.bundle_bytes()];
+        join_rows(parts, &bytes, &mut stored);
+        self.finish(first, &stored, out)
+    }
+
+    /// Exact rows, from `first` on, become bf16 with the delta on them.
+    fn finish(&self, first: usize, stored: &[u8], out: &mut [u8]) -> Result<()> {
+        let (columns, n) = (self.layout.hidden_size(), out.len() / self.row_bytes());
+        let mut bits = vec![0u16; n * columns];
+        let kernels = Kernels::detect();
+        let rows = bits.par_chunks_exact_mut(columns).zip(stored.par_chunks_exact(self.stored.bundle_bytes()));
+        rows.for_each(|(bits, row)| kernels.decode(self.stored.encoding(), self.stored.row(row, 0), bits));
+        if let Some(delta) = self.delta {
+            delta.patch_rows(&self.entry().name, first..first + n, &mut bits)?;
+        }
+        for (out, bits) in out.chunks_exact_mut(self.row_bytes()).zip(bits.chunks_exact(columns)) {
+            self.layout.row_mut(out, 0).0.copy_from_slice(bytemuck::cast_slice(bits));
+        }
+        Ok(())
     }
 }
 
 /// Rows of several planes, `bytes[p]` each of plane p, become rows with the planes one after the other.
-///
-/// # Panics
-/// If a part is shorter than its rows.
-pub fn join_rows(parts: &[&[u8]], bytes: &[usize], out: &mut [u8]) {
+fn join_rows(parts: &[&[u8]], bytes: &[usize], out: &mut [u8]) {
     for (i, row) in out.chunks_exact_mut(bytes.iter().sum()).enumerate() {
         let mut first = 0;
         for (part, &bytes) in parts.iter().zip(bytes) {

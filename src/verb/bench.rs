@@ -9,7 +9,6 @@ use thermocline_kernels::{AlignedBuf, Kernels, Pool};
 use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::hardware::kernel_speed;
 use thermocline_runtime::{BenchReport, BenchSettings};
-use thermocline_split::Split;
 
 /// Bytes of bundles on which the kernel alone is timed: beyond the last-level cache.
 const KERNEL_PROBE_BYTES: usize = 128 << 20;
@@ -27,7 +26,7 @@ struct Output {
 }
 
 pub fn bench(args: &Bench) -> anyhow::Result<()> {
-    let split = Split::open_at(&args.placement.model, args.placement.precision)?;
+    let split = super::load::placed_split(&args.placement)?;
     let layout = *split.layers()[0].layout();
     let threads = args.placement.threads.checked()?;
     let kernel = || Ok(kernel_speed(&mut Pool::new(threads)?, &AlignedBuf::zeroed(KERNEL_PROBE_BYTES)?, &layout));

@@ -12,7 +12,7 @@ use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::{GenerateSettings, SamplerSettings, generate};
-use thermocline_split::{Precision, Split};
+use thermocline_split::Precision;
 
 /// A whole short novel for models that are given; datasets/demo/README.md says which and under what licence.
 const NOVEL: &str = include_str!("../../datasets/demo/novel.txt");
@@ -169,6 +169,7 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
         mode,
         active: 0.3,
         precision: Precision::Base,
+        delta: None,
         ram_budget,
         // The demo shows budgets of RAM.
         vram_budget: VramBudget::None,
@@ -188,7 +189,7 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
 fn run(placement: &Placement, tokenizer: &Tokenizer, dir: &Path, name: &str) -> anyhow::Result<(PathBuf, u64)> {
     let step = Instant::now();
     let prompt = tokenizer.encode(PROMPT, true)?;
-    let split = Split::open_at(&placement.model, placement.precision)?;
+    let split = super::load::placed_split(&placement)?;
     let mut loaded = super::load::load(split, placement, prompt.len() + N_PREDICT, 128, false)?;
     let engine = loaded.decoder();
     let sampler = SamplerSettings { seed: 1, ..SamplerSettings::default() };
@@ -229,7 +230,7 @@ fn evaluate(
     let mut masks = vec![Mask::Dense];
     masks.extend(SHARES.map(Mask::Oracle));
     masks.extend(SHARES.map(Mask::Predicted));
-    let model = super::eval::Model::open(split, Precision::Base)?;
+    let model = super::eval::Model::open(split, Precision::Base, None)?;
     let results = super::eval::batch(&model, &windows, &masks, false)?;
     let output = super::eval::Output::new(&model, split, text_name, &windows, &results, step)?;
     said("eval", step, &format!("{} tokens under {} masks", windows.tokens().len(), masks.len()));

@@ -77,9 +77,13 @@ pub enum Model {
 }
 
 impl Model {
-    pub fn open(path: &Path, precision: Precision) -> anyhow::Result<Self> {
+    pub fn open(path: &Path, precision: Precision, delta: Option<&Path>) -> anyhow::Result<Self> {
         if path.join("manifest.json").exists() {
-            return Ok(Model::Split(Box::new(SplitCheckpoint::new(Split::open_at(path, precision)?))));
+            let split = super::load::open_split(path, precision, delta)?;
+            return Ok(Model::Split(Box::new(SplitCheckpoint::new(split))));
+        }
+        if delta.is_some() {
+            return Err(Usage("--delta needs a split; -m names a checkpoint".to_owned()).into());
         }
         Ok(Model::Checkpoint(open_checkpoint(path)?))
     }
@@ -103,7 +107,7 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let begin = Instant::now();
     super::run::limit_threads(args.threads)?;
     let masks = masks(&args.mask, &args.active);
-    let model = Model::open(&args.model, args.precision)?;
+    let model = Model::open(&args.model, args.precision, args.delta.as_deref())?;
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
     let tokens = Tokenizer::from_json(&model.dense().tokenizer_json()?)?.encode(&text, false)?;
     let windows = Windows::new(&tokens, args.ctx, args.windows).map_err(usage)?;
@@ -205,6 +209,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             mode,
             active,
             precision: args.precision,
+            delta: args.delta.clone(),
             ram_budget: None,
             vram_budget: args.vram_budget,
             cpu_share: None,
@@ -212,7 +217,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             ctx_size: None,
             threads: args.threads,
         };
-        let split = Split::open_at(&args.model, args.precision).with_context(|| "--engine decode needs a split")?;
+        let split = super::load::placed_split(&placement).with_context(|| "--engine decode needs a split")?;
         let mut loaded = super::load::load(split, &placement, windows.ctx(), 1, true)?;
         let on_token = |done: usize, total: usize| {
             let (done, total) = (i * total + done, masks.len() * total);

@@ -2,8 +2,10 @@
 
 use crate::cli::{ModeName, Placement};
 use crate::output::Progress;
+use std::path::Path;
 use thermocline_runtime::{Decoder, Engine, Mode, Plan, PlanRequest};
-use thermocline_split::Split;
+use thermocline_split::delta::Delta;
+use thermocline_split::{Precision, Split};
 
 #[cfg(feature = "cuda")]
 pub use gpu::{gpu_plan, host_threads, open_device};
@@ -23,6 +25,17 @@ impl Loaded {
             Loaded::Gpu(engine) => &mut **engine,
         }
     }
+}
+
+/// A split, with a delta on it, which needs all planes.
+pub fn open_split(path: &Path, precision: Precision, delta: Option<&Path>) -> anyhow::Result<Split> {
+    let Some(delta) = delta else { return Ok(Split::open_at(path, precision)?) };
+    Ok(Split::open_at(path, Precision::Exact)?.with_delta(Delta::open(delta)?)?)
+}
+
+/// The split that the flags name.
+pub fn placed_split(args: &Placement) -> anyhow::Result<Split> {
+    open_split(&args.model, args.precision, args.delta.as_deref())
 }
 
 /// Plans and loads, with a progress bar. `wanted` is the context if none is given.
@@ -162,14 +175,13 @@ mod gpu {
         let on_layer =
             |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
         let share = args.cpu_share.map(|s| s as f32);
-        let (dir, precision) = (split.dir().to_owned(), split.precision());
         let mut engine = GpuEngine::load(split, plan.clone(), device.clone(), share, &on_layer);
         if let Err(e @ Error::VramRefused { .. }) = &engine {
             // Others may have taken memory since it was counted: once, with less.
             let mut smaller = plan.request;
             smaller.vram_budget_bytes = (plan.total_bytes as f64 * SHRINK) as u64;
             progress.note(&format!("{e}; trying with {}", format_bytes(smaller.vram_budget_bytes)));
-            let split = Split::open_at(&dir, precision)?;
+            let split = super::placed_split(args)?;
             let plan = GpuPlan::new(&split, smaller)?;
             engine = GpuEngine::load(split, plan, device, share, &on_layer);
         }

@@ -7,7 +7,6 @@ use thermocline_runtime::budget::format_bytes;
 #[cfg(feature = "cuda")]
 use thermocline_runtime::{GpuSpeeds, Mode};
 use thermocline_runtime::{Hardware, Plan, Prediction};
-use thermocline_split::Split;
 
 /// What `plan --json` prints.
 #[derive(Serialize)]
@@ -18,7 +17,7 @@ struct Output {
 }
 
 pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
-    let split = Split::open_at(&args.placement.model, args.placement.precision)?;
+    let split = super::load::placed_split(&args.placement)?;
     let request = super::load::request(&args.placement, 512, 128);
     #[cfg(feature = "cuda")]
     if let Some(device) = super::load::open_device(&args.placement, args.json)? {

@@ -34,7 +34,7 @@ struct Output<'a> {
 }
 
 pub fn run(args: &Run) -> anyhow::Result<()> {
-    let split = Split::open_at(&args.placement.model, args.placement.precision)?;
+    let split = super::load::placed_split(&args.placement)?;
     let tokenizer = Tokenizer::from_json(&split.tokenizer_json()?)?;
     let text = prompt(args)?;
     let text = if args.chat { chat(args, &split, &tokenizer, &text)? } else { text };

@@ -170,7 +170,7 @@ fn prefill_parts(split: &Split, batch: usize, piece: usize) -> [usize; 8] {
     let config = &split.manifest().config;
     let hidden = config.hidden_size;
     let widest = hidden.max(config.n_heads * config.head_dim);
-    let row = device_matrices(split).map(TensorEntry::row_bytes).max().unwrap_or(0);
+    let row = device_matrices(split).map(|m| m.row_bytes()).max().unwrap_or(0);
     let stored = piece * split.layers()[0].layout().bundle_bytes().max(row);
     [
         4 * batch,
@@ -266,12 +266,12 @@ impl Model {
                 let table = loader.matrix(&["model.embed_tokens.weight"], &[vocab], &mut flaws)?;
                 (table.clone(), table)
             }
-            Some(entry) => {
-                let encoding = loader.encoding(entry)?;
+            Some(matrix) => {
+                let (entry, encoding, bytes) = (matrix.entry(), matrix.layout().encoding(), matrix.bytes() as usize);
                 check_shape(split, entry, vocab)?;
-                let mut host = AlignedBuf::zeroed(entry.bytes as usize)?;
-                split.resident().read_into(entry, &mut host[..entry.bytes as usize])?;
-                flaws.extend(flaw(entry, &host[..entry.bytes as usize]));
+                let mut host = AlignedBuf::zeroed(bytes)?;
+                matrix.read_start(&mut host[..bytes])?;
+                flaws.extend(entry.matrix_flaw(matrix.layout(), &host[..bytes]));
                 let data = device.pin(host)?.view();
                 let table = DeviceMatrix { encoding, rows: vocab.0, columns: vocab.1, data };
                 (loader.matrix(&["lm_head.weight"], &[vocab], &mut flaws)?, table)
@@ -317,27 +317,28 @@ impl Loader<'_> {
 
     /// Matrices of one encoding and as many columns, one below the other.
     fn matrix(&self, names: &[&str], shapes: &[(usize, usize)], flaws: &mut Vec<Flaw>) -> Result<DeviceMatrix> {
-        let file = self.split.resident();
-        let entries = names.iter().map(|name| file.entry(name)).collect::<Result<Vec<_>, _>>()?;
-        let encoding = self.encoding(entries[0])?;
-        let mut bytes = Vec::with_capacity(entries.iter().map(|e| e.bytes as usize).sum());
-        for (entry, &shape) in entries.iter().zip(shapes) {
+        let matrices = names.iter().map(|name| self.split.matrix(name)).collect::<Result<Vec<_>, _>>()?;
+        let layout = *matrices[0].layout();
+        let encoding = layout.encoding();
+        let mut bytes = Vec::with_capacity(matrices.iter().map(|m| m.bytes() as usize).sum());
+        for (matrix, &shape) in matrices.iter().zip(shapes) {
+            let entry = matrix.entry();
             check_shape(self.split, entry, shape)?;
-            if entry.format != entries[0].format {
-                let reason = format!("its encoding differs from that of {}", entries[0].name);
+            if *matrix.layout() != layout {
+                let reason = format!("its encoding differs from that of {}", matrices[0].entry().name);
                 return Err(misfit(self.split, &entry.name, reason));
             }
             let start = bytes.len();
-            bytes.resize(start + entry.bytes as usize, 0);
-            file.read_into(entry, &mut bytes[start..])?;
-            flaws.extend(flaw(entry, &bytes[start..]));
+            bytes.resize(start + matrix.bytes() as usize, 0);
+            matrix.read_start(&mut bytes[start..])?;
+            flaws.extend(entry.matrix_flaw(&layout, &bytes[start..]));
         }
         let rows = shapes.iter().map(|s| s.0).sum();
         Ok(DeviceMatrix { encoding, rows, columns: shapes[0].1, data: self.arena.put(self.device, &bytes)? })
     }
 
     fn vector(&self, name: &str, n: usize) -> Result<View> {
-        let values = self.split.resident().read_f32(name)?;
+        let values = self.split.vector(name)?;
         if values.len() != n {
             return Err(misfit(self.split, name, format!("{} values, expected {n}", values.len())));
         }
@@ -358,7 +359,7 @@ impl Loader<'_> {
             let mut all = Vec::with_capacity(q + 2 * kv);
             for (p, n) in [("q", q), ("k", kv), ("v", kv)] {
                 let name = name(&format!("self_attn.{p}_proj.bias"));
-                let values = self.split.resident().read_f32(&name)?;
+                let values = self.split.vector(&name)?;
                 if values.len() != n {
                     return Err(misfit(self.split, &name, format!("{} values, expected {n}", values.len())));
                 }
@@ -521,12 +522,6 @@ impl Mapped {
     pub(super) fn result(&self) -> HostResult {
         HostResult { y: self.y.view(), flag: self.result_flag.view() }
     }
-}
-
-/// The first flaw of a matrix that is stored as it is.
-fn flaw(entry: &TensorEntry, bytes: &[u8]) -> Option<Flaw> {
-    let layout = BundleLayout::matrix_row(entry.format.encoding()?, entry.columns, 0)?;
-    entry.matrix_flaw(&layout, bytes)
 }
 
 /// Refuses what there are no kernels for.

@@ -9,7 +9,7 @@ use crate::{Error, PlanRequest, Result};
 use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
-use thermocline_split::{Format, Split, TensorEntry};
+use thermocline_split::{Format, Split, StoredMatrix, TensorEntry};
 
 /// Every piece of device memory begins at a multiple of this.
 pub(super) const ALIGN: u64 = 256;
@@ -222,7 +222,7 @@ impl GpuPlan {
             plan.hot_neurons.iter().zip(&plan.cache_sets).map(|(&h, &s)| cache_bytes(n - h, s, bundle)).sum();
         plan.total_bytes = plan.fixed.total() + plan.hot_bytes + plan.cache_bytes;
         let cold = plan.hot_neurons.iter().map(|&h| (n - h) as u64 * bundle).sum::<u64>();
-        plan.pinned_bytes = cold + pinned_embedding(split).map_or(0, |t| t.bytes);
+        plan.pinned_bytes = cold + pinned_embedding(split).map_or(0, |m| m.bytes());
         if let Some(ram) = request.base.ram_budget_bytes
             && plan.pinned_bytes > ram
         {
@@ -385,15 +385,15 @@ pub(super) fn cache_bytes(n_cold: usize, n_sets: usize, bundle: u64) -> u64 {
 }
 
 /// The embedding, if only single rows of it are read: then it stays in host memory.
-pub(super) fn pinned_embedding(split: &Split) -> Option<&TensorEntry> {
+pub(super) fn pinned_embedding(split: &Split) -> Option<StoredMatrix<'_>> {
     let tied = split.manifest().config.tie_word_embeddings;
-    split.resident().tensors().iter().find(|t| !tied && t.name == "model.embed_tokens.weight")
+    if tied { None } else { split.matrix("model.embed_tokens.weight").ok() }
 }
 
 /// Matrices that lie on the device.
-pub(super) fn device_matrices(split: &Split) -> impl Iterator<Item = &TensorEntry> {
-    let pinned = pinned_embedding(split).map(|t| t.name.as_str());
-    split.resident().tensors().iter().filter(move |t| t.format.encoding().is_some() && Some(t.name.as_str()) != pinned)
+pub(super) fn device_matrices(split: &Split) -> impl Iterator<Item = StoredMatrix<'_>> {
+    let pinned = pinned_embedding(split).map(|m| m.entry().name.as_str());
+    split.matrices().into_iter().flatten().filter(move |m| Some(m.entry().name.as_str()) != pinned)
 }
 
 fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neurons: usize) -> GpuBytes {
@@ -409,7 +409,7 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
         + 2 * config.n_layers as u64 * ALIGN
         + 2 * aligned(Rope::bytes(config, context));
     GpuBytes {
-        matrices: sum(&mut device_matrices(split)),
+        matrices: device_matrices(split).map(|m| aligned(m.bytes())).sum(),
         // q, k and v biases become one vector.
         vectors: vectors + config.n_layers as u64 * ALIGN,
         predictors,
