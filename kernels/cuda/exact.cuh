@@ -1,0 +1,514 @@
+// Rows that give back bfloat16 bits, and q4 rows with the coarse plane, to floats in registers.
+//
+// A warp decodes a segment of 1024 columns, block by block of 64; lane l has columns 2 l and 2 l + 1 of each block. What
+// a column has in a plane that not all have is found by two ballots and the bits set before it; from block to block
+// nothing is carried on but the place in the stream. The formats: kernels/src/exact/ (streams), kernels/src/bundle.rs
+// (where planes lie).
+//
+// A block's codes of variable length are at most 64 * 15 bits: each lane loads one word of them, in one access of 128
+// bytes, and words change hands by shuffles. So a stream may lie in shared memory or anywhere else, and what it says of
+// itself, which may be damaged, never leads out of the bundle: words are looked up behind one comparison.
+#pragma once
+#include "decode.cuh"
+#include "reduce.cuh"
+
+namespace exact_shape {
+constexpr u32 kSegment = 1024;
+constexpr u32 kBlock = 64;
+constexpr u32 kBlocks = kSegment / kBlock;
+constexpr u32 kSymbols = 9;
+// The number of exceptions of a segment that is its bfloat16.
+constexpr u32 kPlain = 0xffff;
+}  // namespace exact_shape
+
+// Bytes of a row's planes, and how many blocks' decoders are laid out one after another where outputs are in registers:
+// long ones would not fit in the instruction caches.
+struct Bf16x {
+  static constexpr u32 kHeadFirst = exact_shape::kSymbols, kHeadStep = 2, kUnroll = 16;
+  DEVICE static u32 code_bytes(u32 columns) { return columns + (columns + 63) / 64 * 16; }
+  DEVICE static u32 scale_bytes(u32) { return 0; }
+  DEVICE static u32 coarse_bytes(u32) { return 0; }
+};
+struct Q4Plus {
+  static constexpr u32 kHeadFirst = 0, kHeadStep = 0, kUnroll = 16;
+  DEVICE static u32 code_bytes(u32 columns) { return columns / 2; }
+  DEVICE static u32 scale_bytes(u32 columns) { return columns / 32 * 2; }
+  DEVICE static u32 coarse_bytes(u32 columns) { return columns / 2; }
+};
+struct Q4Exact : Q4Plus {
+  static constexpr u32 kHeadStep = 4, kUnroll = 4;
+};
+struct Q8Exact {
+  static constexpr u32 kHeadFirst = 0, kHeadStep = 4, kUnroll = 4;
+  DEVICE static u32 code_bytes(u32 columns) { return columns; }
+  DEVICE static u32 scale_bytes(u32 columns) { return columns / 32 * 2; }
+  DEVICE static u32 coarse_bytes(u32) { return 0; }
+};
+
+// Where the planes of a bundle's three rows begin, or of the one row of a matrix, in bytes.
+template <class E>
+struct Planes {
+  u32 columns, segments, rows, bytes;
+  u32 code_bytes, scale_bytes, coarse_bytes, head_bytes;
+  u32 scales, coarse, heads, streams;
+
+  // Codes begin at a multiple of 16; there are `bytes` in all, a multiple of 16.
+  DEVICE Planes(u32 columns, u32 rows, u32 bytes) : columns(columns), rows(rows), bytes(bytes) {
+    segments = (columns + exact_shape::kSegment - 1) / exact_shape::kSegment;
+    code_bytes = E::code_bytes(columns);
+    scale_bytes = E::scale_bytes(columns);
+    coarse_bytes = E::coarse_bytes(columns);
+    head_bytes = E::kHeadStep > 0 ? E::kHeadFirst + E::kHeadStep * segments : 0;
+    scales = rows * code_bytes;
+    coarse = (scales + rows * scale_bytes + 15) / 16 * 16;
+    heads = coarse + (rows * coarse_bytes + 15) / 16 * 16;
+    streams = heads + rows * head_bytes;
+  }
+
+  // What is as long in every bundle, up to a multiple of 16: with all heads.
+  DEVICE u32 fixed_bytes() const { return min((streams + 15) / 16 * 16, bytes); }
+
+  // Columns of a segment; 0 behind the last.
+  DEVICE u32 columns_of(u32 segment) const {
+    const u32 first = segment * exact_shape::kSegment;
+    return first < columns ? min(columns - first, exact_shape::kSegment) : 0;
+  }
+
+  DEVICE u32 head_entry(u32 which, u32 segment) const {
+    return heads + which * head_bytes + E::kHeadFirst + segment * E::kHeadStep;
+  }
+
+  // Where the stream of segment number `entry` of all rows' begins; that after the last is where all end. All lanes get
+  // it.
+  DEVICE u32 stream_at(const unsigned char* base, u32 entry) const {
+    u32 sum = 0;
+    for (u32 i = lane_id(); i < entry; i += kWarp) {
+      const u32 at = head_entry(i / segments, i % segments);
+      sum += base[at] | static_cast<u32>(base[at + 1]) << 8;
+    }
+    return min(streams + __reduce_add_sync(kAllLanes, sum), bytes);
+  }
+
+  // Bytes up to the end of the streams, up to a multiple of 16.
+  DEVICE u32 used_bytes(const unsigned char* base) const {
+    return E::kHeadStep > 0 ? min((stream_at(base, rows * segments) + 15) / 16 * 16, bytes) : bytes;
+  }
+};
+
+// The columns of a block that have something.
+struct Members {
+  u32 even, odd;
+
+  DEVICE Members(bool first, bool second)
+      : even(__ballot_sync(kAllLanes, first)), odd(__ballot_sync(kAllLanes, second)) {}
+  DEVICE u32 any() const { return even | odd; }
+  DEVICE u32 count() const { return __popc(even) + __popc(odd); }
+  // Those before this lane's first column.
+  DEVICE u32 before() const {
+    const u32 below = (1u << lane_id()) - 1;
+    return __popc(even & below) + __popc(odd & below);
+  }
+};
+
+// What a stream has for a block: every lane a word.
+struct Window {
+  u32 word;
+
+  DEVICE Window(const unsigned char* base, u32 bytes, u32 bit) {
+    word = reinterpret_cast<const u32*>(base)[min(bit / 32 + lane_id(), bytes / 4 - 1)];
+  }
+  // Bit `bit` from the first word's first, and those above it in the same word. The lanes of a warp ask together.
+  DEVICE u32 at(u32 bit) const {
+    const u32 v = __shfl_sync(kAllLanes, word, bit >> 5);
+    return __funnelshift_r(v, v, bit);
+  }
+  // 32 bits from `bit` on.
+  DEVICE u32 bits(u32 bit) const {
+    const u32 low = __shfl_sync(kAllLanes, word, bit >> 5), high = __shfl_sync(kAllLanes, word, (bit >> 5) + 1);
+    return __funnelshift_r(low, high, bit);
+  }
+};
+
+DEVICE u32 unaligned_u16(const unsigned char* p) { return p[0] | static_cast<u32>(p[1]) << 8; }
+DEVICE u32 aligned_u16(const unsigned char* p) { return *reinterpret_cast<const u16*>(p); }
+
+// One segment of one row, block by block. next() gives columns 2 l and 2 l + 1 of a block, 0 for columns that there are
+// not; blocks must be asked for in their order, by all lanes of a warp.
+template <class E>
+struct SegmentDecoder;
+
+template <>
+struct SegmentDecoder<Bf16x> {
+  const unsigned char* base;
+  u32 bytes, columns, signs, codes, bit;
+  // Exponents of three codes each, by level.
+  u32 table[3];
+
+  DEVICE SegmentDecoder(const Planes<Bf16x>& planes, const unsigned char* base, u32 which, u32 segment) : base(base) {
+    bytes = planes.bytes;
+    columns = planes.columns_of(segment);
+    signs = which * planes.code_bytes + segment * exact_shape::kSegment + 2 * lane_id();
+    codes = which * planes.code_bytes + planes.columns + segment * (exact_shape::kSegment / 4) + lane_id() / 2;
+    const unsigned char* symbols = base + planes.heads + which * planes.head_bytes;
+#pragma unroll
+    for (int level = 0; level < 3; level++)
+      table[level] = unaligned_u16(symbols + 3 * level) | static_cast<u32>(symbols[3 * level + 2]) << 16;
+    bit = 8 * planes.stream_at(base, which * planes.segments + segment);
+  }
+
+  DEVICE float2 next(u32 block) {
+    const u32 column = exact_shape::kBlock * block + 2 * lane_id();
+    const u32 sm = aligned_u16(base + signs + exact_shape::kBlock * block);
+    const u32 first_level = base[codes + exact_shape::kBlock / 4 * block] >> (lane_id() % 2 * 4);
+    const Window window(base, bytes, bit);
+    u32 at = bit % 32;
+    // The next level's codes of those whose code is 3.
+    u32 code[2] = {first_level & 3, first_level >> 2 & 3};
+    const bool second[2] = {code[0] == 3, code[1] == 3};
+    const Members seconds(second[0], second[1]);
+    const u32 place = at + 2 * seconds.before();
+    at += 2 * seconds.count();
+    const u32 v[2] = {window.at(place) & 3, window.at(place + (second[0] ? 2 : 0)) & 3};
+    const bool third[2] = {second[0] && v[0] == 3, second[1] && v[1] == 3};
+    const Members thirds(third[0], third[1]);
+    const u32 third_place = at + 2 * thirds.before();
+    at += 2 * thirds.count();
+    const u32 t[2] = {window.at(third_place) & 3, window.at(third_place + (third[0] ? 2 : 0)) & 3};
+    u32 exponent[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      // Bytes 4 to 6 are those of the second level.
+      exponent[i] = __byte_perm(table[0], table[1], second[i] ? 4 + v[i] : code[i]);
+      if (third[i]) exponent[i] = __byte_perm(table[2], 0, t[i]);
+    }
+    const bool literal[2] = {third[0] && t[0] == 3, third[1] && t[1] == 3};
+    const Members literals(literal[0], literal[1]);
+    if (literals.any() != 0) {
+      const u32 literal_place = at + 8 * literals.before();
+      const u32 l[2] = {window.bits(literal_place), window.bits(literal_place + (literal[0] ? 8 : 0))};
+      at += 8 * literals.count();
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (literal[i]) exponent[i] = l[i];
+    }
+    bit += at - bit % 32;
+    // Only the lowest byte of an exponent is one: what it has above is shifted out or masked.
+    auto join = [&](u32 sign_mantissa, u32 exponent, bool exists) {
+      const u32 bits = (sign_mantissa & 0x807f0000u) | (exponent << 23 & 0x7f80ffffu);
+      return exists ? __uint_as_float(bits) : 0.0f;
+    };
+    return make_float2(join(__byte_perm(sm, 0, 0x0044), exponent[0], column < columns),
+                       join(__byte_perm(sm, 0, 0x1144), exponent[1], column + 1 < columns));
+  }
+};
+
+// What q4 with planes and q8 have in common: places of codes, and scales.
+template <class E, bool kQ4>
+struct GroupedSegment {
+  const unsigned char* base;
+  // Of the lane in block 0.
+  u32 codes, coarse;
+  u32 n_groups;
+  // A share of the scale of this lane's group of the segment; 0 if there is none.
+  float unit;
+
+  DEVICE GroupedSegment(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment, float share)
+      : base(base) {
+    n_groups = planes.columns_of(segment) / 32;
+    // Byte j of a q4 group holds columns j (low) and j + 16 (high).
+    const u32 in_block = kQ4 ? lane_id() / 16 * 16 + lane_id() % 8 * 2 : 2 * lane_id();
+    codes = which * planes.code_bytes + segment * (kQ4 ? 512 : 1024) + in_block;
+    coarse = planes.coarse + which * planes.coarse_bytes + segment * 512 + in_block;
+    const u32 scale = planes.scales + which * planes.scale_bytes + (segment * 32 + lane_id()) * 2;
+    unit = lane_id() < static_cast<int>(n_groups) ? half_to_float(static_cast<u16>(aligned_u16(base + scale))) * share
+                                                  : 0.0f;
+  }
+
+  DEVICE float unit_of(u32 block) const { return __shfl_sync(kAllLanes, unit, 2 * block + lane_id() / 16); }
+
+  // The codes of both columns, 8 bits each: q4 ones above the coarse ones. Anything for groups that there are not.
+  DEVICE u32 pair(u32 block) const {
+    const bool exists = 2 * block + lane_id() / 16 < n_groups;
+    if (!kQ4) return aligned_u16(base + (exists ? codes + 64 * block : 0));
+    const u32 half = lane_id() / 8 % 2 * 4, at = exists ? 32 * block : 0;
+    const u32 upper = aligned_u16(base + (exists ? codes + at : 0)) >> half;
+    const u32 lower = aligned_u16(base + (exists ? coarse + at : 0)) >> half;
+    return (upper << 4 & 0xf0f0) | (lower & 0x0f0f);
+  }
+};
+
+template <>
+struct SegmentDecoder<Q4Plus> {
+  GroupedSegment<Q4Plus, true> groups;
+
+  DEVICE SegmentDecoder(const Planes<Q4Plus>& planes, const unsigned char* base, u32 which, u32 segment)
+      : groups(planes, base, which, segment, 1.0f / 16) {}
+
+  DEVICE float2 next(u32 block) {
+    const u32 pair = groups.pair(block);
+    const float unit = groups.unit_of(block), offset = -135.5f * unit;
+    // In the mantissa of 2^23; both steps are exact.
+    auto value = [&](u32 code) { return (__uint_as_float(code | 0x4b000000u) - 8388608.0f) * unit + offset; };
+    return make_float2(value(pair & 0xff), value(pair >> 8));
+  }
+};
+
+// The bfloat16 of a cell: `first` is the order key of the smallest (key() in kernels/src/exact/residual.rs), `n` how
+// many there are.
+//
+// Bounds are computed as magnitudes k * |unit| and (k + 1) * |unit|, exactly, on the side of zero where the cell lies:
+// the bfloat16 not below a positive bound is its bits rounded up, that not below a negative one its bits cut off.
+struct CellBounds {
+  int first;
+  u32 n;
+
+  // From rounded magnitudes, and whether the cell is on the negative side.
+  DEVICE CellBounds(int low, int high, int negative) : first(negative ? ~high : low), n(max(high - low, 1)) {}
+
+  DEVICE static int rounded(float magnitude, int negative) {
+    return static_cast<int>(__float_as_uint(magnitude) + (0xffff & ~negative)) >> 16;
+  }
+  DEVICE static float small_float(u32 k) { return __uint_as_float(k | 0x4b000000u) - 8388608.0f; }
+
+  // code: q4 code and coarse code together.
+  DEVICE static CellBounds q4(u32 code, float unit) {
+    const int flip = static_cast<int>(__float_as_uint(unit)) >> 31, alive = unit != 0.0f ? -1 : 0;
+    const int t = ((static_cast<int>(code) - 136) ^ flip) & alive, negative = t >> 31;
+    const float k = small_float(t ^ negative), size = fabsf(unit);
+    int low = rounded(k * size, negative);
+    // Down to and with -0.
+    if (t == -1) low = -1;
+    return CellBounds(low, rounded(k * size + size, negative), negative);
+  }
+  DEVICE static CellBounds q8(u32 code, float unit) {
+    const int flip = static_cast<int>(__float_as_uint(unit)) >> 31, alive = unit != 0.0f ? -1 : 0;
+    const int signed_code = static_cast<int>(code << 24) >> 24;
+    const int t = ((signed_code ^ flip) - flip) & alive, negative = t >> 31;
+    const float size = fabsf(unit), k = small_float((t ^ negative) - negative);
+    int low = rounded(k * (2.0f * size) - size, negative);
+    // Around zero, from the negative bound on.
+    if (t == 0) low = ~static_cast<int>(__float_as_uint(size) >> 16) & alive;
+    return CellBounds(low, rounded(k * (2.0f * size) + size, negative), negative);
+  }
+
+  // Bits that every number has, and numbers that have no more.
+  DEVICE u32 width() const { return 31 - __clz(static_cast<int>(n)); }
+  DEVICE u32 n_short(u32 width) const { return (2u << width) - n; }
+  DEVICE float value(u32 number) const {
+    const int key = first + static_cast<int>(number);
+    return __uint_as_float(static_cast<u32>(key ^ (key >> 31 & 0x7fff)) << 16);
+  }
+};
+
+template <class E, bool kQ4>
+struct ResidualDecoder {
+  GroupedSegment<E, kQ4> groups;
+  u32 bytes, columns, bit;
+  // Where its bfloat16 are, if the segment is plain; else kNone.
+  u32 plain;
+  // The next exception: its place, how many there are from there on, its column; without one a column behind all.
+  u32 exception, n_exceptions, exception_column;
+
+  DEVICE ResidualDecoder(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment)
+      : groups(planes, base, which, segment, kQ4 ? 1.0f / 16 : 0.5f) {
+    bytes = planes.bytes;
+    columns = planes.columns_of(segment);
+    const u32 start = planes.stream_at(base, which * planes.segments + segment);
+    bit = 8 * start;
+    plain = kNone;
+    n_exceptions = 0;
+    exception = start;
+    if (columns > 0) {
+      const unsigned char* entry = base + planes.head_entry(which, segment);
+      const u32 length = min(aligned_u16(entry), bytes - start), n = aligned_u16(entry + 2);
+      if (n == exact_shape::kPlain) plain = start;
+      if (n != exact_shape::kPlain && 4 * n <= length) n_exceptions = n;
+      exception = start + length - 4 * n_exceptions;
+    }
+    find_exception();
+  }
+
+  DEVICE void find_exception() {
+    exception_column = n_exceptions > 0 ? unaligned_u16(groups.base + exception) : kNone;
+  }
+
+  // The numbers of two columns, `width` bits each and one more for those that are not short.
+  DEVICE void numbers(const u32 (&width)[2], const u32 (&n_short)[2], u32 (&number)[2]) {
+    const Window window(groups.base, bytes, bit);
+    u32 at = bit % 32;
+    // Bits come in from above, the lowest first.
+    number[0] = number[1] = 0;
+    auto level = [&](bool first, bool second, const Members& members) {
+      const u32 place = at + members.before();
+      const u32 a = window.at(place), b = window.at(place + first);
+      if (first) number[0] = __funnelshift_r(number[0], a, 1);
+      if (second) number[1] = __funnelshift_r(number[1], b, 1);
+    };
+    // Most blocks have this many levels.
+    u32 j = 0;
+#pragma unroll
+    for (; j < 4; j++) {
+      const bool first = width[0] > j, second = width[1] > j;
+      const Members members(first, second);
+      level(first, second, members);
+      at += members.count();
+    }
+#pragma unroll 1
+    for (; j < 16; j++) {
+      const bool first = width[0] > j, second = width[1] > j;
+      const Members members(first, second);
+      const u32 n = members.count();
+      if (n <= 1) {
+        // A single column's further bits lie together. Most blocks have one around zero, with a dozen of them.
+        if (n == 0) break;
+        const u32 bits = window.bits(at), owner = 31 - __clz(static_cast<int>(members.any()));
+        const u32 left = __shfl_sync(kAllLanes, max(width[0], width[1]), owner) - j;
+        if (first) number[0] = __funnelshift_r(number[0], bits, left);
+        if (second) number[1] = __funnelshift_r(number[1], bits, left);
+        at += left;
+        break;
+      }
+      level(first, second, members);
+      at += n;
+    }
+    // Without bits a number is 0, however it is shifted.
+    number[0] = __funnelshift_r(number[0], 0, 0 - width[0]);
+    number[1] = __funnelshift_r(number[1], 0, 0 - width[1]);
+    const bool first = number[0] >= n_short[0], second = number[1] >= n_short[1];
+    const Members members(first, second);
+    const u32 place = at + members.before();
+    const u32 a = window.at(place) & 1, b = window.at(place + first) & 1;
+    if (first) number[0] = 2 * number[0] + a - n_short[0];
+    if (second) number[1] = 2 * number[1] + b - n_short[1];
+    bit += at + members.count() - bit % 32;
+  }
+
+  DEVICE float2 next(u32 block) {
+    const u32 column = exact_shape::kBlock * block + 2 * lane_id();
+    if (plain != kNone) {
+      const u32 at = plain + 2 * column;
+      if (column >= columns || at + 4 > bytes) return make_float2(0.0f, 0.0f);
+      const unsigned char* p = groups.base + at;
+      return make_float2(__uint_as_float(unaligned_u16(p) << 16), __uint_as_float(unaligned_u16(p + 2) << 16));
+    }
+    const u32 pair = groups.pair(block);
+    const float unit = groups.unit_of(block);
+    const CellBounds a = kQ4 ? CellBounds::q4(pair & 0xff, unit) : CellBounds::q8(pair & 0xff, unit);
+    const CellBounds b = kQ4 ? CellBounds::q4(pair >> 8, unit) : CellBounds::q8(pair >> 8, unit);
+    const u32 width[2] = {a.width(), b.width()}, n_short[2] = {a.n_short(width[0]), b.n_short(width[1])};
+    u32 number[2];
+    numbers(width, n_short, number);
+    float2 v = make_float2(a.value(number[0]), b.value(number[1]));
+    // In ascending order, each in its turn.
+    while (exception_column < exact_shape::kBlock * (block + 1)) {
+      const float value = __uint_as_float(unaligned_u16(groups.base + exception + 2) << 16);
+      if (exception_column == column) v.x = value;
+      if (exception_column == column + 1) v.y = value;
+      n_exceptions--;
+      exception += 4;
+      find_exception();
+    }
+    return v;
+  }
+};
+
+template <>
+struct SegmentDecoder<Q4Exact> : ResidualDecoder<Q4Exact, true> {
+  using ResidualDecoder<Q4Exact, true>::ResidualDecoder;
+};
+template <>
+struct SegmentDecoder<Q8Exact> : ResidualDecoder<Q8Exact, false> {
+  using ResidualDecoder<Q8Exact, false>::ResidualDecoder;
+};
+
+DEVICE u32 blocks_of(u32 columns) { return (columns + exact_shape::kBlock - 1) / exact_shape::kBlock; }
+
+// Warps that share a bundle or a row: each has some of its segments.
+struct RowTeam {
+  // Which of the block's teams, its warps, which of them, threads, which of them.
+  u32 index, warps, warp, threads, me;
+
+  DEVICE explicit RowTeam(u32 warps) : warps(warps) {
+    index = warp_id() / warps;
+    warp = warp_id() % warps;
+    threads = warps * kWarp;
+    me = threadIdx.x - index * threads;
+  }
+  DEVICE u32 teams() const { return blockDim.x / threads; }
+  DEVICE void barrier() const {
+    if (warps == 1) {
+      __syncwarp();
+    } else {
+      team_barrier(1 + index, threads);
+    }
+  }
+
+  // Copies bytes from `from` to before `until`, multiples of 16, on their way.
+  DEVICE void copy(unsigned char* to, const unsigned char* bytes, u32 from, u32 until) const {
+    for (u32 i = from + 16 * me; i < until; i += 16 * threads) async_copy16(to + i, bytes + i, 16);
+    async_commit();
+  }
+
+  // The sums of two numbers over the team, the same bits in all its threads. `scratch` has 32 floats for the block;
+  // `before_barrier` is done by all before the barrier that this takes, and another one must follow before the next
+  // call.
+  template <class F>
+  DEVICE float2 sums(float* scratch, float a, float b, F before_barrier) const {
+    // The lower half of each warp adds up one, the upper half the other.
+    const bool upper = lane_id() >= 16;
+    float v = (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, 16);
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+    float* half = scratch + (upper ? 16 : 0) + index * warps;
+    const u32 in_half = lane_id() % 16;
+    if (in_half == 0) half[warp] = v;
+    before_barrier();
+    barrier();
+    v = in_half < warps ? half[in_half] : 0.0f;
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+    const float other = __shfl_xor_sync(kAllLanes, v, 16);
+    return upper ? make_float2(other, v) : make_float2(v, other);
+  }
+};
+
+// Bundles, or rows, that pass through one or two buffers of a team in shared memory. What all have comes first; the
+// streams follow once the heads that say how long they are have come: no byte behind the last one crosses the link.
+template <class E>
+struct Staging {
+  const Planes<E>& planes;
+  const RowTeam& team;
+  unsigned char* buffer;
+  u32 stages;
+
+  DEVICE unsigned char* at(u32 round) const { return buffer + (stages == 2 && round % 2 == 1 ? planes.bytes : 0); }
+  DEVICE void begin(u32 round, const unsigned char* bytes) const { team.copy(at(round), bytes, 0, planes.fixed_bytes()); }
+  // After a barrier behind the wait for what has begun.
+  DEVICE void go_on(u32 round, const unsigned char* bytes) const {
+    const u32 fixed = planes.fixed_bytes();
+    const u32 used = fixed < planes.bytes ? planes.used_bytes(at(round)) : fixed;
+    team.copy(at(round), bytes, fixed, used);
+  }
+  DEVICE void wait() const {
+    async_wait<0>();
+    team.barrier();
+  }
+};
+
+// A vector as it is, in shared memory: see input.cuh.
+struct Unscaled {
+  static constexpr int kColumns = 1 << 17;
+  static constexpr float kBias = 0.0f;
+  static constexpr float kIn = 1.0f;
+  static constexpr float kOut = 1.0f;
+  DEVICE static float factor(int) { return 1.0f; }
+};
+
+// Bytes of such a vector: whole blocks.
+DEVICE u32 vector_bytes(u32 columns) { return blocks_of(columns) * exact_shape::kBlock * 4; }
+
+// Zeros from the last group of 32 columns to the end of its block. Ends without a barrier.
+DEVICE void end_vector(float* x, u32 columns) {
+  const u32 first = (columns + 31) / 32 * 32;
+  for (u32 i = first + threadIdx.x; i < vector_bytes(columns) / 4; i += blockDim.x) x[i] = 0.0f;
+}

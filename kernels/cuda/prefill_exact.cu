@@ -1,0 +1,101 @@
+// Rows with streams or a coarse plane, taken apart for the matrix products of a prompt: see prefill.cu. Of exact rows the
+// upper half is the bfloat16 itself, whatever its bits, and the lower one is zero.
+//
+// Floor: what is written, 4 bytes a weight. A warp decodes a segment of 1024 columns in place; every block of 64 columns
+// is two lines of 128 bytes.
+#include "exact.cuh"
+
+template <class E>
+constexpr bool kGivesBits = true;
+template <>
+constexpr bool kGivesBits<Q4Plus> = false;
+
+// hi, lo: the row's [columns].
+template <class E>
+DEVICE void unpack_segment(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment, u16* hi,
+                           u16* lo) {
+  using namespace exact_shape;
+  SegmentDecoder<E> decoder(planes, base, which, segment);
+  const u32 n_blocks = blocks_of(planes.columns_of(segment));
+#pragma unroll 1
+  for (u32 block = 0; block < n_blocks; block++) {
+    const float2 v = decoder.next(block);
+    const u32 column = segment * kSegment + block * kBlock + 2 * lane_id();
+    u16 high[2] = {static_cast<u16>(__float_as_uint(v.x) >> 16), static_cast<u16>(__float_as_uint(v.y) >> 16)};
+    u16 low[2] = {0, 0};
+    if (!kGivesBits<E>) {
+      split_value(v.x, 0, high, low);
+      split_value(v.y, 1, high, low);
+    }
+    if (planes.columns % 2 == 0) {
+      if (column < planes.columns) {
+        *reinterpret_cast<u32*>(hi + column) = high[0] | static_cast<u32>(high[1]) << 16;
+        *reinterpret_cast<u32*>(lo + column) = low[0] | static_cast<u32>(low[1]) << 16;
+      }
+    } else {
+#pragma unroll
+      for (u32 i = 0; i < 2; i++) {
+        if (column + i >= planes.columns) continue;
+        hi[column + i] = high[i];
+        lo[column + i] = low[i];
+      }
+    }
+  }
+}
+
+// A block of 256 threads for each row or bundle; any grid works. Its warps take segments in turn.
+template <class E>
+DEVICE void unpack_exact_rows(const unsigned char* rows, int n, int columns, u64 stride, u16* hi, u16* lo) {
+  const Planes<E> planes(columns, 1, static_cast<u32>(stride));
+  for (int r = blockIdx.x; r < n; r += gridDim.x) {
+    const u64 at = static_cast<u64>(r) * columns;
+    for (u32 segment = warp_id(); segment < planes.segments; segment += blockDim.x / kWarp)
+      unpack_segment<E>(planes, rows + r * stride, 0, segment, hi + at, lo + at);
+  }
+}
+
+template <class E>
+DEVICE void unpack_exact_bundles(const unsigned char* bundles, int n, int bundle_bytes, int hidden, u16* const (&hi)[3],
+                                 u16* const (&lo)[3]) {
+  const Planes<E> planes(hidden, 3, bundle_bytes);
+  for (int i = blockIdx.x; i < n; i += gridDim.x) {
+    const unsigned char* bundle = bundles + static_cast<u64>(i) * static_cast<u32>(bundle_bytes);
+    const u64 at = static_cast<u64>(i) * hidden;
+    for (u32 entry = warp_id(); entry < 3 * planes.segments; entry += blockDim.x / kWarp) {
+      const u32 which = entry / planes.segments;
+      u16* high = which == 0 ? hi[0] : which == 1 ? hi[1] : hi[2];
+      u16* low = which == 0 ? lo[0] : which == 1 ? lo[1] : lo[2];
+      unpack_segment<E>(planes, bundle, which, entry % planes.segments, high + at, low + at);
+    }
+  }
+}
+
+// tokens [n]; table: rows `stride` bytes apart; x [n, columns].
+template <class E>
+DEVICE void embed_exact_rows(const u32* tokens, int n, const unsigned char* table, int columns, u64 stride, float* x) {
+  const u32 n_segments = (columns + exact_shape::kSegment - 1) / exact_shape::kSegment;
+  for (int t = blockIdx.x; t < n; t += gridDim.x)
+    for (u32 segment = warp_id(); segment < n_segments; segment += blockDim.x / kWarp)
+      decode_row<E>(table + tokens[t] * stride, columns, static_cast<u32>(stride), segment,
+                    x + static_cast<u64>(t) * columns);
+}
+
+#define PREFILL_EXACT_KERNELS(name, E)                                                                                 \
+  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+      embed_rows_##name(const u32* tokens, int n, const unsigned char* table, int columns, float* x, u64 stride) {     \
+    embed_exact_rows<E>(tokens, n, table, columns, stride, x);                                                         \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+      unpack_rows_##name(const unsigned char* rows, int n, int columns, u64 stride, u16* hi, u16* lo) {                \
+    unpack_exact_rows<E>(rows, n, columns, stride, hi, lo);                                                            \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+      unpack_bundles_##name(const unsigned char* bundles, int n, int bundle_bytes, int hidden, u16* gate_hi,           \
+                            u16* gate_lo, u16* up_hi, u16* up_lo, u16* down_hi, u16* down_lo) {                        \
+    unpack_exact_bundles<E>(bundles, n, bundle_bytes, hidden, {gate_hi, up_hi, down_hi}, {gate_lo, up_lo, down_lo});   \
+  }
+PREFILL_EXACT_KERNELS(bf16x, Bf16x)
+PREFILL_EXACT_KERNELS(q4plus, Q4Plus)
+PREFILL_EXACT_KERNELS(q4exact, Q4Exact)
+PREFILL_EXACT_KERNELS(q8exact, Q8Exact)
+#undef PREFILL_EXACT_KERNELS
