@@ -10,21 +10,19 @@
 //   the first neuron to the last.
 // - The next bundle is copied to shared memory, in whole lines, while this one is decoded from there; where two do not
 //   fit, one after the other. Gate and up rows are decoded together: one's latency hides the other's.
-// - If not even one fits, bundles are read in place: the `_wide` kernels, of which a warp has two segments.
+// - If not even one fits, bundles are read in place: the `_wide` kernels.
 // - A team waits for nobody but itself: its barriers have their own numbers. The same work gives the same bits.
 #include "exact.cuh"
 
-namespace ffn_exact_shape {
-// Two columns a lane of each block of a segment.
-struct Outputs {
+// Two columns a lane of each block of a warp's segment, from the first neuron to the last.
+struct RegisterSums {
   float2 sums[exact_shape::kBlocks];
 };
-}  // namespace ffn_exact_shape
 
-// h times a segment of the down row. Registers cannot be looked up by number: where the decoders of all blocks are not
-// laid out one after another, the sums move on.
+// Adds h times a segment of the down row. Registers cannot be looked up by number: where the decoders of all blocks are
+// not laid out one after another, the sums move on.
 template <class E>
-DEVICE void add_segment(SegmentDecoder<E> decoder, u32 n_blocks, float h, ffn_exact_shape::Outputs& out) {
+DEVICE void add_segment(SegmentDecoder<E> decoder, u32 n_blocks, float h, RegisterSums& out) {
   using namespace exact_shape;
 #pragma unroll 1
   for (u32 first = 0; first < kBlocks; first += E::kUnroll) {
@@ -47,8 +45,9 @@ DEVICE void add_segment(SegmentDecoder<E> decoder, u32 n_blocks, float h, ffn_ex
   }
 }
 
-// kSegments: those of a warp. stages: bundles of a team in shared memory; 0: they are read in place.
-template <class E, u32 kSegments, bool kStaged>
+// stages: bundles of a team in shared memory. If not kStaged there are none, a block is one team, its warps have several
+// segments, and the sums are added up where they go to, in the second-level cache.
+template <class E, bool kStaged>
 DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   using namespace ffn_shape;
   using namespace exact_shape;
@@ -58,7 +57,7 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
 
   const u32 hidden = args.hidden;
   const Planes<E> planes(hidden, 3, args.bundle_bytes);
-  const RowTeam team((planes.segments + kSegments - 1) / kSegments);
+  const RowTeam team(kStaged ? planes.segments : blockDim.x / kWarp);
   const u32 teams = team.teams();
 
   // Neighbouring items go to different blocks.
@@ -81,9 +80,12 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   input.stage(args.x, hidden);
   float* x = reinterpret_cast<float*>(input.values);
   end_vector(x, hidden);
+  float* partial = args.partial + static_cast<u64>(blockIdx.x) * hidden;
+  if (!kStaged)
+    for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) partial[i] = 0.0f;
   __syncthreads();
 
-  ffn_exact_shape::Outputs outputs[kSegments] = {};
+  RegisterSums outputs = {};
   u32 round = 0;
 #pragma unroll 1
   for (; work.next < work.last; work.next += work.step, round++) {
@@ -111,9 +113,8 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
 
     float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll 1
-    for (u32 s = 0; s < kSegments; s++) {
-      const u32 segment = team.warp + s * team.warps, n_blocks = blocks_of(planes.columns_of(segment));
-      if (n_blocks == 0) break;
+    for (u32 segment = team.warp; segment < planes.segments; segment += team.warps) {
+      const u32 n_blocks = blocks_of(planes.columns_of(segment));
       SegmentDecoder<E> gate = decoder(0, segment), up = decoder(1, segment);
       const float2* of_lane = reinterpret_cast<const float2*>(x + segment * kSegment) + lane_id();
 #pragma unroll 1
@@ -139,10 +140,25 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
         *reinterpret_cast<uint4*>(slot + i) = *reinterpret_cast<const uint4*>(from + i);
     }
     if (h != 0.0f) {
-#pragma unroll
-      for (u32 s = 0; s < kSegments; s++) {
-        const u32 segment = team.warp + s * team.warps, n_blocks = blocks_of(planes.columns_of(segment));
-        if (n_blocks > 0) add_segment<E>(decoder(2, segment), n_blocks, h, outputs[s]);
+      if constexpr (kStaged) {
+        add_segment<E>(decoder(2, team.warp), blocks_of(planes.columns_of(team.warp)), h, outputs);
+      } else {
+#pragma unroll 1
+        for (u32 segment = team.warp; segment < planes.segments; segment += team.warps) {
+          SegmentDecoder<E> down = decoder(2, segment);
+          const u32 n_columns = planes.columns_of(segment), n_blocks = blocks_of(n_columns);
+#pragma unroll 1
+          for (u32 block = 0; block < n_blocks; block++) {
+            const float2 v = down.next(block);
+            const u32 column = kBlock * block + 2 * lane_id();
+            if (column >= n_columns) continue;
+            float2* sum = reinterpret_cast<float2*>(partial + (segment * kSegment + column));
+            float2 total = *sum;
+            total.x += h * v.x;
+            total.y += h * v.y;
+            *sum = total;
+          }
+        }
       }
     }
     // The next bundle is there, and this one's place, and the scratch, are free.
@@ -160,53 +176,46 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
     for (u32 i = (blockIdx.x - link_blocks) * blockDim.x + threadIdx.x; i < args.ahead_bytes / kLine; i += n_threads)
       prefetch_line(args.ahead + static_cast<u64>(i) * kLine);
   }
+  if (!kStaged) return;
 
   // The input is not needed any more: its place takes the sums, team by team, and gives them away in whole lines.
   for (u32 t = 0; t < teams; t++) {
     __syncthreads();
     if (t != team.index) continue;
+    const u32 n_blocks = blocks_of(planes.columns_of(team.warp));
+    float2* of_lane = reinterpret_cast<float2*>(x + team.warp * kSegment) + lane_id();
 #pragma unroll
-    for (u32 s = 0; s < kSegments; s++) {
-      const u32 segment = team.warp + s * team.warps, n_blocks = blocks_of(planes.columns_of(segment));
-      float2* of_lane = reinterpret_cast<float2*>(x + segment * kSegment) + lane_id();
-#pragma unroll
-      for (u32 block = 0; block < kBlocks; block++) {
-        if (block >= n_blocks) continue;
-        float2 v = t == 0 ? make_float2(0.0f, 0.0f) : of_lane[block * kWarp];
-        v.x += outputs[s].sums[block].x;
-        v.y += outputs[s].sums[block].y;
-        of_lane[block * kWarp] = v;
-      }
+    for (u32 block = 0; block < kBlocks; block++) {
+      if (block >= n_blocks) continue;
+      float2 v = t == 0 ? make_float2(0.0f, 0.0f) : of_lane[block * kWarp];
+      v.x += outputs.sums[block].x;
+      v.y += outputs.sums[block].y;
+      of_lane[block * kWarp] = v;
     }
   }
   __syncthreads();
-  float4* out = reinterpret_cast<float4*>(args.partial + static_cast<u64>(blockIdx.x) * hidden);
-  for (u32 i = threadIdx.x; i < hidden / 4; i += blockDim.x) out[i] = input.values[i];
+  for (u32 i = threadIdx.x; i < hidden / 4; i += blockDim.x) reinterpret_cast<float4*>(partial)[i] = input.values[i];
 }
 
-// Arguments as for ffn_q4 (ffn.cu), bundles at multiples of 16 bytes, then `stages`: 1 or 2.
-// Block: whole teams of a warp for each 1024 columns, or for `_wide`, whose `stages` is 0, for each 2048; at most 16 warps.
-// hidden is a multiple of 32, at most 16384 or 32768.
+// Arguments as for ffn_q4 (ffn.cu), bundles at multiples of 16 bytes, then `stages`: 1 or 2, or 0 for `_wide`.
+// Block: whole teams of a warp for each 1024 columns, at most 16 warps; for `_wide` any.
+// hidden is a multiple of 32, at most 16384 but for `_wide`.
 // Dynamic shared memory: x, whole blocks of 64 columns; then `stages` bundles for each team.
-#define FFN_EXACT_KERNELS(name, E)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(512, 1)                                                                 \
-      ffn_##name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,           \
-                 unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,   \
-                 const unsigned char* ahead, u32 ahead_bytes, u32 stages) {                                            \
-    ffn_exact<E, 1, true>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),  \
+#define FFN_EXACT_KERNEL(name, E, kStaged, threads, blocks)                                                            \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)                                                        \
+      name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,                 \
+           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,         \
+           const unsigned char* ahead, u32 ahead_bytes, u32 stages) {                                                  \
+    ffn_exact<E, kStaged>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),  \
                            activation, x, partial, ahead, ahead_bytes},                                                \
                           stages);                                                                                     \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(512, 1)                                                                 \
-      ffn_##name##_wide(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,    \
-                        unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x,            \
-                        float* partial, const unsigned char* ahead, u32 ahead_bytes, u32 stages) {                     \
-    ffn_exact<E, 2, false>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden), \
-                            activation, x, partial, ahead, ahead_bytes},                                               \
-                           stages);                                                                                    \
   }
+#define FFN_EXACT_KERNELS(name, E)                   \
+  FFN_EXACT_KERNEL(ffn_##name, E, true, 512, 1)      \
+  FFN_EXACT_KERNEL(ffn_##name##_wide, E, false, 256, 2)
 FFN_EXACT_KERNELS(bf16x, Bf16x)
 FFN_EXACT_KERNELS(q4plus, Q4Plus)
 FFN_EXACT_KERNELS(q4exact, Q4Exact)
 FFN_EXACT_KERNELS(q8exact, Q8Exact)
 #undef FFN_EXACT_KERNELS
+#undef FFN_EXACT_KERNEL

@@ -13,10 +13,20 @@ pub(crate) fn on_device(rows: &Rows) -> DeviceMatrix {
 
 /// An encoding and a number of columns that it accepts.
 pub(crate) fn shape(groups: impl Strategy<Value = usize>) -> impl Strategy<Value = (Encoding, usize)> {
-    (0usize..Encoding::ALL.len(), groups, 0usize..32).prop_map(|(e, groups, less)| {
-        let encoding = Encoding::ALL[e];
-        (encoding, groups * 32 - if encoding.accepts(1) { less } else { 0 })
-    })
+    shape_of(&Encoding::ALL, groups)
+}
+
+/// The same for the plain encodings.
+pub(crate) fn plain_shape(groups: impl Strategy<Value = usize>) -> impl Strategy<Value = (Encoding, usize)> {
+    shape_of(&Encoding::PLAIN, groups)
+}
+
+fn shape_of(
+    encodings: &'static [Encoding],
+    groups: impl Strategy<Value = usize>,
+) -> impl Strategy<Value = (Encoding, usize)> {
+    (prop::sample::select(encodings), groups, 0usize..32)
+        .prop_map(|(encoding, groups, less)| (encoding, groups * 32 - if encoding.accepts(1) { less } else { 0 }))
 }
 
 proptest! {
@@ -96,14 +106,16 @@ proptest! {
     /// In fixed point what is small beside its group's largest input loses bits, by a stated bound and no more.
     #[test]
     fn gemv_bears_outliers_and_what_is_no_number(
-        q4: bool, groups in 1usize..12, rows in 1usize..40, seed: u64, exponent in -130i32..120, bad: bool,
+        q4: bool, groups in 1usize..12, rows in 1usize..40, seed: u64, exponent in -130i32..112, bad: bool,
     ) {
         let random = &mut Random::new(seed);
         let (encoding, columns) = (if q4 { Encoding::Q4 } else { Encoding::Q8 }, 32 * groups);
         let w = Rows::random(encoding, rows, columns, random);
         let mut x: Vec<f32> = random.values(columns).iter().map(|v| v * 2f32.powi(exponent)).collect();
         for _ in 0..groups {
-            x[random.below(columns)] *= 3e4;
+            // Sums stay finite, however often it is the same column.
+            let x = &mut x[random.below(columns)];
+            *x = (*x * 3e4).clamp(-1e36, 1e36);
         }
         let place = random.below(columns);
         if bad {

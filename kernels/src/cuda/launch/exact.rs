@@ -38,8 +38,7 @@ impl Teams {
     pub fn for_bundles(device: &Device, layout: BundleLayout) -> Self {
         let (hidden, segments) = (layout.hidden_size(), layout.hidden_size().div_ceil(SEGMENT));
         let staged = (segments <= MAX_WARPS).then(|| Self::staged(device, segments, hidden, layout.bundle_bytes()));
-        // A warp of the kernel that reads in place has two segments.
-        staged.flatten().unwrap_or_else(|| Self::in_place(segments.div_ceil(2), hidden))
+        staged.flatten().unwrap_or_else(|| Self::in_place(segments.min(WARPS), hidden))
     }
 
     /// For rows of a matrix, `stride` bytes each.
@@ -52,8 +51,9 @@ impl Teams {
         (32 * self.warps * self.n) as u32
     }
 
+    /// One team, whose warps have several segments.
     fn in_place(warps: usize, columns: usize) -> Self {
-        Self { warps, n: (WARPS / warps).max(1), stages: 0, shared_bytes: vector_bytes(columns) }
+        Self { warps, n: 1, stages: 0, shared_bytes: vector_bytes(columns) }
     }
 
     /// As many teams as make full blocks, two blocks to a multiprocessor, and the next bundle on its way: what comes
