@@ -21,29 +21,51 @@ constexpr u32 kSymbols = 9;
 constexpr u32 kPlain = 0xffff;
 }  // namespace exact_shape
 
-// Bytes of a row's planes, and how many blocks' decoders are laid out one after another where outputs are in registers:
-// long ones would not fit in the instruction caches.
+// Bytes of a row's planes; columns of a block that a lane has; how many blocks' decoders are laid out one after another
+// where outputs are in registers: long ones would not fit in the instruction caches.
 struct Bf16x {
-  static constexpr u32 kHeadFirst = exact_shape::kSymbols, kHeadStep = 2, kUnroll = 16;
+  static constexpr u32 kHeadFirst = exact_shape::kSymbols, kHeadStep = 2, kLaneColumns = 2, kUnroll = 16;
   DEVICE static u32 code_bytes(u32 columns) { return columns + (columns + 63) / 64 * 16; }
   DEVICE static u32 scale_bytes(u32) { return 0; }
   DEVICE static u32 coarse_bytes(u32) { return 0; }
 };
 struct Q4Plus {
-  static constexpr u32 kHeadFirst = 0, kHeadStep = 0, kUnroll = 16;
+  static constexpr u32 kHeadFirst = 0, kHeadStep = 0, kLaneColumns = 2, kUnroll = 16;
   DEVICE static u32 code_bytes(u32 columns) { return columns / 2; }
   DEVICE static u32 scale_bytes(u32 columns) { return columns / 32 * 2; }
   DEVICE static u32 coarse_bytes(u32 columns) { return columns / 2; }
 };
 struct Q4Exact : Q4Plus {
-  static constexpr u32 kHeadStep = 4, kUnroll = 4;
+  static constexpr u32 kHeadStep = 4, kLaneColumns = 4, kUnroll = 2;
 };
 struct Q8Exact {
-  static constexpr u32 kHeadFirst = 0, kHeadStep = 4, kUnroll = 4;
+  static constexpr u32 kHeadFirst = 0, kHeadStep = 4, kLaneColumns = 4, kUnroll = 2;
   DEVICE static u32 code_bytes(u32 columns) { return columns; }
   DEVICE static u32 scale_bytes(u32 columns) { return columns / 32 * 2; }
   DEVICE static u32 coarse_bytes(u32) { return 0; }
 };
+
+// The lanes of a segment, and the segments that a warp decodes at once: neighbouring ones of a row.
+template <class E>
+constexpr u32 kLanes = exact_shape::kBlock / E::kLaneColumns;
+template <class E>
+constexpr u32 kTogether = kWarp / kLanes<E>;
+
+// This lane's columns of a block.
+template <class E>
+struct alignas(4 * E::kLaneColumns) LaneValues {
+  float v[E::kLaneColumns];
+};
+
+// The lane's number among those of its segment, and its segment's number among those of its warp.
+template <class E>
+DEVICE u32 segment_lane() {
+  return lane_id() % kLanes<E>;
+}
+template <class E>
+DEVICE u32 segment_of_warp() {
+  return lane_id() / kLanes<E>;
+}
 
 // Where the planes of a bundle's three rows begin, or of the one row of a matrix, in bytes.
 template <class E>
@@ -68,6 +90,9 @@ struct Planes {
   // What is as long in every bundle, up to a multiple of 16: with all heads.
   DEVICE u32 fixed_bytes() const { return min((streams + 15) / 16 * 16, bytes); }
 
+  // Warps for one segment, or as many as are decoded together, each.
+  DEVICE u32 warps() const { return (segments + kTogether<E> - 1) / kTogether<E>; }
+
   // Columns of a segment; 0 behind the last.
   DEVICE u32 columns_of(u32 segment) const {
     const u32 first = segment * exact_shape::kSegment;
@@ -78,15 +103,25 @@ struct Planes {
     return heads + which * head_bytes + E::kHeadFirst + segment * E::kHeadStep;
   }
 
-  // Where the stream of segment number `entry` of all rows' begins; that after the last is where all end. All lanes get
-  // it.
+  // Where the stream of segment number `entry` of all rows' begins; that after the last is where all end. The lanes of
+  // a segment ask for the same.
   DEVICE u32 stream_at(const unsigned char* base, u32 entry) const {
-    u32 sum = 0;
-    for (u32 i = lane_id(); i < entry; i += kWarp) {
+    const u32 last = kTogether<E> > 1 ? __shfl_sync(kAllLanes, entry, kWarp - 1) : entry;
+    u32 sum = 0, more = 0;
+    // Of the first segment together with those of the last that it has not; entries grow along a warp.
+    const u32 first = kTogether<E> > 1 ? __shfl_sync(kAllLanes, entry, 0) : entry;
+    for (u32 i = lane_id(); i < last; i += kWarp) {
       const u32 at = head_entry(i / segments, i % segments);
-      sum += base[at] | static_cast<u32>(base[at + 1]) << 8;
+      const u32 length = base[at] | static_cast<u32>(base[at + 1]) << 8;
+      if (i < first) sum += length;
+      if (i >= first) more += length;
     }
-    return min(streams + __reduce_add_sync(kAllLanes, sum), bytes);
+    u32 at = streams + __reduce_add_sync(kAllLanes, sum);
+    if (kTogether<E> > 1) {
+      more = __reduce_add_sync(kAllLanes, more);
+      if (segment_of_warp<E>() > 0) at += more;
+    }
+    return min(at, bytes);
   }
 
   // Bytes up to the end of the streams, up to a multiple of 16.
@@ -132,8 +167,8 @@ struct Window {
 DEVICE u32 unaligned_u16(const unsigned char* p) { return p[0] | static_cast<u32>(p[1]) << 8; }
 DEVICE u32 aligned_u16(const unsigned char* p) { return *reinterpret_cast<const u16*>(p); }
 
-// One segment of one row, block by block. next() gives columns 2 l and 2 l + 1 of a block, 0 for columns that there are
-// not; blocks must be asked for in their order, by all lanes of a warp.
+// One segment of one row, block by block. next() gives the lane's columns of a block, 0 for columns that there are not;
+// blocks must be asked for in their order, by all lanes of a warp, until its longest segment ends.
 template <class E>
 struct SegmentDecoder;
 
@@ -156,7 +191,7 @@ struct SegmentDecoder<Bf16x> {
     bit = 8 * planes.stream_at(base, which * planes.segments + segment);
   }
 
-  DEVICE float2 next(u32 block) {
+  DEVICE LaneValues<Bf16x> next(u32 block) {
     const u32 column = exact_shape::kBlock * block + 2 * lane_id();
     const u32 sm = aligned_u16(base + signs + exact_shape::kBlock * block);
     const u32 first_level = base[codes + exact_shape::kBlock / 4 * block] >> (lane_id() % 2 * 4);
@@ -197,43 +232,49 @@ struct SegmentDecoder<Bf16x> {
       const u32 bits = (sign_mantissa & 0x807f0000u) | (exponent << 23 & 0x7f80ffffu);
       return exists ? __uint_as_float(bits) : 0.0f;
     };
-    return make_float2(join(__byte_perm(sm, 0, 0x0044), exponent[0], column < columns),
-                       join(__byte_perm(sm, 0, 0x1144), exponent[1], column + 1 < columns));
+    return {{join(__byte_perm(sm, 0, 0x0044), exponent[0], column < columns),
+             join(__byte_perm(sm, 0, 0x1144), exponent[1], column + 1 < columns)}};
   }
 };
 
 // What q4 with planes and q8 have in common: places of codes, and scales.
 template <class E, bool kQ4>
 struct GroupedSegment {
+  static constexpr u32 kGroupLanes = kLanes<E> / 2;
+
   const unsigned char* base;
   // Of the lane in block 0.
-  u32 codes, coarse;
+  u32 codes, coarse, scales;
   u32 n_groups;
-  // A share of the scale of this lane's group of the segment; 0 if there is none.
-  float unit;
 
-  DEVICE GroupedSegment(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment, float share)
-      : base(base) {
+  DEVICE GroupedSegment(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment) : base(base) {
     n_groups = planes.columns_of(segment) / 32;
     // Byte j of a q4 group holds columns j (low) and j + 16 (high).
-    const u32 in_block = kQ4 ? lane_id() / 16 * 16 + lane_id() % 8 * 2 : 2 * lane_id();
+    const u32 lane = segment_lane<E>(), group = lane / kGroupLanes;
+    const u32 in_block = kQ4 ? group * 16 + lane * E::kLaneColumns % 16 : lane * E::kLaneColumns;
     codes = which * planes.code_bytes + segment * (kQ4 ? 512 : 1024) + in_block;
     coarse = planes.coarse + which * planes.coarse_bytes + segment * 512 + in_block;
-    const u32 scale = planes.scales + which * planes.scale_bytes + (segment * 32 + lane_id()) * 2;
-    unit = lane_id() < static_cast<int>(n_groups) ? half_to_float(static_cast<u16>(aligned_u16(base + scale))) * share
-                                                  : 0.0f;
+    scales = planes.scales + which * planes.scale_bytes + (segment * 32 + group) * 2;
   }
 
-  DEVICE float unit_of(u32 block) const { return __shfl_sync(kAllLanes, unit, 2 * block + lane_id() / 16); }
+  DEVICE bool exists(u32 block) const { return 2 * block + segment_lane<E>() / kGroupLanes < n_groups; }
 
-  // The codes of both columns, 8 bits each: q4 ones above the coarse ones. Anything for groups that there are not.
-  DEVICE u32 pair(u32 block) const {
-    const bool exists = 2 * block + lane_id() / 16 < n_groups;
-    if (!kQ4) return aligned_u16(base + (exists ? codes + 64 * block : 0));
-    const u32 half = lane_id() / 8 % 2 * 4, at = exists ? 32 * block : 0;
-    const u32 upper = aligned_u16(base + (exists ? codes + at : 0)) >> half;
-    const u32 lower = aligned_u16(base + (exists ? coarse + at : 0)) >> half;
-    return (upper << 4 & 0xf0f0) | (lower & 0x0f0f);
+  // The scale of the lane's group; 0 for groups that there are not.
+  DEVICE float scale(u32 block) const {
+    return exists(block) ? half_to_float(static_cast<u16>(aligned_u16(base + scales + 4 * block))) : 0.0f;
+  }
+
+  // The codes of the lane's columns, 8 bits each: q4 ones above the coarse ones. Anything for groups that there are not.
+  DEVICE u32 bytes(u32 block) const {
+    auto load = [&](u32 at) {
+      const unsigned char* p = base + at;
+      return E::kLaneColumns == 2 ? aligned_u16(p) : *reinterpret_cast<const u32*>(p);
+    };
+    const bool is = exists(block);
+    if (!kQ4) return load(is ? codes + 64 * block : 0);
+    const u32 half = segment_lane<E>() * E::kLaneColumns / 16 % 2 * 4;
+    const u32 upper = load(is ? codes + 32 * block : 0) >> half, lower = load(is ? coarse + 32 * block : 0) >> half;
+    return (upper << 4 & 0xf0f0f0f0u) | (lower & 0x0f0f0f0fu);
   }
 };
 
@@ -242,14 +283,14 @@ struct SegmentDecoder<Q4Plus> {
   GroupedSegment<Q4Plus, true> groups;
 
   DEVICE SegmentDecoder(const Planes<Q4Plus>& planes, const unsigned char* base, u32 which, u32 segment)
-      : groups(planes, base, which, segment, 1.0f / 16) {}
+      : groups(planes, base, which, segment) {}
 
-  DEVICE float2 next(u32 block) {
-    const u32 pair = groups.pair(block);
-    const float unit = groups.unit_of(block), offset = -135.5f * unit;
+  DEVICE LaneValues<Q4Plus> next(u32 block) {
+    const u32 pair = groups.bytes(block);
+    const float unit = groups.scale(block) * (1.0f / 16), offset = -135.5f * unit;
     // In the mantissa of 2^23; both steps are exact.
     auto value = [&](u32 code) { return (__uint_as_float(code | 0x4b000000u) - 8388608.0f) * unit + offset; };
-    return make_float2(value(pair & 0xff), value(pair >> 8));
+    return {{value(pair & 0xff), value(pair >> 8 & 0xff)}};
   }
 };
 
@@ -294,12 +335,10 @@ struct CellBounds {
   // Bits that every number has, and numbers that have no more.
   DEVICE u32 width() const { return 31 - __clz(static_cast<int>(n)); }
   DEVICE u32 n_short(u32 width) const { return (2u << width) - n; }
-  DEVICE float value(u32 number) const {
-    const int key = first + static_cast<int>(number);
-    return __uint_as_float(static_cast<u32>(key ^ (key >> 31 & 0x7fff)) << 16);
-  }
 };
 
+// Four columns a lane, so that a warp decodes two segments side by side. What is counted, found and put together for the
+// columns of a lane is so in one register, four bits or a byte a column.
 template <class E, bool kQ4>
 struct ResidualDecoder {
   GroupedSegment<E, kQ4> groups;
@@ -310,7 +349,7 @@ struct ResidualDecoder {
   u32 exception, n_exceptions, exception_column;
 
   DEVICE ResidualDecoder(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment)
-      : groups(planes, base, which, segment, kQ4 ? 1.0f / 16 : 0.5f) {
+      : groups(planes, base, which, segment) {
     bytes = planes.bytes;
     columns = planes.columns_of(segment);
     const u32 start = planes.stream_at(base, which * planes.segments + segment);
@@ -321,8 +360,13 @@ struct ResidualDecoder {
     if (columns > 0) {
       const unsigned char* entry = base + planes.head_entry(which, segment);
       const u32 length = min(aligned_u16(entry), bytes - start), n = aligned_u16(entry + 2);
-      if (n == exact_shape::kPlain) plain = start;
-      if (n != exact_shape::kPlain && 4 * n <= length) n_exceptions = n;
+      if (n == exact_shape::kPlain) {
+        plain = start;
+        // Cells of one bfloat16 each have no numbers.
+        groups.n_groups = 0;
+      } else if (4 * n <= length) {
+        n_exceptions = n;
+      }
       exception = start + length - 4 * n_exceptions;
     }
     find_exception();
@@ -332,83 +376,126 @@ struct ResidualDecoder {
     exception_column = n_exceptions > 0 ? unaligned_u16(groups.base + exception) : kNone;
   }
 
-  // The numbers of two columns, `width` bits each and one more for those that are not short.
-  DEVICE void numbers(const u32 (&width)[2], const u32 (&n_short)[2], u32 (&number)[2]) {
-    const Window window(groups.base, bytes, bit);
-    u32 at = bit % 32;
-    // Bits come in from above, the lowest first.
-    number[0] = number[1] = 0;
-    auto level = [&](bool first, bool second, const Members& members) {
-      const u32 place = at + members.before();
-      const u32 a = window.at(place), b = window.at(place + first);
-      if (first) number[0] = __funnelshift_r(number[0], a, 1);
-      if (second) number[1] = __funnelshift_r(number[1], b, 1);
-    };
-    // Most blocks have this many levels.
-    u32 j = 0;
-#pragma unroll
-    for (; j < 4; j++) {
-      const bool first = width[0] > j, second = width[1] > j;
-      const Members members(first, second);
-      level(first, second, members);
-      at += members.count();
-    }
-#pragma unroll 1
-    for (; j < 16; j++) {
-      const bool first = width[0] > j, second = width[1] > j;
-      const Members members(first, second);
-      const u32 n = members.count();
-      if (n <= 1) {
-        // A single column's further bits lie together. Most blocks have one around zero, with a dozen of them.
-        if (n == 0) break;
-        const u32 bits = window.bits(at), owner = 31 - __clz(static_cast<int>(members.any()));
-        const u32 left = __shfl_sync(kAllLanes, max(width[0], width[1]), owner) - j;
-        if (first) number[0] = __funnelshift_r(number[0], bits, left);
-        if (second) number[1] = __funnelshift_r(number[1], bits, left);
-        at += left;
-        break;
-      }
-      level(first, second, members);
-      at += n;
-    }
-    // Without bits a number is 0, however it is shifted.
-    number[0] = __funnelshift_r(number[0], 0, 0 - width[0]);
-    number[1] = __funnelshift_r(number[1], 0, 0 - width[1]);
-    const bool first = number[0] >= n_short[0], second = number[1] >= n_short[1];
-    const Members members(first, second);
-    const u32 place = at + members.before();
-    const u32 a = window.at(place) & 1, b = window.at(place + first) & 1;
-    if (first) number[0] = 2 * number[0] + a - n_short[0];
-    if (second) number[1] = 2 * number[1] + b - n_short[1];
-    bit += at + members.count() - bit % 32;
+  // 32 bits of the stream from `place` on.
+  DEVICE u32 bits(u32 place) const {
+    const u32* words = reinterpret_cast<const u32*>(groups.base);
+    const u32 at = place / 32, last = bytes / 4 - 1;
+    return __funnelshift_r(words[min(at, last)], words[min(at + 1, last)], place);
   }
 
-  DEVICE float2 next(u32 block) {
-    const u32 column = exact_shape::kBlock * block + 2 * lane_id();
-    if (plain != kNone) {
-      const u32 at = plain + 2 * column;
-      if (column >= columns || at + 4 > bytes) return make_float2(0.0f, 0.0f);
-      const unsigned char* p = groups.base + at;
-      return make_float2(__uint_as_float(unaligned_u16(p) << 16), __uint_as_float(unaligned_u16(p + 2) << 16));
+  // The bits of those columns whose flag (bit 3 of four) is up, from the lowest of `stream` on: bit 0 of a byte each.
+  DEVICE static u32 spread(u32 stream, u32 flags) {
+    const u32 bytes = (stream & 15) * 0x00204081u & 0x01010101u;
+    // A column has the byte whose number is that of the flags before it; byte 4 on is zeros.
+    return __byte_perm(bytes, 0, (flags >> 3) * 0x1110u | (~(flags >> 1) & 0x4444u));
+  }
+
+  // Counts of up to 64 in the bytes of `own`, added up over the lanes before this one of the segment, and over all.
+  DEVICE static void count(u32 own, u32& before, u32& total) {
+    u32 sum = own;
+#pragma unroll
+    for (int step = 1; step < static_cast<int>(kLanes<E>); step *= 2) {
+      const u32 other = __shfl_up_sync(kAllLanes, sum, step);
+      if (segment_lane<E>() >= static_cast<u32>(step)) sum += other;
     }
-    const u32 pair = groups.pair(block);
-    const float unit = groups.unit_of(block);
-    const CellBounds a = kQ4 ? CellBounds::q4(pair & 0xff, unit) : CellBounds::q8(pair & 0xff, unit);
-    const CellBounds b = kQ4 ? CellBounds::q4(pair >> 8, unit) : CellBounds::q8(pair >> 8, unit);
-    const u32 width[2] = {a.width(), b.width()}, n_short[2] = {a.n_short(width[0]), b.n_short(width[1])};
-    u32 number[2];
-    numbers(width, n_short, number);
-    float2 v = make_float2(a.value(number[0]), b.value(number[1]));
+    before = sum - own;
+    total = __shfl_sync(kAllLanes, sum, lane_id() | (kLanes<E> - 1));
+  }
+
+  // Eight levels of numbers of up to eight bits: a byte a column of those whose widths are four bits each.
+  DEVICE u32 octet(u32 widths) {
+    u32 flags[8], own[2] = {0, 0}, before[2], total[2];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      flags[j] = (widths + (7 - j) * 0x1111u) & 0x8888u;
+      own[j / 4] |= static_cast<u32>(__popc(flags[j])) << 8 * (j % 4);
+    }
+    count(own[0], before[0], total[0]);
+    count(own[1], before[1], total[1]);
+    u32 out = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const u32 stream = bits(bit + (before[j / 4] >> 8 * (j % 4) & 0xff));
+      out |= spread(stream, flags[j]) << j;
+      bit += total[j / 4] >> 8 * (j % 4) & 0xff;
+    }
+    return out;
+  }
+
+  // What numbers have above their eighth bit, by the widths of that. In most blocks it is one column around zero that
+  // has a handful, which then lie together.
+  DEVICE u32 upper(u32 widths) {
+    const u32 flags = (widths + 0x7777u) & 0x8888u;
+    const u32 lanes = __ballot_sync(kAllLanes, widths != 0);
+    if (lanes == 0) return 0;
+    constexpr u32 kSegmentMask = (1u << (kLanes<E> % kWarp)) - 1;
+    const u32 base_lane = lane_id() / kLanes<E> * kLanes<E>, of_segment = lanes >> base_lane & kSegmentMask;
+    if (__any_sync(kAllLanes, __popc(of_segment) > 1 || __popc(flags) > 1)) return octet(widths);
+    const u32 owner = base_lane + (of_segment != 0 ? 31 - __clz(static_cast<int>(of_segment)) : 0);
+    // Three of four are zero.
+    const u32 width = (widths * 0x1111u >> 12) & 15;
+    const u32 stream = bits(bit) & ((1u << width) - 1);
+    bit += __shfl_sync(kAllLanes, width, owner);
+    // From the bit above the four to a byte.
+    return flags == 0 ? 0 : stream << 2 * ((31 - __clz(static_cast<int>(flags))) & 0xc);
+  }
+
+  DEVICE LaneValues<E> next(u32 block) {
+    const u32 codes = groups.bytes(block);
+    const float unit = groups.scale(block) * (kQ4 ? 1.0f / 16 : 0.5f);
+    int first[4];
+    u32 n_short[4], widths = 0, more = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 code = codes >> 8 * i & 0xff;
+      const CellBounds cell = kQ4 ? CellBounds::q4(code, unit) : CellBounds::q8(code, unit);
+      const u32 width = cell.width();
+      first[i] = cell.first;
+      n_short[i] = cell.n_short(width);
+      widths |= min(width, 8u) << 4 * i;
+      more |= (max(width, 8u) - 8) % 8 << 4 * i;
+    }
+    const u32 low = octet(widths), high = upper(more);
+    u32 number[4], flags = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      number[i] = (low >> 8 * i & 0xff) | (high >> 8 * i & 0xff) << 8;
+      flags |= (number[i] >= n_short[i] ? 8u : 0u) << 4 * i;
+    }
+    u32 before, total;
+    count(__popc(flags), before, total);
+    const u32 last = spread(bits(bit + before), flags);
+    bit += total;
+    LaneValues<E> values;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const bool longer = number[i] >= n_short[i];
+      const u32 whole = longer ? 2 * number[i] + (last >> 8 * i & 1) - n_short[i] : number[i];
+      const int key = first[i] + static_cast<int>(whole);
+      values.v[i] = __uint_as_float(static_cast<u32>(key ^ (key >> 31 & 0x7fff)) << 16);
+    }
+    replace(block, values);
+    return values;
+  }
+
+  // Puts a plain segment's weights, and exceptions, in their places.
+  DEVICE void replace(u32 block, LaneValues<E>& values) {
+    const u32 column = exact_shape::kBlock * block + 4 * segment_lane<E>();
+    if (plain != kNone && column < columns && plain + 2 * column + 8 <= bytes) {
+      const unsigned char* p = groups.base + plain + 2 * column;
+#pragma unroll
+      for (int i = 0; i < 4; i++) values.v[i] = __uint_as_float(unaligned_u16(p + 2 * i) << 16);
+    }
     // In ascending order, each in its turn.
     while (exception_column < exact_shape::kBlock * (block + 1)) {
       const float value = __uint_as_float(unaligned_u16(groups.base + exception + 2) << 16);
-      if (exception_column == column) v.x = value;
-      if (exception_column == column + 1) v.y = value;
+#pragma unroll
+      for (u32 i = 0; i < 4; i++)
+        if (exception_column == column + i) values.v[i] = value;
       n_exceptions--;
       exception += 4;
       find_exception();
     }
-    return v;
   }
 };
 
@@ -422,6 +509,22 @@ struct SegmentDecoder<Q8Exact> : ResidualDecoder<Q8Exact, false> {
 };
 
 DEVICE u32 blocks_of(u32 columns) { return (columns + exact_shape::kBlock - 1) / exact_shape::kBlock; }
+
+// Adds the products of a segment of a row with the vector `x`, which begins at the row's first column.
+template <class E>
+DEVICE float dot_segments(SegmentDecoder<E> decoder, const float* x, u32 segment, u32 n_blocks, u32 last_block) {
+  const LaneValues<E>* of_lane = reinterpret_cast<const LaneValues<E>*>(x + segment * exact_shape::kSegment);
+  float sum = 0.0f;
+#pragma unroll 1
+  for (u32 block = 0; block < last_block; block++) {
+    const LaneValues<E> w = decoder.next(block);
+    if (block >= n_blocks) continue;
+    const LaneValues<E> v = of_lane[block * kLanes<E> + segment_lane<E>()];
+#pragma unroll
+    for (u32 i = 0; i < E::kLaneColumns; i++) sum += w.v[i] * v.v[i];
+  }
+  return sum;
+}
 
 // Warps that share a bundle or a row: each has some of its segments.
 struct RowTeam {

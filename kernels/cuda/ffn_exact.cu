@@ -6,43 +6,61 @@
 // Weights are decoded where the bundle lies and never written anywhere. Floor: the bundles' bytes without what is behind
 // the streams' ends, over the link or from device memory; else what a weight takes to decode (exact.cuh).
 //
-// - A team of warps has a neuron, a warp a segment of 1024 columns of each of its rows. Outputs stay in registers from
-//   the first neuron to the last.
+// - A team of warps has a neuron, a warp one or two segments of 1024 columns of each of its rows. Outputs stay in
+//   registers from the first neuron to the last.
 // - The next bundle is copied to shared memory, in whole lines, while this one is decoded from there; where two do not
-//   fit, one after the other. Gate and up rows are decoded together: one's latency hides the other's.
+//   fit, one after the other.
 // - If not even one fits, bundles are read in place: the `_wide` kernels.
 // - A team waits for nobody but itself: its barriers have their own numbers. The same work gives the same bits.
 #include "exact.cuh"
 
-// Two columns a lane of each block of a warp's segment, from the first neuron to the last.
+// The lane's columns of each block of its segment, from the first neuron to the last.
+template <class E>
 struct RegisterSums {
-  float2 sums[exact_shape::kBlocks];
+  LaneValues<E> blocks[exact_shape::kBlocks];
 };
 
 // Adds h times a segment of the down row. Registers cannot be looked up by number: where the decoders of all blocks are
 // not laid out one after another, the sums move on.
 template <class E>
-DEVICE void add_segment(SegmentDecoder<E> decoder, u32 n_blocks, float h, RegisterSums& out) {
+DEVICE void add_segments(SegmentDecoder<E> decoder, u32 last_block, float h, RegisterSums<E>& out) {
   using namespace exact_shape;
 #pragma unroll 1
   for (u32 first = 0; first < kBlocks; first += E::kUnroll) {
 #pragma unroll
     for (u32 i = 0; i < E::kUnroll; i++) {
-      if (first + i >= n_blocks) continue;
-      const float2 v = decoder.next(first + i);
-      out.sums[i].x += h * v.x;
-      out.sums[i].y += h * v.y;
+      if (first + i >= last_block) continue;
+      const LaneValues<E> w = decoder.next(first + i);
+#pragma unroll
+      for (u32 k = 0; k < E::kLaneColumns; k++) out.blocks[i].v[k] += h * w.v[k];
     }
     if (E::kUnroll < kBlocks) {
-      float2 kept[E::kUnroll];
+      LaneValues<E> kept[E::kUnroll];
 #pragma unroll
-      for (u32 i = 0; i < E::kUnroll; i++) kept[i] = out.sums[i];
+      for (u32 i = 0; i < E::kUnroll; i++) kept[i] = out.blocks[i];
 #pragma unroll
-      for (u32 i = 0; i + E::kUnroll < kBlocks; i++) out.sums[i] = out.sums[i + E::kUnroll];
+      for (u32 i = 0; i + E::kUnroll < kBlocks; i++) out.blocks[i] = out.blocks[i + E::kUnroll];
 #pragma unroll
-      for (u32 i = 0; i < E::kUnroll; i++) out.sums[kBlocks - E::kUnroll + i] = kept[i];
+      for (u32 i = 0; i < E::kUnroll; i++) out.blocks[kBlocks - E::kUnroll + i] = kept[i];
     }
   }
+}
+
+// Gate and up products of a segment, together: one's latency hides the other's. Of long decoders one at a time.
+template <class E>
+DEVICE float2 gate_and_up(SegmentDecoder<E> gate, SegmentDecoder<E> up, const float* x, u32 segment, u32 n_blocks) {
+  const LaneValues<E>* of_lane = reinterpret_cast<const LaneValues<E>*>(x + segment * exact_shape::kSegment);
+  float2 sums = make_float2(0.0f, 0.0f);
+#pragma unroll 1
+  for (u32 block = 0; block < n_blocks; block++) {
+    const LaneValues<E> v = of_lane[block * kLanes<E> + segment_lane<E>()], g = gate.next(block), u = up.next(block);
+#pragma unroll
+    for (u32 i = 0; i < E::kLaneColumns; i++) {
+      sums.x += g.v[i] * v.v[i];
+      sums.y += u.v[i] * v.v[i];
+    }
+  }
+  return sums;
 }
 
 // stages: bundles of a team in shared memory. If not kStaged there are none, a block is one team, its warps have several
@@ -57,7 +75,7 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
 
   const u32 hidden = args.hidden;
   const Planes<E> planes(hidden, 3, args.bundle_bytes);
-  const RowTeam team(kStaged ? planes.segments : blockDim.x / kWarp);
+  const RowTeam team(kStaged ? planes.warps() : blockDim.x / kWarp);
   const u32 teams = team.teams();
 
   // Neighbouring items go to different blocks.
@@ -85,7 +103,7 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
     for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) partial[i] = 0.0f;
   __syncthreads();
 
-  RegisterSums outputs = {};
+  RegisterSums<E> outputs = {};
   u32 round = 0;
 #pragma unroll 1
   for (; work.next < work.last; work.next += work.step, round++) {
@@ -113,17 +131,20 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
 
     float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll 1
-    for (u32 segment = team.warp; segment < planes.segments; segment += team.warps) {
-      const u32 n_blocks = blocks_of(planes.columns_of(segment));
-      SegmentDecoder<E> gate = decoder(0, segment), up = decoder(1, segment);
-      const float2* of_lane = reinterpret_cast<const float2*>(x + segment * kSegment) + lane_id();
+    for (u32 first = team.warp * kTogether<E>; first < planes.segments; first += team.warps * kTogether<E>) {
+      const u32 segment = first + segment_of_warp<E>(), n_blocks = blocks_of(planes.columns_of(segment));
+      if constexpr (kTogether<E> == 1) {
+        const float2 more = gate_and_up<E>(decoder(0, segment), decoder(1, segment), x, segment, n_blocks);
+        sums.x += more.x;
+        sums.y += more.y;
+      } else {
+        const u32 last_block = blocks_of(planes.columns_of(first));
 #pragma unroll 1
-      for (u32 block = 0; block < n_blocks; block++) {
-        const float2 v = of_lane[block * kWarp], g = gate.next(block), u = up.next(block);
-        sums.x += g.x * v.x;
-        sums.y += u.x * v.x;
-        sums.x += g.y * v.y;
-        sums.y += u.y * v.y;
+        for (u32 which = 0; which < 2; which++) {
+          const float more = dot_segments<E>(decoder(which, segment), x, segment, n_blocks, last_block);
+          if (which == 0) sums.x += more;
+          if (which == 1) sums.y += more;
+        }
       }
     }
     sums = team.sums(scratch, sums.x, sums.y, [&] {
@@ -141,22 +162,24 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
     }
     if (h != 0.0f) {
       if constexpr (kStaged) {
-        add_segment<E>(decoder(2, team.warp), blocks_of(planes.columns_of(team.warp)), h, outputs);
+        const u32 first = team.warp * kTogether<E>;
+        add_segments<E>(decoder(2, first + segment_of_warp<E>()), blocks_of(planes.columns_of(first)), h, outputs);
       } else {
 #pragma unroll 1
-        for (u32 segment = team.warp; segment < planes.segments; segment += team.warps) {
+        for (u32 first = team.warp * kTogether<E>; first < planes.segments; first += team.warps * kTogether<E>) {
+          const u32 segment = first + segment_of_warp<E>(), last_block = blocks_of(planes.columns_of(first));
           SegmentDecoder<E> down = decoder(2, segment);
-          const u32 n_columns = planes.columns_of(segment), n_blocks = blocks_of(n_columns);
+          const u32 n_columns = planes.columns_of(segment);
 #pragma unroll 1
-          for (u32 block = 0; block < n_blocks; block++) {
-            const float2 v = down.next(block);
-            const u32 column = kBlock * block + 2 * lane_id();
+          for (u32 block = 0; block < last_block; block++) {
+            const LaneValues<E> w = down.next(block);
+            const u32 column = kBlock * block + E::kLaneColumns * segment_lane<E>();
             if (column >= n_columns) continue;
-            float2* sum = reinterpret_cast<float2*>(partial + (segment * kSegment + column));
-            float2 total = *sum;
-            total.x += h * v.x;
-            total.y += h * v.y;
-            *sum = total;
+            LaneValues<E>* place = reinterpret_cast<LaneValues<E>*>(partial + (segment * kSegment + column));
+            LaneValues<E> sum = *place;
+#pragma unroll
+            for (u32 i = 0; i < E::kLaneColumns; i++) sum.v[i] += h * w.v[i];
+            *place = sum;
           }
         }
       }
@@ -182,15 +205,16 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   for (u32 t = 0; t < teams; t++) {
     __syncthreads();
     if (t != team.index) continue;
-    const u32 n_blocks = blocks_of(planes.columns_of(team.warp));
-    float2* of_lane = reinterpret_cast<float2*>(x + team.warp * kSegment) + lane_id();
+    const u32 segment = team.warp * kTogether<E> + segment_of_warp<E>();
+    const u32 n_blocks = blocks_of(planes.columns_of(segment));
+    LaneValues<E>* of_lane = reinterpret_cast<LaneValues<E>*>(x + segment * kSegment) + segment_lane<E>();
 #pragma unroll
     for (u32 block = 0; block < kBlocks; block++) {
       if (block >= n_blocks) continue;
-      float2 v = t == 0 ? make_float2(0.0f, 0.0f) : of_lane[block * kWarp];
-      v.x += outputs.sums[block].x;
-      v.y += outputs.sums[block].y;
-      of_lane[block * kWarp] = v;
+      LaneValues<E> sum = t == 0 ? LaneValues<E>{} : of_lane[block * kLanes<E>];
+#pragma unroll
+      for (u32 i = 0; i < E::kLaneColumns; i++) sum.v[i] += outputs.blocks[block].v[i];
+      of_lane[block * kLanes<E>] = sum;
     }
   }
   __syncthreads();
@@ -198,7 +222,8 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
 }
 
 // Arguments as for ffn_q4 (ffn.cu), bundles at multiples of 16 bytes, then `stages`: 1 or 2, or 0 for `_wide`.
-// Block: whole teams of a warp for each 1024 columns, at most 16 warps; for `_wide` any.
+// Block: whole teams of a warp for each 1024 columns (2048 where two segments are decoded together), at most 16 warps; for
+// `_wide` any warps.
 // hidden is a multiple of 32, at most 16384 but for `_wide`.
 // Dynamic shared memory: x, whole blocks of 64 columns; then `stages` bundles for each team.
 #define FFN_EXACT_KERNEL(name, E, kStaged, threads, blocks)                                                            \

@@ -4,7 +4,7 @@
 // Floor: the rows' bytes without what is behind the streams' ends, from device memory; else what a weight takes to
 // decode (exact.cuh).
 //
-// - A team of warps has a row, a warp a segment of 1024 columns. Rows are dealt to teams in turn: the same work gives the
+// - A team of warps has a row, a warp one or two segments of 1024 columns. Rows are dealt to teams in turn: the same work gives the
 //   same bits.
 // - The next row is copied to shared memory while this one is decoded from there. The first is asked for before the
 //   kernel that writes the vector has ended. Rows that do not fit are read in place, by teams whose warps have several
@@ -14,7 +14,7 @@
 
 // Arguments as for gemv_bf16, then bytes from row to row, a multiple of 16 as are their addresses, and the rows of a team
 // in shared memory: 1 or 2, or 0 if they are read in place. columns is a multiple of 32, or for bf16x any number.
-// Block: whole teams of `team_warps`, at most 8 warps; one warp for each 1024 columns if stages is not 0.
+// Block: whole teams of `team_warps`, at most 8 warps; any number of them has a row.
 // Dynamic shared memory: x, whole blocks of 64 columns; then `stages` rows for each team.
 template <class E, bool kStaged>
 DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight,
@@ -30,8 +30,8 @@ DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const
   const Staging<E> staging = {planes, team,
                               dynamic_shared() + vector_bytes(columns) + team.index * stages * planes.bytes, stages};
   // Neighbouring rows go to different blocks.
-  const int first = team.index * gridDim.x + blockIdx.x;
-  if (kStaged && first < rows) staging.begin(0, row_at(first));
+  const int first_row = team.index * gridDim.x + blockIdx.x;
+  if (kStaged && first_row < rows) staging.begin(0, row_at(first_row));
 
   const Input<Unscaled> input;
   if (norm_weight != nullptr) {
@@ -45,7 +45,7 @@ DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const
 
   u32 round = 0;
 #pragma unroll 1
-  for (int row = first; row < rows; row += n_teams, round++) {
+  for (int row = first_row; row < rows; row += n_teams, round++) {
     const bool ahead = stages == 2 && row + n_teams < rows;
     if (kStaged) {
       if (round == 0 || stages == 1) {
@@ -58,7 +58,8 @@ DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const
     }
     float sum = 0.0f;
 #pragma unroll 1
-    for (u32 segment = team.warp; segment < planes.segments; segment += team.warps) {
+    for (u32 first = team.warp * kTogether<E>; first < planes.segments; first += team.warps * kTogether<E>) {
+      const u32 segment = first + segment_of_warp<E>();
       auto decoder = [&] {
         if constexpr (kStaged) {
           return SegmentDecoder<E>(planes, staging.at(round), 0, segment);
@@ -66,14 +67,8 @@ DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const
           return SegmentDecoder<E>(planes, row_at(row), 0, segment);
         }
       }();
-      const u32 n_blocks = blocks_of(planes.columns_of(segment));
-      const float2* of_lane = reinterpret_cast<const float2*>(vector + segment * kSegment) + lane_id();
-#pragma unroll 1
-      for (u32 block = 0; block < n_blocks; block++) {
-        const float2 v = of_lane[block * kWarp], weights = decoder.next(block);
-        sum += weights.x * v.x;
-        sum += weights.y * v.y;
-      }
+      sum += dot_segments<E>(decoder, vector, segment, blocks_of(planes.columns_of(segment)),
+                             blocks_of(planes.columns_of(first)));
     }
     const float total = team.sums(scratch, sum, 0.0f, [&] {
       if (kStaged) async_wait<0>();
@@ -88,21 +83,26 @@ DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const
   }
 }
 
-// Which of the words of the step a thread copies, and what a warp decodes: a segment of the row, read in place.
+// Decodes the segments of a row that a warp has together, those of number `part`, in place. out: the row's.
 template <class E>
-DEVICE void decode_row(const unsigned char* row, u32 columns, u32 stride, u32 segment, float* out) {
+DEVICE void decode_row(const unsigned char* row, u32 columns, u32 stride, u32 part, float* out) {
   const Planes<E> planes(columns, 1, stride);
+  const u32 first = part * kTogether<E>, segment = first + segment_of_warp<E>();
+  if (first >= planes.segments) return;
   SegmentDecoder<E> decoder(planes, row, 0, segment);
-  const u32 n_blocks = blocks_of(planes.columns_of(segment));
-  for (u32 block = 0; block < n_blocks; block++) {
-    const float2 v = decoder.next(block);
-    const u32 column = segment * exact_shape::kSegment + block * exact_shape::kBlock + 2 * lane_id();
-    if (column < columns) out[column] = v.x;
-    if (column + 1 < columns) out[column + 1] = v.y;
+  const u32 last_block = blocks_of(planes.columns_of(first));
+  for (u32 block = 0; block < last_block; block++) {
+    const LaneValues<E> w = decoder.next(block);
+    const u32 column =
+        segment * exact_shape::kSegment + block * exact_shape::kBlock + E::kLaneColumns * segment_lane<E>();
+#pragma unroll
+    for (u32 i = 0; i < E::kLaneColumns; i++)
+      if (column + i < columns) out[column + i] = w.v[i];
   }
 }
 
-// embed_*: as embed_q4 (embed.cu), then bytes from row to row. A block of one warp for every 1024 columns.
+// embed_*: as embed_q4 (embed.cu), then bytes from row to row. A block of one warp for every 1024 columns, some of which may
+// have nothing to do.
 #define GEMV_EXACT_KERNELS(name, E)                                                                                    \
   extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       gemv_##name(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight, float eps,  \

@@ -1,8 +1,8 @@
 // Rows with streams or a coarse plane, taken apart for the matrix products of a prompt: see prefill.cu. Of exact rows the
 // upper half is the bfloat16 itself, whatever its bits, and the lower one is zero.
 //
-// Floor: what is written, 4 bytes a weight. A warp decodes a segment of 1024 columns in place; every block of 64 columns
-// is two lines of 128 bytes.
+// Floor: what is written, 4 bytes a weight. A warp decodes one or two segments of 1024 columns in place; every block of 64
+// columns is two lines of 128 bytes.
 #include "exact.cuh"
 
 template <class E>
@@ -10,34 +10,37 @@ constexpr bool kGivesBits = true;
 template <>
 constexpr bool kGivesBits<Q4Plus> = false;
 
-// hi, lo: the row's [columns].
+// Decodes the segments of row `which` that a warp has together, those of number `part`. hi, lo: the row's [columns].
 template <class E>
-DEVICE void unpack_segment(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment, u16* hi,
-                           u16* lo) {
+DEVICE void unpack_segments(const Planes<E>& planes, const unsigned char* base, u32 which, u32 part, u16* hi, u16* lo) {
   using namespace exact_shape;
+  const u32 first = part * kTogether<E>, segment = first + segment_of_warp<E>();
   SegmentDecoder<E> decoder(planes, base, which, segment);
-  const u32 n_blocks = blocks_of(planes.columns_of(segment));
+  const u32 last_block = blocks_of(planes.columns_of(first));
 #pragma unroll 1
-  for (u32 block = 0; block < n_blocks; block++) {
-    const float2 v = decoder.next(block);
-    const u32 column = segment * kSegment + block * kBlock + 2 * lane_id();
-    u16 high[2] = {static_cast<u16>(__float_as_uint(v.x) >> 16), static_cast<u16>(__float_as_uint(v.y) >> 16)};
-    u16 low[2] = {0, 0};
-    if (!kGivesBits<E>) {
-      split_value(v.x, 0, high, low);
-      split_value(v.y, 1, high, low);
-    }
-    if (planes.columns % 2 == 0) {
-      if (column < planes.columns) {
-        *reinterpret_cast<u32*>(hi + column) = high[0] | static_cast<u32>(high[1]) << 16;
-        *reinterpret_cast<u32*>(lo + column) = low[0] | static_cast<u32>(low[1]) << 16;
-      }
-    } else {
+  for (u32 block = 0; block < last_block; block++) {
+    const LaneValues<E> w = decoder.next(block);
+    const u32 column = segment * kSegment + block * kBlock + E::kLaneColumns * segment_lane<E>();
 #pragma unroll
-      for (u32 i = 0; i < 2; i++) {
-        if (column + i >= planes.columns) continue;
-        hi[column + i] = high[i];
-        lo[column + i] = low[i];
+    for (u32 i = 0; i < E::kLaneColumns; i += 2) {
+      u16 high[2], low[2] = {0, 0};
+#pragma unroll
+      for (u32 k = 0; k < 2; k++) {
+        high[k] = static_cast<u16>(__float_as_uint(w.v[i + k]) >> 16);
+        if (!kGivesBits<E>) split_value(w.v[i + k], k, high, low);
+      }
+      const u32 at = column + i;
+      if (planes.columns % 2 == 0) {
+        if (at >= planes.columns) continue;
+        *reinterpret_cast<u32*>(hi + at) = high[0] | static_cast<u32>(high[1]) << 16;
+        *reinterpret_cast<u32*>(lo + at) = low[0] | static_cast<u32>(low[1]) << 16;
+      } else {
+#pragma unroll
+        for (u32 k = 0; k < 2; k++) {
+          if (at + k >= planes.columns) continue;
+          hi[at + k] = high[k];
+          lo[at + k] = low[k];
+        }
       }
     }
   }
@@ -49,8 +52,8 @@ DEVICE void unpack_exact_rows(const unsigned char* rows, int n, int columns, u64
   const Planes<E> planes(columns, 1, static_cast<u32>(stride));
   for (int r = blockIdx.x; r < n; r += gridDim.x) {
     const u64 at = static_cast<u64>(r) * columns;
-    for (u32 segment = warp_id(); segment < planes.segments; segment += blockDim.x / kWarp)
-      unpack_segment<E>(planes, rows + r * stride, 0, segment, hi + at, lo + at);
+    for (u32 part = warp_id(); part < planes.warps(); part += blockDim.x / kWarp)
+      unpack_segments<E>(planes, rows + r * stride, 0, part, hi + at, lo + at);
   }
 }
 
@@ -61,11 +64,11 @@ DEVICE void unpack_exact_bundles(const unsigned char* bundles, int n, int bundle
   for (int i = blockIdx.x; i < n; i += gridDim.x) {
     const unsigned char* bundle = bundles + static_cast<u64>(i) * static_cast<u32>(bundle_bytes);
     const u64 at = static_cast<u64>(i) * hidden;
-    for (u32 entry = warp_id(); entry < 3 * planes.segments; entry += blockDim.x / kWarp) {
-      const u32 which = entry / planes.segments;
+    for (u32 entry = warp_id(); entry < 3 * planes.warps(); entry += blockDim.x / kWarp) {
+      const u32 which = entry / planes.warps();
       u16* high = which == 0 ? hi[0] : which == 1 ? hi[1] : hi[2];
       u16* low = which == 0 ? lo[0] : which == 1 ? lo[1] : lo[2];
-      unpack_segment<E>(planes, bundle, which, entry % planes.segments, high + at, low + at);
+      unpack_segments<E>(planes, bundle, which, entry % planes.warps(), high + at, low + at);
     }
   }
 }
@@ -73,10 +76,10 @@ DEVICE void unpack_exact_bundles(const unsigned char* bundles, int n, int bundle
 // tokens [n]; table: rows `stride` bytes apart; x [n, columns].
 template <class E>
 DEVICE void embed_exact_rows(const u32* tokens, int n, const unsigned char* table, int columns, u64 stride, float* x) {
-  const u32 n_segments = (columns + exact_shape::kSegment - 1) / exact_shape::kSegment;
+  const u32 n_parts = Planes<E>(columns, 1, static_cast<u32>(stride)).warps();
   for (int t = blockIdx.x; t < n; t += gridDim.x)
-    for (u32 segment = warp_id(); segment < n_segments; segment += blockDim.x / kWarp)
-      decode_row<E>(table + tokens[t] * stride, columns, static_cast<u32>(stride), segment,
+    for (u32 part = warp_id(); part < n_parts; part += blockDim.x / kWarp)
+      decode_row<E>(table + tokens[t] * stride, columns, static_cast<u32>(stride), part,
                     x + static_cast<u64>(t) * columns);
 }
 

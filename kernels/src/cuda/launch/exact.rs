@@ -36,14 +36,14 @@ pub(super) struct Teams {
 impl Teams {
     /// For bundles of three rows.
     pub fn for_bundles(device: &Device, layout: BundleLayout) -> Self {
-        let (hidden, segments) = (layout.hidden_size(), layout.hidden_size().div_ceil(SEGMENT));
-        let staged = (segments <= MAX_WARPS).then(|| Self::staged(device, segments, hidden, layout.bundle_bytes()));
-        staged.flatten().unwrap_or_else(|| Self::in_place(segments.min(WARPS), hidden))
+        let (hidden, warps) = (layout.hidden_size(), warps_of(layout.encoding(), layout.hidden_size()));
+        let staged = (warps <= MAX_WARPS).then(|| Self::staged(device, warps, hidden, layout.bundle_bytes()));
+        staged.flatten().unwrap_or_else(|| Self::in_place(warps.min(WARPS), hidden))
     }
 
     /// For rows of a matrix, `stride` bytes each.
-    pub fn for_rows(device: &Device, columns: usize, stride: usize) -> Self {
-        let warps = columns.div_ceil(SEGMENT).min(WARPS);
+    pub fn for_rows(device: &Device, encoding: Encoding, columns: usize, stride: usize) -> Self {
+        let warps = warps_of(encoding, columns).min(WARPS);
         Self::staged(device, warps, columns, stride).unwrap_or_else(|| Self::in_place(warps, columns))
     }
 
@@ -70,6 +70,12 @@ impl Teams {
             (shared_bytes <= limit).then_some(Self { warps, n, stages, shared_bytes })
         })
     }
+}
+
+/// Warps that decode a row at once (`kTogether` in `kernels/cuda/exact.cuh`).
+fn warps_of(encoding: Encoding, columns: usize) -> usize {
+    let segments = if matches!(encoding, Encoding::Q4Exact | Encoding::Q8Exact) { 2 } else { 1 };
+    columns.div_ceil(segments * SEGMENT)
 }
 
 /// The input vector in shared memory: whole blocks.

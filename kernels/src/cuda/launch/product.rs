@@ -120,7 +120,7 @@ impl GemvShape {
             Encoding::Q8 => 64,
             Encoding::Q4 => 128,
             Encoding::Bf16x | Encoding::Q4Plus | Encoding::Q4Exact | Encoding::Q8Exact => {
-                let teams = Teams::for_rows(device, w.columns, w.stride);
+                let teams = Teams::for_rows(device, w.encoding, w.columns, w.stride);
                 return Self {
                     blocks: w.rows.div_ceil(teams.n).min(2 * device.n_multiprocessors()).max(1) as u32,
                     threads: teams.threads(),
