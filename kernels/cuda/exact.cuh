@@ -19,6 +19,8 @@ constexpr u32 kBlocks = kSegment / kBlock;
 constexpr u32 kSymbols = 9;
 // The number of exceptions of a segment that is its bfloat16.
 constexpr u32 kPlain = 0xffff;
+// As far as the numbers of a segment can lead: 16 blocks, 64 columns, 16 bits, and a word begun.
+constexpr u32 kSlackBytes = 2048 + 16;
 }  // namespace exact_shape
 
 // Bytes of a row's planes; columns of a block that a lane has; how many blocks' decoders are laid out one after another
@@ -67,6 +69,20 @@ DEVICE u32 segment_of_warp() {
   return lane_id() / kLanes<E>;
 }
 
+DEVICE u32 segments_of(u32 columns) { return (columns + exact_shape::kSegment - 1) / exact_shape::kSegment; }
+
+// Warps that decode so many segments.
+template <class E>
+DEVICE u32 warps_of(u32 segments) {
+  return (segments + kTogether<E> - 1) / kTogether<E>;
+}
+
+// Columns of a segment of a row; 0 behind the last.
+DEVICE u32 columns_of(u32 columns, u32 segment) {
+  const u32 first = segment * exact_shape::kSegment;
+  return first < columns ? min(columns - first, exact_shape::kSegment) : 0;
+}
+
 // Where the planes of a bundle's three rows begin, or of the one row of a matrix, in bytes.
 template <class E>
 struct Planes {
@@ -76,7 +92,7 @@ struct Planes {
 
   // Codes begin at a multiple of 16; there are `bytes` in all, a multiple of 16.
   DEVICE Planes(u32 columns, u32 rows, u32 bytes) : columns(columns), rows(rows), bytes(bytes) {
-    segments = (columns + exact_shape::kSegment - 1) / exact_shape::kSegment;
+    segments = segments_of(columns);
     code_bytes = E::code_bytes(columns);
     scale_bytes = E::scale_bytes(columns);
     coarse_bytes = E::coarse_bytes(columns);
@@ -89,15 +105,6 @@ struct Planes {
 
   // What is as long in every bundle, up to a multiple of 16: with all heads.
   DEVICE u32 fixed_bytes() const { return min((streams + 15) / 16 * 16, bytes); }
-
-  // Warps for one segment, or as many as are decoded together, each.
-  DEVICE u32 warps() const { return (segments + kTogether<E> - 1) / kTogether<E>; }
-
-  // Columns of a segment; 0 behind the last.
-  DEVICE u32 columns_of(u32 segment) const {
-    const u32 first = segment * exact_shape::kSegment;
-    return first < columns ? min(columns - first, exact_shape::kSegment) : 0;
-  }
 
   DEVICE u32 head_entry(u32 which, u32 segment) const {
     return heads + which * head_bytes + E::kHeadFirst + segment * E::kHeadStep;
@@ -169,11 +176,13 @@ DEVICE u32 aligned_u16(const unsigned char* p) { return *reinterpret_cast<const 
 
 // One segment of one row, block by block. next() gives the lane's columns of a block, 0 for columns that there are not;
 // blocks must be asked for in their order, by all lanes of a warp, until its longest segment ends.
-template <class E>
+//
+// kSlack: behind the last byte kSlackBytes may be read, whatever they are. Else no byte is, even of a damaged bundle.
+template <class E, bool kSlack>
 struct SegmentDecoder;
 
-template <>
-struct SegmentDecoder<Bf16x> {
+template <bool kSlack>
+struct SegmentDecoder<Bf16x, kSlack> {
   const unsigned char* base;
   u32 bytes, columns, signs, codes, bit;
   // Exponents of three codes each, by level.
@@ -181,7 +190,7 @@ struct SegmentDecoder<Bf16x> {
 
   DEVICE SegmentDecoder(const Planes<Bf16x>& planes, const unsigned char* base, u32 which, u32 segment) : base(base) {
     bytes = planes.bytes;
-    columns = planes.columns_of(segment);
+    columns = columns_of(planes.columns, segment);
     signs = which * planes.code_bytes + segment * exact_shape::kSegment + 2 * lane_id();
     codes = which * planes.code_bytes + planes.columns + segment * (exact_shape::kSegment / 4) + lane_id() / 2;
     const unsigned char* symbols = base + planes.heads + which * planes.head_bytes;
@@ -248,7 +257,7 @@ struct GroupedSegment {
   u32 n_groups;
 
   DEVICE GroupedSegment(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment) : base(base) {
-    n_groups = planes.columns_of(segment) / 32;
+    n_groups = columns_of(planes.columns, segment) / 32;
     // Byte j of a q4 group holds columns j (low) and j + 16 (high).
     const u32 lane = segment_lane<E>(), group = lane / kGroupLanes;
     const u32 in_block = kQ4 ? group * 16 + lane * E::kLaneColumns % 16 : lane * E::kLaneColumns;
@@ -278,8 +287,8 @@ struct GroupedSegment {
   }
 };
 
-template <>
-struct SegmentDecoder<Q4Plus> {
+template <bool kSlack>
+struct SegmentDecoder<Q4Plus, kSlack> {
   GroupedSegment<Q4Plus, true> groups;
 
   DEVICE SegmentDecoder(const Planes<Q4Plus>& planes, const unsigned char* base, u32 which, u32 segment)
@@ -339,55 +348,58 @@ struct CellBounds {
 
 // Four columns a lane, so that a warp decodes two segments side by side. What is counted, found and put together for the
 // columns of a lane is so in one register, four bits or a byte a column.
-template <class E, bool kQ4>
+template <class E, bool kQ4, bool kSlack>
 struct ResidualDecoder {
   GroupedSegment<E, kQ4> groups;
-  u32 bytes, columns, bit;
-  // Where its bfloat16 are, if the segment is plain; else kNone.
-  u32 plain;
-  // The next exception: its place, how many there are from there on, its column; without one a column behind all.
-  u32 exception, n_exceptions, exception_column;
+  u32 bytes, bit;
+  // The next exception: its place; its column, which is kNoColumn if there is none, with the number of exceptions from
+  // there on above. Of a plain segment, whose number of exceptions says so, the place of its bfloat16 and how many.
+  u32 exception, numbers;
+  static constexpr u32 kNoColumn = 0xffff;
 
   DEVICE ResidualDecoder(const Planes<E>& planes, const unsigned char* base, u32 which, u32 segment)
       : groups(planes, base, which, segment) {
     bytes = planes.bytes;
-    columns = planes.columns_of(segment);
+    const u32 columns = columns_of(planes.columns, segment);
     const u32 start = planes.stream_at(base, which * planes.segments + segment);
     bit = 8 * start;
-    plain = kNone;
-    n_exceptions = 0;
     exception = start;
-    if (columns > 0) {
-      const unsigned char* entry = base + planes.head_entry(which, segment);
-      const u32 length = min(aligned_u16(entry), bytes - start), n = aligned_u16(entry + 2);
-      if (n == exact_shape::kPlain) {
-        plain = start;
-        // Cells of one bfloat16 each have no numbers.
-        groups.n_groups = 0;
-      } else if (4 * n <= length) {
-        n_exceptions = n;
-      }
-      exception = start + length - 4 * n_exceptions;
+    numbers = kNoColumn;
+    if (columns == 0) return;
+    const unsigned char* entry = base + planes.head_entry(which, segment);
+    const u32 length = min(aligned_u16(entry), bytes - start), n = aligned_u16(entry + 2);
+    if (n == exact_shape::kPlain) {
+      // Cells of one bfloat16 each have no numbers.
+      groups.n_groups = 0;
+      if (2 * columns <= length) numbers = n << 16 | columns;
+    } else if (4 * n <= length) {
+      exception = start + length - 4 * n;
+      find_exception(n);
     }
-    find_exception();
   }
 
-  DEVICE void find_exception() {
-    exception_column = n_exceptions > 0 ? unaligned_u16(groups.base + exception) : kNone;
+  DEVICE bool is_plain() const { return numbers >> 16 == exact_shape::kPlain; }
+  DEVICE void find_exception(u32 n) {
+    numbers = n > 0 ? n << 16 | unaligned_u16(groups.base + exception) : kNoColumn;
   }
 
   // 32 bits of the stream from `place` on.
   DEVICE u32 bits(u32 place) const {
     const u32* words = reinterpret_cast<const u32*>(groups.base);
-    const u32 at = place / 32, last = bytes / 4 - 1;
+    const u32 at = place / 32;
+    if (kSlack) return __funnelshift_r(words[at], words[at + 1], place);
+    const u32 last = bytes / 4 - 1;
     return __funnelshift_r(words[min(at, last)], words[min(at + 1, last)], place);
   }
+
+  // Byte `i`.
+  DEVICE static u32 byte_of(u32 v, int i) { return __byte_perm(v, 0, 0x4440 + i); }
 
   // The bits of those columns whose flag (bit 3 of four) is up, from the lowest of `stream` on: bit 0 of a byte each.
   DEVICE static u32 spread(u32 stream, u32 flags) {
     const u32 bytes = (stream & 15) * 0x00204081u & 0x01010101u;
     // A column has the byte whose number is that of the flags before it; byte 4 on is zeros.
-    return __byte_perm(bytes, 0, (flags >> 3) * 0x1110u | (~(flags >> 1) & 0x4444u));
+    return __byte_perm(bytes, 0, flags * 0x222u | (~(flags >> 1) & 0x4444u));
   }
 
   // Counts of up to 64 in the bytes of `own`, added up over the lanes before this one of the segment, and over all.
@@ -404,20 +416,19 @@ struct ResidualDecoder {
 
   // Eight levels of numbers of up to eight bits: a byte a column of those whose widths are four bits each.
   DEVICE u32 octet(u32 widths) {
-    u32 flags[8], own[2] = {0, 0}, before[2], total[2];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      flags[j] = (widths + (7 - j) * 0x1111u) & 0x8888u;
-      own[j / 4] |= static_cast<u32>(__popc(flags[j])) << 8 * (j % 4);
-    }
-    count(own[0], before[0], total[0]);
-    count(own[1], before[1], total[1]);
+    auto flags = [&](int j) { return (widths + (7 - j) * 0x1111u) & 0x8888u; };
     u32 out = 0;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const u32 stream = bits(bit + (before[j / 4] >> 8 * (j % 4) & 0xff));
-      out |= spread(stream, flags[j]) << j;
-      bit += total[j / 4] >> 8 * (j % 4) & 0xff;
+    for (int half = 0; half < 2; half++) {
+      u32 own = 0, before, total;
+#pragma unroll
+      for (int j = 0; j < 4; j++) own += static_cast<u32>(__popc(flags(4 * half + j))) << 8 * j;
+      count(own, before, total);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        out += spread(bits(bit + byte_of(before, j)), flags(4 * half + j)) << (4 * half + j);
+        bit += byte_of(total, j);
+      }
     }
     return out;
   }
@@ -443,25 +454,24 @@ struct ResidualDecoder {
   DEVICE LaneValues<E> next(u32 block) {
     const u32 codes = groups.bytes(block);
     const float unit = groups.scale(block) * (kQ4 ? 1.0f / 16 : 0.5f);
-    int first[4];
-    u32 n_short[4], widths = 0, more = 0;
+    // Of every cell: the first bfloat16's key in the lower half, the numbers that have no more bits in the upper one.
+    u32 cells[4], widths = 0, more = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const u32 code = codes >> 8 * i & 0xff;
+      const u32 code = byte_of(codes, i);
       const CellBounds cell = kQ4 ? CellBounds::q4(code, unit) : CellBounds::q8(code, unit);
       const u32 width = cell.width();
-      first[i] = cell.first;
-      n_short[i] = cell.n_short(width);
-      widths |= min(width, 8u) << 4 * i;
-      more |= (max(width, 8u) - 8) % 8 << 4 * i;
+      cells[i] = __byte_perm(static_cast<u32>(cell.first), cell.n_short(width), 0x5410);
+      widths += min(width, 8u) << 4 * i;
+      more += max(width, 8u) << 4 * i;
     }
-    const u32 low = octet(widths), high = upper(more);
-    u32 number[4], flags = 0;
+    const u32 low = octet(widths), high = upper((more - 0x8888u) & 0x7777u);
+    // How far a number is from those that have a bit more, if it is not below.
+    auto number = [&](int i) { return static_cast<int>(__byte_perm(low, high, 0x40 + 0x11 * i) & 0xffff); };
+    auto beyond = [&](int i) { return number(i) - static_cast<int>(cells[i] >> 16); };
+    u32 flags = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      number[i] = (low >> 8 * i & 0xff) | (high >> 8 * i & 0xff) << 8;
-      flags |= (number[i] >= n_short[i] ? 8u : 0u) << 4 * i;
-    }
+    for (int i = 0; i < 4; i++) flags |= (~static_cast<u32>(beyond(i)) >> (28 - 4 * i)) & (8u << 4 * i);
     u32 before, total;
     count(__popc(flags), before, total);
     const u32 last = spread(bits(bit + before), flags);
@@ -469,50 +479,52 @@ struct ResidualDecoder {
     LaneValues<E> values;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const bool longer = number[i] >= n_short[i];
-      const u32 whole = longer ? 2 * number[i] + (last >> 8 * i & 1) - n_short[i] : number[i];
-      const int key = first[i] + static_cast<int>(whole);
-      values.v[i] = __uint_as_float(static_cast<u32>(key ^ (key >> 31 & 0x7fff)) << 16);
+      const u32 whole = static_cast<u32>(number(i) + max(beyond(i), 0)) + byte_of(last, i);
+      // The key, in the upper half.
+      const u32 key = (cells[i] + whole) << 16;
+      values.v[i] = __uint_as_float(key ^ (static_cast<u32>(static_cast<int>(key) >> 31) & 0x7fff0000u));
     }
     replace(block, values);
     return values;
   }
 
-  // Puts a plain segment's weights, and exceptions, in their places.
+  // Puts a plain segment's weights, or exceptions, in their places.
   DEVICE void replace(u32 block, LaneValues<E>& values) {
     const u32 column = exact_shape::kBlock * block + 4 * segment_lane<E>();
-    if (plain != kNone && column < columns && plain + 2 * column + 8 <= bytes) {
-      const unsigned char* p = groups.base + plain + 2 * column;
+    if (is_plain()) {
+      if (column >= (numbers & 0xffff)) return;
+      const unsigned char* p = groups.base + exception + 2 * column;
 #pragma unroll
       for (int i = 0; i < 4; i++) values.v[i] = __uint_as_float(unaligned_u16(p + 2 * i) << 16);
+      return;
     }
     // In ascending order, each in its turn.
-    while (exception_column < exact_shape::kBlock * (block + 1)) {
+    while ((numbers & 0xffff) < exact_shape::kBlock * (block + 1)) {
+      const u32 place = (numbers & 0xffff) - column;
       const float value = __uint_as_float(unaligned_u16(groups.base + exception + 2) << 16);
 #pragma unroll
       for (u32 i = 0; i < 4; i++)
-        if (exception_column == column + i) values.v[i] = value;
-      n_exceptions--;
+        if (place == i) values.v[i] = value;
       exception += 4;
-      find_exception();
+      find_exception((numbers >> 16) - 1);
     }
   }
 };
 
-template <>
-struct SegmentDecoder<Q4Exact> : ResidualDecoder<Q4Exact, true> {
-  using ResidualDecoder<Q4Exact, true>::ResidualDecoder;
+template <bool kSlack>
+struct SegmentDecoder<Q4Exact, kSlack> : ResidualDecoder<Q4Exact, true, kSlack> {
+  using ResidualDecoder<Q4Exact, true, kSlack>::ResidualDecoder;
 };
-template <>
-struct SegmentDecoder<Q8Exact> : ResidualDecoder<Q8Exact, false> {
-  using ResidualDecoder<Q8Exact, false>::ResidualDecoder;
+template <bool kSlack>
+struct SegmentDecoder<Q8Exact, kSlack> : ResidualDecoder<Q8Exact, false, kSlack> {
+  using ResidualDecoder<Q8Exact, false, kSlack>::ResidualDecoder;
 };
 
 DEVICE u32 blocks_of(u32 columns) { return (columns + exact_shape::kBlock - 1) / exact_shape::kBlock; }
 
 // Adds the products of a segment of a row with the vector `x`, which begins at the row's first column.
-template <class E>
-DEVICE float dot_segments(SegmentDecoder<E> decoder, const float* x, u32 segment, u32 n_blocks, u32 last_block) {
+template <class E, class D>
+DEVICE float dot_segments(D decoder, const float* x, u32 segment, u32 n_blocks, u32 last_block) {
   const LaneValues<E>* of_lane = reinterpret_cast<const LaneValues<E>*>(x + segment * exact_shape::kSegment);
   float sum = 0.0f;
 #pragma unroll 1
@@ -528,27 +540,29 @@ DEVICE float dot_segments(SegmentDecoder<E> decoder, const float* x, u32 segment
 
 // Warps that share a bundle or a row: each has some of its segments.
 struct RowTeam {
-  // Which of the block's teams, its warps, which of them, threads, which of them.
-  u32 index, warps, warp, threads, me;
+  // Eight bits each: a warp's number in its team, the team's warps, and its number in the block.
+  u32 packed;
 
-  DEVICE explicit RowTeam(u32 warps) : warps(warps) {
-    index = warp_id() / warps;
-    warp = warp_id() % warps;
-    threads = warps * kWarp;
-    me = threadIdx.x - index * threads;
-  }
-  DEVICE u32 teams() const { return blockDim.x / threads; }
+  DEVICE explicit RowTeam(u32 warps) : packed(warp_id() % warps | warps << 8 | warp_id() / warps << 16) {}
+  DEVICE u32 warp() const { return computed_anew(packed) & 0xff; }
+  DEVICE u32 warps() const { return computed_anew(packed) >> 8 & 0xff; }
+  DEVICE u32 index() const { return computed_anew(packed) >> 16; }
+  DEVICE u32 threads() const { return warps() * kWarp; }
+  // This thread's number among those.
+  DEVICE u32 me() const { return warp() * kWarp + lane_id(); }
+  DEVICE u32 teams() const { return blockDim.x / threads(); }
   DEVICE void barrier() const {
-    if (warps == 1) {
+    if (warps() == 1) {
       __syncwarp();
     } else {
-      team_barrier(1 + index, threads);
+      team_barrier(1 + index(), threads());
     }
   }
 
   // Copies bytes from `from` to before `until`, multiples of 16, on their way.
   DEVICE void copy(unsigned char* to, const unsigned char* bytes, u32 from, u32 until) const {
-    for (u32 i = from + 16 * me; i < until; i += 16 * threads) async_copy16(to + i, bytes + i, 16);
+    const u32 step = 16 * threads();
+    for (u32 i = from + 16 * me(); i < until; i += step) async_copy16(to + i, bytes + i, 16);
     async_commit();
   }
 
@@ -562,12 +576,12 @@ struct RowTeam {
     float v = (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, 16);
 #pragma unroll
     for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
-    float* half = scratch + (upper ? 16 : 0) + index * warps;
+    float* half = scratch + (upper ? 16 : 0) + index() * warps();
     const u32 in_half = lane_id() % 16;
-    if (in_half == 0) half[warp] = v;
+    if (in_half == 0) half[warp()] = v;
     before_barrier();
     barrier();
-    v = in_half < warps ? half[in_half] : 0.0f;
+    v = in_half < warps() ? half[in_half] : 0.0f;
 #pragma unroll
     for (int step = 8; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
     const float other = __shfl_xor_sync(kAllLanes, v, 16);
@@ -575,22 +589,30 @@ struct RowTeam {
   }
 };
 
-// Bundles, or rows, that pass through one or two buffers of a team in shared memory. What all have comes first; the
+// Bytes of a vector in shared memory: whole blocks.
+DEVICE u32 vector_bytes(u32 columns) { return blocks_of(columns) * exact_shape::kBlock * 4; }
+
+// Bundles, or rows, that pass through one or two buffers of a team in shared memory, behind the vector. What all have comes first; the
 // streams follow once the heads that say how long they are have come: no byte behind the last one crosses the link.
 template <class E>
 struct Staging {
-  const Planes<E>& planes;
+  u32 columns, rows, bytes;
   const RowTeam& team;
-  unsigned char* buffer;
   u32 stages;
 
-  DEVICE unsigned char* at(u32 round) const { return buffer + (stages == 2 && round % 2 == 1 ? planes.bytes : 0); }
-  DEVICE void begin(u32 round, const unsigned char* bytes) const { team.copy(at(round), bytes, 0, planes.fixed_bytes()); }
+  // Where something lies is a few instructions, and registers if it is kept: a dozen for the planes.
+  DEVICE Planes<E> planes() const { return Planes<E>(computed_anew(columns), rows, bytes); }
+  DEVICE unsigned char* at(u32 round) const {
+    const u32 number = team.index() * stages + (stages == 2 ? round % 2 : 0);
+    return dynamic_shared() + vector_bytes(computed_anew(columns)) + number * bytes;
+  }
+  DEVICE void begin(u32 round, const unsigned char* from) const { team.copy(at(round), from, 0, planes().fixed_bytes()); }
   // After a barrier behind the wait for what has begun.
-  DEVICE void go_on(u32 round, const unsigned char* bytes) const {
-    const u32 fixed = planes.fixed_bytes();
-    const u32 used = fixed < planes.bytes ? planes.used_bytes(at(round)) : fixed;
-    team.copy(at(round), bytes, fixed, used);
+  DEVICE void go_on(u32 round, const unsigned char* from) const {
+    const Planes<E> all = planes();
+    const u32 fixed = all.fixed_bytes();
+    const u32 used = fixed < bytes ? all.used_bytes(at(round)) : fixed;
+    team.copy(at(round), from, fixed, used);
   }
   DEVICE void wait() const {
     async_wait<0>();
@@ -606,9 +628,6 @@ struct Unscaled {
   static constexpr float kOut = 1.0f;
   DEVICE static float factor(int) { return 1.0f; }
 };
-
-// Bytes of such a vector: whole blocks.
-DEVICE u32 vector_bytes(u32 columns) { return blocks_of(columns) * exact_shape::kBlock * 4; }
 
 // Zeros from the last group of 32 columns to the end of its block. Ends without a barrier.
 DEVICE void end_vector(float* x, u32 columns) {

@@ -22,8 +22,8 @@ struct RegisterSums {
 
 // Adds h times a segment of the down row. Registers cannot be looked up by number: where the decoders of all blocks are
 // not laid out one after another, the sums move on.
-template <class E>
-DEVICE void add_segments(SegmentDecoder<E> decoder, u32 last_block, float h, RegisterSums<E>& out) {
+template <class E, class D>
+DEVICE void add_segments(D decoder, u32 last_block, float h, RegisterSums<E>& out) {
   using namespace exact_shape;
 #pragma unroll 1
   for (u32 first = 0; first < kBlocks; first += E::kUnroll) {
@@ -47,8 +47,8 @@ DEVICE void add_segments(SegmentDecoder<E> decoder, u32 last_block, float h, Reg
 }
 
 // Gate and up products of a segment, together: one's latency hides the other's. Of long decoders one at a time.
-template <class E>
-DEVICE float2 gate_and_up(SegmentDecoder<E> gate, SegmentDecoder<E> up, const float* x, u32 segment, u32 n_blocks) {
+template <class E, class D>
+DEVICE float2 gate_and_up(D gate, D up, const float* x, u32 segment, u32 n_blocks) {
   const LaneValues<E>* of_lane = reinterpret_cast<const LaneValues<E>*>(x + segment * exact_shape::kSegment);
   float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll 1
@@ -74,43 +74,40 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   wait_for_previous();
 
   const u32 hidden = args.hidden;
-  const Planes<E> planes(hidden, 3, args.bundle_bytes);
-  const RowTeam team(kStaged ? planes.warps() : blockDim.x / kWarp);
-  const u32 teams = team.teams();
+  const u32 n_segments = segments_of(hidden);
+  const RowTeam team(kStaged ? warps_of<E>(n_segments) : blockDim.x / kWarp);
 
   // Neighbouring items go to different blocks.
-  const int n_items = args.counts[0], n_link = args.counts[1], n_teams = teams * gridDim.x;
-  FfnWork work = ffn_work(team.index * gridDim.x + blockIdx.x, n_teams, n_items, n_link);
+  FfnWork work = ffn_work(team.index() * gridDim.x + blockIdx.x, team.teams() * gridDim.x, args.counts[0], args.counts[1]);
   auto bundle_of = [&](u32 from) -> const unsigned char* {
     const unsigned char* base = from & kSlot ? args.cache : from & kCold ? args.cold : args.hot;
     return base + static_cast<u64>(from & ~(kSlot | kCold)) * args.bundle_bytes;
   };
 
-  const Staging<E> staging = {planes, team,
-                              dynamic_shared() + vector_bytes(hidden) + team.index * stages * planes.bytes, stages};
-  uint2 item = make_uint2(0, kNone);
+  const Staging<E> staging = {hidden, 3, args.bundle_bytes, team, stages};
+  // Where the bundle comes from that is fetched next.
+  u32 from = 0;
   if (work.next < work.last) {
-    item = args.items[work.next];
-    if (kStaged) staging.begin(0, bundle_of(item.x));
+    from = args.items[work.next].x;
+    if (kStaged) staging.begin(0, bundle_of(from));
   }
 
   const Input<Unscaled> input;
   input.stage(args.x, hidden);
   float* x = reinterpret_cast<float*>(input.values);
   end_vector(x, hidden);
-  float* partial = args.partial + static_cast<u64>(blockIdx.x) * hidden;
+  auto partial = [&] { return args.partial + static_cast<u64>(computed_anew(blockIdx.x)) * hidden; };
   if (!kStaged)
-    for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) partial[i] = 0.0f;
+    for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) partial()[i] = 0.0f;
   __syncthreads();
 
   RegisterSums<E> outputs = {};
   u32 round = 0;
 #pragma unroll 1
   for (; work.next < work.last; work.next += work.step, round++) {
-    const uint2 now = item;
     const bool more = work.next + work.step < work.last, ahead = stages == 2 && more;
-    if (more) item = args.items[work.next + work.step];
-    const unsigned char* bundle = bundle_of(now.x);
+    const unsigned char* bundle = bundle_of(from);
+    if (more) from = args.items[work.next + work.step].x;
     if (kStaged) {
       if (round == 0 || stages == 1) {
         if (round > 0) staging.begin(round, bundle);
@@ -118,27 +115,27 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
         staging.go_on(round, bundle);
         staging.wait();
       }
-      if (ahead) staging.begin(round + 1, bundle_of(item.x));
+      if (ahead) staging.begin(round + 1, bundle_of(from));
     }
     // Two expressions, so that the compiler knows which memory it is.
     auto decoder = [&](u32 which, u32 segment) {
       if constexpr (kStaged) {
-        return SegmentDecoder<E>(planes, staging.at(round), which, segment);
+        return SegmentDecoder<E, true>(staging.planes(), staging.at(round), which, segment);
       } else {
-        return SegmentDecoder<E>(planes, bundle, which, segment);
+        return SegmentDecoder<E, false>(staging.planes(), bundle, which, segment);
       }
     };
 
     float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll 1
-    for (u32 first = team.warp * kTogether<E>; first < planes.segments; first += team.warps * kTogether<E>) {
-      const u32 segment = first + segment_of_warp<E>(), n_blocks = blocks_of(planes.columns_of(segment));
+    for (u32 first = team.warp() * kTogether<E>; first < n_segments; first += kStaged ? n_segments : team.warps() * kTogether<E>) {
+      const u32 segment = first + segment_of_warp<E>(), n_blocks = blocks_of(columns_of(hidden, segment));
       if constexpr (kTogether<E> == 1) {
         const float2 more = gate_and_up<E>(decoder(0, segment), decoder(1, segment), x, segment, n_blocks);
         sums.x += more.x;
         sums.y += more.y;
       } else {
-        const u32 last_block = blocks_of(planes.columns_of(first));
+        const u32 last_block = blocks_of(columns_of(hidden, first));
 #pragma unroll 1
         for (u32 which = 0; which < 2; which++) {
           const float more = dot_segments<E>(decoder(which, segment), x, segment, n_blocks, last_block);
@@ -150,32 +147,35 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
     sums = team.sums(scratch, sums.x, sums.y, [&] {
       if (kStaged) async_wait<0>();
     });
-    if (kStaged && ahead) staging.go_on(round + 1, bundle_of(item.x));
+    if (kStaged && ahead) staging.go_on(round + 1, bundle_of(from));
     const float h = activate(args.activation, sums.x, sums.y);
 
-    if (now.y != kNone) {
-      unsigned char* slot = args.cache + static_cast<u64>(now.y) * args.bundle_bytes;
-      const unsigned char* from = kStaged ? staging.at(round) : bundle;
-      const u32 used = planes.used_bytes(from);
-      for (u32 i = 16 * team.me; i < used; i += 16 * team.threads)
-        *reinterpret_cast<uint4*>(slot + i) = *reinterpret_cast<const uint4*>(from + i);
+    // Asked for here again: all that is kept costs registers.
+    const u32 to = args.items[work.next].y;
+    if (to != kNone) {
+      unsigned char* slot = args.cache + static_cast<u64>(to) * args.bundle_bytes;
+      const unsigned char* bytes = kStaged ? staging.at(round) : bundle;
+      const u32 used = staging.planes().used_bytes(bytes);
+      const u32 step = 16 * team.threads();
+      for (u32 i = 16 * team.me(); i < used; i += step)
+        *reinterpret_cast<uint4*>(slot + i) = *reinterpret_cast<const uint4*>(bytes + i);
     }
     if (h != 0.0f) {
       if constexpr (kStaged) {
-        const u32 first = team.warp * kTogether<E>;
-        add_segments<E>(decoder(2, first + segment_of_warp<E>()), blocks_of(planes.columns_of(first)), h, outputs);
+        const u32 first = team.warp() * kTogether<E>;
+        add_segments<E>(decoder(2, first + segment_of_warp<E>()), blocks_of(columns_of(hidden, first)), h, outputs);
       } else {
 #pragma unroll 1
-        for (u32 first = team.warp * kTogether<E>; first < planes.segments; first += team.warps * kTogether<E>) {
-          const u32 segment = first + segment_of_warp<E>(), last_block = blocks_of(planes.columns_of(first));
-          SegmentDecoder<E> down = decoder(2, segment);
-          const u32 n_columns = planes.columns_of(segment);
+        for (u32 first = team.warp() * kTogether<E>; first < n_segments; first += team.warps() * kTogether<E>) {
+          const u32 segment = first + segment_of_warp<E>(), last_block = blocks_of(columns_of(hidden, first));
+          auto down = decoder(2, segment);
+          const u32 n_columns = columns_of(hidden, segment);
 #pragma unroll 1
           for (u32 block = 0; block < last_block; block++) {
             const LaneValues<E> w = down.next(block);
             const u32 column = kBlock * block + E::kLaneColumns * segment_lane<E>();
             if (column >= n_columns) continue;
-            LaneValues<E>* place = reinterpret_cast<LaneValues<E>*>(partial + (segment * kSegment + column));
+            LaneValues<E>* place = reinterpret_cast<LaneValues<E>*>(partial() + (segment * kSegment + column));
             LaneValues<E> sum = *place;
 #pragma unroll
             for (u32 i = 0; i < E::kLaneColumns; i++) sum.v[i] += h * w.v[i];
@@ -192,8 +192,10 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
     }
   }
 
-  // As in ffn.cu: what the next kernels read comes into the second-level cache.
-  const int link_blocks = min(static_cast<int>(gridDim.x) - 1, link_teams_of(n_teams, n_link));
+  // As in ffn.cu: what the next kernels read comes into the second-level cache. Numbers that are not needed until now are
+  // computed now: during the loop every register counts.
+  const u32 teams = team.teams();
+  const int link_blocks = min(static_cast<int>(gridDim.x) - 1, link_teams_of(teams * gridDim.x, args.counts[1]));
   if (static_cast<int>(blockIdx.x) >= link_blocks) {
     const u32 n_threads = (gridDim.x - link_blocks) * blockDim.x;
     for (u32 i = (blockIdx.x - link_blocks) * blockDim.x + threadIdx.x; i < args.ahead_bytes / kLine; i += n_threads)
@@ -204,28 +206,32 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   // The input is not needed any more: its place takes the sums, team by team, and gives them away in whole lines.
   for (u32 t = 0; t < teams; t++) {
     __syncthreads();
-    if (t != team.index) continue;
-    const u32 segment = team.warp * kTogether<E> + segment_of_warp<E>();
-    const u32 n_blocks = blocks_of(planes.columns_of(segment));
+    if (t != team.index()) continue;
+    const u32 segment = team.warp() * kTogether<E> + segment_of_warp<E>();
+    const u32 n_blocks = blocks_of(columns_of(hidden, segment));
     LaneValues<E>* of_lane = reinterpret_cast<LaneValues<E>*>(x + segment * kSegment) + segment_lane<E>();
 #pragma unroll
     for (u32 block = 0; block < kBlocks; block++) {
       if (block >= n_blocks) continue;
-      LaneValues<E> sum = t == 0 ? LaneValues<E>{} : of_lane[block * kLanes<E>];
+      LaneValues<E> sum = outputs.blocks[block];
+      if (t > 0) {
+        const LaneValues<E> others = of_lane[block * kLanes<E>];
 #pragma unroll
-      for (u32 i = 0; i < E::kLaneColumns; i++) sum.v[i] += outputs.blocks[block].v[i];
+        for (u32 i = 0; i < E::kLaneColumns; i++) sum.v[i] += others.v[i];
+      }
       of_lane[block * kLanes<E>] = sum;
     }
   }
   __syncthreads();
-  for (u32 i = threadIdx.x; i < hidden / 4; i += blockDim.x) reinterpret_cast<float4*>(partial)[i] = input.values[i];
+  float4* out = reinterpret_cast<float4*>(partial());
+  for (u32 i = threadIdx.x; i < hidden / 4; i += blockDim.x) out[i] = input.values[i];
 }
 
 // Arguments as for ffn_q4 (ffn.cu), bundles at multiples of 16 bytes, then `stages`: 1 or 2, or 0 for `_wide`.
 // Block: whole teams of a warp for each 1024 columns (2048 where two segments are decoded together), at most 16 warps; for
 // `_wide` any warps.
 // hidden is a multiple of 32, at most 16384 but for `_wide`.
-// Dynamic shared memory: x, whole blocks of 64 columns; then `stages` bundles for each team.
+// Dynamic shared memory: x, whole blocks of 64 columns; then `stages` bundles for each team, and kSlackBytes.
 #define FFN_EXACT_KERNEL(name, E, kStaged, threads, blocks)                                                            \
   extern "C" __global__ void __launch_bounds__(threads, blocks)                                                        \
       name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,                 \

@@ -15,7 +15,7 @@
 // Arguments as for gemv_bf16, then bytes from row to row, a multiple of 16 as are their addresses, and the rows of a team
 // in shared memory: 1 or 2, or 0 if they are read in place. columns is a multiple of 32, or for bf16x any number.
 // Block: whole teams of `team_warps`, at most 8 warps; any number of them has a row.
-// Dynamic shared memory: x, whole blocks of 64 columns; then `stages` rows for each team.
+// Dynamic shared memory: x, whole blocks of 64 columns; then `stages` rows for each team, and kSlackBytes.
 template <class E, bool kStaged>
 DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight,
                             float eps, float* normed_out, const RowOutput& output, u32 stride, u32 stages,
@@ -27,10 +27,9 @@ DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const
   const RowTeam team(team_warps);
   const int n_teams = team.teams() * gridDim.x;
   auto row_at = [&](int row) { return w + static_cast<u64>(static_cast<u32>(row)) * stride; };
-  const Staging<E> staging = {planes, team,
-                              dynamic_shared() + vector_bytes(columns) + team.index * stages * planes.bytes, stages};
+  const Staging<E> staging = {static_cast<u32>(columns), 1, stride, team, stages};
   // Neighbouring rows go to different blocks.
-  const int first_row = team.index * gridDim.x + blockIdx.x;
+  const int first_row = team.index() * gridDim.x + blockIdx.x;
   if (kStaged && first_row < rows) staging.begin(0, row_at(first_row));
 
   const Input<Unscaled> input;
@@ -58,23 +57,23 @@ DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const
     }
     float sum = 0.0f;
 #pragma unroll 1
-    for (u32 first = team.warp * kTogether<E>; first < planes.segments; first += team.warps * kTogether<E>) {
+    for (u32 first = team.warp() * kTogether<E>; first < planes.segments; first += team.warps() * kTogether<E>) {
       const u32 segment = first + segment_of_warp<E>();
       auto decoder = [&] {
         if constexpr (kStaged) {
-          return SegmentDecoder<E>(planes, staging.at(round), 0, segment);
+          return SegmentDecoder<E, true>(planes, staging.at(round), 0, segment);
         } else {
-          return SegmentDecoder<E>(planes, row_at(row), 0, segment);
+          return SegmentDecoder<E, false>(planes, row_at(row), 0, segment);
         }
       }();
-      sum += dot_segments<E>(decoder, vector, segment, blocks_of(planes.columns_of(segment)),
-                             blocks_of(planes.columns_of(first)));
+      sum += dot_segments<E>(decoder, vector, segment, blocks_of(columns_of(columns, segment)),
+                             blocks_of(columns_of(columns, first)));
     }
     const float total = team.sums(scratch, sum, 0.0f, [&] {
       if (kStaged) async_wait<0>();
     }).x;
     if (kStaged && ahead) staging.go_on(round + 1, row_at(row + n_teams));
-    if (team.me == 0) output.store(row, total);
+    if (team.me() == 0) output.store(row, total);
     if (kStaged) {
       staging.wait();
     } else {
@@ -89,8 +88,8 @@ DEVICE void decode_row(const unsigned char* row, u32 columns, u32 stride, u32 pa
   const Planes<E> planes(columns, 1, stride);
   const u32 first = part * kTogether<E>, segment = first + segment_of_warp<E>();
   if (first >= planes.segments) return;
-  SegmentDecoder<E> decoder(planes, row, 0, segment);
-  const u32 last_block = blocks_of(planes.columns_of(first));
+  SegmentDecoder<E, false> decoder(planes, row, 0, segment);
+  const u32 last_block = blocks_of(columns_of(columns, first));
   for (u32 block = 0; block < last_block; block++) {
     const LaneValues<E> w = decoder.next(block);
     const u32 column =

@@ -43,6 +43,7 @@ inline float reciprocal(float v) { return 1.0f / v; }
 inline float rounded_product(float a, float b) { return a * b; }
 
 inline const unsigned char* computed(const unsigned char* p) { return p; }
+inline u32 computed_anew(u32 v) { return v; }
 
 inline void prefetch_line(const void*) {}
 
@@ -126,6 +127,13 @@ __device__ __forceinline__ void multiply_add(const u32 (&a)[4], const uint2& b, 
 __device__ __forceinline__ const unsigned char* computed(const unsigned char* p) {
   asm("" : "+l"(p));
   return p;
+}
+
+// A number that the compiler takes as given here and nowhere before, so that what follows from it is computed again
+// instead of kept in registers.
+__device__ __forceinline__ u32 computed_anew(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
 }
 
 // Asks for a line of 128 bytes, as far as the second-level cache.

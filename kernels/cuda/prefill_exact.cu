@@ -15,8 +15,8 @@ template <class E>
 DEVICE void unpack_segments(const Planes<E>& planes, const unsigned char* base, u32 which, u32 part, u16* hi, u16* lo) {
   using namespace exact_shape;
   const u32 first = part * kTogether<E>, segment = first + segment_of_warp<E>();
-  SegmentDecoder<E> decoder(planes, base, which, segment);
-  const u32 last_block = blocks_of(planes.columns_of(first));
+  SegmentDecoder<E, false> decoder(planes, base, which, segment);
+  const u32 last_block = blocks_of(columns_of(planes.columns, first));
 #pragma unroll 1
   for (u32 block = 0; block < last_block; block++) {
     const LaneValues<E> w = decoder.next(block);
@@ -52,7 +52,7 @@ DEVICE void unpack_exact_rows(const unsigned char* rows, int n, int columns, u64
   const Planes<E> planes(columns, 1, static_cast<u32>(stride));
   for (int r = blockIdx.x; r < n; r += gridDim.x) {
     const u64 at = static_cast<u64>(r) * columns;
-    for (u32 part = warp_id(); part < planes.warps(); part += blockDim.x / kWarp)
+    for (u32 part = warp_id(); part < warps_of<E>(planes.segments); part += blockDim.x / kWarp)
       unpack_segments<E>(planes, rows + r * stride, 0, part, hi + at, lo + at);
   }
 }
@@ -64,11 +64,11 @@ DEVICE void unpack_exact_bundles(const unsigned char* bundles, int n, int bundle
   for (int i = blockIdx.x; i < n; i += gridDim.x) {
     const unsigned char* bundle = bundles + static_cast<u64>(i) * static_cast<u32>(bundle_bytes);
     const u64 at = static_cast<u64>(i) * hidden;
-    for (u32 entry = warp_id(); entry < 3 * planes.warps(); entry += blockDim.x / kWarp) {
-      const u32 which = entry / planes.warps();
+    for (u32 entry = warp_id(); entry < 3 * warps_of<E>(planes.segments); entry += blockDim.x / kWarp) {
+      const u32 which = entry / warps_of<E>(planes.segments);
       u16* high = which == 0 ? hi[0] : which == 1 ? hi[1] : hi[2];
       u16* low = which == 0 ? lo[0] : which == 1 ? lo[1] : lo[2];
-      unpack_segments<E>(planes, bundle, which, entry % planes.warps(), high + at, low + at);
+      unpack_segments<E>(planes, bundle, which, entry % warps_of<E>(planes.segments), high + at, low + at);
     }
   }
 }
@@ -76,7 +76,7 @@ DEVICE void unpack_exact_bundles(const unsigned char* bundles, int n, int bundle
 // tokens [n]; table: rows `stride` bytes apart; x [n, columns].
 template <class E>
 DEVICE void embed_exact_rows(const u32* tokens, int n, const unsigned char* table, int columns, u64 stride, float* x) {
-  const u32 n_parts = Planes<E>(columns, 1, static_cast<u32>(stride)).warps();
+  const u32 n_parts = warps_of<E>(segments_of(columns));
   for (int t = blockIdx.x; t < n; t += gridDim.x)
     for (u32 part = warp_id(); part < n_parts; part += blockDim.x / kWarp)
       decode_row<E>(table + tokens[t] * stride, columns, static_cast<u32>(stride), part,

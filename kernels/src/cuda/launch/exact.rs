@@ -7,6 +7,8 @@ use crate::{BLOCK, BundleLayout, Encoding, SEGMENT};
 const WARPS: usize = 8;
 /// The largest teams, those of a block of their own.
 const MAX_WARPS: usize = 16;
+/// What decoders of a damaged bundle may read behind it (`kSlackBytes` in `kernels/cuda/exact.cuh`).
+const SLACK_BYTES: usize = 2048 + 16;
 /// Shared memory that a block of these kernels has beside what it asks for, and the system's own.
 const OTHER_SHARED_BYTES: usize = 2 << 10;
 
@@ -66,7 +68,7 @@ impl Teams {
         let full_blocks = [(most, 2, half), (most, 1, half), (most, 2, whole), (most, 1, whole)];
         let smaller = (1..most).rev().flat_map(|n| [(n, 2, whole), (n, 1, whole)]);
         full_blocks.into_iter().chain(smaller).find_map(|(n, stages, limit)| {
-            let shared_bytes = vector_bytes(columns) + n * stages * bytes;
+            let shared_bytes = vector_bytes(columns) + n * stages * bytes + SLACK_BYTES;
             (shared_bytes <= limit).then_some(Self { warps, n, stages, shared_bytes })
         })
     }
