@@ -37,10 +37,13 @@ inline void async_wait() {}
 using emulator::load_matrices;
 using emulator::multiply_add;
 
+inline void team_barrier(u32 number, u32 n_threads) { emulator::team_barrier(number, n_threads); }
+
 inline float reciprocal(float v) { return 1.0f / v; }
 inline float rounded_product(float a, float b) { return a * b; }
 
 inline const unsigned char* computed(const unsigned char* p) { return p; }
+inline u32 computed_anew(u32 v) { return v; }
 
 inline void prefetch_line(const void*) {}
 
@@ -126,6 +129,13 @@ __device__ __forceinline__ const unsigned char* computed(const unsigned char* p)
   return p;
 }
 
+// A number that the compiler takes as given here and nowhere before, so that what follows from it is computed again
+// instead of kept in registers.
+__device__ __forceinline__ u32 computed_anew(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // Asks for a line of 128 bytes, as far as the second-level cache.
 __device__ __forceinline__ void prefetch_line(const void* p) {
   asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(p));
@@ -156,6 +166,11 @@ __device__ __forceinline__ u16 float_to_half(float f) {
   u16 h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
+}
+
+// A barrier for some warps of a block, `n_threads` in all: numbers 1 to 15, 0 is __syncthreads.
+__device__ __forceinline__ void team_barrier(u32 number, u32 n_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(n_threads) : "memory");
 }
 
 // Within one unit in the last place, without the branches of a division.
