@@ -1,13 +1,32 @@
 // Rows that give back bfloat16 bits, and q4 rows with the coarse plane, to floats in registers.
 //
-// A warp decodes a segment of 1024 columns, block by block of 64; lane l has columns 2 l and 2 l + 1 of each block. What
-// a column has in a plane that not all have is found by two ballots and the bits set before it; from block to block
-// nothing is carried on but the place in the stream. The formats: kernels/src/exact/ (streams), kernels/src/bundle.rs
-// (where planes lie).
+// A segment of 1024 columns is decoded block by block of 64; from block to block nothing is carried on but the place in
+// the stream. The formats: kernels/src/exact/ (streams), kernels/src/bundle.rs (where planes lie); bundles and rows
+// begin at multiples of 16 bytes, codes and coarse planes too, heads and streams anywhere.
 //
-// A block's codes of variable length are at most 64 * 15 bits: each lane loads one word of them, in one access of 128
-// bytes, and words change hands by shuffles. So a stream may lie in shared memory or anywhere else, and what it says of
-// itself, which may be damaged, never leads out of the bundle: words are looked up behind one comparison.
+// - bf16x, q4+plus: a warp has a segment, a lane two neighbouring columns. What a column has in a plane that not all
+//   have is found by two ballots and the bits set before it. A block's further codes are at most 64 * 12 bits: each
+//   lane loads one word of them, and words change hands by shuffles.
+// - q4+exact, q8+exact: half a warp has a segment, a lane four neighbouring columns. Their numbers have up to 14
+//   levels, most of them eight, each with a plane of its own: the counts of four levels are added up over the lanes in
+//   one register, and four columns get their bits by one byte permutation.
+//
+// What a stream says of itself may be damaged: words are looked up behind one comparison, or where 2 KB behind the
+// bundle may be read without it. Nothing else depends on it but values and exceptions' places, which are compared.
+//
+// Floor: bytes, of rows that are used 10.6 bits a weight for bf16x, 8.5, 11.4 and 11.3 for the others. Beside that the
+// instructions of the fused kernel, from its SASS for compute capability 9.0, averaged over normal weights, and what
+// four schedulers with an instruction a clock on each of 132 multiprocessors at 1.98 GHz could do with them, if nothing
+// waited, in bfloat16:
+//
+// | encoding | instructions a warp and 128 weights | most, GB/s | share of issue slots for 300 GB/s |
+// | --- | --- | --- | --- |
+// | bf16x | 219 | 1220 | 25 % |
+// | q4+plus | 82 | 3260 | 9 % |
+// | q4+exact | 566: 467, for one column around zero 43 more, for several 203 (4 times in 10) | 470 | 63 % |
+// | q8+exact | 519 | 515 | 58 % |
+//
+// Over a link of 51 GB/s no encoding brings more than 96 GB/s: the link does not wait for these.
 #pragma once
 #include "decode.cuh"
 #include "reduce.cuh"
@@ -177,7 +196,8 @@ DEVICE u32 aligned_u16(const unsigned char* p) { return *reinterpret_cast<const 
 // One segment of one row, block by block. next() gives the lane's columns of a block, 0 for columns that there are not;
 // blocks must be asked for in their order, by all lanes of a warp, until its longest segment ends.
 //
-// kSlack: behind the last byte kSlackBytes may be read, whatever they are. Else no byte is, even of a damaged bundle.
+// kSlack: the bundle lies in dynamic shared memory, and behind its last byte kSlackBytes may be read, whatever they
+// are. Else none is, even of a damaged bundle.
 template <class E, bool kSlack>
 struct SegmentDecoder;
 
@@ -273,7 +293,8 @@ struct GroupedSegment {
     return exists(block) ? half_to_float(static_cast<u16>(aligned_u16(base + scales + 4 * block))) : 0.0f;
   }
 
-  // The codes of the lane's columns, 8 bits each: q4 ones above the coarse ones. Anything for groups that there are not.
+  // The codes of the lane's columns, 8 bits each: q4 ones above the coarse ones. Anything for groups that there are
+  // not.
   DEVICE u32 bytes(u32 block) const {
     auto load = [&](u32 at) {
       const unsigned char* p = base + at;
@@ -346,11 +367,13 @@ struct CellBounds {
   DEVICE u32 n_short(u32 width) const { return (2u << width) - n; }
 };
 
-// Four columns a lane, so that a warp decodes two segments side by side. What is counted, found and put together for the
-// columns of a lane is so in one register, four bits or a byte a column.
+// Four columns a lane, so that a warp decodes two segments side by side. What is counted, found and put together for
+// the columns of a lane is so in one register, four bits or a byte a column.
 template <class E, bool kQ4, bool kSlack>
 struct ResidualDecoder {
   GroupedSegment<E, kQ4> groups;
+  // Bits are counted from the beginning of the bundle, or of all dynamic shared memory if it lies there: one addition
+  // less for each of a block's accesses.
   u32 bytes, bit;
   // The next exception: its place; its column, which is kNoColumn if there is none, with the number of exceptions from
   // there on above. Of a plain segment, whose number of exceptions says so, the place of its bfloat16 and how many.
@@ -362,7 +385,7 @@ struct ResidualDecoder {
     bytes = planes.bytes;
     const u32 columns = columns_of(planes.columns, segment);
     const u32 start = planes.stream_at(base, which * planes.segments + segment);
-    bit = 8 * start;
+    bit = 8 * (start + (kSlack ? static_cast<u32>(base - dynamic_shared()) : 0));
     exception = start;
     numbers = kNoColumn;
     if (columns == 0) return;
@@ -385,8 +408,8 @@ struct ResidualDecoder {
 
   // 32 bits of the stream from `place` on.
   DEVICE u32 bits(u32 place) const {
-    const u32* words = reinterpret_cast<const u32*>(groups.base);
-    const u32 at = place / 32;
+    const u32* words = reinterpret_cast<const u32*>(kSlack ? dynamic_shared() : groups.base);
+    const u32 at = computed(place / 32);
     if (kSlack) return __funnelshift_r(words[at], words[at + 1], place);
     const u32 last = bytes / 4 - 1;
     return __funnelshift_r(words[min(at, last)], words[min(at + 1, last)], place);
@@ -405,11 +428,9 @@ struct ResidualDecoder {
   // Counts of up to 64 in the bytes of `own`, added up over the lanes before this one of the segment, and over all.
   DEVICE static void count(u32 own, u32& before, u32& total) {
     u32 sum = own;
+    static_assert(kLanes<E> == 16, "halves of a warp");
 #pragma unroll
-    for (int step = 1; step < static_cast<int>(kLanes<E>); step *= 2) {
-      const u32 other = __shfl_up_sync(kAllLanes, sum, step);
-      if (segment_lane<E>() >= static_cast<u32>(step)) sum += other;
-    }
+    for (u32 step = 1; step < kLanes<E>; step *= 2) sum = add_from_below(sum, step);
     before = sum - own;
     total = __shfl_sync(kAllLanes, sum, lane_id() | (kLanes<E> - 1));
   }
@@ -592,8 +613,9 @@ struct RowTeam {
 // Bytes of a vector in shared memory: whole blocks.
 DEVICE u32 vector_bytes(u32 columns) { return blocks_of(columns) * exact_shape::kBlock * 4; }
 
-// Bundles, or rows, that pass through one or two buffers of a team in shared memory, behind the vector. What all have comes first; the
-// streams follow once the heads that say how long they are have come: no byte behind the last one crosses the link.
+// Bundles, or rows, that pass through one or two buffers of a team in shared memory, behind the vector. What all have
+// comes first; the streams follow once the heads that say how long they are have come: no byte behind the last one
+// crosses the link.
 template <class E>
 struct Staging {
   u32 columns, rows, bytes;
@@ -606,7 +628,9 @@ struct Staging {
     const u32 number = team.index() * stages + (stages == 2 ? round % 2 : 0);
     return dynamic_shared() + vector_bytes(computed_anew(columns)) + number * bytes;
   }
-  DEVICE void begin(u32 round, const unsigned char* from) const { team.copy(at(round), from, 0, planes().fixed_bytes()); }
+  DEVICE void begin(u32 round, const unsigned char* from) const {
+    team.copy(at(round), from, 0, planes().fixed_bytes());
+  }
   // After a barrier behind the wait for what has begun.
   DEVICE void go_on(u32 round, const unsigned char* from) const {
     const Planes<E> all = planes();
@@ -617,6 +641,12 @@ struct Staging {
   DEVICE void wait() const {
     async_wait<0>();
     team.barrier();
+  }
+  // Waits for what has begun and for the rest.
+  DEVICE void finish(u32 round, const unsigned char* from) const {
+    wait();
+    go_on(round, from);
+    wait();
   }
 };
 

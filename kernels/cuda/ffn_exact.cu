@@ -1,10 +1,10 @@
-// The fused feed-forward layer for bundles with streams or a coarse plane: what ffn.cu does for the plain encodings, with
-// the same arguments and the same promises.
+// The fused feed-forward layer for bundles with streams or a coarse plane: what ffn.cu does for the plain encodings,
+// with the same arguments and the same promises.
 //
 //     partial[block] = sum over the block's neurons of h * down,  h = act(gate . x, up . x)
 //
-// Weights are decoded where the bundle lies and never written anywhere. Floor: the bundles' bytes without what is behind
-// the streams' ends, over the link or from device memory; else what a weight takes to decode (exact.cuh).
+// Weights are decoded where the bundle lies and never written anywhere. Floor: the bundles' bytes without what is
+// behind the streams' ends, over the link or from device memory; else what a weight takes to decode (exact.cuh).
 //
 // - A team of warps has a neuron, a warp one or two segments of 1024 columns of each of its rows. Outputs stay in
 //   registers from the first neuron to the last.
@@ -63,8 +63,8 @@ DEVICE float2 gate_and_up(D gate, D up, const float* x, u32 segment, u32 n_block
   return sums;
 }
 
-// stages: bundles of a team in shared memory. If not kStaged there are none, a block is one team, its warps have several
-// segments, and the sums are added up where they go to, in the second-level cache.
+// stages: bundles of a team in shared memory. If not kStaged there are none, a block is one team, its warps have
+// several segments, and the sums are added up where they go to, in the second-level cache.
 template <class E, bool kStaged>
 DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   using namespace ffn_shape;
@@ -78,7 +78,8 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   const RowTeam team(kStaged ? warps_of<E>(n_segments) : blockDim.x / kWarp);
 
   // Neighbouring items go to different blocks.
-  FfnWork work = ffn_work(team.index() * gridDim.x + blockIdx.x, team.teams() * gridDim.x, args.counts[0], args.counts[1]);
+  FfnWork work =
+      ffn_work(team.index() * gridDim.x + blockIdx.x, team.teams() * gridDim.x, args.counts[0], args.counts[1]);
   auto bundle_of = [&](u32 from) -> const unsigned char* {
     const unsigned char* base = from & kSlot ? args.cache : from & kCold ? args.cold : args.hot;
     return base + static_cast<u64>(from & ~(kSlot | kCold)) * args.bundle_bytes;
@@ -87,9 +88,11 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   const Staging<E> staging = {hidden, 3, args.bundle_bytes, team, stages};
   // Where the bundle comes from that is fetched next.
   u32 from = 0;
-  if (work.next < work.last) {
+  // Neurons that are left; an even number's bundle lies in another place than an odd one's.
+  u32 left = work.count();
+  if (left > 0) {
     from = args.items[work.next].x;
-    if (kStaged) staging.begin(0, bundle_of(from));
+    if (kStaged) staging.begin(left, bundle_of(from));
   }
 
   const Input<Unscaled> input;
@@ -101,26 +104,18 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
     for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) partial()[i] = 0.0f;
   __syncthreads();
 
+  if (kStaged && left > 0) staging.finish(left, bundle_of(from));
   RegisterSums<E> outputs = {};
-  u32 round = 0;
 #pragma unroll 1
-  for (; work.next < work.last; work.next += work.step, round++) {
-    const bool more = work.next + work.step < work.last, ahead = stages == 2 && more;
+  for (; left > 0; left--, work.next += work.step) {
     const unsigned char* bundle = bundle_of(from);
-    if (more) from = args.items[work.next + work.step].x;
-    if (kStaged) {
-      if (round == 0 || stages == 1) {
-        if (round > 0) staging.begin(round, bundle);
-        staging.wait();
-        staging.go_on(round, bundle);
-        staging.wait();
-      }
-      if (ahead) staging.begin(round + 1, bundle_of(from));
-    }
+    if (left > 1) from = args.items[work.next + work.step].x;
+    const bool ahead = kStaged && stages == 2 && left > 1;
+    if (ahead) staging.begin(left - 1, bundle_of(from));
     // Two expressions, so that the compiler knows which memory it is.
     auto decoder = [&](u32 which, u32 segment) {
       if constexpr (kStaged) {
-        return SegmentDecoder<E, true>(staging.planes(), staging.at(round), which, segment);
+        return SegmentDecoder<E, true>(staging.planes(), staging.at(left), which, segment);
       } else {
         return SegmentDecoder<E, false>(staging.planes(), bundle, which, segment);
       }
@@ -128,7 +123,7 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
 
     float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll 1
-    for (u32 first = team.warp() * kTogether<E>; first < n_segments; first += kStaged ? n_segments : team.warps() * kTogether<E>) {
+    for (u32 first = team.warp() * kTogether<E>; kStaged || first < n_segments; first += team.warps() * kTogether<E>) {
       const u32 segment = first + segment_of_warp<E>(), n_blocks = blocks_of(columns_of(hidden, segment));
       if constexpr (kTogether<E> == 1) {
         const float2 more = gate_and_up<E>(decoder(0, segment), decoder(1, segment), x, segment, n_blocks);
@@ -143,18 +138,20 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
           if (which == 1) sums.y += more;
         }
       }
+      // All of a warp's segments at once.
+      if (kStaged) break;
     }
     sums = team.sums(scratch, sums.x, sums.y, [&] {
       if (kStaged) async_wait<0>();
     });
-    if (kStaged && ahead) staging.go_on(round + 1, bundle_of(from));
+    if (ahead) staging.go_on(left - 1, bundle_of(from));
     const float h = activate(args.activation, sums.x, sums.y);
 
     // Asked for here again: all that is kept costs registers.
     const u32 to = args.items[work.next].y;
     if (to != kNone) {
       unsigned char* slot = args.cache + static_cast<u64>(to) * args.bundle_bytes;
-      const unsigned char* bytes = kStaged ? staging.at(round) : bundle;
+      const unsigned char* bytes = kStaged ? staging.at(left) : bundle;
       const u32 used = staging.planes().used_bytes(bytes);
       const u32 step = 16 * team.threads();
       for (u32 i = 16 * team.me(); i < used; i += step)
@@ -185,15 +182,19 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
       }
     }
     // The next bundle is there, and this one's place, and the scratch, are free.
-    if (kStaged) {
-      staging.wait();
-    } else {
+    if (!kStaged) {
       team.barrier();
+      continue;
+    }
+    staging.wait();
+    if (stages == 1 && left > 1) {
+      staging.begin(left - 1, bundle_of(from));
+      staging.finish(left - 1, bundle_of(from));
     }
   }
 
-  // As in ffn.cu: what the next kernels read comes into the second-level cache. Numbers that are not needed until now are
-  // computed now: during the loop every register counts.
+  // As in ffn.cu: what the next kernels read comes into the second-level cache. Numbers that are not needed until now
+  // are computed now: during the loop every register counts.
   const u32 teams = team.teams();
   const int link_blocks = min(static_cast<int>(gridDim.x) - 1, link_teams_of(teams * gridDim.x, args.counts[1]));
   if (static_cast<int>(blockIdx.x) >= link_blocks) {
@@ -228,10 +229,9 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
 }
 
 // Arguments as for ffn_q4 (ffn.cu), bundles at multiples of 16 bytes, then `stages`: 1 or 2, or 0 for `_wide`.
-// Block: whole teams of a warp for each 1024 columns (2048 where two segments are decoded together), at most 16 warps; for
-// `_wide` any warps.
-// hidden is a multiple of 32, at most 16384 but for `_wide`.
-// Dynamic shared memory: x, whole blocks of 64 columns; then `stages` bundles for each team, and kSlackBytes.
+// Block: whole teams of a warp for each 1024 columns (2048 where two segments are decoded together), at most 16 warps;
+// for `_wide` any warps. hidden is a multiple of 32, at most 16384 but for `_wide`. Dynamic shared memory: x, whole
+// blocks of 64 columns; then `stages` bundles for each team, and kSlackBytes.
 #define FFN_EXACT_KERNEL(name, E, kStaged, threads, blocks)                                                            \
   extern "C" __global__ void __launch_bounds__(threads, blocks)                                                        \
       name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,                 \

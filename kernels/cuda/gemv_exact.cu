@@ -1,21 +1,21 @@
-// Rows with streams or a coarse plane times one vector, with the steps before and after it: RMSNorm, bias, residual; and
-// the same rows as embeddings.
+// Rows with streams or a coarse plane times one vector, with the steps before and after it: RMSNorm, bias, residual;
+// and the same rows as embeddings.
 //
 // Floor: the rows' bytes without what is behind the streams' ends, from device memory; else what a weight takes to
 // decode (exact.cuh).
 //
-// - A team of warps has a row, a warp one or two segments of 1024 columns. Rows are dealt to teams in turn: the same work gives the
-//   same bits.
+// - A team of warps has a row, a warp one or two segments of 1024 columns. Rows are dealt to teams in turn: the same
+//   work gives the same bits.
 // - The next row is copied to shared memory while this one is decoded from there. The first is asked for before the
 //   kernel that writes the vector has ended. Rows that do not fit are read in place, by teams whose warps have several
 //   segments.
 #include "exact.cuh"
 #include "shares.cuh"
 
-// Arguments as for gemv_bf16, then bytes from row to row, a multiple of 16 as are their addresses, and the rows of a team
-// in shared memory: 1 or 2, or 0 if they are read in place. columns is a multiple of 32, or for bf16x any number.
-// Block: whole teams of `team_warps`, at most 8 warps; any number of them has a row.
-// Dynamic shared memory: x, whole blocks of 64 columns; then `stages` rows for each team, and kSlackBytes.
+// Arguments as for gemv_bf16, then bytes from row to row, a multiple of 16 as are their addresses, and the rows of a
+// team in shared memory: 1 or 2, or 0 if they are read in place. columns is a multiple of 32, or for bf16x any number.
+// Block: whole teams of `team_warps`, at most 8 warps; any number of them has a row. Dynamic shared memory: x, whole
+// blocks of 64 columns; then `stages` rows for each team, and kSlackBytes.
 template <class E, bool kStaged>
 DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight,
                             float eps, float* normed_out, const RowOutput& output, u32 stride, u32 stages,
@@ -49,9 +49,7 @@ DEVICE void gemv_exact_rows(const unsigned char* w, int rows, int columns, const
     if (kStaged) {
       if (round == 0 || stages == 1) {
         if (round > 0) staging.begin(round, row_at(row));
-        staging.wait();
-        staging.go_on(round, row_at(row));
-        staging.wait();
+        staging.finish(round, row_at(row));
       }
       if (ahead) staging.begin(round + 1, row_at(row + n_teams));
     }
@@ -100,8 +98,8 @@ DEVICE void decode_row(const unsigned char* row, u32 columns, u32 stride, u32 pa
   }
 }
 
-// embed_*: as embed_q4 (embed.cu), then bytes from row to row. A block of one warp for every 1024 columns, some of which may
-// have nothing to do.
+// embed_*: as embed_q4 (embed.cu), then bytes from row to row. A block of one warp for every 1024 columns, some of
+// which may have nothing to do.
 #define GEMV_EXACT_KERNELS(name, E)                                                                                    \
   extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       gemv_##name(const unsigned char* w, int rows, int columns, const float* x, const float* norm_weight, float eps,  \

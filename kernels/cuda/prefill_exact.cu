@@ -1,8 +1,8 @@
-// Rows with streams or a coarse plane, taken apart for the matrix products of a prompt: see prefill.cu. Of exact rows the
-// upper half is the bfloat16 itself, whatever its bits, and the lower one is zero.
+// Rows with streams or a coarse plane, taken apart for the matrix products of a prompt: see prefill.cu. Of exact rows
+// the upper half is the bfloat16 itself, whatever its bits, and the lower one is zero.
 //
-// Floor: what is written, 4 bytes a weight. A warp decodes one or two segments of 1024 columns in place; every block of 64
-// columns is two lines of 128 bytes.
+// Floor: what is written, 4 bytes a weight. A warp decodes one or two segments of 1024 columns in place; every block of
+// 64 columns is two lines of 128 bytes.
 #include "exact.cuh"
 
 template <class E>
@@ -84,15 +84,15 @@ DEVICE void embed_exact_rows(const u32* tokens, int n, const unsigned char* tabl
 }
 
 #define PREFILL_EXACT_KERNELS(name, E)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+  extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       embed_rows_##name(const u32* tokens, int n, const unsigned char* table, int columns, float* x, u64 stride) {     \
     embed_exact_rows<E>(tokens, n, table, columns, stride, x);                                                         \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+  extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       unpack_rows_##name(const unsigned char* rows, int n, int columns, u64 stride, u16* hi, u16* lo) {                \
     unpack_exact_rows<E>(rows, n, columns, stride, hi, lo);                                                            \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+  extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       unpack_bundles_##name(const unsigned char* bundles, int n, int bundle_bytes, int hidden, u16* gate_hi,           \
                             u16* gate_lo, u16* up_hi, u16* up_lo, u16* down_hi, u16* down_lo) {                        \
     unpack_exact_bundles<E>(bundles, n, bundle_bytes, hidden, {gate_hi, up_hi, down_hi}, {gate_lo, up_lo, down_lo});   \

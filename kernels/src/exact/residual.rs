@@ -51,7 +51,8 @@ fn key_from(x: f32) -> i32 {
     // -0 + 0 is 0.
     let bits = (x + 0.0).to_bits() as i32;
     let ordered = bits ^ (bits >> 31 & i32::MAX);
-    (if ordered < 0 { ordered } else { ordered + 0xffff }) >> 16
+    // A damaged scale may be NaN.
+    (if ordered < 0 { ordered } else { ordered.wrapping_add(0xffff) }) >> 16
 }
 
 impl Cell {
