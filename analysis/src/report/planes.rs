@@ -1,11 +1,13 @@
 //! What planes of the weights take, and what they buy.
 
+use super::figures::short;
 use super::{EvalFile, Figure, Section, Table};
 use crate::Result;
 use crate::eval::{Evaluation, Planes};
 use crate::plots::{Axis, Body, Chart, Ink, N_SERIES, Series};
 use crate::{PlaneStudy, PlanesStudy};
 use polars::prelude::Column;
+use thermocline_split::Precision;
 
 const MISSING: &str = "thermocline eval -m SPLIT --text FILE --planes base,plus,exact --json > planes.json";
 
@@ -54,18 +56,21 @@ fn points(file: &EvalFile) -> Option<Vec<Point<'_>>> {
 fn cost(models: &[Vec<Point<'_>>]) -> Figure {
     let mut series = Vec::new();
     for (i, points) in models.iter().enumerate() {
-        let label = points.first().map_or_else(String::new, |p| p.file.model.clone());
-        let line = |is_share: bool| {
-            let mine = points.iter().filter(|p| matches!(p.planes, Planes::Important(..)) == is_share);
-            let mut line: Vec<(f64, f64)> =
-                mine.filter(|p| p.cost() > 0.0).map(|p| (p.bits(), 100.0 * p.cost())).collect();
+        let (ink, label) = (Ink::Series(i % N_SERIES), points.first().map_or("", |p| p.file.model.as_str()));
+        let line = |name: String, takes: &dyn Fn(Planes) -> bool| {
+            let mine = points.iter().filter(|p| takes(p.planes) && p.cost() > 0.0);
+            let mut line: Vec<(f64, f64)> = mine.map(|p| (p.bits(), 100.0 * p.cost())).collect();
             line.sort_by(|a, b| a.0.total_cmp(&b.0));
-            line
+            Series::new(name, line, ink).marked()
         };
-        let ink = Ink::Series(i % N_SERIES);
-        series.push(Series::new(label.clone(), line(false), ink).marked());
-        if !line(true).is_empty() {
-            series.push(Series::new(format!("{label}, some neurons"), line(true), ink).dashed());
+        series.push(line(short(label, 14), &|planes| matches!(planes, Planes::All(_))));
+        for precision in [Precision::Plus, Precision::Exact] {
+            let ends = [Planes::All(Precision::Base), Planes::All(precision)];
+            let some = |planes| matches!(planes, Planes::Important(p, _) if p == precision);
+            if points.iter().any(|p| some(p.planes)) {
+                let name = format!("{}, {precision} for some", short(label, 5));
+                series.push(line(name, &|planes| ends.contains(&planes) || some(planes)).dashed());
+            }
         }
     }
     let of = |precision: &str| {
