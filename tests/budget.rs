@@ -67,6 +67,28 @@ fn compressed_chunks_keep_the_budget_too() {
     assert!(peak(&answer) <= budget + bare + SLACK_BYTES, "{} of {budget} + {bare}", peak(&answer));
 }
 
+/// Planes lie in several files and are put together in buffers of their own.
+#[test]
+fn planes_keep_the_budget_too() {
+    let bare = bare();
+    for encoding in ["q4+exact", "bf16x"] {
+        let dir = split(&medium(), encoding, &["--chunk-neurons", "16"]);
+        let exact = ["--precision", "exact"];
+        let whole = run(&dir, "auto", &exact);
+        let dense = whole["plan"]["dense_bytes"].as_u64().unwrap();
+        assert!(peak(&whole) > dense && dense > 24_000_000, "the model is large enough to matter: {dense}");
+        for share in [2, 4] {
+            let budget = dense / share;
+            let answer = run(&dir, &format!("{budget}B"), &exact);
+            assert!(answer["plan"]["total_bytes"].as_u64().unwrap() <= budget);
+            assert!(answer["bytes_per_token"]["disk"].as_u64().unwrap() > 0, "{encoding}, 1/{share}");
+            let peak = peak(&answer);
+            assert!(peak <= budget + bare + SLACK_BYTES, "{encoding}, 1/{share}: {peak} of {budget} + {bare}");
+            assert_eq!(answer["tokens"], whole["tokens"], "{encoding}, 1/{share}");
+        }
+    }
+}
+
 #[test]
 fn a_cache_is_used_where_it_pays_and_fits_the_budget() {
     let dir = split(&medium(), "q4", &["--chunk-neurons", "4", "--order", "random"]);
