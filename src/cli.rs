@@ -503,8 +503,8 @@ pub struct Eval {
     /// Delta directory: the model that it makes of the split's, which must have the base's bits
     #[arg(long, value_name = "DIR", conflicts_with = "planes")]
     pub delta: Option<PathBuf>,
-    /// What each plane of the weights buys, against all of them: base, plus, exact, or exact@SHARE (all planes of this
-    /// share of each layer's neurons, those with the most energy); several, separated by commas, give a row each
+    /// What each plane of the weights buys, against all of them: base, plus, exact, or plus@SHARE, exact@SHARE (the planes
+    /// of this share of each layer's neurons, those with the most energy); several, separated by commas, give a row each
     #[arg(long, value_delimiter = ',', value_name = "PLANES", conflicts_with_all = ["mask", "active", "precision", "engine"])]
     pub planes: Vec<thermocline_analysis::eval::Planes>,
     /// What computes

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use support::{calibrating, engine, llama, ok, once, qwen_relu, request, split, splitting, text};
 use thermocline_kernels::cuda::launch::ffn_blocks;
 use thermocline_kernels::cuda::{Device, build_emulator};
-use thermocline_runtime::{Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode};
-use thermocline_split::Split;
+use thermocline_runtime::{Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode, Plan};
+use thermocline_split::{Precision, Split};
 
 fn device() -> Device {
     if std::env::var("THERMOCLINE_TEST_DEVICE").is_ok_and(|d| d == "cuda") {
@@ -33,16 +33,23 @@ fn gpu_request(device: &Device, mode: Mode, vram: u64, cache_share: Option<f64>)
 
 /// The least budget, and what everything takes.
 fn vram_range(dir: &Path, device: &Device, mode: Mode) -> (u64, u64) {
-    let split = Split::open(dir).unwrap();
-    let least = match GpuPlan::new(&split, gpu_request(device, mode, 1, None)) {
+    vram_range_of(&Split::open(dir).unwrap(), device, mode)
+}
+
+fn vram_range_of(split: &Split, device: &Device, mode: Mode) -> (u64, u64) {
+    let least = match GpuPlan::new(split, gpu_request(device, mode, 1, None)) {
         Err(Error::VramTooSmall { needed_bytes, .. }) => needed_bytes,
         other => panic!("a budget of one byte: {other:?}"),
     };
-    (least, GpuPlan::new(&split, gpu_request(device, mode, u64::MAX / 2, None)).unwrap().total_bytes)
+    (least, GpuPlan::new(split, gpu_request(device, mode, u64::MAX / 2, None)).unwrap().total_bytes)
 }
 
 fn gpu(dir: &Path, request: GpuRequest, host_share: f32) -> GpuEngine {
-    let (split, device) = (Split::open(dir).unwrap(), device());
+    gpu_of(Split::open(dir).unwrap(), request, host_share)
+}
+
+fn gpu_of(split: Split, request: GpuRequest, host_share: f32) -> GpuEngine {
+    let device = device();
     let plan = GpuPlan::new(&split, request).unwrap();
     assert!(plan.total_bytes <= request.vram_budget_bytes, "{plan:?}");
     let engine = GpuEngine::load(split, plan, device, Some(host_share), &|_, _| ()).unwrap();
@@ -90,6 +97,31 @@ fn exact_mode_gives_the_logits_of_the_cpu_engine_wherever_the_neurons_lie() {
             let gpu = gpu(&dir, gpu_request(&device(), Mode::Exact, vram, None), 0.0);
             assert_eq!(gpu.plan().hot_bytes == 0, vram == least, "{what}");
             compare(engine(&dir, request(Mode::Exact, None, 2)).unwrap(), gpu, 24, &what);
+        }
+    }
+}
+
+/// Planes are decoded by kernels of their own: tokens, prompts, the CPU's share.
+#[test]
+fn further_planes_give_the_logits_of_the_cpu_engine() {
+    for (encoding, precision, share) in [
+        ("bf16x", Precision::Exact, 0.0),
+        ("q4+exact", Precision::Plus, 0.5),
+        ("q4+exact", Precision::Exact, 0.5),
+        ("q8+exact", Precision::Exact, 0.0),
+    ] {
+        let dir = demo(encoding);
+        let open = || Split::open_at(&dir, precision).unwrap();
+        let (least, whole) = vram_range_of(&open(), &device(), Mode::Exact);
+        for vram in [whole, least] {
+            let what = format!("{encoding} at {precision}, {vram} of {least}..{whole} bytes");
+            let plan = Plan::new(&open(), request(Mode::Exact, None, 2)).unwrap();
+            let mut cpu = Engine::load(open(), plan, &|_, _| ()).unwrap();
+            let mut gpu = gpu_of(open(), gpu_request(&device(), Mode::Exact, vram, None), share);
+            let prompt = tokens(40, cpu.split().manifest().config.vocab_size);
+            let (want, got) = (cpu.prefill(&prompt).unwrap(), gpu.prefill(&prompt).unwrap());
+            assert_close(&got, &want, &format!("{what}, after the prompt"));
+            compare(cpu, gpu, 6, &what);
         }
     }
 }

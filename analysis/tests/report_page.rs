@@ -16,8 +16,8 @@ use thermocline_kernels::Encoding;
 use thermocline_split::{Compression, SplitOptions, split};
 
 const HOSTILE: &str = "<script>alert(\"x\")</script>&'";
-const SECTIONS: [&str; 9] =
-    ["rates", "coactivation", "overlap", "accuracy", "recall", "runs", "bench", "gpu", "commands"];
+const SECTIONS: [&str; 10] =
+    ["rates", "coactivation", "overlap", "accuracy", "recall", "planes", "runs", "bench", "gpu", "commands"];
 
 fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
     write_tiny_safetensors(&dir.join("model <i>"), &TinyModel::default(), 1).unwrap();

@@ -37,10 +37,19 @@ inline void async_wait() {}
 using emulator::load_matrices;
 using emulator::multiply_add;
 
+inline void team_barrier(u32 number, u32 n_threads) { emulator::team_barrier(number, n_threads); }
+
 inline float reciprocal(float v) { return 1.0f / v; }
 inline float rounded_product(float a, float b) { return a * b; }
 
 inline const unsigned char* computed(const unsigned char* p) { return p; }
+inline u32 computed(u32 v) { return v; }
+inline u32 computed_anew(u32 v) { return v; }
+
+inline u32 add_from_below(u32 v, u32 step) {
+  const u32 lane = threadIdx.x % 32, other = emulator::exchange(v)[lane < step ? lane : lane - step];
+  return lane % 16 < step ? v : v + other;
+}
 
 inline void prefetch_line(const void*) {}
 
@@ -126,14 +135,38 @@ __device__ __forceinline__ const unsigned char* computed(const unsigned char* p)
   return p;
 }
 
+__device__ __forceinline__ u32 computed(u32 v) {
+  asm("" : "+r"(v));
+  return v;
+}
+// A number that the compiler takes as given here and nowhere before, so that what follows from it is computed again
+// instead of kept in registers.
+__device__ __forceinline__ u32 computed_anew(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+// `v` and that of the lane `step` below, if there is one in this half of the warp.
+__device__ __forceinline__ u32 add_from_below(u32 v, u32 step) {
+  // The lane's number and those of its half, as `shfl` takes them.
+  asm volatile(
+      "{\n\t.reg .u32 other;\n\t.reg .pred exists;\n\t"
+      "shfl.sync.up.b32 other|exists, %0, %1, 0x1000, 0xffffffff;\n\t"
+      "@exists add.u32 %0, %0, other;\n\t}"
+      : "+r"(v)
+      : "r"(step));
+  return v;
+}
+
 // Asks for a line of 128 bytes, as far as the second-level cache.
 __device__ __forceinline__ void prefetch_line(const void* p) {
   asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(p));
 }
 
-// Programmatic dependent launch (compute capability 9.0 on; elsewhere, and where a launch does not ask for it, nothing).
-// A kernel of a token may begin before the one before it has ended: it asks for what never changes, weights, and then
-// waits. Every block must wait before it touches anything else: then all kernels before the previous one have ended too.
+// Programmatic dependent launch (compute capability 9.0 on; elsewhere, and where a launch does not ask for it,
+// nothing). A kernel of a token may begin before the one before it has ended: it asks for what never changes, weights,
+// and then waits. Every block must wait before it touches anything else: then all kernels before the previous one have
+// ended too.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -156,6 +189,11 @@ __device__ __forceinline__ u16 float_to_half(float f) {
   u16 h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
+}
+
+// A barrier for some warps of a block, `n_threads` in all: numbers 1 to 15, 0 is __syncthreads.
+__device__ __forceinline__ void team_barrier(u32 number, u32 n_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(n_threads) : "memory");
 }
 
 // Within one unit in the last place, without the branches of a division.

@@ -13,3 +13,7 @@
 #include "ffn.cu"
 #include "prefill.cu"
 #include "attend_rows.cu"
+#include "exact.cuh"
+#include "ffn_exact.cu"
+#include "gemv_exact.cu"
+#include "prefill_exact.cu"

@@ -99,6 +99,11 @@ impl BundleLayout {
         self.bundle_bytes - self.head_at
     }
 
+    /// Room for streams: from the end of the heads to the end of the bundle.
+    pub fn stream_room(&self) -> usize {
+        self.bundle_bytes - self.head_at - self.rows * self.head_bytes
+    }
+
     /// Bytes of the bundle that begins with `bytes`, without the room behind its streams; without any streams if its heads
     /// are not there. The number is more than [`BundleLayout::bundle_bytes`] where heads are damaged.
     pub fn used_bytes(&self, bytes: &[u8]) -> usize {

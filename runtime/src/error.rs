@@ -4,14 +4,16 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Weights that the GPU engine cannot compute with.
+    /// A split whose layers have different encodings, on a GPU.
     #[error(
-        "the GPU engine has no kernels for {encoding}, or not for layers of different encodings; \
-         run with --precision base, or on the CPU with --vram-budget 0"
+        "layers in {first} and in {other}: the GPU engine takes one encoding for all; \
+         run on the CPU with --vram-budget 0, or split again"
     )]
-    GpuEncoding {
-        /// The encoding.
-        encoding: &'static str,
+    MixedLayers {
+        /// The first layer's encoding.
+        first: &'static str,
+        /// Another layer's.
+        other: &'static str,
     },
     /// The budget is too small for what must be in memory.
     #[error(

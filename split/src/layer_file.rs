@@ -31,10 +31,13 @@ pub struct LayerFile {
     planes: Vec<PlaneFile>,
     /// Of the planes put together.
     stored: BundleLayout,
-    /// Of what readers get: the same, or bf16 with a delta on it.
+    /// Of what readers get: the same with room for the streams of other layers, or bf16 with a delta on it.
     layout: BundleLayout,
     delta: Option<Arc<Delta>>,
 }
+
+/// `decode(plane, chunk, bundles)`.
+type DecodeChunk<'a> = dyn FnMut(usize, usize, &mut [u8]) -> Result<()> + 'a;
 
 /// Neurons that a delta changes in one pass: it reads a block of rows once for each.
 const PATCHED_NEURONS: usize = 4096;
@@ -117,6 +120,14 @@ impl LayerFile {
     /// Whether every chunk of every plane can be read and is what was written.
     pub(crate) fn is_whole(&self) -> bool {
         self.planes.iter().all(PlaneFile::is_whole)
+    }
+
+    /// Leaves as much room behind streams as the layer with the longest needs: bundles of all layers are then alike.
+    pub(crate) fn pad_to(&mut self, bundle_bytes: usize) {
+        let room = bundle_bytes - self.stored.bundle_bytes();
+        let streams = self.stored.stream_room() + room;
+        let padded = BundleLayout::with_streams(self.stored.encoding(), self.stored.hidden_size(), streams);
+        self.layout = padded.filter(|l| l.bundle_bytes() == bundle_bytes).unwrap_or(self.layout);
     }
 
     /// Puts a delta on the bundles, which then come as bf16.
@@ -282,13 +293,13 @@ impl LayerFile {
                 let (bundles, tail) = rest.split_at_mut(n * size);
                 rest = tail;
                 stored.resize(n * self.stored.bundle_bytes(), 0);
-                self.decode_stored(c..c + 1, &mut stored, &mut decode)?;
+                self.decode_stored(c..c + 1, &mut stored, self.stored.bundle_bytes(), &mut decode)?;
                 self.to_bf16(&stored, bundles);
             }
             assert!(rest.is_empty(), "the output is longer than the chunks");
             return self.patch(delta, first, out);
         }
-        self.decode_stored(chunks, out, &mut decode)
+        self.decode_stored(chunks, out, self.layout.bundle_bytes(), &mut decode)
     }
 
     /// Exact bundles become bundles of bf16.
@@ -328,21 +339,21 @@ impl LayerFile {
         Ok(())
     }
 
-    /// The planes of `chunks` put together.
+    /// The planes of `chunks` put together, `size` bytes a neuron.
     fn decode_stored(
         &self,
         chunks: Range<usize>,
         out: &mut [u8],
-        decode: &mut dyn FnMut(usize, usize, &mut [u8]) -> Result<()>,
+        size: usize,
+        decode: &mut DecodeChunk<'_>,
     ) -> Result<()> {
-        let size = self.stored.bundle_bytes();
         let mut plane_bundles = Vec::new();
         let mut rest = out;
         for c in chunks {
             let n = self.n_neurons(c..c + 1);
             let (bundles, tail) = rest.split_at_mut(n * size);
             rest = tail;
-            if self.planes.len() == 1 {
+            if self.planes.len() == 1 && size == self.stored.bundle_bytes() {
                 decode(0, c, bundles)?;
                 continue;
             }
@@ -356,6 +367,7 @@ impl LayerFile {
                 }
                 first += bytes;
             }
+            bundles.chunks_exact_mut(size).for_each(|bundle| bundle[first..].fill(0));
         }
         assert!(rest.is_empty(), "the output is longer than the chunks");
         Ok(())

@@ -56,6 +56,11 @@ impl Split {
             }
             layers.push(file);
         }
+        let alike = |l: &LayerFile| l.layout().encoding() == layers[0].layout().encoding();
+        if layers[0].layout().encoding().has_stream() && layers.iter().all(alike) {
+            let longest = layers.iter().map(|l| l.layout().bundle_bytes()).max().unwrap_or(0);
+            layers.iter_mut().for_each(|layer| layer.pad_to(longest));
+        }
         check_planes(&manifest, dir)?;
         let resident = TensorFile::open(dir, &manifest.resident)?;
         let planes = manifest.resident_planes.as_ref().filter(|_| precision > Precision::Base);

@@ -87,7 +87,7 @@ impl<'a> StoredMatrix<'a> {
             _ => return Err(bad(&format!("{} planes over {stored} at {precision}", formats.len()))),
         };
         let total: usize = planes.iter().map(|(_, t)| t.row_bytes()).sum();
-        let streams = total.checked_sub(encoding.row_stride(base.columns)).unwrap_or_default();
+        let streams = total.saturating_sub(encoding.row_stride(base.columns));
         let layout = BundleLayout::matrix_row(encoding, base.columns, streams).filter(|l| l.bundle_bytes() == total);
         let layout = layout.ok_or_else(|| bad("rows do not fit the encoding"))?;
         Ok(Self { planes, stored: layout, layout, delta: None })

@@ -39,7 +39,7 @@ use serde::{Deserialize, Serialize};
 pub struct Evaluation {
     /// `dense`, `exact`, `oracle`, `oracle-h` or `predicted`.
     pub mask: String,
-    /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `exact@SHARE`.
+    /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub planes: Option<String>,
     /// Share of each layer's neurons that the mask keeps, where it has one.

@@ -3,7 +3,7 @@
 use super::likelihood::{TokenScores, add};
 use super::quality::Tally;
 use super::{Evaluation, Mask, Windows};
-use crate::{Error, Result};
+use crate::{Error, PlanesStudy, Result};
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
@@ -20,16 +20,34 @@ const LOGIT_BYTES: usize = 32 << 20;
 pub enum Planes {
     /// Of all weights.
     All(Precision),
-    /// All planes of this share of each layer's neurons, those with the most energy in the profile; the base of all
+    /// These planes of this share of each layer's neurons, those with the most energy in the profile; the base of all
     /// other weights.
-    Important(f64),
+    Important(Precision, f64),
+}
+
+impl Planes {
+    /// Bits a feed-forward weight that are read, of planes that take what `study` says.
+    pub fn bits_per_weight(&self, study: &PlanesStudy) -> f64 {
+        let bits = |precision| {
+            let taken = study.planes.iter().enumerate().filter(|(i, plane)| match plane.plane.as_str() {
+                "coarse" => precision >= Precision::Plus,
+                "final" => precision == Precision::Exact,
+                _ => *i == 0,
+            });
+            taken.map(|(_, plane)| plane.bits_per_weight).sum::<f64>()
+        };
+        match *self {
+            Planes::All(precision) => bits(precision),
+            Planes::Important(precision, share) => (1.0 - share) * bits(Precision::Base) + share * bits(precision),
+        }
+    }
 }
 
 impl fmt::Display for Planes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Planes::All(precision) => precision.fmt(f),
-            Planes::Important(share) => write!(f, "exact@{share}"),
+            Planes::Important(precision, share) => write!(f, "{precision}@{share}"),
         }
     }
 }
@@ -38,10 +56,10 @@ impl FromStr for Planes {
     type Err = String;
 
     fn from_str(s: &str) -> std::result::Result<Self, String> {
-        let Some(share) = s.strip_prefix("exact@") else { return s.parse().map(Planes::All) };
+        let Some((precision, share)) = s.split_once('@') else { return s.parse().map(Planes::All) };
         match share.parse() {
-            Ok(share) if (0.0..=1.0).contains(&share) => Ok(Planes::Important(share)),
-            _ => Err(format!("{s:?}: the share after exact@ is 0 to 1")),
+            Ok(share) if (0.0..=1.0).contains(&share) => Ok(Planes::Important(precision.parse()?, share)),
+            _ => Err(format!("{s:?}: the share after @ is 0 to 1")),
         }
     }
 }
@@ -107,20 +125,20 @@ fn open(dir: &Path, planes: Planes) -> Result<Box<dyn Checkpoint>> {
     let at = |precision| Ok::<_, Error>(SplitCheckpoint::new(Split::open_at(dir, precision)?));
     Ok(match planes {
         Planes::All(precision) => Box::new(at(precision)?),
-        Planes::Important(share) => Box::new(Important::new(at(Precision::Base)?, at(Precision::Exact)?, share)?),
+        Planes::Important(precision, share) => Box::new(Important::new(at(Precision::Base)?, at(precision)?, share)?),
     })
 }
 
-/// A split whose important neurons have all planes.
+/// A split whose important neurons have further planes.
 struct Important {
     base: SplitCheckpoint,
-    exact: SplitCheckpoint,
+    further: SplitCheckpoint,
     /// Of each layer, by the checkpoint's numbers.
     is_important: Vec<Vec<bool>>,
 }
 
 impl Important {
-    fn new(base: SplitCheckpoint, exact: SplitCheckpoint, share: f64) -> Result<Self> {
+    fn new(base: SplitCheckpoint, further: SplitCheckpoint, share: f64) -> Result<Self> {
         let split = base.split();
         let mut is_important = Vec::with_capacity(split.layers().len());
         for (l, layer) in split.layers().iter().enumerate() {
@@ -132,7 +150,7 @@ impl Important {
             places.iter().take(n).for_each(|&p| of_layer[layer.order()[p] as usize] = true);
             is_important.push(of_layer);
         }
-        Ok(Self { base, exact, is_important })
+        Ok(Self { base, further, is_important })
     }
 
     /// The layer of a feed-forward tensor, and whether its neurons are its columns.
@@ -162,10 +180,10 @@ impl Checkpoint for Important {
     fn load_rows(&self, name: &str, rows: Range<usize>) -> thermocline_datasets::Result<Vec<f32>> {
         let mut out = self.base.load_rows(name, rows.clone())?;
         let Some((layer, in_columns)) = Self::neurons(name) else { return Ok(out) };
-        let (exact, columns) = (self.exact.load_rows(name, rows.clone())?, out.len() / rows.len().max(1));
+        let (further, columns) = (self.further.load_rows(name, rows.clone())?, out.len() / rows.len().max(1));
         let is_important = &self.is_important[layer];
-        for (row, (out, exact)) in rows.zip(out.chunks_exact_mut(columns).zip(exact.chunks_exact(columns))) {
-            for (column, (o, e)) in out.iter_mut().zip(exact).enumerate() {
+        for (row, (out, further)) in rows.zip(out.chunks_exact_mut(columns).zip(further.chunks_exact(columns))) {
+            for (column, (o, e)) in out.iter_mut().zip(further).enumerate() {
                 if is_important[if in_columns { column } else { row }] {
                     *o = *e;
                 }

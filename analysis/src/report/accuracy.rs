@@ -16,6 +16,11 @@ struct Family<'a> {
     results: Vec<(&'a EvalFile, &'a Evaluation)>,
 }
 
+/// Results about masks: where planes are compared, no neuron is left out.
+fn masks(file: &EvalFile) -> impl Iterator<Item = &Evaluation> {
+    file.results.iter().filter(|r| r.planes.is_none())
+}
+
 fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
     let subject = |f: &EvalFile| (f.model.clone(), f.encoding.clone(), f.text.clone(), f.ctx, f.windows);
     let mut subjects: Vec<_> = evals.iter().map(subject).collect();
@@ -23,7 +28,7 @@ fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
     subjects.dedup();
     let mut by_key: BTreeMap<_, Vec<(&EvalFile, &Evaluation)>> = BTreeMap::new();
     for file in evals {
-        for result in &file.results {
+        for result in masks(file) {
             let key = (subject(file), result.mask.clone(), result.engine.clone());
             by_key.entry(key).or_default().push((file, result));
         }
@@ -133,8 +138,7 @@ fn divergence(families: &[Family<'_>]) -> Option<Figure> {
 }
 
 fn results_table(evals: &[EvalFile]) -> Result<Table> {
-    let rows: Vec<(&EvalFile, &Evaluation)> =
-        evals.iter().flat_map(|f| f.results.iter().map(move |r| (f, r))).collect();
+    let rows: Vec<(&EvalFile, &Evaluation)> = evals.iter().flat_map(|f| masks(f).map(move |r| (f, r))).collect();
     let text = |name: &str, of: &dyn Fn(&EvalFile, &Evaluation) -> String| {
         Column::new(name.into(), rows.iter().map(|(f, r)| of(f, r)).collect::<Vec<String>>())
     };

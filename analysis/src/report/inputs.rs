@@ -4,7 +4,7 @@ use super::gpu_record::planted_by_name;
 use super::quantity::{amount, amount_or_none, share_or_none};
 use super::{GpuBenchFile, Neurons};
 use crate::eval::Evaluation;
-use crate::{Error, Result};
+use crate::{Error, PlanesStudy, Result};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -56,6 +56,8 @@ pub struct EvalFile {
     pub windows: usize,
     /// Arguments of the program.
     pub command: Vec<String>,
+    /// What planes take, if these are what was compared.
+    pub study: Option<PlanesStudy>,
 }
 
 /// Bytes of weights, by where they lay; all four are always written.

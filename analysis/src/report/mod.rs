@@ -16,6 +16,7 @@ mod html;
 mod inputs;
 mod neurons;
 mod page;
+mod planes;
 mod quantity;
 mod section;
 mod settings;

@@ -1,7 +1,7 @@
 //! The page: header, sections, command lines.
 
 use super::html::{escape, style};
-use super::{Inputs, Section, accuracy, gpu_speed, sparsity, speed, table};
+use super::{Inputs, Section, accuracy, gpu_speed, planes, sparsity, speed, table};
 use crate::plots::Chart;
 use crate::{Error, Result};
 use std::fmt::Write;
@@ -27,6 +27,7 @@ impl Page {
             sparsity::overlap(&inputs.neurons),
             accuracy::accuracy(&inputs.evals)?,
             accuracy::recall(&inputs.evals),
+            planes::planes(&inputs.evals)?,
             speed::runs(&inputs.runs)?,
             speed::benches(&inputs.benches)?,
             gpu_speed::benches(&inputs.gpu_benches, &inputs.planted)?,

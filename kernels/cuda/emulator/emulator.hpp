@@ -47,6 +47,8 @@ extern thread_local Block block;
 
 dim3 thread_index();
 void block_barrier();
+// Number 1 to 15: for `size` threads, whole warps.
+void team_barrier(uint32_t number, uint32_t size);
 // Waits for the warp, then returns what its 32 lanes brought.
 const uint32_t* exchange(uint32_t mine);
 void yield_to_host();
@@ -166,6 +168,10 @@ inline uint32_t __float_as_uint(float f) { return emulator::to_bits(f); }
 inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+// Shifts take the shift's lowest five bits.
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t out = 0;

@@ -98,6 +98,7 @@ struct Machine {
   Context host;
   const Body* body = nullptr;
   uint32_t n = 0, live = 0, arrived = 0, generation = 0;
+  uint32_t team_arrived[16] = {}, team_generation[16] = {};
   // Hand-overs since something last happened: more than there are fibers, twice, and nothing ever will.
   uint32_t idle = 0;
   bool block_waited = false;
@@ -162,6 +163,18 @@ void block_barrier() {
   m.idle = 0;
   if (++m.arrived == m.live) return release(m);
   for (const uint32_t before = m.generation; m.generation == before;) to_next(m, 0, m.n);
+}
+
+void team_barrier(uint32_t number, uint32_t size) {
+  Machine& m = machine;
+  m.idle = 0;
+  uint32_t& generation = m.team_generation[number];
+  if (++m.team_arrived[number] == size) {
+    m.team_arrived[number] = 0;
+    generation++;
+    return;
+  }
+  for (const uint32_t before = generation; generation == before;) to_next(m, 0, m.n);
 }
 
 const uint32_t* exchange(uint32_t mine) {

@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 14] = [
+const SOURCES: [&str; 18] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -29,6 +29,10 @@ const SOURCES: [&str; 14] = [
     include_str!("../../cuda/ffn.cu"),
     include_str!("../../cuda/prefill.cu"),
     include_str!("../../cuda/attend_rows.cu"),
+    include_str!("../../cuda/exact.cuh"),
+    include_str!("../../cuda/ffn_exact.cu"),
+    include_str!("../../cuda/gemv_exact.cu"),
+    include_str!("../../cuda/prefill_exact.cu"),
 ];
 
 /// Dynamic shared memory that every kernel may take without asking: with its own arrays it must stay below 48 KiB.

@@ -4,25 +4,28 @@
 #[derive(Debug, Default)]
 pub(super) struct BitWriter {
     bytes: Vec<u8>,
-    n_bits: usize,
+    /// Bits that do not yet fill a byte, in the lowest places.
+    pending: u64,
+    n_pending: usize,
 }
 
 impl BitWriter {
-    /// Appends the lowest `n` bits of `value`.
+    /// Appends the lowest `n` bits of `value`, at most 32.
     pub fn put(&mut self, value: u32, n: usize) {
-        for i in 0..n {
-            if self.n_bits.is_multiple_of(8) {
-                self.bytes.push(0);
-            }
-            if let Some(last) = self.bytes.last_mut() {
-                *last |= ((value >> i & 1) as u8) << (self.n_bits % 8);
-            }
-            self.n_bits += 1;
+        self.pending |= u64::from(value & ((1u64 << n) - 1) as u32) << self.n_pending;
+        self.n_pending += n;
+        while self.n_pending >= 8 {
+            self.bytes.push(self.pending as u8);
+            self.pending >>= 8;
+            self.n_pending -= 8;
         }
     }
 
     /// The bytes; the last one's unused bits are zero.
-    pub fn into_bytes(self) -> Vec<u8> {
+    pub fn into_bytes(mut self) -> Vec<u8> {
+        if self.n_pending > 0 {
+            self.bytes.push(self.pending as u8);
+        }
         self.bytes
     }
 }

@@ -51,7 +51,8 @@ fn key_from(x: f32) -> i32 {
     // -0 + 0 is 0.
     let bits = (x + 0.0).to_bits() as i32;
     let ordered = bits ^ (bits >> 31 & i32::MAX);
-    (if ordered < 0 { ordered } else { ordered + 0xffff }) >> 16
+    // A damaged scale may be NaN.
+    (if ordered < 0 { ordered } else { ordered.wrapping_add(0xffff) }) >> 16
 }
 
 impl Cell {
@@ -119,7 +120,7 @@ pub fn pack(encoding: Encoding, bits: &[u16], fit: ScaleFit<'_>) -> PackedRow {
             Encoding::Q4 => {
                 let (at, shift) = nibble(column);
                 let code = codes[at] >> shift & 15;
-                let coarse = (0..16).find(|&c| Cell::q4(code, c, s).number(b).is_some()).unwrap_or(0);
+                let coarse = sixteenth(code, s, b);
                 row.coarse[at] |= coarse << shift;
                 Cell::q4(code, coarse, s)
             }
@@ -133,6 +134,15 @@ pub fn pack(encoding: Encoding, bits: &[u16], fit: ScaleFit<'_>) -> PackedRow {
         row.stream.extend(stream);
     }
     row
+}
+
+/// The sixteenth of a code's cell in which a weight lies; 0 for one that lies outside.
+fn sixteenth(code: u8, scale: f32, bits: u16) -> u8 {
+    let holds = |c: &u8| Cell::q4(code, *c, scale).number(bits).is_some();
+    // The quotient is rounded: one beside it may be the right one.
+    let near = (16.0 * (value16(bits) / scale + 8.5 - f32::from(code))) as i32;
+    let guesses = [near, near - 1, near + 1].into_iter().filter_map(|c| u8::try_from(c).ok()).filter(|c| *c < 16);
+    guesses.chain(0..16).find(holds).unwrap_or(0)
 }
 
 /// A segment's stream, and its number of exceptions.
@@ -153,7 +163,8 @@ fn pack_segment(bits: &[u16], cells: &[Cell]) -> (Vec<u8>, u16) {
                 longer.push((number + short) & 1);
             }
         }
-        for j in 0..u16::BITS as usize {
+        let widest = numbers.iter().map(|(_, width)| *width).max().unwrap_or(0);
+        for j in 0..widest {
             numbers.iter().filter(|(_, width)| *width > j).for_each(|(number, _)| stream.put(number >> j, 1));
         }
         longer.iter().for_each(|&bit| stream.put(bit, 1));

@@ -217,7 +217,7 @@ unsafe fn cells<const Q4: bool>(row: RowRef<'_>, g: usize) -> Cells {
             let code = _mm512_cvtepi8_epi32(v);
             _mm512_sub_epi32(_mm512_add_epi32(code, code), _mm512_set1_epi32(1))
         };
-        (codes.map(|v| low(v)), 2, scale / 2.0)
+        (codes.map(low), 2, scale / 2.0)
     };
     let unit = _mm512_set1_ps(unit);
     let half = |low: __m512i| {

@@ -66,29 +66,52 @@ fn hidden() -> impl Strategy<Value = usize> {
     prop_oneof![4 => (1usize..40).prop_map(|g| 32 * g), 1 => Just(576usize), 1 => Just(896), 1 => Just(5120), 1 => Just(8192)]
 }
 
-struct Case {
-    layout: BundleLayout,
-    activation: Nonlinearity,
-    n_blocks: usize,
+pub(crate) struct Case {
+    pub layout: BundleLayout,
+    pub activation: Nonlinearity,
+    pub n_blocks: usize,
     /// Neurons over the link, in the cache, hot.
-    counts: [usize; 3],
+    pub counts: [usize; 3],
     /// Whether all numbers are whole and small, so that nothing rounds.
-    whole: bool,
+    pub whole: bool,
+}
+
+impl Case {
+    /// Bundles that a check needs: hot, cold, in the cache.
+    pub fn n_bundles(&self) -> [usize; 3] {
+        let [n_link, n_cached, n_hot] = self.counts;
+        [n_hot + 1, n_link + 1, n_cached]
+    }
 }
 
 fn check(case: &Case, seed: u64) {
-    let Case { layout, activation, n_blocks, counts: [n_link, n_cached, n_hot], whole } = *case;
-    let random = &mut Random::new(seed);
-    let (hidden, bytes) = (layout.hidden_size(), layout.bundle_bytes());
+    let (layout, whole, random) = (case.layout, case.whole, &mut Random::new(seed));
+    let hidden = layout.hidden_size();
     let x = if whole { whole_input(hidden, random) } else { random.values(hidden) };
-    let [hot, cold, mut slots] = [n_hot + 1, n_link + 1, n_cached].map(|n| {
+    let made = case.n_bundles().map(|n| {
         bundles(&layout, n, || match whole {
             true => whole_row(layout.encoding(), hidden, random),
             false => random.values(hidden),
         })
     });
+    check_bundles(case, made.each_ref().map(|part| &part[..]), &x, random);
+}
+
+/// What the kernel was given and what it made of it.
+pub(crate) struct Outcome {
+    /// In the order of the list.
+    items: Vec<[u32; 2]>,
+    slots: Vec<u8>,
+    filled: Vec<u8>,
+    partial: Vec<f32>,
+}
+
+/// Runs the kernel on `case`'s bundles, with slots to fill for some of those over the link.
+pub(crate) fn run(case: &Case, [hot, cold, cached]: [&[u8]; 3], x: &[f32], random: &mut Random) -> Outcome {
+    let Case { layout, activation, n_blocks, counts: [n_link, n_cached, n_hot], .. } = *case;
     // Slots to fill lie behind those that are read.
-    slots.resize((n_cached + n_link + 1) * bytes, 0x5a);
+    let mut slots = cached.to_vec();
+    slots.resize((n_cached + n_link + 1) * layout.bundle_bytes(), 0x5a);
     let link = (0..n_link).map(|i| {
         let to = if random.below(2) == 0 { (n_cached + i) as u32 } else { NONE };
         [0x4000_0000 | (n_link - i) as u32, to]
@@ -105,50 +128,55 @@ fn check(case: &Case, seed: u64) {
         counts: upload(&words).view(),
         totals: poisoned(64).view(),
     };
+    items.pop();
     let cache = upload(&slots);
-    let partial = poisoned(4 * n_blocks * hidden);
-    let (hot_memory, cold_memory) = (upload(&hot).view(), pinned(&cold).view());
+    let partial = poisoned(4 * n_blocks * layout.hidden_size());
+    let (hot_memory, cold_memory) = (upload(hot).view(), pinned(cold).view());
     let bundles = Bundles { hot: &hot_memory, cold: &cold_memory, cache: &cache.view(), ahead: Some(&hot_memory) };
-    let x_memory = upload(&x);
+    let x_memory = upload(x);
     ffn(device(), layout, activation, &work, bundles, &x_memory.view(), n_blocks, &partial.view()).unwrap();
+    Outcome { items, slots, filled: read(&cache), partial: read(&partial) }
+}
 
-    let chosen: Vec<&[u8]> = items[..n as usize]
-        .iter()
-        .map(|[from, _]| {
-            let at = (from & 0x3fff_ffff) as usize * bytes;
-            &(if from & 0x8000_0000 != 0 {
-                &slots
-            } else if from & 0x4000_0000 != 0 {
-                &cold
-            } else {
-                &hot
-            })[at..at + bytes]
-        })
-        .collect();
-    let want = reference(&layout, &chosen, activation, &x);
-    let got = read::<f32>(&partial);
+/// Compares sums, filled slots, and slots that must stay as they are.
+pub(crate) fn check_bundles(case: &Case, made: [&[u8]; 3], x: &[f32], random: &mut Random) {
+    let Case { layout, activation, n_blocks, counts: [n_link, n_cached, _], whole } = *case;
+    let (hidden, bytes) = (layout.hidden_size(), layout.bundle_bytes());
+    let Outcome { items, slots, filled, partial } = run(case, made, x, random);
+    let [hot, cold, _] = made;
+    let from = |item: u32| {
+        let memory = match item >> 30 {
+            0 => hot,
+            1 => cold,
+            _ => &slots,
+        };
+        &memory[(item & 0x3fff_ffff) as usize * bytes..][..bytes]
+    };
+    let chosen: Vec<&[u8]> = items.iter().map(|item| from(item[0])).collect();
+    let want = reference(&layout, &chosen, activation, x);
     for (c, (want, tolerance)) in want.into_iter().enumerate() {
-        let sum: f64 = (0..n_blocks).map(|b| f64::from(got[b * hidden + c])).sum();
+        let sum: f64 = (0..n_blocks).map(|b| f64::from(partial[b * hidden + c])).sum();
         let tolerance = if whole { 0.0 } else { tolerance };
         assert!((sum - want).abs() <= tolerance + 1e-30, "{layout:?} column {c}: {sum} {want} {tolerance:e}");
     }
-    let filled = read::<u8>(&cache);
-    for (i, [from, to]) in items[..n_link].iter().enumerate() {
+    for (i, [item, to]) in items[..n_link].iter().enumerate() {
         let slot = &filled[(n_cached + i) * bytes..][..bytes];
         if *to == NONE {
             assert!(slot.iter().all(|b| *b == 0x5a), "slot {i} was not to be filled");
             continue;
         }
-        let at = (from & 0x3fff_ffff) as usize * bytes;
         for which in 0..3 {
-            let (got, want) = (layout.row(slot, which), layout.row(&cold[at..at + bytes], which));
+            let (got, want) = (layout.row(slot, which), layout.row(from(*item), which));
+            let stream = layout.encoding().stream_bytes(want.head);
             assert!(got.codes == want.codes && got.scales == want.scales, "slot {i}, row {which}");
+            assert!(got.coarse == want.coarse && got.head == want.head, "slot {i}, row {which}");
+            assert!(got.stream[..stream] == want.stream[..stream], "slot {i}, row {which}");
         }
     }
     assert_eq!(filled[..n_cached * bytes], slots[..n_cached * bytes], "slots that are read stay as they are");
 }
 
-fn activation() -> impl Strategy<Value = Nonlinearity> {
+pub(crate) fn activation() -> impl Strategy<Value = Nonlinearity> {
     prop_oneof![Just(Nonlinearity::Silu), Just(Nonlinearity::Relu), Just(Nonlinearity::Drelu)]
 }
 

@@ -7,6 +7,7 @@
 
 mod attention;
 mod choose;
+mod exact;
 mod fatbin;
 mod ffn;
 mod matrix;
@@ -16,6 +17,7 @@ mod prefill;
 use std::path::Path;
 use std::sync::OnceLock;
 use thermocline_kernels::cuda::{Device, Memory, build_emulator};
+use thermocline_kernels::exact::bits16;
 use thermocline_kernels::{AlignedBuf, Encoding, RowRef, ScaleFit, pack, unpack};
 
 /// Half a unit in the last place of 1.
@@ -82,6 +84,7 @@ fn read<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {
 struct Rows {
     encoding: Encoding,
     columns: usize,
+    stride: usize,
     bytes: Vec<u8>,
     /// `[rows, columns]`.
     weights: Vec<f32>,
@@ -92,16 +95,24 @@ struct Rows {
 
 impl Rows {
     fn random(encoding: Encoding, rows: usize, columns: usize, random: &mut Random) -> Self {
-        let stride = encoding.row_stride(columns);
-        let mut bytes = vec![0; rows * stride];
-        for row in bytes.chunks_exact_mut(stride) {
-            pack(encoding, &random.values(columns), ScaleFit::Absmax, row).unwrap();
-        }
-        Self::new(encoding, columns, bytes)
+        Self::packed(encoding, columns, (0..rows).map(|_| random.values(columns)))
     }
 
-    fn new(encoding: Encoding, columns: usize, bytes: Vec<u8>) -> Self {
+    fn packed(encoding: Encoding, columns: usize, rows: impl Iterator<Item = Vec<f32>>) -> Self {
+        if !Encoding::PLAIN.contains(&encoding) {
+            let bits = rows.map(|row| row.into_iter().map(bits16).collect::<Vec<u16>>());
+            return exact::matrix(encoding, columns, &bits.collect::<Vec<_>>());
+        }
         let stride = encoding.row_stride(columns);
+        let packed = |row: Vec<f32>| {
+            let mut bytes = vec![0; stride];
+            pack(encoding, &row, ScaleFit::Absmax, &mut bytes).unwrap();
+            bytes
+        };
+        Self::new(encoding, columns, stride, rows.flat_map(packed).collect())
+    }
+
+    fn new(encoding: Encoding, columns: usize, stride: usize, bytes: Vec<u8>) -> Self {
         let rows = bytes.len() / stride;
         let (mut weights, mut sizes) = (vec![0.0; rows * columns], Vec::new());
         for (out, row) in weights.chunks_exact_mut(columns).zip(bytes.chunks_exact(stride)) {
@@ -109,7 +120,7 @@ impl Rows {
             unpack(encoding, row, out);
             sizes.extend(term_sizes(encoding, row, out));
         }
-        Self { encoding, columns, bytes, weights, sizes }
+        Self { encoding, columns, stride, bytes, weights, sizes }
     }
 
     fn weights(&self, row: usize) -> &[f32] {

@@ -1,4 +1,4 @@
-use crate::matrix::{on_device, shape};
+use crate::matrix::{on_device, plain_shape};
 use crate::{Random, Rows, U, additions, assert_near, device, pinned, poisoned, read, upload, wide};
 use proptest::prelude::*;
 use thermocline_kernels::Encoding;
@@ -31,7 +31,7 @@ proptest! {
 
     #[test]
     fn shares_of_the_inner_vector_add_up(
-        (encoding, hidden) in shape(prop_oneof![1usize..20, Just(32), Just(33), 60usize..140, Just(256)]),
+        (encoding, hidden) in plain_shape(prop_oneof![1usize..20, Just(32), Just(33), 60usize..140, Just(256)]),
         rank in prop_oneof![Just(1usize), Just(32), Just(100), Just(128)],
         seed: u64,
     ) {

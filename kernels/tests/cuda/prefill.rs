@@ -42,7 +42,7 @@ fn assert_split(got: &Halves, want: &[f32]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(16))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn rows_are_embedded_and_unpacked(

@@ -273,7 +273,8 @@ impl Model {
                 matrix.read_start(&mut host[..bytes])?;
                 flaws.extend(entry.matrix_flaw(matrix.layout(), &host[..bytes]));
                 let data = device.pin(host)?.view();
-                let table = DeviceMatrix { encoding, rows: vocab.0, columns: vocab.1, data };
+                let table =
+                    DeviceMatrix { encoding, rows: vocab.0, columns: vocab.1, stride: matrix.row_bytes(), data };
                 (loader.matrix(&["lm_head.weight"], &[vocab], &mut flaws)?, table)
             }
         };
@@ -318,23 +319,31 @@ impl Loader<'_> {
     /// Matrices of one encoding and as many columns, one below the other.
     fn matrix(&self, names: &[&str], shapes: &[(usize, usize)], flaws: &mut Vec<Flaw>) -> Result<DeviceMatrix> {
         let matrices = names.iter().map(|name| self.split.matrix(name)).collect::<Result<Vec<_>, _>>()?;
-        let layout = *matrices[0].layout();
-        let encoding = layout.encoding();
-        let mut bytes = Vec::with_capacity(matrices.iter().map(|m| m.bytes() as usize).sum());
+        let encoding = matrices[0].layout().encoding();
+        let stride = matrices.iter().map(|m| m.row_bytes()).max().unwrap_or(0);
+        let mut bytes = Vec::with_capacity(matrices.iter().map(|m| m.entry().rows * stride).sum());
         for (matrix, &shape) in matrices.iter().zip(shapes) {
             let entry = matrix.entry();
             check_shape(self.split, entry, shape)?;
-            if *matrix.layout() != layout {
+            if matrix.layout().encoding() != encoding {
                 let reason = format!("its encoding differs from that of {}", matrices[0].entry().name);
                 return Err(misfit(self.split, &entry.name, reason));
             }
-            let start = bytes.len();
-            bytes.resize(start + matrix.bytes() as usize, 0);
-            matrix.read_start(&mut bytes[start..])?;
-            flaws.extend(entry.matrix_flaw(&layout, &bytes[start..]));
+            let mut part = vec![0; matrix.bytes() as usize];
+            matrix.read_start(&mut part)?;
+            flaws.extend(entry.matrix_flaw(matrix.layout(), &part));
+            // Rows are as long as the longest stream of their matrix needs; below each other they must be alike.
+            if matrix.row_bytes() == stride {
+                bytes.append(&mut part);
+                continue;
+            }
+            for row in part.chunks_exact(matrix.row_bytes()) {
+                bytes.extend_from_slice(row);
+                bytes.resize(bytes.len() + stride - row.len(), 0);
+            }
         }
         let rows = shapes.iter().map(|s| s.0).sum();
-        Ok(DeviceMatrix { encoding, rows, columns: shapes[0].1, data: self.arena.put(self.device, &bytes)? })
+        Ok(DeviceMatrix { encoding, rows, columns: shapes[0].1, stride, data: self.arena.put(self.device, &bytes)? })
     }
 
     fn vector(&self, name: &str, n: usize) -> Result<View> {
@@ -416,7 +425,7 @@ impl Loader<'_> {
         let matrix = |entry: &TensorEntry| -> Result<DeviceMatrix> {
             let encoding = self.encoding(entry)?;
             let data = self.arena.put(self.device, &file.read(&entry.name)?)?;
-            Ok(DeviceMatrix { encoding, rows: entry.rows, columns: entry.columns, data })
+            Ok(DeviceMatrix { encoding, rows: entry.rows, columns: entry.columns, stride: entry.row_bytes(), data })
         };
         let neurons = self.arena.put(self.device, bytemuck::cast_slice(&neurons))?;
         Ok(DevicePredictor { input: matrix(input)?, factors: matrix(factors)?, neurons })
@@ -524,15 +533,11 @@ impl Mapped {
     }
 }
 
-/// Refuses what there are no kernels for.
+/// Refuses layers that are not alike: kernels take one layout for all.
 fn check_encodings(split: &Split) -> Result<()> {
-    let layers = split.layers().iter().map(|f| f.layout().encoding());
-    let matrices = split.matrices()?.into_iter().map(|m| m.layout().encoding());
     let first = split.layers()[0].layout();
-    let unknown = layers.chain(matrices).find(|e| !Encoding::PLAIN.contains(e));
-    let mixed = split.layers().iter().map(|f| f.layout()).find(|l| *l != first).map(BundleLayout::encoding);
-    match unknown.or(mixed) {
-        Some(encoding) => Err(Error::GpuEncoding { encoding: encoding.name() }),
+    match split.layers().iter().map(LayerFile::layout).find(|l| *l != first) {
+        Some(other) => Err(Error::MixedLayers { first: first.encoding().name(), other: other.encoding().name() }),
         None => Ok(()),
     }
 }

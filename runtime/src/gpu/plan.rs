@@ -396,6 +396,22 @@ pub(super) fn device_matrices(split: &Split) -> impl Iterator<Item = StoredMatri
     split.matrices().into_iter().flatten().filter(move |m| Some(m.entry().name.as_str()) != pinned)
 }
 
+/// Bytes of them. q, k and v lie below each other: their rows are as long as the longest of the three.
+fn device_matrix_bytes(split: &Split) -> u64 {
+    let matrices: Vec<StoredMatrix<'_>> = device_matrices(split).collect();
+    let together = |m: &StoredMatrix<'_>| {
+        let parts = ["q_proj", "k_proj", "v_proj"];
+        parts.into_iter().find_map(|part| m.entry().name.split_once(part)).map(|(layer, _)| layer.to_owned())
+    };
+    let bytes = |m: &StoredMatrix<'_>| {
+        let group = together(m);
+        let alike = matrices.iter().filter(|other| group.is_some() && together(other) == group);
+        let stride = alike.map(|other| other.row_bytes()).max().unwrap_or(m.row_bytes());
+        aligned((m.entry().rows * stride) as u64)
+    };
+    matrices.iter().map(bytes).sum()
+}
+
 fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neurons: usize) -> GpuBytes {
     let config = &split.manifest().config;
     let sum = |tensors: &mut dyn Iterator<Item = &TensorEntry>| tensors.map(|t| aligned(t.bytes)).sum::<u64>();
@@ -409,7 +425,7 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
         + 2 * config.n_layers as u64 * ALIGN
         + 2 * aligned(Rope::bytes(config, context));
     GpuBytes {
-        matrices: device_matrices(split).map(|m| aligned(m.bytes())).sum(),
+        matrices: device_matrix_bytes(split),
         // q, k and v biases become one vector.
         vectors: vectors + config.n_layers as u64 * ALIGN,
         predictors,

@@ -161,7 +161,7 @@ impl Batch<'_> {
     }
 }
 
-/// bfloat16 rows have nothing in their low half.
+/// Rows that are exactly bfloat16 have nothing in their low half.
 fn pair(hi: &View, lo: &View, encoding: Encoding) -> Split {
-    Split { hi: hi.clone(), lo: (encoding != Encoding::Bf16).then(|| lo.clone()) }
+    Split { hi: hi.clone(), lo: (!encoding.is_exact()).then(|| lo.clone()) }
 }

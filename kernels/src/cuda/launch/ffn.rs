@@ -1,5 +1,6 @@
 //! The fused feed-forward kernel and the sum after it.
 
+use super::exact::{Teams, is_planar, suffix};
 use super::{Nonlinearity, THREADS, WorkList, address, chunk_columns, floats, input_shared_bytes, optional, u32_of};
 use crate::cuda::backend::{Arg, Launch};
 use crate::cuda::device::Device;
@@ -34,7 +35,7 @@ pub fn ffn_blocks(device: &Device) -> usize {
 }
 
 /// The fused hot/cold kernel: `partial[b, :] = sum h_i d_i` over the items of block b. `partial` is
-/// `[n_blocks, hidden]`.
+/// `[n_blocks, hidden]`. Of a bundle that fills a slot, what its rows use is written there.
 ///
 /// # Errors
 /// See the module.
@@ -53,8 +54,8 @@ pub fn ffn(
     assert!(hidden.is_multiple_of(GROUP), "the hidden size is a multiple of {GROUP}");
     floats(x, hidden);
     floats(partial, n_blocks * hidden);
-    let launch = Launch {
-        kernel: format!("ffn_{}", layout.encoding()),
+    let mut launch = Launch {
+        kernel: format!("ffn_{}", suffix(layout.encoding())),
         grid: [n_blocks as u32, 1],
         block: ffn_threads(layout),
         shared_bytes: input_shared_bytes(layout.encoding(), hidden),
@@ -73,6 +74,14 @@ pub fn ffn(
             u32_of(bundles.ahead.map_or(0, |v| v.len().min(device.cache_bytes() / 2))),
         ],
     };
+    if is_planar(layout.encoding()) {
+        let teams = Teams::for_bundles(device, layout);
+        (launch.block, launch.shared_bytes) = (teams.threads(), teams.shared_bytes as u32);
+        launch.args.push(u32_of(teams.stages));
+        if teams.stages == 0 {
+            launch.kernel.push_str("_wide");
+        }
+    }
     let mut uses = vec![&work.items, &work.counts, bundles.hot, bundles.cold, bundles.cache, x, partial];
     uses.extend(bundles.ahead);
     device.launch(launch, &uses)

@@ -11,6 +11,7 @@
 
 mod attention;
 mod choose;
+mod exact;
 mod ffn;
 mod predict;
 mod product;
@@ -41,7 +42,7 @@ impl Step {
     pub const BYTES: usize = 16;
 }
 
-/// An encoded matrix on the device, rows at [`Encoding::row_stride`].
+/// An encoded matrix on the device.
 #[derive(Debug, Clone)]
 pub struct DeviceMatrix {
     /// How rows are stored.
@@ -50,13 +51,24 @@ pub struct DeviceMatrix {
     pub rows: usize,
     /// Inputs.
     pub columns: usize,
+    /// Bytes from one row to the next: [`Encoding::row_stride`], or for encodings with a stream a multiple of 16 with
+    /// room for the longest.
+    pub stride: usize,
     /// The rows.
     pub data: View,
 }
 
 impl DeviceMatrix {
     fn check(&self) {
-        assert!(self.data.len() >= self.rows * self.encoding.row_stride(self.columns), "matrix data");
+        let least = self.encoding.row_stride(self.columns);
+        let fits = if self.encoding.has_stream() {
+            self.stride >= least && self.stride.is_multiple_of(16)
+        } else {
+            self.stride == least
+        };
+        assert!(fits, "{} bytes from row to row of {} columns in {}", self.stride, self.columns, self.encoding);
+        assert!(self.encoding.accepts(self.columns), "{} cannot store {} columns", self.encoding, self.columns);
+        assert!(self.data.len() >= self.rows * self.stride, "matrix data");
     }
 }
 
@@ -94,12 +106,11 @@ fn input_shared_bytes(encoding: Encoding, columns: usize) -> u32 {
     (columns.next_multiple_of(GROUP) / chunk * (4 * chunk + 16)) as u32
 }
 
-/// Columns whose codes are 16 bytes.
+/// Columns of whose codes a thread of the kernels for plain encodings loads 16 bytes.
 fn chunk_columns(encoding: Encoding) -> usize {
-    match encoding {
-        Encoding::Bf16 => 8,
+    match encoding.base() {
         Encoding::Q8 => 16,
         Encoding::Q4 => 32,
-        other => unreachable!("no kernel for {other} rows"),
+        _ => 8,
     }
 }

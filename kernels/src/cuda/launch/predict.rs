@@ -1,11 +1,11 @@
 //! The predictor: scores of all neurons.
 
 use super::{DeviceMatrix, Nonlinearity, THREADS, address, chunk_columns, floats, input_shared_bytes, u32_of};
-use crate::GROUP;
 use crate::cuda::backend::{Arg, Launch};
 use crate::cuda::device::Device;
 use crate::cuda::error::Result;
 use crate::cuda::memory::View;
+use crate::{Encoding, GROUP};
 
 /// Columns of a slice of [`predict_inner`].
 const INNER_SLICE: usize = 1024;
@@ -24,6 +24,7 @@ pub fn inner_values(hidden: usize, rank: usize) -> usize {
 pub fn predict_inner(device: &Device, input: &DeviceMatrix, x: &View, norm_weight: &View, inner: &View) -> Result<()> {
     let (rank, hidden) = (input.rows, input.columns);
     input.check();
+    assert!(Encoding::PLAIN.contains(&input.encoding), "predictors are stored in plain encodings");
     floats(x, hidden);
     floats(norm_weight, hidden);
     floats(inner, inner_values(hidden, rank));
@@ -76,6 +77,7 @@ pub fn predict_scores(
     scores: &View,
 ) -> Result<()> {
     factors.check();
+    assert!(Encoding::PLAIN.contains(&factors.encoding), "predictors are stored in plain encodings");
     let (ffn, rank) = (factors.rows / 2, factors.columns);
     assert!(rank.is_multiple_of(GROUP), "the rank is a multiple of {GROUP}");
     floats(neurons, 3 * ffn);

@@ -1,11 +1,12 @@
 //! The first kernel of a token, and matrix products.
 
+use super::exact::{Teams, is_planar, suffix};
 use super::{DeviceMatrix, Step, THREADS, address, chunk_columns, floats, input_shared_bytes, optional, u32_of};
 use crate::cuda::backend::{Arg, Launch};
 use crate::cuda::device::Device;
 use crate::cuda::error::Result;
 use crate::cuda::memory::View;
-use crate::{Encoding, GROUP};
+use crate::{Encoding, GROUP, SEGMENT};
 
 /// `x[c] = table[token, c]`; copies the step that the host wrote into mapped memory to the device.
 ///
@@ -15,13 +16,17 @@ pub fn embed(device: &Device, table: &DeviceMatrix, host_step: &View, step: &Vie
     table.check();
     floats(x, table.columns);
     assert!(host_step.len() >= Step::BYTES && step.len() >= Step::BYTES, "step");
-    let launch = Launch {
-        kernel: format!("embed_{}", table.encoding),
+    let mut launch = Launch {
+        kernel: format!("embed_{}", suffix(table.encoding)),
         grid: [table.columns.div_ceil(THREADS as usize) as u32, 1],
         block: THREADS,
         shared_bytes: 0,
         args: vec![address(host_step), address(step), address(&table.data), u32_of(table.columns), address(x)],
     };
+    if is_planar(table.encoding) {
+        (launch.grid, launch.block) = ([table.columns.div_ceil(SEGMENT) as u32, 1], 32);
+        launch.args.push(u32_of(table.stride));
+    }
     device.launch(launch, &[host_step, step, &table.data, x])
 }
 
@@ -68,8 +73,8 @@ pub fn gemv(
         floats(view, w.columns);
     }
     let shape = GemvShape::new(device, w);
-    let launch = Launch {
-        kernel: format!("gemv_{}", w.encoding),
+    let mut launch = Launch {
+        kernel: format!("gemv_{}", suffix(w.encoding)),
         grid: [shape.blocks, 1],
         block: shape.threads,
         shared_bytes: shape.shared_bytes,
@@ -86,6 +91,7 @@ pub fn gemv(
             address(out),
         ],
     };
+    launch.args.extend(shape.more);
     let mut uses = vec![&w.data, x, out];
     uses.extend([weight, normed, added.bias, added.residual].into_iter().flatten());
     device.launch(launch, &uses)
@@ -97,6 +103,8 @@ struct GemvShape {
     blocks: u32,
     threads: u32,
     shared_bytes: u32,
+    /// What the kernels for streams and coarse planes take besides.
+    more: Vec<Arg>,
 }
 
 impl GemvShape {
@@ -106,17 +114,27 @@ impl GemvShape {
                 let (units, warps) = (w.rows.div_ceil(4), (THREADS / 32) as usize);
                 let steps = units * w.columns.div_ceil(32 * chunk_columns(w.encoding));
                 let blocks = steps.div_ceil(warps).min(units).min(2 * device.n_multiprocessors()).max(1) as u32;
-                return Self { blocks, threads: THREADS, shared_bytes: input_shared_bytes(w.encoding, w.columns) };
+                let shared_bytes = input_shared_bytes(w.encoding, w.columns);
+                return Self { blocks, threads: THREADS, shared_bytes, more: vec![] };
             }
             Encoding::Q8 => 64,
             Encoding::Q4 => 128,
-            other => unreachable!("no product of {other} rows"),
+            Encoding::Bf16x | Encoding::Q4Plus | Encoding::Q4Exact | Encoding::Q8Exact => {
+                let teams = Teams::for_rows(device, w.encoding, w.columns, w.stride);
+                return Self {
+                    blocks: w.rows.div_ceil(teams.n).min(2 * device.n_multiprocessors()).max(1) as u32,
+                    threads: teams.threads(),
+                    shared_bytes: teams.shared_bytes as u32,
+                    more: [w.stride, teams.stages, teams.warps].map(u32_of).into(),
+                };
+            }
         };
         let (units, steps_of_row) = (w.rows.div_ceil(16), w.columns.div_ceil(step_columns));
         let digits = (steps_of_row * step_columns / GROUP * 164).next_multiple_of(16);
         let shared_bytes = |warps: usize| digits + 6144 * warps;
         let warps = if shared_bytes(16) <= device.shared_bytes() { 16 } else { 8 };
         let blocks = (units * steps_of_row).div_ceil(warps).min(units).min(device.n_multiprocessors()).max(1);
-        Self { blocks: blocks as u32, threads: 32 * warps as u32, shared_bytes: shared_bytes(warps) as u32 }
+        let (threads, shared_bytes) = (32 * warps as u32, shared_bytes(warps) as u32);
+        Self { blocks: blocks as u32, threads, shared_bytes, more: vec![] }
     }
 }

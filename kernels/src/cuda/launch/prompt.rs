@@ -1,5 +1,6 @@
 //! Prompts: the same steps for many positions, through matrix products.
 
+use super::exact::{is_planar, suffix};
 use super::{DeviceMatrix, Heads, Nonlinearity, Norm, RopeTables, THREADS, address, floats, u32_of};
 use crate::BundleLayout;
 use crate::cuda::backend::{Arg, Launch};
@@ -15,8 +16,11 @@ pub fn embed_rows(device: &Device, table: &DeviceMatrix, tokens: &View, n: usize
     table.check();
     floats(tokens, n);
     floats(x, n * table.columns);
-    let args = vec![address(tokens), u32_of(n), address(&table.data), u32_of(table.columns), address(x)];
-    by_rows(device, format!("embed_rows_{}", table.encoding), n, args, &[tokens, &table.data, x])
+    let mut args = vec![address(tokens), u32_of(n), address(&table.data), u32_of(table.columns), address(x)];
+    if is_planar(table.encoding) {
+        args.push(Arg::U64(table.stride as u64));
+    }
+    by_rows(device, format!("embed_rows_{}", suffix(table.encoding)), n, args, &[tokens, &table.data, x])
 }
 
 /// RMSNorm of `x [n, columns]`, split into bfloat16 `[high, low]`.
@@ -39,7 +43,8 @@ pub fn norm_rows(device: &Device, x: &View, norm: Norm<'_>, n: usize, columns: u
     by_rows(device, "norm_rows".to_owned(), n, args, &[x, norm.weight, out[0], out[1]])
 }
 
-/// Decodes rows `first .. first + n` of a matrix into bfloat16 `[high, low]`, each `[n, columns]`.
+/// Decodes rows `first .. first + n` of a matrix into bfloat16 `[high, low]`, each `[n, columns]`. Of the encodings with a
+/// stream `high` is the weights' bits and `low` is zero.
 ///
 /// # Errors
 /// See the module.
@@ -47,11 +52,10 @@ pub fn unpack_rows(device: &Device, w: &DeviceMatrix, first: usize, n: usize, ou
     assert!(first + n <= w.rows, "rows of the matrix");
     w.check();
     pairs(out, n * w.columns);
-    let stride = w.encoding.row_stride(w.columns);
-    let rows = w.data.slice(first * stride, n * stride);
-    let args =
-        vec![address(&rows), u32_of(n), u32_of(w.columns), Arg::U64(stride as u64), address(out[0]), address(out[1])];
-    by_rows(device, format!("unpack_rows_{}", w.encoding), n, args, &[&rows, out[0], out[1]])
+    let rows = w.data.slice(first * w.stride, n * w.stride);
+    let stride = Arg::U64(w.stride as u64);
+    let args = vec![address(&rows), u32_of(n), u32_of(w.columns), stride, address(out[0]), address(out[1])];
+    by_rows(device, format!("unpack_rows_{}", suffix(w.encoding)), n, args, &[&rows, out[0], out[1]])
 }
 
 /// Decodes `n` bundles into bfloat16 `[high, low]` of gate, up and down rows, each `[n, hidden]`.
@@ -74,7 +78,7 @@ pub fn unpack_bundles(
         args.extend(pair.map(address));
         uses.extend(pair);
     }
-    by_rows(device, format!("unpack_bundles_{}", layout.encoding()), n, args, &uses)
+    by_rows(device, format!("unpack_bundles_{}", suffix(layout.encoding())), n, args, &uses)
 }
 
 /// `h = act(gate, up)`, split into bfloat16 `[high, low]`; all `[n, columns]`.
