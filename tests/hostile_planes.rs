@@ -352,6 +352,9 @@ fn lying_heads_of_matrices_give_wrong_weights_at_worst() {
     }
 }
 
+/// What a change to a tensor of the manifest is, and the change.
+type Forgery<'a> = (&'a str, &'a dyn Fn(&mut TensorEntry));
+
 #[test]
 fn forged_manifests_of_planes_are_refused() {
     let good = split(&llama(), "q4+exact", &["--chunk-neurons", "8", "--resident-encoding", "q4+exact"]);
@@ -401,7 +404,7 @@ fn forged_manifests_of_planes_are_refused() {
         let entry = |change: &dyn Fn(&mut TensorEntry), m: &mut Manifest| {
             change(&mut m.resident_planes.as_mut().unwrap().tensors[i]);
         };
-        let changes: &[(&str, &dyn Fn(&mut TensorEntry))] = &[
+        let changes: &[Forgery<'_>] = &[
             ("a row less", &|t| t.rows -= 1),
             ("a row more", &|t| t.rows += 1),
             ("no rows", &|t| t.rows = 0),
