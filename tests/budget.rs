@@ -6,7 +6,7 @@ mod support;
 use proptest::test_runner::{Config as ProptestConfig, TestRunner};
 use serde_json::Value;
 use std::path::Path;
-use support::{budget_range, json, llama, medium, qwen_relu, request, split, text};
+use support::{budget_range, demo, json, llama, medium, qwen_relu, request, split, text};
 use thermocline_runtime::{Mode, Plan};
 use thermocline_split::Split;
 
@@ -65,6 +65,28 @@ fn compressed_chunks_keep_the_budget_too() {
     let budget = dense / 4;
     let answer = run(&dir, &format!("{budget}B"), &[]);
     assert!(peak(&answer) <= budget + bare + SLACK_BYTES, "{} of {budget} + {bare}", peak(&answer));
+}
+
+/// Planes lie in several files and are put together in buffers of their own.
+#[test]
+fn planes_keep_the_budget_too() {
+    let bare = bare();
+    for encoding in ["q4+exact", "bf16x"] {
+        let dir = demo::split(encoding, &[]);
+        let exact = ["--precision", "exact"];
+        let whole = run(&dir, "auto", &exact);
+        let dense = whole["plan"]["dense_bytes"].as_u64().unwrap();
+        assert!(peak(&whole) > dense && dense > 15_000_000, "the model is large enough to matter: {dense}");
+        for share in [2, 4] {
+            let budget = dense / share;
+            let answer = run(&dir, &format!("{budget}B"), &exact);
+            assert!(answer["plan"]["total_bytes"].as_u64().unwrap() <= budget);
+            assert!(answer["bytes_per_token"]["disk"].as_u64().unwrap() > 0, "{encoding}, 1/{share}");
+            let peak = peak(&answer);
+            assert!(peak <= budget + bare + SLACK_BYTES, "{encoding}, 1/{share}: {peak} of {budget} + {bare}");
+            assert_eq!(answer["tokens"], whole["tokens"], "{encoding}, 1/{share}");
+        }
+    }
 }
 
 #[test]

@@ -5,15 +5,10 @@ mod support;
 
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
-use support::{budget_range, engine, json, llama, medium, needed_bytes, qwen_relu, request, split, text};
+use support::{bits, budget_range, engine, json, llama, medium, needed_bytes, prompt, qwen_relu, request, split, text};
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head};
 use thermocline_runtime::{Engine, Error, Logits, Mode, PlanRequest};
 use thermocline_split::SplitCheckpoint;
-
-/// Token ids that no tokenizer was asked for: bytes and merges of the tiny vocabulary.
-fn prompt(n: usize) -> Vec<u32> {
-    (0..n).map(|i| 3 + (i * 37 + i * i * 11) as u32 % 280).collect()
-}
 
 /// Logits of a prefill in two batches of unequal length and of single tokens behind it.
 fn trajectory(engine: &mut Engine) -> Vec<f32> {
@@ -25,10 +20,6 @@ fn trajectory(engine: &mut Engine) -> Vec<f32> {
         logits.extend(engine.forward(&[*token], Logits::Last).unwrap());
     }
     logits
-}
-
-fn bits(logits: &[f32]) -> Vec<u32> {
-    logits.iter().map(|l| l.to_bits()).collect()
 }
 
 /// From the least budget to one that holds everything.

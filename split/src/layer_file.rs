@@ -36,6 +36,9 @@ pub struct LayerFile {
     delta: Option<Arc<Delta>>,
 }
 
+/// `decode(plane, chunk, bundles)`.
+type DecodeChunk<'a> = dyn FnMut(usize, usize, &mut [u8]) -> Result<()> + 'a;
+
 /// Neurons that a delta changes in one pass: it reads a block of rows once for each.
 const PATCHED_NEURONS: usize = 4096;
 
@@ -77,7 +80,8 @@ impl LayerFile {
         Self::of_planes(planes, precision)
     }
 
-    fn of_planes(planes: Vec<PlaneFile>, precision: Precision) -> Result<Self> {
+    /// Puts planes together, the base first, if they are of one layer and make an encoding.
+    pub(crate) fn of_planes(planes: Vec<PlaneFile>, precision: Precision) -> Result<Self> {
         let Some((base, further)) = planes.split_first() else { unreachable!("a layer has a base") };
         let Content::Bundles(stored) = *base.content() else {
             return Err(corrupt(base.path(), "encoding", "a further plane where the base should be"));
@@ -85,6 +89,7 @@ impl LayerFile {
         let misfit = |file: &PlaneFile| corrupt(file.path(), "header", "does not fit the layer's base");
         for plane in further {
             let same = plane.layer() == base.layer()
+                && plane.content().hidden_size() == base.content().hidden_size()
                 && plane.order() == base.order()
                 && plane.chunk_neurons() == base.chunk_neurons();
             if !same {
@@ -110,6 +115,11 @@ impl LayerFile {
                 Err(corrupt(base.path(), "encoding", reason))
             }
         }
+    }
+
+    /// Whether every chunk of every plane can be read and is what was written.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.planes.iter().all(PlaneFile::is_whole)
     }
 
     /// Leaves as much room behind streams as the layer with the longest needs: bundles of all layers are then alike.
@@ -335,7 +345,7 @@ impl LayerFile {
         chunks: Range<usize>,
         out: &mut [u8],
         size: usize,
-        decode: &mut dyn FnMut(usize, usize, &mut [u8]) -> Result<()>,
+        decode: &mut DecodeChunk<'_>,
     ) -> Result<()> {
         let mut plane_bundles = Vec::new();
         let mut rest = out;

@@ -3,6 +3,7 @@
 use crate::delta::Delta;
 use crate::error::{Result, corrupt, listed};
 use crate::planted::REPORT_FILE;
+use crate::resident::check_planes;
 use crate::{Error, LayerFile, Manifest, Precision, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -60,6 +61,7 @@ impl Split {
             let longest = layers.iter().map(|l| l.layout().bundle_bytes()).max().unwrap_or(0);
             layers.iter_mut().for_each(|layer| layer.pad_to(longest));
         }
+        check_planes(&manifest, dir)?;
         let resident = TensorFile::open(dir, &manifest.resident)?;
         let planes = manifest.resident_planes.as_ref().filter(|_| precision > Precision::Base);
         let resident_planes = planes.map(|entry| TensorFile::open(dir, entry)).transpose()?;

@@ -4,6 +4,7 @@ use crate::error::{Result, corrupt, io};
 use crate::growing::Growing;
 use crate::pack_layer::PackedLayer;
 use crate::plane_file::PlaneFile;
+use crate::{LayerFile, Precision};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -59,10 +60,13 @@ impl Partial {
         self.dir().join(format!("parts/{l:03}.{p}.thm.tmp"))
     }
 
-    /// Whether layer `l` was finished by an earlier run and is whole.
+    /// Whether layer `l` was finished by an earlier run, and its planes are whole and belong together.
     pub(crate) fn has_layer(&self, l: usize, planes: &[&str]) -> bool {
         let files = Self::layer_files(l, planes);
-        files.iter().all(|file| PlaneFile::open(&self.dir().join(file)).is_ok_and(|f| f.is_whole()))
+        let opened = files.iter().map(|file| PlaneFile::open(&self.dir().join(file))).collect::<Result<Vec<_>>>();
+        opened
+            .and_then(|planes| LayerFile::of_planes(planes, Precision::Exact))
+            .is_ok_and(|layer| layer.layer() == l && layer.is_whole())
             && self.read_part(l).is_ok()
     }
 

@@ -75,7 +75,8 @@ impl Content {
         }
     }
 
-    fn hidden_size(&self) -> usize {
+    /// Columns of each row.
+    pub(crate) fn hidden_size(&self) -> usize {
         match self {
             Content::Bundles(layout) => layout.hidden_size(),
             Content::Coarse { hidden_size } | Content::Final { hidden_size, .. } => *hidden_size,

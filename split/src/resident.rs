@@ -3,8 +3,10 @@
 use crate::delta::Delta;
 use crate::error::{Result, corrupt};
 use crate::layer_file::not_exact;
-use crate::{Format, Precision, Split, TensorEntry, TensorFile};
+use crate::planes::plane_names;
+use crate::{Format, Manifest, Precision, Split, TensorEntry, TensorFile};
 use rayon::prelude::*;
+use std::path::Path;
 use thermocline_kernels::{BundleLayout, Encoding, Kernels};
 
 /// What is read at a time of a plane that becomes part of rows.
@@ -20,6 +22,24 @@ pub struct StoredMatrix<'a> {
     /// Of what readers get: the same, or bf16 with a delta on it.
     layout: BundleLayout,
     delta: Option<&'a Delta>,
+}
+
+/// That the manifest lists the planes that its encoding of matrices has, of every matrix: a run at full precision would
+/// otherwise quietly take the base.
+pub(crate) fn check_planes(manifest: &Manifest, dir: &Path) -> Result<()> {
+    let path = dir.join("manifest.json");
+    let encoding = manifest.packing.resident_encoding.parse();
+    let encoding: Encoding = encoding.map_err(|e: String| corrupt(&path, "packing.resident_encoding", e))?;
+    let matrices = manifest.resident.tensors.iter().filter(|t| t.format.encoding().is_some());
+    let expected = matrices.flat_map(|t| {
+        let plane = move |name: &&str| (format!("{}.{name}", t.name), Format::of_plane(name), t.rows, t.columns);
+        plane_names(encoding).iter().map(plane)
+    });
+    let listed = manifest.resident_planes.iter().flat_map(|f| &f.tensors);
+    match listed.map(|t| (t.name.clone(), t.format, t.rows, t.columns)).eq(expected) {
+        true => Ok(()),
+        false => Err(corrupt(&path, "resident_planes", format!("not the planes of matrices in {encoding}"))),
+    }
 }
 
 impl Split {
@@ -67,7 +87,7 @@ impl<'a> StoredMatrix<'a> {
             _ => return Err(bad(&format!("{} planes over {stored} at {precision}", formats.len()))),
         };
         let total: usize = planes.iter().map(|(_, t)| t.row_bytes()).sum();
-        let streams = total.checked_sub(encoding.row_stride(base.columns)).unwrap_or_default();
+        let streams = total.saturating_sub(encoding.row_stride(base.columns));
         let layout = BundleLayout::matrix_row(encoding, base.columns, streams).filter(|l| l.bundle_bytes() == total);
         let layout = layout.ok_or_else(|| bad("rows do not fit the encoding"))?;
         Ok(Self { planes, stored: layout, layout, delta: None })

@@ -189,7 +189,7 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
 fn run(placement: &Placement, tokenizer: &Tokenizer, dir: &Path, name: &str) -> anyhow::Result<(PathBuf, u64)> {
     let step = Instant::now();
     let prompt = tokenizer.encode(PROMPT, true)?;
-    let split = super::load::placed_split(&placement)?;
+    let split = super::load::placed_split(placement)?;
     let mut loaded = super::load::load(split, placement, prompt.len() + N_PREDICT, 128, false)?;
     let engine = loaded.decoder();
     let sampler = SamplerSettings { seed: 1, ..SamplerSettings::default() };

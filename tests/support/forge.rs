@@ -64,9 +64,63 @@ impl Layer {
         self.put(HEADER_BYTES - 8, &xxh3_64(&meta).to_le_bytes())
     }
 
+    /// The checksum of header and tables, as the manifest has it.
+    pub fn checksum(&self) -> String {
+        self.bytes[HEADER_BYTES - 8..HEADER_BYTES].iter().rev().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Stores every chunk as it is, with the room behind streams, each bundle changed by `change(neuron, bundle)`: what a
+    /// decoder is given when no check before it finds anything. `used(bundle)` is a bundle's length without that room.
+    pub fn store(&mut self, used: impl Fn(&[u8]) -> usize, mut change: impl FnMut(usize, &mut [u8])) -> &mut Self {
+        let (bundle_bytes, [_, index, end]) = (self.u32_at(36) as usize, self.tables());
+        let mut data = Vec::new();
+        for c in 0..self.u32_at(32) as usize {
+            let (entry, first) = (index + 32 * c, data.len());
+            let mut stored = &self.bytes[self.chunk(c)];
+            let trimmed = self.u32_at(entry + 12) == 2;
+            for _ in 0..self.u32_at(entry + 16) {
+                let n = if trimmed { used(stored) } else { bundle_bytes };
+                let neuron = data.len() / bundle_bytes;
+                data.extend(&stored[..n]);
+                data.resize((neuron + 1) * bundle_bytes, 0);
+                change(neuron, &mut data[neuron * bundle_bytes..]);
+                stored = &stored[n..];
+            }
+            let offset = (self.data_at() + first) as u64;
+            let sum = xxh3_64(&data[first..]);
+            self.put(entry, &offset.to_le_bytes()).put(entry + 8, &((data.len() - first) as u32).to_le_bytes());
+            self.put(entry + 12, &0u32.to_le_bytes()).put(entry + 24, &sum.to_le_bytes());
+        }
+        self.bytes.truncate(self.data_at());
+        self.bytes.extend(data);
+        let file_bytes = self.bytes.len() as u64;
+        self.put(48, &file_bytes.to_le_bytes()).seal(end)
+    }
+
+    /// First byte of the chunks.
+    pub fn data_at(&self) -> usize {
+        self.tables()[2].next_multiple_of(4096)
+    }
+
     pub fn write(&self, path: &Path) {
         fs::write(path, &self.bytes).unwrap();
     }
+}
+
+/// A plane of a layer, 0 is the base, written anew with the checksum that the manifest has for it.
+pub fn plane(dir: &Path, layer: usize, plane: usize, file: &Layer) {
+    manifest(dir, |m| {
+        let entry = &mut m.layers[layer];
+        let (name, bytes, checksum) = match plane.checked_sub(1) {
+            None => (&entry.file, &mut entry.file_bytes, &mut entry.checksum),
+            Some(p) => {
+                let p = &mut entry.planes[p];
+                (&p.file, &mut p.file_bytes, &mut p.checksum)
+            }
+        };
+        file.write(&dir.join(name));
+        (*bytes, *checksum) = (file.bytes.len() as u64, file.checksum());
+    });
 }
 
 /// Writes `bytes` over stored bytes of chunk `c`, `at` bytes into it; every checksum fits again.
@@ -75,16 +129,17 @@ pub fn chunk(dir: &Path, layer: usize, c: usize, at: usize, bytes: &[u8]) {
     let mut file = Layer::read(&path);
     let (start, end) = (file.chunk(c).start, file.tables()[2]);
     file.put(start + at, bytes).seal_chunk(c).seal(end).write(&path);
-    let checksum = file.bytes[HEADER_BYTES - 8..HEADER_BYTES].iter().rev().map(|b| format!("{b:02x}")).collect();
-    manifest(dir, |m| m.layers[layer].checksum = checksum);
+    manifest(dir, |m| m.layers[layer].checksum = file.checksum());
 }
 
-/// The same for a tensor of `resident.safetensors`; `change` gets its bytes.
+/// The same for a tensor of `resident.safetensors` or `resident-planes.safetensors`; `change` gets its bytes.
 pub fn tensor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
-    let path = dir.join("resident.safetensors");
+    let further = name.ends_with(".coarse") || name.ends_with(".final");
+    let path = dir.join(if further { "resident-planes.safetensors" } else { "resident.safetensors" });
     let mut file = fs::read(&path).unwrap();
     manifest(dir, |m| {
-        let tensor = m.resident.tensors.iter_mut().find(|t| t.name == name).unwrap();
+        let entry = if further { m.resident_planes.as_mut().unwrap() } else { &mut m.resident };
+        let tensor = entry.tensors.iter_mut().find(|t| t.name == name).unwrap();
         let bytes = &mut file[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
         change(bytes);
         tensor.checksum = format!("{:016x}", xxh3_64(bytes));

@@ -5,6 +5,7 @@
 //! they damage.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
+pub mod demo;
 pub mod forge;
 
 use serde_json::Value;
@@ -15,8 +16,8 @@ use std::sync::OnceLock;
 use tempfile::TempDir;
 use thermocline_datasets::write::{TinyGgufType, TinyModel, write_tiny_gguf, write_tiny_safetensors};
 use thermocline_datasets::{Activation, Architecture};
-use thermocline_runtime::{Engine, Error, Mode, Plan, PlanRequest};
-use thermocline_split::Split;
+use thermocline_runtime::{Engine, Error, Logits, Mode, Plan, PlanRequest};
+use thermocline_split::{Precision, Split};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_thermocline");
 const SEED: u64 = 7;
@@ -270,7 +271,14 @@ pub fn request(mode: Mode, budget: Option<u64>, n_threads: usize) -> PlanRequest
 }
 
 pub fn engine(dir: &Path, request: PlanRequest) -> Result<Engine, Error> {
-    let split = Split::open(dir)?;
+    engine_at(dir, Precision::Base, request)
+}
+
+pub fn engine_at(dir: &Path, precision: Precision, request: PlanRequest) -> Result<Engine, Error> {
+    engine_of(Split::open_at(dir, precision)?, request)
+}
+
+pub fn engine_of(split: Split, request: PlanRequest) -> Result<Engine, Error> {
     let plan = Plan::new(&split, request)?;
     Engine::load(split, plan, &|_, _| ())
 }
@@ -278,10 +286,34 @@ pub fn engine(dir: &Path, request: PlanRequest) -> Result<Engine, Error> {
 /// The least budget that holds what must be in memory with up to three threads, and the one from which nothing is
 /// streamed.
 pub fn budget_range(dir: &Path, mode: Mode) -> (u64, u64) {
-    let split = Split::open(dir).unwrap();
-    let least = match Plan::new(&split, request(mode, Some(1), 3)) {
+    budget_range_of(&Split::open(dir).unwrap(), mode)
+}
+
+pub fn budget_range_of(split: &Split, mode: Mode) -> (u64, u64) {
+    let least = match Plan::new(split, request(mode, Some(1), 3)) {
         Err(Error::DoesNotFit { needed_bytes, .. }) => needed_bytes,
         other => panic!("a budget of one byte: {other:?}"),
     };
-    (least, Plan::new(&split, request(mode, None, 3)).unwrap().total_bytes)
+    (least, Plan::new(split, request(mode, None, 3)).unwrap().total_bytes)
+}
+
+/// Token ids that no tokenizer was asked for: bytes and merges of the tiny vocabulary.
+pub fn prompt(n: usize) -> Vec<u32> {
+    (0..n).map(|i| 3 + (i * 37 + i * i * 11) as u32 % 280).collect()
+}
+
+pub fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|l| l.to_bits()).collect()
+}
+
+/// Logits of a prefill in two batches of unequal length and of `n_decoded` single tokens behind it.
+pub fn answer(engine: &mut Engine, n_decoded: usize) -> Result<Vec<f32>, Error> {
+    engine.clear();
+    let tokens = prompt(29 + n_decoded);
+    let mut logits = engine.forward(&tokens[..16], Logits::All)?;
+    logits.extend(engine.forward(&tokens[16..29], Logits::Last)?);
+    for token in &tokens[29..] {
+        logits.extend(engine.forward(&[*token], Logits::Last)?);
+    }
+    Ok(logits)
 }
