@@ -45,7 +45,7 @@ fn decode(c: &mut Criterion) {
         let bytes = packed(encoding, &bits);
         println!("{encoding}: {:.2} % of bf16", 100.0 * bytes.len() as f64 / (2 * COLUMNS) as f64);
         let row = RowRef::from_matrix_row(encoding, COLUMNS, &bytes);
-        for kernels in Isa::ALL.into_iter().filter_map(Kernels::new).filter(|k| k.isa() != Isa::Avx2) {
+        for kernels in Isa::ALL.into_iter().filter_map(Kernels::new) {
             let id = BenchmarkId::new(encoding.name(), kernels.isa().name());
             group.bench_function(id, |b| b.iter(|| kernels.decode(encoding, black_box(row), black_box(&mut out))));
         }

@@ -208,6 +208,18 @@ impl Kernels {
     pub fn decode(&self, encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
         check(encoding, &row, out.len());
         #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx2 && is_x86_feature_detected!("bmi2") {
+            match encoding {
+                // SAFETY: BMI2 was just looked for, AVX2 is the set's; lengths were checked above.
+                Encoding::Bf16x => return unsafe { crate::x86::exact_bmi2::bf16x(row, out) },
+                // SAFETY: as above.
+                Encoding::Q4Exact => return unsafe { crate::x86::exact_bmi2::residual::<true>(row, out) },
+                // SAFETY: as above.
+                Encoding::Q8Exact => return unsafe { crate::x86::exact_bmi2::residual::<false>(row, out) },
+                _ => {}
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
         if self.isa == Isa::Avx512 && is_x86_feature_detected!("bmi2") {
             let has_vbmi = is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
             match encoding {

@@ -3,6 +3,7 @@
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod exact;
+pub(crate) mod exact_bmi2;
 pub(crate) mod patch;
 pub(crate) mod vnni;
 
