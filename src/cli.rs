@@ -435,7 +435,7 @@ pub struct Delta {
 
 #[derive(Debug, Args)]
 pub struct Verify {
-    /// Split directory; with --delta the delta's base: a bf16 split or a checkpoint
+    /// Split directory; with --delta the delta's base: an exact split or a checkpoint
     pub split: PathBuf,
     /// Checkpoint that it was made from; a planted split has none, and only its own checksums are checked. With --delta
     /// the final model; without it, the digests in the delta are compared

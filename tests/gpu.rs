@@ -111,7 +111,7 @@ fn further_planes_give_the_logits_of_the_cpu_engine() {
         ("q8+exact", Precision::Exact, false, 0.5),
     ] {
         let dir = demo(encoding);
-        let open = || Split::open_at(&dir, precision).unwrap();
+        let open = || Split::open_at(&dir, precision).unwrap().with_alike_bundles();
         let (least, whole) = vram_range_of(&open(), &device(), Mode::Exact);
         let what = format!("{encoding} at {precision}");
         let plan = Plan::new(&open(), request(Mode::Exact, None, 2)).unwrap();

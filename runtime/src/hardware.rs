@@ -35,11 +35,8 @@ impl Hardware {
     /// If a layer file cannot be read, or the system refuses threads or memory.
     pub fn measure(split: &thermocline_split::Split, n_threads: usize) -> Result<Self> {
         let mut pool = Pool::new(n_threads)?;
-        let mut memory = AlignedBuf::zeroed(MEMORY_PROBE_BYTES)?;
+        let memory = probe_memory(&probe_bundles(split)?, MEMORY_PROBE_BYTES)?;
         let layout = split.layers()[0].layout();
-        if layout.encoding().has_stream() {
-            fill_with_bundles(split, &mut memory)?;
-        }
         let files = split.layers().iter().flat_map(thermocline_split::LayerFile::paths);
         Ok(Self {
             n_threads,
@@ -67,13 +64,31 @@ impl Default for StagingShape {
     }
 }
 
-/// Real bundles, again and again: zeros have no codes of variable length to decode.
-fn fill_with_bundles(split: &thermocline_split::Split, memory: &mut [u8]) -> Result<()> {
+/// Bundles to measure [`kernel_speed`] on where zeros would not do, because they have no codes of variable length to decode:
+/// the split's first ones; none where any bytes take as long.
+///
+/// # Errors
+/// If they cannot be read.
+pub fn probe_bundles(split: &thermocline_split::Split) -> Result<Vec<u8>> {
     let file = &split.layers()[0];
+    if !file.layout().encoding().has_stream() {
+        return Ok(Vec::new());
+    }
     let mut bundles = vec![0; file.n_neurons(0..1) * file.layout().bundle_bytes()];
     file.read_chunks(0..1, &mut bundles)?;
-    memory.chunks_mut(bundles.len()).for_each(|part| part.copy_from_slice(&bundles[..part.len()]));
-    Ok(())
+    Ok(bundles)
+}
+
+/// `n_bytes` of [`probe_bundles`], again and again, or of zeros.
+///
+/// # Errors
+/// If the system refuses the memory.
+pub fn probe_memory(bundles: &[u8], n_bytes: usize) -> Result<AlignedBuf> {
+    let mut memory = AlignedBuf::zeroed(n_bytes)?;
+    if !bundles.is_empty() {
+        memory.chunks_mut(bundles.len()).for_each(|part| part.copy_from_slice(&bundles[..part.len()]));
+    }
+    Ok(memory)
 }
 
 /// The best of several passes over `memory`.

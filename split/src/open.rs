@@ -56,11 +56,6 @@ impl Split {
             }
             layers.push(file);
         }
-        let alike = |l: &LayerFile| l.layout().encoding() == layers[0].layout().encoding();
-        if layers[0].layout().encoding().has_stream() && layers.iter().all(alike) {
-            let longest = layers.iter().map(|l| l.layout().bundle_bytes()).max().unwrap_or(0);
-            layers.iter_mut().for_each(|layer| layer.pad_to(longest));
-        }
         check_planes(&manifest, dir)?;
         let resident = TensorFile::open(dir, &manifest.resident)?;
         let planes = manifest.resident_planes.as_ref().filter(|_| precision > Precision::Base);
@@ -78,6 +73,18 @@ impl Split {
             predictors,
             statistics,
         })
+    }
+
+    /// Gives bundles of all layers the same length, where only the room behind their streams differs: a GPU's kernels take
+    /// one layout for all.
+    #[must_use]
+    pub fn with_alike_bundles(mut self) -> Self {
+        let encoding = self.layers[0].layout().encoding();
+        if encoding.has_stream() && self.layers.iter().all(|l| l.layout().encoding() == encoding) {
+            let longest = self.layers.iter().map(|l| l.layout().bundle_bytes()).max().unwrap_or(0);
+            self.layers.iter_mut().for_each(|layer| layer.pad_to(longest));
+        }
+        self
     }
 
     /// Puts a delta on the weights: they then are the final model's, bit for bit, and come as bf16. Predictors and

@@ -5,9 +5,9 @@ use super::run::tiers;
 use crate::cli::Bench;
 use crate::output::{self, Progress};
 use serde::Serialize;
-use thermocline_kernels::{AlignedBuf, Kernels, Pool};
+use thermocline_kernels::{Kernels, Pool};
 use thermocline_runtime::budget::format_bytes;
-use thermocline_runtime::hardware::kernel_speed;
+use thermocline_runtime::hardware::{kernel_speed, probe_bundles, probe_memory};
 use thermocline_runtime::{BenchReport, BenchSettings};
 
 /// Bytes of bundles on which the kernel alone is timed: beyond the last-level cache.
@@ -29,7 +29,11 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let split = super::load::placed_split(&args.placement)?;
     let layout = *split.layers()[0].layout();
     let threads = args.placement.threads.checked()?;
-    let kernel = || Ok(kernel_speed(&mut Pool::new(threads)?, &AlignedBuf::zeroed(KERNEL_PROBE_BYTES)?, &layout));
+    let bundles = probe_bundles(&split)?;
+    let kernel = || {
+        let memory = probe_memory(&bundles, KERNEL_PROBE_BYTES)?;
+        Ok(kernel_speed(&mut Pool::new(threads)?, &memory, &layout))
+    };
     let settings = BenchSettings {
         n_prompt: args.n_prompt,
         n_gen: args.n_gen,

@@ -43,7 +43,7 @@ pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: 
     let request = request(args, wanted, batch);
     #[cfg(feature = "cuda")]
     if let Some(device) = open_device(args, quiet)? {
-        return gpu::load(split, args, request, device, quiet);
+        return gpu::load(split.with_alike_bundles(), args, request, device, quiet);
     }
     #[cfg(not(feature = "cuda"))]
     if matches!(args.vram_budget, crate::cli::VramBudget::Bytes(_)) {
@@ -181,7 +181,7 @@ mod gpu {
             let mut smaller = plan.request;
             smaller.vram_budget_bytes = (plan.total_bytes as f64 * SHRINK) as u64;
             progress.note(&format!("{e}; trying with {}", format_bytes(smaller.vram_budget_bytes)));
-            let split = super::placed_split(args)?;
+            let split = super::placed_split(args)?.with_alike_bundles();
             let plan = GpuPlan::new(&split, smaller)?;
             engine = GpuEngine::load(split, plan, device, share, &on_layer);
         }

@@ -21,6 +21,7 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let request = super::load::request(&args.placement, 512, 128);
     #[cfg(feature = "cuda")]
     if let Some(device) = super::load::open_device(&args.placement, args.json)? {
+        let split = split.with_alike_bundles();
         let plan = super::load::gpu_plan(&split, &args.placement, request, &device)?;
         let n_threads = super::load::host_threads(&args.placement);
         let hardware = thermocline_runtime::measure_tiers(&device, *split.layers()[0].layout(), n_threads)?;
