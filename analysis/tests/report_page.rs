@@ -81,7 +81,29 @@ fn results(dir: &Path) -> Vec<PathBuf> {
         gpu[key] = HOSTILE.into();
     }
     let benches = [write("bench.json", &bench), write("<i>gpu.json", &gpu)];
-    [vec![write("eval.json", &eval), write("<i>run.json", &run)], benches.to_vec()].concat()
+    let evals = [write("eval.json", &eval), write("planes.json", &planes())];
+    [evals.to_vec(), vec![write("<i>run.json", &run)], benches.to_vec()].concat()
+}
+
+/// What `eval --planes` prints.
+fn planes() -> Value {
+    let plane = |name: &str, bits: f64| json!({"plane": name, "bits_per_weight": bits, "entropy_bits": bits, "zstd_bits": bits});
+    let result = |planes: &str, ratio: f64| {
+        let mut result = evaluation("dense", 1.0);
+        (result["planes"], result["perplexity_ratio"]) = (planes.into(), ratio.into());
+        result
+    };
+    let mut eval = result("base", 1.1);
+    let choices =
+        [("base", 1.1), ("plus@0.5", 1.05), ("plus", 1.01), ("exact@0.5", 1.04), ("exact", 1.0), (HOSTILE, 2.0)];
+    eval["results"] = choices.map(|(planes, ratio)| result(planes, ratio)).to_vec().into();
+    eval["model"] = HOSTILE.into();
+    eval["study"] = json!({
+        "encoding": "q4+exact", "planes": [plane("q4", 4.5), plane(HOSTILE, 1.0), plane("coarse", 4.0), plane("final", 3.0)],
+        "share_of_bf16": 0.72, "bf16_entropy_bits": 10.5, "decode_gb_s": 2.0, "copy_gb_s": 60.0,
+        "decode_seconds_per_token": null,
+    });
+    eval
 }
 
 /// Every tag is closed, in order; attributes are quoted; `&` starts an entity.

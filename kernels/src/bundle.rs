@@ -113,6 +113,15 @@ impl BundleLayout {
         streams_at + heads.chunks_exact(self.head_bytes.max(1)).map(of_row).sum::<usize>()
     }
 
+    /// Share of the bytes of `bundles` that are read: without the room behind their streams. 1 for none.
+    pub fn used_share(&self, bundles: &[u8]) -> f64 {
+        if !self.encoding.has_stream() || bundles.is_empty() {
+            return 1.0;
+        }
+        let used = bundles.chunks_exact(self.bundle_bytes).map(|b| self.used_bytes(b).min(self.bundle_bytes));
+        used.sum::<usize>() as f64 / bundles.len() as f64
+    }
+
     /// Row `which` (0 gate, 1 up, 2 down) of a bundle.
     ///
     /// # Panics

@@ -206,29 +206,44 @@ impl Kernels {
     /// # Panics
     /// If the encoding is not exact, or as [`Kernels::dots`].
     pub fn decode(&self, encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
-        check(encoding, &row, out.len());
+        self.decode_rows(encoding, [row], out.len(), out);
+    }
+
+    /// Rows of `columns` columns, one behind the other in `out`.
+    fn decode_rows<const N: usize>(&self, encoding: Encoding, rows: [RowRef<'_>; N], columns: usize, out: &mut [u16]) {
+        assert_eq!(out.len(), N * columns, "the rows' numbers");
+        rows.iter().for_each(|row| check(encoding, row, columns));
         #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx2 && is_x86_feature_detected!("bmi2") {
-            match encoding {
-                // SAFETY: BMI2 was just looked for, AVX2 is the set's; lengths were checked above.
-                Encoding::Bf16x => return unsafe { crate::x86::exact_bmi2::bf16x(row, out) },
-                // SAFETY: as above.
-                Encoding::Q4Exact => return unsafe { crate::x86::exact_bmi2::residual::<true>(row, out) },
-                // SAFETY: as above.
-                Encoding::Q8Exact => return unsafe { crate::x86::exact_bmi2::residual::<false>(row, out) },
-                _ => {}
-            }
+        if self.isa == Isa::Avx512
+            && encoding == Encoding::Bf16x
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx512vbmi2")
+        {
+            // SAFETY: the features were just looked for, those of the set as in `dots_ahead`; lengths were checked.
+            return unsafe { crate::x86::exact::bf16x(rows, columns, out) };
         }
+        for (row, out) in rows.into_iter().zip(out.chunks_exact_mut(columns)) {
+            self.decode_row(encoding, row, out);
+        }
+    }
+
+    /// One row, where rows together are no faster; it was checked.
+    fn decode_row(&self, encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
         #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512 && is_x86_feature_detected!("bmi2") {
-            let has_vbmi = is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
-            match encoding {
-                // SAFETY: the features were just looked for, those of the set as in `dots_ahead`; lengths were checked.
-                Encoding::Bf16x if has_vbmi => return unsafe { crate::x86::exact::bf16x(row, out) },
+        if is_x86_feature_detected!("bmi2") {
+            use crate::x86::{exact, exact_bmi2};
+            match (self.isa, encoding) {
+                // SAFETY: BMI2 was just looked for, the rest is the set's; lengths were checked.
+                (Isa::Avx512, Encoding::Q4Exact) => return unsafe { exact::residual::<true>(row, out) },
                 // SAFETY: as above.
-                Encoding::Q4Exact => return unsafe { crate::x86::exact::residual::<true>(row, out) },
+                (Isa::Avx512, Encoding::Q8Exact) => return unsafe { exact::residual::<false>(row, out) },
                 // SAFETY: as above.
-                Encoding::Q8Exact => return unsafe { crate::x86::exact::residual::<false>(row, out) },
+                (Isa::Avx2, Encoding::Q4Exact) => return unsafe { exact_bmi2::residual::<true>(row, out) },
+                // SAFETY: as above.
+                (Isa::Avx2, Encoding::Q8Exact) => return unsafe { exact_bmi2::residual::<false>(row, out) },
+                // SAFETY: as above; a CPU with AVX-512 has AVX2.
+                (Isa::Avx2 | Isa::Avx512, Encoding::Bf16x) => return unsafe { exact_bmi2::bf16x(row, out) },
                 _ => {}
             }
         }
@@ -260,9 +275,7 @@ impl Kernels {
         // Taken, not borrowed: nothing that `then` does can find it in use.
         let mut bits = BITS.take();
         bits.resize(bits.len().max(N * columns), 0);
-        for (row, out) in rows.into_iter().zip(bits.chunks_exact_mut(columns)) {
-            self.decode(encoding, row, out);
-        }
+        self.decode_rows(encoding, rows, columns, &mut bits[..N * columns]);
         let rows = std::array::from_fn(|n| {
             let codes = bytemuck::cast_slice(&bits[n * columns..(n + 1) * columns]);
             RowRef { codes, ..RowRef::default() }

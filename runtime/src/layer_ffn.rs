@@ -29,6 +29,8 @@ pub(crate) struct LayerFfn {
     certificate: Option<Certificate>,
     n_hot: usize,
     bundle_bytes: usize,
+    /// Of a bundle's bytes, how much is read: there is room behind streams.
+    used_share: f64,
     n_neurons: usize,
     run_bytes: usize,
     decoded_bytes: usize,
@@ -73,7 +75,19 @@ impl LayerFfn {
         };
         let certificate = if certified { Certificate::new(n_neurons, layout.hidden_size(), gate)? } else { None };
         let files = file.paths().map(|path| Ok(Arc::new(DirectFile::open(path)?))).collect::<Result<_>>()?;
-        Ok(Self { files, hot, certificate, n_hot, bundle_bytes, n_neurons, run_bytes, decoded_bytes, index })
+        let used_share = layout.used_share(&hot[..n_hot * bundle_bytes]);
+        Ok(Self {
+            files,
+            hot,
+            certificate,
+            n_hot,
+            bundle_bytes,
+            used_share,
+            n_neurons,
+            run_bytes,
+            decoded_bytes,
+            index,
+        })
     }
 
     /// Whether reads bypass the page cache.
@@ -89,6 +103,11 @@ impl LayerFfn {
     /// The first flaw among the hot bundles.
     pub(crate) fn flaw(&self) -> Option<Flaw> {
         self.index.file().flaw(0, self.hot_bytes())
+    }
+
+    /// What is read of so many bytes of bundles.
+    fn used(&self, bytes: u64) -> u64 {
+        (bytes as f64 * self.used_share).round() as u64
     }
 
     /// The hot bundles.
@@ -141,7 +160,7 @@ impl LayerFfn {
             Some(certificate) if sums.skip_zeros && input.set(x) => Span::Certified { bytes, certificate, input },
             _ => Span::Contiguous { first: 0, bytes },
         };
-        account.bytes.host += sums.add(&compute.kernels, &mut compute.pool, hot);
+        account.bytes.host += self.used(sums.add(&compute.kernels, &mut compute.pool, hot));
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
@@ -163,7 +182,7 @@ impl LayerFfn {
         x: &[f32],
         y: &mut [f32],
     ) -> Result<()> {
-        account.bytes.host += self.hot_bytes().len() as u64;
+        account.bytes.host += self.used(self.hot_bytes().len() as u64);
         batch.add(compute, self.layout(), x, self.hot_bytes(), y);
         let mut first = self.n_hot;
         while first < self.n_neurons {
@@ -360,8 +379,8 @@ impl LayerFfn {
         }
         sums.add(&compute.kernels, &mut compute.pool, Span::Listed(&list));
         account.cache_hits += hits;
-        account.bytes.cache += hits * bytes as u64;
-        account.bytes.host += (active.len() as u64 - hits - from_disk.len() as u64) * bytes as u64;
+        account.bytes.cache += self.used(hits * bytes as u64);
+        account.bytes.host += self.used((active.len() as u64 - hits - from_disk.len() as u64) * bytes as u64);
         account.cache_misses += from_disk.len() as u64;
         active.iter().filter(|&&n| n as usize >= self.n_hot).for_each(|&n| cache.touch(layer, n as usize));
         if let Some((first, staged)) = staged {

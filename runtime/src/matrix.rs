@@ -38,6 +38,8 @@ pub(crate) struct Matrix {
     index: Arc<MatrixIndex>,
     pinned: AlignedBuf,
     pinned_rows: usize,
+    /// What is read of the pinned rows: there may be room behind streams.
+    used_bytes: u64,
     /// Row ranges that are streamed, each one run.
     streamed: Vec<Range<usize>>,
 }
@@ -60,7 +62,9 @@ impl Matrix {
         let (entry, layout) = (entry.clone(), *matrix.layout());
         let index = Arc::new(MatrixIndex { split: Arc::clone(split), name: entry.name.clone() });
         let is_stored = matrix.is_stored();
-        Ok(Self { entry, layout, offsets, plane_bytes, is_stored, index, pinned, pinned_rows, streamed })
+        let rows = &pinned[..pinned_rows * row_bytes];
+        let used_bytes = (layout.used_share(rows) * rows.len() as f64).round() as u64;
+        Ok(Self { entry, layout, offsets, plane_bytes, is_stored, index, pinned, pinned_rows, used_bytes, streamed })
     }
 
     /// What is in memory.
@@ -120,7 +124,7 @@ impl Matrix {
     ) -> bool {
         let together = matrices.iter().all(|m| m.streamed.is_empty());
         if together {
-            account.bytes.host += matrices.iter().map(|m| m.pinned_bytes().len() as u64).sum::<u64>();
+            account.bytes.host += matrices.iter().map(|m| m.used_bytes).sum::<u64>();
             let parts = matrices.map(|m| m.sub(&m.pinned, m.pinned_rows));
             gemvs(&compute.kernels, &mut compute.pool, parts, x, out);
         }
@@ -146,7 +150,7 @@ impl Matrix {
             }
         };
         if self.pinned_rows > 0 {
-            account.bytes.host += self.pinned_bytes().len() as u64;
+            account.bytes.host += self.used_bytes;
             part(compute, &self.pinned, 0..self.pinned_rows);
         }
         if let Some(disk) = disk {

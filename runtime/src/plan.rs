@@ -208,7 +208,9 @@ impl Plan {
     fn expect_bytes(&mut self, split: &Split, matrices: &[StoredMatrix<'_>], replayed: Option<Replayed>) -> Result<()> {
         let config = &split.manifest().config;
         let bundles = split.layers().iter().map(|f| f.layout().bundle_bytes() as f64);
-        let bundle = bundles.sum::<f64>() / split.layers().len() as f64;
+        // The room behind streams is in memory, but not read.
+        let used = used_share(split);
+        let bundle = used * bundles.sum::<f64>() / split.layers().len() as f64;
         // An untied embedding costs one row a token.
         let read = |t: &StoredMatrix| config.tie_word_embeddings || t.entry().name != "model.embed_tokens.weight";
         let mut disk: f64 = 0.0;
@@ -220,7 +222,7 @@ impl Plan {
         let total = (config.n_layers * config.intermediate_size) as f64;
         match (self.request.mode, replayed) {
             (Mode::Exact, _) => {
-                ram += self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
+                ram += used * self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
                 ram += self.certificate_bytes as f64;
                 for (file, &hot) in split.layers().iter().zip(&self.hot_neurons) {
                     disk += file.stored_bytes(hot.div_ceil(file.chunk_neurons())..file.n_chunks()) as f64;
@@ -359,6 +361,14 @@ pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
     let stored = split.layers().iter().all(|f| f.are_stored(0..f.n_chunks()));
     let largest = split.layers().iter().map(|f| f.chunk_neurons() * f.layout().bundle_bytes()).max().unwrap_or(0);
     if stored && n_parts(split) == 1 { 0 } else { (2 * run_bytes).max(largest) }
+}
+
+/// Share of the bundles' bytes that holds something, where they have streams: files have no room behind these.
+fn used_share(split: &Split) -> f64 {
+    let with_streams = || split.layers().iter().filter(|f| f.layout().encoding().has_stream());
+    let stored: u64 = with_streams().map(|f| f.stored_bytes(0..f.n_chunks())).sum();
+    let bundles: u64 = with_streams().map(|f| (f.order().len() * f.layout().bundle_bytes()) as u64).sum();
+    if bundles == 0 { 1.0 } else { stored as f64 / bundles as f64 }
 }
 
 /// Files that a run is read from, at most.

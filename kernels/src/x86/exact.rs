@@ -11,57 +11,102 @@ use std::arch::x86_64::*;
 /// Bytes from one level's exponents to the next one's in the table that codes look up: a code and four times its level.
 const LEVEL_STEP: usize = 4;
 
-/// `bf16x` rows.
-///
-/// # Safety
-/// The CPU has AVX-512 F, BW, VL, VBMI and VBMI2, and BMI2; codes and head are as long as rows of `out.len()` columns
-/// have them.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,bmi2,popcnt")]
-pub(crate) unsafe fn bf16x(row: RowRef<'_>, out: &mut [u16]) {
-    let columns = out.len();
-    let (signs_mantissas, first_level) = row.codes.split_at(columns);
-    let (symbols, lengths) = row.head.split_at(LEVELS * PER_LEVEL);
-    let mut table = [0u8; 16];
-    for (level, exponents) in symbols.chunks_exact(PER_LEVEL).enumerate() {
-        table[level * LEVEL_STEP..][..PER_LEVEL].copy_from_slice(exponents);
+/// A `bf16x` row on its way.
+struct CascadeRow<'a> {
+    signs_mantissas: &'a [u8],
+    first_level: &'a [u8],
+    /// The exponents of the codes, by code and level.
+    table: __m512i,
+    /// Bytes of the segments to come, and these.
+    lengths: &'a [[u8; 2]],
+    later: &'a [u8],
+    /// The segment's stream, and the bits of it that were read.
+    stream: &'a [u8],
+    at: usize,
+}
+
+impl<'a> CascadeRow<'a> {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn new(row: RowRef<'a>, columns: usize) -> Self {
+        let (signs_mantissas, first_level) = row.codes.split_at(columns);
+        let (symbols, lengths) = row.head.split_at(LEVELS * PER_LEVEL);
+        let mut table = [0u8; 16];
+        for (level, exponents) in symbols.chunks_exact(PER_LEVEL).enumerate() {
+            table[level * LEVEL_STEP..][..PER_LEVEL].copy_from_slice(exponents);
+        }
+        // SAFETY: 16 bytes.
+        let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
+        let lengths = lengths.as_chunks().0;
+        Self { signs_mantissas, first_level, table, lengths, later: row.stream, stream: &[], at: 0 }
     }
-    // SAFETY: 16 bytes.
-    let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
-    let escape = _mm512_set1_epi8(PER_LEVEL as i8);
-    for (range, stream) in segment_ranges(columns).zip(segments(lengths, 2, row.stream)) {
-        let mut at = 0;
-        for first in range.clone().step_by(BLOCK) {
-            let n = BLOCK.min(range.end - first);
-            let (codes, _) = first_level[first / 4..].as_chunks::<{ BLOCK / 4 }>();
-            // SAFETY: 16 bytes.
-            let codes = unsafe { _mm_loadu_si128(codes[0].as_ptr().cast()) };
-            let mut index = spread(_mm256_castsi128_si256(codes), 0);
-            let mut open = _mm512_cmpeq_epi8_mask(index, escape);
-            for level in 1..LEVELS {
-                if open == 0 {
-                    break;
-                }
-                let codes = _mm512_maskz_expand_epi8(open, spread(window(stream, at / 8), at % 8));
-                at += 2 * open.count_ones() as usize;
-                index = _mm512_mask_add_epi8(index, open, codes, _mm512_set1_epi8((level * LEVEL_STEP) as i8));
-                open = _mm512_mask_cmpeq_epi8_mask(open, codes, escape);
+
+    /// Goes on to the next segment; its stream is empty where a damaged head leads past the end.
+    fn next_segment(&mut self) {
+        let n = self.lengths.split_off_first().map_or(0, |b| usize::from(u16::from_le_bytes(*b)));
+        (self.stream, self.later) = self.later.split_at_checked(n).unwrap_or((&[], &[]));
+        self.at = 0;
+    }
+
+    /// Decodes the block from column `first` on, as many columns as `out` has, at most 64.
+    ///
+    /// # Safety
+    /// The row has these columns; AVX-512 with VBMI and VBMI2, and BMI2.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,bmi2,popcnt")]
+    unsafe fn block(&mut self, first: usize, out: &mut [u16]) {
+        let escape = _mm512_set1_epi8(PER_LEVEL as i8);
+        let (codes, _) = self.first_level[first / 4..].as_chunks::<{ BLOCK / 4 }>();
+        // SAFETY: 16 bytes.
+        let codes = unsafe { _mm_loadu_si128(codes[0].as_ptr().cast()) };
+        let mut index = spread(_mm256_castsi128_si256(codes), 0);
+        let mut open = _mm512_cmpeq_epi8_mask(index, escape);
+        for level in 1..LEVELS {
+            if open == 0 {
+                break;
             }
-            let mut exponents = _mm512_shuffle_epi8(table, index);
-            if open != 0 {
-                exponents = literals(exponents, open, stream, &mut at);
-            }
-            let mask = u64::MAX >> (BLOCK - n);
-            // SAFETY: `n` bytes are read and `n` numbers written, from `first` on.
-            unsafe {
-                let sm = _mm512_maskz_loadu_epi8(mask, signs_mantissas[first..].as_ptr().cast());
-                let out = out[first..].as_mut_ptr().cast::<i16>();
-                let lower = join(_mm512_castsi512_si256(sm), _mm512_castsi512_si256(exponents));
-                _mm512_mask_storeu_epi16(out, mask as u32, lower);
+            let codes = _mm512_maskz_expand_epi8(open, spread(window(self.stream, self.at / 8), self.at % 8));
+            self.at += 2 * open.count_ones() as usize;
+            index = _mm512_mask_add_epi8(index, open, codes, _mm512_set1_epi8((level * LEVEL_STEP) as i8));
+            open = _mm512_mask_cmpeq_epi8_mask(open, codes, escape);
+        }
+        let mut exponents = _mm512_shuffle_epi8(self.table, index);
+        if open != 0 {
+            exponents = literals(exponents, open, self.stream, &mut self.at);
+        }
+        let n = out.len();
+        let mask = u64::MAX >> (BLOCK - n);
+        // SAFETY: `n` bytes are read and `n` numbers written.
+        unsafe {
+            let sm = _mm512_maskz_loadu_epi8(mask, self.signs_mantissas[first..].as_ptr().cast());
+            let out = out.as_mut_ptr().cast::<i16>();
+            let lower = join(_mm512_castsi512_si256(sm), _mm512_castsi512_si256(exponents));
+            _mm512_mask_storeu_epi16(out, mask as u32, lower);
+            if n > BLOCK / 2 {
                 let sm = _mm512_extracti64x4_epi64::<1>(sm);
                 let upper = join(sm, _mm512_extracti64x4_epi64::<1>(exponents));
-                if n > BLOCK / 2 {
-                    _mm512_mask_storeu_epi16(out.add(BLOCK / 2), (mask >> (BLOCK / 2)) as u32, upper);
-                }
+                _mm512_mask_storeu_epi16(out.add(BLOCK / 2), (mask >> (BLOCK / 2)) as u32, upper);
+            }
+        }
+    }
+}
+
+/// `bf16x` rows of `columns` columns, one behind the other in `out`. A block's place in its stream is known when the one
+/// before it is read: several rows at once fill that wait.
+///
+/// # Safety
+/// The CPU has AVX-512 F, BW, VL, VBMI and VBMI2, and BMI2; codes and heads are as long as rows of `columns` columns have
+/// them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,bmi2,popcnt")]
+pub(crate) unsafe fn bf16x<const N: usize>(rows: [RowRef<'_>; N], columns: usize, out: &mut [u16]) {
+    let mut rows = rows.map(|row| CascadeRow::new(row, columns));
+    for range in segment_ranges(columns) {
+        rows.iter_mut().for_each(CascadeRow::next_segment);
+        for first in range.clone().step_by(BLOCK) {
+            let end = range.end.min(first + BLOCK);
+            for (r, row) in rows.iter_mut().enumerate() {
+                // SAFETY: by this function's contract.
+                unsafe { row.block(first, &mut out[r * columns + first..r * columns + end]) };
             }
         }
     }
