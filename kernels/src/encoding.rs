@@ -173,7 +173,7 @@ impl Encoding {
     pub fn first_not_finite(self, row: RowRef<'_>) -> Option<usize> {
         if self.has_stream() {
             let mut bits = vec![0; self.columns(row)];
-            crate::exact::decode(self, row, &mut bits);
+            crate::Kernels::detect().decode(self, row, &mut bits);
             return bits.iter().position(|b| b & 0x7f80 == 0x7f80);
         }
         // Sixteen bits with all exponent bits set.
@@ -192,7 +192,7 @@ impl Encoding {
     pub fn is_zero(self, row: RowRef<'_>) -> bool {
         if self.has_stream() {
             let mut bits = vec![0; self.columns(row)];
-            crate::exact::decode(self, row, &mut bits);
+            crate::Kernels::detect().decode(self, row, &mut bits);
             return bits.iter().all(|b| b & 0x7fff == 0);
         }
         let bytes = if self == Encoding::Bf16 { row.codes } else { row.scales };
