@@ -379,3 +379,12 @@ fn damaged_deltas_in_runs_are_told() {
     let expected = bits(&logits(&demo::tuned_split("bf16"), Precision::Base, Mode::Exact));
     assert!(bits(&answer(&mut engine, DECODED).unwrap()) == expected, "mended");
 }
+
+/// It was a panic: the coarse plane without the final one is a way to read.
+#[test]
+fn what_is_only_read_cannot_be_stored() {
+    let (made, out) = (llama(), TempDir::new().unwrap());
+    let (model, profile, out) = (model(&made), profile(&made), out.path().join("split"));
+    let said = fails(2, &splitting(&model, &profile, &["--resident-encoding", "q4+plus"], &out));
+    assert!(said.contains("q4+plus cannot be stored; use q4+exact") && !out.exists(), "{said}");
+}

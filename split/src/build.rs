@@ -138,6 +138,10 @@ fn build(
     }
     profile.verify()?;
     let settings = |what: String| Error::Settings { what };
+    // A base with its coarse plane alone is a way to read, not to store.
+    if options.encoding.of_layers(config.n_layers).chain([options.resident_encoding]).any(|e| e == Encoding::Q4Plus) {
+        return Err(settings(format!("{} cannot be stored; use {}", Encoding::Q4Plus, Encoding::Q4Exact)));
+    }
     let widest = options.encoding.of_layers(config.n_layers).find(|e| !e.accepts(config.hidden_size));
     if let Some(encoding) = widest {
         let what = format!("{encoding}: hidden size {} is no multiple of 32; use --encoding bf16x", config.hidden_size);
