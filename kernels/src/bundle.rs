@@ -46,6 +46,22 @@ impl BundleLayout {
         Self::of_rows(encoding, columns, 1, stream_bytes)
     }
 
+    /// The layout of neurons of `bundle_bytes`, with streams wherever there is room; `None` if no such bundle is as long.
+    pub fn of_bundle_bytes(encoding: Encoding, hidden_size: usize, bundle_bytes: usize) -> Option<Self> {
+        Self::of_bytes(encoding, hidden_size, ROWS, bundle_bytes)
+    }
+
+    /// The same for matrix rows of `row_bytes`.
+    pub fn of_row_bytes(encoding: Encoding, columns: usize, row_bytes: usize) -> Option<Self> {
+        Self::of_bytes(encoding, columns, 1, row_bytes)
+    }
+
+    fn of_bytes(encoding: Encoding, columns: usize, rows: usize, bytes: usize) -> Option<Self> {
+        let fixed = Self::of_rows(encoding, columns, rows, 0)?.streams_at();
+        let room = if encoding.has_stream() { bytes.checked_sub(fixed)? } else { 0 };
+        Self::of_rows(encoding, columns, rows, room).filter(|layout| layout.bundle_bytes == bytes)
+    }
+
     fn of_rows(encoding: Encoding, columns: usize, rows: usize, stream_bytes: usize) -> Option<Self> {
         if !encoding.accepts(columns) {
             return None;
@@ -99,18 +115,17 @@ impl BundleLayout {
         self.bundle_bytes - self.head_at
     }
 
-    /// Room for streams: from the end of the heads to the end of the bundle.
-    pub fn stream_room(&self) -> usize {
-        self.bundle_bytes - self.head_at - self.rows * self.head_bytes
+    /// Where the streams begin: the end of the heads.
+    fn streams_at(&self) -> usize {
+        self.head_at + self.rows * self.head_bytes
     }
 
     /// Bytes of the bundle that begins with `bytes`, without the room behind its streams; without any streams if its heads
     /// are not there. The number is more than [`BundleLayout::bundle_bytes`] where heads are damaged.
     pub fn used_bytes(&self, bytes: &[u8]) -> usize {
-        let streams_at = self.head_at + self.rows * self.head_bytes;
-        let heads = bytes.get(self.head_at..streams_at).unwrap_or_default();
+        let heads = bytes.get(self.head_at..self.streams_at()).unwrap_or_default();
         let of_row = |head: &[u8]| self.encoding.stream_bytes(head);
-        streams_at + heads.chunks_exact(self.head_bytes.max(1)).map(of_row).sum::<usize>()
+        self.streams_at() + heads.chunks_exact(self.head_bytes.max(1)).map(of_row).sum::<usize>()
     }
 
     /// Share of the bytes of `bundles` that are read: without the room behind their streams. 1 for none.
@@ -140,7 +155,7 @@ impl BundleLayout {
         }
         if self.head_bytes > 0 {
             row.head = part(self.head_at, self.head_bytes);
-            let streams = &bundle[self.head_at + self.rows * self.head_bytes..self.bundle_bytes];
+            let streams = &bundle[self.streams_at()..self.bundle_bytes];
             let heads = bundle[self.head_at..].chunks_exact(self.head_bytes).take(which);
             let before: usize = heads.map(|head| self.encoding.stream_bytes(head)).sum();
             // Of a damaged bundle there may be nothing left.

@@ -69,9 +69,10 @@ impl LayerFfn {
         let chunks = n_hot.div_ceil(file.chunk_neurons());
         file.read_chunks(0..chunks, &mut hot[..n_hot * bundle_bytes])?;
         let layout = *file.layout();
+        let kernels = Kernels::detect();
         let gate = |n: usize, out: &mut [f32]| {
             let bundle = &hot[n * bundle_bytes..(n + 1) * bundle_bytes];
-            Kernels::detect().unpack(layout.encoding(), layout.row(bundle, 0), out);
+            kernels.unpack(layout.encoding(), layout.row(bundle, 0), out);
         };
         let certificate = if certified { Certificate::new(n_neurons, layout.hidden_size(), gate)? } else { None };
         let files = file.paths().map(|path| Ok(Arc::new(DirectFile::open(path)?))).collect::<Result<_>>()?;

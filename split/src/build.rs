@@ -7,7 +7,7 @@ use crate::order::{OrderKind, OverFetch, best_chunk, best_order, over_fetch_tabl
 use crate::pack_layer::{FACTORS, PackedLayer, pack_layer, pack_matrix};
 use crate::partial::Partial;
 use crate::plane_file::write_plane;
-use crate::planes::{contents, plane_names};
+use crate::planes::{contents, further_planes};
 use crate::tensor_file::{Format, TensorFileEntry, Writer};
 use crate::{Error, LayerEncodings, chunk::Compression};
 use serde::{Deserialize, Serialize};
@@ -191,8 +191,8 @@ fn build(
     for l in 0..config.n_layers {
         progress(l, config.n_layers + 1);
         let encoding = options.encoding.of(l);
-        let names = plane_names(encoding);
-        if partial.has_layer(l, names) {
+        let further = further_planes(encoding);
+        if partial.has_layer(l, further) {
             resumed_layers += 1;
         } else {
             let statistics = profile.layer(l)?;
@@ -203,9 +203,9 @@ fn build(
                 let path = partial.temporary_layer(l, p);
                 write_plane(&path, l, content, ids, plane, chunk_neurons, options.compression)?;
             }
-            partial.finish_layer(l, names, &packed)?;
+            partial.finish_layer(l, further, &packed)?;
         }
-        layers.push(layer_entry(dir, &Partial::layer_files(l, names))?);
+        layers.push(layer_entry(dir, &Partial::layer_files(l, further))?);
     }
     progress(config.n_layers, config.n_layers + 1);
     let (resident, resident_planes) = write_resident(checkpoint, profile, options, dir)?;
@@ -309,7 +309,7 @@ fn write_resident(
     dir: &Path,
 ) -> Result<(TensorFileEntry, Option<TensorFileEntry>)> {
     let encoding = options.resident_encoding;
-    let names = plane_names(encoding);
+    let planes = further_planes(encoding);
     let (matrices, vectors) = (resident_matrices(checkpoint), resident_vectors(checkpoint));
     let (mut announced, mut announced_planes) = (Vec::new(), Vec::new());
     for name in &matrices {
@@ -319,14 +319,15 @@ fn write_resident(
             return Err(Error::Settings { what });
         }
         announced.push((name.clone(), Format::from(encoding.base()), rows, columns));
-        announced_planes
-            .extend(names.iter().map(|plane| (format!("{name}.{plane}"), Format::of_plane(plane), rows, columns)));
+        announced_planes.extend(
+            planes.iter().map(|plane| (format!("{name}.{}", plane.name()), Format::of_plane(*plane), rows, columns)),
+        );
     }
     for name in &vectors {
         announced.push((name.clone(), Format::F32, 1, shape(checkpoint, name)?.1));
     }
     let mut writer = Writer::create(dir, "resident.safetensors", announced)?;
-    let mut further = match names {
+    let mut further = match planes {
         [] => None,
         _ => Some(Writer::create(dir, "resident-planes.safetensors", announced_planes)?),
     };
@@ -342,14 +343,14 @@ fn write_resident(
             squares.into_iter().map(|v| v as f32).collect::<Vec<_>>()
         });
         let fit = options.scales.fit(importance.as_deref());
-        let planes = pack_matrix(checkpoint, name, rows, columns, encoding, fit)?;
-        let mut planes = planes.iter();
-        if let Some(base) = planes.next() {
+        let packed = pack_matrix(checkpoint, name, rows, columns, encoding, fit)?;
+        let mut packed = packed.iter();
+        if let Some(base) = packed.next() {
             writer.write(name, base)?;
         }
-        for (plane, bytes) in names.iter().zip(planes) {
+        for (plane, bytes) in planes.iter().zip(packed) {
             if let Some(further) = &mut further {
-                further.write(&format!("{name}.{plane}"), bytes)?;
+                further.write(&format!("{name}.{}", plane.name()), bytes)?;
             }
         }
     }

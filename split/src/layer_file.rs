@@ -6,7 +6,7 @@ use crate::delta::Delta;
 use crate::error::{Result, corrupt};
 use crate::manifest::{LayerEntry, PlaneEntry};
 use crate::plane_file::{Content, PlaneFile};
-use crate::planes::plane_names;
+use crate::planes::{Plane, further_planes, joined};
 use crate::precision::Precision;
 use std::ops::Range;
 use std::path::Path;
@@ -60,14 +60,14 @@ impl LayerFile {
         encoding: Encoding,
         precision: Precision,
     ) -> Result<Self> {
-        let names = plane_names(encoding);
-        if names.len() != entry.planes.len() {
+        let planes = further_planes(encoding);
+        if planes.len() != entry.planes.len() {
             let reason = format!("{} planes of a layer in {encoding}", entry.planes.len());
             return Err(corrupt(&dir.join(&entry.file), "planes", reason));
         }
         let base =
             PlaneEntry { file: entry.file.clone(), file_bytes: entry.file_bytes, checksum: entry.checksum.clone() };
-        let further = names.iter().zip(&entry.planes).filter(|(name, _)| precision.takes(**name == "final"));
+        let further = planes.iter().zip(&entry.planes).filter(|(plane, _)| precision.takes(**plane));
         let mut planes = Vec::new();
         for entry in [&base].into_iter().chain(further.map(|(_, entry)| entry)) {
             let path = dir.join(&entry.file);
@@ -96,22 +96,14 @@ impl LayerFile {
                 return Err(misfit(plane));
             }
         }
-        let (hidden, encoding) = (stored.hidden_size(), stored.encoding());
-        let contents: Vec<&Content> = further.iter().map(PlaneFile::content).collect();
-        let layout = match (encoding, contents.as_slice()) {
-            (_, []) => Some(stored),
-            (Encoding::Q4, [Content::Coarse { .. }]) => BundleLayout::new(Encoding::Q4Plus, hidden),
-            (Encoding::Q4, [Content::Coarse { .. }, Content::Final { bytes, .. }]) => {
-                with_final(Encoding::Q4Exact, hidden, *bytes)
-            }
-            (Encoding::Q8, [Content::Final { bytes, .. }]) => with_final(Encoding::Q8Exact, hidden, *bytes),
-            _ => None,
-        };
-        let total: usize = planes.iter().map(|p| p.content().bundle_bytes()).sum();
-        match layout.filter(|l| l.bundle_bytes() == total) {
+        let (hidden, base_encoding) = (stored.hidden_size(), stored.encoding());
+        let over: Vec<Plane> = further.iter().filter_map(|p| p.content().plane()).collect();
+        let total = planes.iter().map(|p| p.content().bundle_bytes()).sum();
+        let encoding = joined(base_encoding, &over).filter(|_| over.len() == further.len());
+        match encoding.and_then(|encoding| BundleLayout::of_bundle_bytes(encoding, hidden, total)) {
             Some(layout) => Ok(Self { planes, stored: layout, layout, delta: None }),
             None => {
-                let reason = format!("{} planes over {encoding} at {precision}", further.len());
+                let reason = format!("{} planes over {base_encoding} at {precision}", further.len());
                 Err(corrupt(base.path(), "encoding", reason))
             }
         }
@@ -124,10 +116,8 @@ impl LayerFile {
 
     /// Leaves as much room behind streams as the layer with the longest needs: bundles of all layers are then alike.
     pub(crate) fn pad_to(&mut self, bundle_bytes: usize) {
-        let room = bundle_bytes - self.stored.bundle_bytes();
-        let streams = self.stored.stream_room() + room;
-        let padded = BundleLayout::with_streams(self.stored.encoding(), self.stored.hidden_size(), streams);
-        self.layout = padded.filter(|l| l.bundle_bytes() == bundle_bytes).unwrap_or(self.layout);
+        let (encoding, hidden_size) = (self.stored.encoding(), self.stored.hidden_size());
+        self.layout = BundleLayout::of_bundle_bytes(encoding, hidden_size, bundle_bytes).unwrap_or(self.layout);
     }
 
     /// Puts a delta on the bundles, which then come as bf16.
@@ -382,14 +372,6 @@ pub(crate) fn not_exact(path: &Path, encoding: Encoding) -> Error {
          use --precision exact, of a split with --encoding bf16, bf16x or q4+exact of a BF16 checkpoint"
     );
     Error::Settings { what }
-}
-
-/// The layout whose heads and streams take `bytes`.
-fn with_final(encoding: Encoding, hidden_size: usize, bytes: usize) -> Option<BundleLayout> {
-    let bare = BundleLayout::with_streams(encoding, hidden_size, 0)?;
-    let heads = 3 * encoding.head_bytes(hidden_size);
-    BundleLayout::with_streams(encoding, hidden_size, bytes.checked_sub(heads)?)
-        .filter(|l| l.base_bytes() == bare.base_bytes())
 }
 
 /// What the manifest says of a layer whose files are written, the base first.

@@ -37,6 +37,7 @@ mod planes;
 mod planted;
 mod precision;
 mod resident;
+mod sealed;
 mod tensor_file;
 mod verify;
 

@@ -1,18 +1,15 @@
 //! `manifest.json`: what is in a split directory and what it was made from.
 
+use crate::LayerEncodings;
 use crate::error::{Result, corrupt, io};
+use crate::sealed::Sealed;
 use crate::tensor_file::TensorFileEntry;
-use crate::{Error, LayerEncodings};
 use serde::{Deserialize, Serialize};
-use std::io::ErrorKind;
 use std::path::Path;
 use thermocline_datasets::ModelConfig;
-use xxhash_rust::xxh3::xxh3_128;
 
 /// The version that is written and the newest that is read.
 pub const FORMAT_VERSION: u32 = 1;
-/// No manifest is larger: a million tensors would not need it.
-const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +113,19 @@ pub struct Manifest {
     pub checksum: String,
 }
 
+impl Sealed for Manifest {
+    const FILE: &'static str = "manifest.json";
+    const FORMAT: &'static str = "thermocline-split";
+    const VERSION: u32 = FORMAT_VERSION;
+    const KIND: &'static str = "split";
+    const MISSING: &'static str =
+        "no such file, so this is no split; `thermocline calibrate` and `thermocline split` make one";
+
+    fn checksum(&mut self) -> &mut String {
+        &mut self.checksum
+    }
+}
+
 impl Manifest {
     /// The layers' encodings.
     ///
@@ -126,21 +136,10 @@ impl Manifest {
         parsed.map_err(|e: String| corrupt(&dir.join("manifest.json"), "packing.ffn_encoding", e))
     }
 
-    fn to_json(&self) -> String {
-        let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
-        text.push('\n');
-        text
-    }
-
-    fn expected_checksum(&self) -> String {
-        let bare = Manifest { checksum: String::new(), ..self.clone() };
-        format!("{:032x}", xxh3_128(bare.to_json().as_bytes()))
-    }
-
     /// Fills in the checksum and writes `dir/manifest.json`.
     pub(crate) fn write(mut self, dir: &Path) -> Result<Self> {
         self.checksum = self.expected_checksum();
-        let path = dir.join("manifest.json");
+        let path = dir.join(Self::FILE);
         std::fs::write(&path, self.to_json()).map_err(io(&path))?;
         Ok(self)
     }
@@ -150,37 +149,8 @@ impl Manifest {
     /// # Errors
     /// If it is missing, damaged in any bit, or of a version that is not supported.
     pub fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join("manifest.json");
-        let bytes = match std::fs::metadata(&path) {
-            Ok(metadata) => metadata.len(),
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                let reason =
-                    "no such file, so this is no split; `thermocline calibrate` and `thermocline split` make one";
-                return Err(corrupt(dir, "manifest.json", reason));
-            }
-            Err(e) => return Err(io(&path)(e)),
-        };
-        if bytes > MAX_MANIFEST_BYTES {
-            return Err(corrupt(&path, "size", format!("{bytes} bytes; at most {MAX_MANIFEST_BYTES} are read")));
-        }
-        let text = std::fs::read(&path).map_err(io(&path))?;
-        // The version is looked at first: a newer manifest may have fields that are unknown here.
-        #[derive(Deserialize)]
-        struct Head {
-            format: String,
-            version: u64,
-        }
-        let head: Head = serde_json::from_slice(&text).map_err(|e| corrupt(&path, "json", e.to_string()))?;
-        if head.format != "thermocline-split" {
-            return Err(corrupt(&path, "format", format!("{:?} is not a split", head.format)));
-        }
-        if head.version != u64::from(FORMAT_VERSION) {
-            return Err(Error::UnsupportedVersion { path, got: head.version, max: FORMAT_VERSION.into() });
-        }
-        let manifest: Self = serde_json::from_slice(&text).map_err(|e| corrupt(&path, "json", e.to_string()))?;
-        if manifest.expected_checksum() != manifest.checksum || manifest.to_json().as_bytes() != text {
-            return Err(corrupt(&path, "checksum", "the manifest is damaged; fetch or make the split again"));
-        }
+        let manifest = Self::read_sealed(dir)?;
+        let path = dir.join(Self::FILE);
         let names = manifest.layers.iter().map(|l| &l.file).chain(manifest.files.iter().map(|f| &f.file)).chain([
             &manifest.resident.file,
             &manifest.predictors.file,

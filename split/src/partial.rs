@@ -4,6 +4,7 @@ use crate::error::{Result, corrupt, io};
 use crate::growing::Growing;
 use crate::pack_layer::PackedLayer;
 use crate::plane_file::PlaneFile;
+use crate::planes::Plane;
 use crate::{LayerFile, Precision};
 use std::fs::{self, File};
 use std::io::Write;
@@ -46,8 +47,8 @@ impl Partial {
     }
 
     /// Where the planes of layer `l` lie in the directory, the base first.
-    pub(crate) fn layer_files(l: usize, planes: &[&str]) -> Vec<String> {
-        let further = planes.iter().map(|name| format!("layers/{l:03}.{name}.thm"));
+    pub(crate) fn layer_files(l: usize, planes: &[Plane]) -> Vec<String> {
+        let further = planes.iter().map(|plane| format!("layers/{l:03}.{}.thm", plane.name()));
         [format!("layers/{l:03}.thm")].into_iter().chain(further).collect()
     }
 
@@ -61,7 +62,7 @@ impl Partial {
     }
 
     /// Whether layer `l` was finished by an earlier run, and its planes are whole and belong together.
-    pub(crate) fn has_layer(&self, l: usize, planes: &[&str]) -> bool {
+    pub(crate) fn has_layer(&self, l: usize, planes: &[Plane]) -> bool {
         let files = Self::layer_files(l, planes);
         let opened = files.iter().map(|file| PlaneFile::open(&self.dir().join(file))).collect::<Result<Vec<_>>>();
         opened
@@ -71,7 +72,7 @@ impl Partial {
     }
 
     /// Writes the part file, then moves the layer's files in place, the base last: it implies the others.
-    pub(crate) fn finish_layer(&self, l: usize, planes: &[&str], packed: &PackedLayer) -> Result<()> {
+    pub(crate) fn finish_layer(&self, l: usize, planes: &[Plane], packed: &PackedLayer) -> Result<()> {
         let path = self.part_path(l);
         let mut body = Vec::new();
         for field in packed.parts() {

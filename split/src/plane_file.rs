@@ -2,6 +2,7 @@
 //! describes every byte.
 
 use crate::error::{Result, corrupt, io, listed};
+use crate::planes::Plane;
 use crate::{Error, chunk};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -56,15 +57,22 @@ impl Content {
             FINAL_ID => Content::Final { hidden_size, bytes },
             _ => {
                 let encoding = Encoding::from_id(id).filter(|e| e.base() == *e)?;
-                let bare = BundleLayout::with_streams(encoding, hidden_size, 0)?;
-                let streams = if encoding.has_stream() { bytes.checked_sub(bare.used_bytes(&[]))? } else { 0 };
-                Content::Bundles(BundleLayout::with_streams(encoding, hidden_size, streams)?)
+                Content::Bundles(BundleLayout::of_bundle_bytes(encoding, hidden_size, bytes)?)
             }
         };
         // Longer streams than of any layer would size allocations.
         let longest = 3 * hidden_size.checked_mul(8)?.checked_add(256)?;
         (content.bundle_bytes() == bytes && bytes <= longest && Encoding::Q8.accepts(hidden_size) | (id < COARSE_ID))
             .then_some(content)
+    }
+
+    /// Which plane over the base it is; `None` for the base.
+    pub(crate) fn plane(&self) -> Option<Plane> {
+        match self {
+            Content::Bundles(_) => None,
+            Content::Coarse { .. } => Some(Plane::Coarse),
+            Content::Final { .. } => Some(Plane::Final),
+        }
     }
 
     fn id(&self) -> u32 {

@@ -5,13 +5,38 @@ use rayon::prelude::*;
 use thermocline_kernels::exact::{PackedRow, bf16x, bits16, residual};
 use thermocline_kernels::{BundleLayout, Encoding, PackError, ScaleFit, pack};
 
-/// The suffixes of the names of planes over the base, of tensors (`NAME.coarse`) and of files (`000.coarse.thm`).
-pub(crate) fn plane_names(encoding: Encoding) -> &'static [&'static str] {
-    match encoding {
-        Encoding::Q4Exact => &["coarse", "final"],
-        Encoding::Q8Exact => &["final"],
-        _ => &[],
+/// A plane over the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Plane {
+    /// Four more bits of `q4` codes.
+    Coarse,
+    /// What leads to the bfloat16.
+    Final,
+}
+
+impl Plane {
+    /// What it adds to the names of tensors (`NAME.coarse`) and of files (`000.coarse.thm`).
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Plane::Coarse => "coarse",
+            Plane::Final => "final",
+        }
     }
+}
+
+/// The planes over the base, in the order of their bytes.
+pub(crate) fn further_planes(encoding: Encoding) -> &'static [Plane] {
+    match encoding {
+        Encoding::Q4Plus => &[Plane::Coarse],
+        Encoding::Q4Exact => &[Plane::Coarse, Plane::Final],
+        Encoding::Q8Exact => &[Plane::Final],
+        Encoding::Bf16 | Encoding::Bf16x | Encoding::Q8 | Encoding::Q4 => &[],
+    }
+}
+
+/// The inverse: what a base becomes with these planes over it.
+pub(crate) fn joined(base: Encoding, planes: &[Plane]) -> Option<Encoding> {
+    Encoding::ALL.into_iter().find(|e| e.base() == base && further_planes(*e) == planes)
 }
 
 /// Encodes one row. In exact encodings nothing is refused.
@@ -80,13 +105,10 @@ pub(crate) fn lay_out(encoding: Encoding, columns: usize, rows: usize, packed: &
 /// What the files of these planes hold, three rows a bundle.
 pub(crate) fn contents(encoding: Encoding, hidden_size: usize, planes: &[Vec<u8>], n: usize) -> Vec<Content> {
     let bytes = |plane: &Vec<u8>| plane.len() / n.max(1);
-    let layout = |streams: usize| BundleLayout::with_streams(encoding.base(), hidden_size, streams);
-    let base = layout(0).map(|bare| bare.used_bytes(&[])).filter(|_| encoding.base().has_stream());
-    let base = layout(base.map_or(0, |fixed| bytes(&planes[0]).saturating_sub(fixed)));
-    let names = plane_names(encoding).iter().zip(&planes[1..]);
-    let further = names.map(|(name, plane)| match *name {
-        "coarse" => Content::Coarse { hidden_size },
-        _ => Content::Final { hidden_size, bytes: bytes(plane) },
+    let base = BundleLayout::of_bundle_bytes(encoding.base(), hidden_size, bytes(&planes[0]));
+    let further = further_planes(encoding).iter().zip(&planes[1..]).map(|(plane, bundles)| match plane {
+        Plane::Coarse => Content::Coarse { hidden_size },
+        Plane::Final => Content::Final { hidden_size, bytes: bytes(bundles) },
     });
     base.map(Content::Bundles).into_iter().chain(further).collect()
 }

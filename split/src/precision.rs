@@ -1,3 +1,4 @@
+use crate::planes::Plane;
 use std::fmt;
 use std::str::FromStr;
 
@@ -27,8 +28,11 @@ impl Precision {
     }
 
     /// Whether a plane over the base is used.
-    pub(crate) fn takes(self, is_final: bool) -> bool {
-        self >= if is_final { Precision::Exact } else { Precision::Plus }
+    pub(crate) fn takes(self, plane: Plane) -> bool {
+        match plane {
+            Plane::Coarse => self >= Precision::Plus,
+            Plane::Final => self >= Precision::Exact,
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::delta::Delta;
 use crate::error::{Result, corrupt};
 use crate::layer_file::not_exact;
-use crate::planes::plane_names;
+use crate::planes::{Plane, further_planes, joined};
 use crate::{Format, Manifest, Precision, Split, TensorEntry, TensorFile};
 use rayon::prelude::*;
 use std::path::Path;
@@ -32,8 +32,8 @@ pub(crate) fn check_planes(manifest: &Manifest, dir: &Path) -> Result<()> {
     let encoding: Encoding = encoding.map_err(|e: String| corrupt(&path, "packing.resident_encoding", e))?;
     let matrices = manifest.resident.tensors.iter().filter(|t| t.format.encoding().is_some());
     let expected = matrices.flat_map(|t| {
-        let plane = move |name: &&str| (format!("{}.{name}", t.name), Format::of_plane(name), t.rows, t.columns);
-        plane_names(encoding).iter().map(plane)
+        let plane = |p: &Plane| (format!("{}.{}", t.name, p.name()), Format::of_plane(*p), t.rows, t.columns);
+        further_planes(encoding).iter().map(plane).collect::<Vec<_>>()
     });
     let listed = manifest.resident_planes.iter().flat_map(|f| &f.tensors);
     match listed.map(|t| (t.name.clone(), t.format, t.rows, t.columns)).eq(expected) {
@@ -51,10 +51,9 @@ impl Split {
         let base = (self.resident(), self.resident().entry(name)?);
         let mut planes = vec![base];
         if let Some(file) = self.resident_planes() {
-            for (plane, is_final) in [("coarse", false), ("final", true)] {
-                let name = format!("{name}.{plane}");
-                let found = file.tensors().iter().find(|t| t.name == name);
-                planes.extend(found.filter(|_| self.precision().takes(is_final)).map(|entry| (file, entry)));
+            for plane in [Plane::Coarse, Plane::Final].into_iter().filter(|p| self.precision().takes(*p)) {
+                let name = format!("{name}.{}", plane.name());
+                planes.extend(file.tensors().iter().find(|t| t.name == name).map(|entry| (file, entry)));
             }
         }
         StoredMatrix::new(planes, self.precision())?.with_delta(self.delta())
@@ -78,17 +77,12 @@ impl<'a> StoredMatrix<'a> {
         if planes.iter().any(|(_, t)| (t.rows, t.columns) != (base.rows, base.columns)) {
             return Err(bad("planes of different shapes"));
         }
-        let formats: Vec<Format> = planes.iter().skip(1).map(|(_, t)| t.format).collect();
-        let encoding = match (stored, formats.as_slice()) {
-            (encoding, []) => encoding,
-            (Encoding::Q4, [Format::Coarse]) => Encoding::Q4Plus,
-            (Encoding::Q4, [Format::Coarse, Format::Final]) => Encoding::Q4Exact,
-            (Encoding::Q8, [Format::Final]) => Encoding::Q8Exact,
-            _ => return Err(bad(&format!("{} planes over {stored} at {precision}", formats.len()))),
-        };
-        let total: usize = planes.iter().map(|(_, t)| t.row_bytes()).sum();
-        let streams = total.saturating_sub(encoding.row_stride(base.columns));
-        let layout = BundleLayout::matrix_row(encoding, base.columns, streams).filter(|l| l.bundle_bytes() == total);
+        let over: Vec<Plane> = planes.iter().skip(1).filter_map(|(_, t)| t.format.plane()).collect();
+        let encoding = joined(stored, &over).filter(|_| over.len() + 1 == planes.len());
+        let n = planes.len() - 1;
+        let encoding = encoding.ok_or_else(|| bad(&format!("{n} planes over {stored} at {precision}")))?;
+        let total = planes.iter().map(|(_, t)| t.row_bytes()).sum();
+        let layout = BundleLayout::of_row_bytes(encoding, base.columns, total);
         let layout = layout.ok_or_else(|| bad("rows do not fit the encoding"))?;
         Ok(Self { planes, stored: layout, layout, delta: None })
     }

@@ -1,6 +1,7 @@
 //! Safetensors files of our own making, written in one pass and described, with checksums, by the manifest.
 
 use crate::error::{Result, corrupt, io, listed};
+use crate::planes::Plane;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -48,9 +49,17 @@ impl Format {
         }
     }
 
-    /// Of a further plane, by its name.
-    pub(crate) fn of_plane(name: &str) -> Self {
-        if name == "coarse" { Format::Coarse } else { Format::Final }
+    /// Of a plane over a matrix.
+    pub(crate) fn of_plane(plane: Plane) -> Self {
+        match plane {
+            Plane::Coarse => Format::Coarse,
+            Plane::Final => Format::Final,
+        }
+    }
+
+    /// The inverse; `None` if it is no plane over a matrix.
+    pub(crate) fn plane(self) -> Option<Plane> {
+        [Plane::Coarse, Plane::Final].into_iter().find(|p| Self::of_plane(*p) == self)
     }
 
     /// Bytes of one row of `columns`; `None` if rows of that length cannot be stored. With streams: the least.

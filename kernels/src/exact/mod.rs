@@ -26,6 +26,11 @@ pub fn value16(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
+/// bfloat16 bits that are stored as they are.
+pub(crate) fn copy_bits(bytes: &[u8], out: &mut [u16]) {
+    out.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(o, b)| *o = u16::from_le_bytes(*b));
+}
+
 /// An encoded row that is not yet in its place: its planes, each empty where the encoding has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PackedRow {
@@ -46,11 +51,7 @@ pub struct PackedRow {
 /// If the encoding is not exact.
 pub fn decode(encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
     match encoding {
-        Encoding::Bf16 => {
-            for (o, c) in out.iter_mut().zip(row.codes.as_chunks::<2>().0) {
-                *o = u16::from_le_bytes(*c);
-            }
-        }
+        Encoding::Bf16 => copy_bits(row.codes, out),
         Encoding::Bf16x => bf16x::decode(row, out),
         Encoding::Q4Exact | Encoding::Q8Exact => residual::decode(encoding, row, out),
         Encoding::Q8 | Encoding::Q4 | Encoding::Q4Plus => panic!("{encoding} rows are not exact"),

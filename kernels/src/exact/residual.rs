@@ -18,7 +18,7 @@
 //! than its bfloat16 is its bfloat16, and its number of exceptions is 65535.
 
 use super::bits::{BitReader, BitWriter};
-use super::{PackedRow, segment_ranges, segments, value16};
+use super::{PackedRow, copy_bits, segment_ranges, segments, value16};
 use crate::{BLOCK, Encoding, GROUP, RowRef, ScaleFit, pack as pack_plain};
 use half::f16;
 
@@ -210,9 +210,7 @@ pub(super) fn decode(encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
     for (range, (stream, entry)) in segment_ranges(out.len()).zip(segments) {
         let n_exceptions = u16::from_le_bytes([entry[2], entry[3]]);
         if n_exceptions == PLAIN_SEGMENT {
-            for (o, b) in out[range].iter_mut().zip(stream.as_chunks::<2>().0) {
-                *o = u16::from_le_bytes(*b);
-            }
+            copy_bits(stream, &mut out[range]);
             continue;
         }
         let mut bits = BitReader::new(stream);

@@ -3,7 +3,7 @@
 
 use crate::exact::bf16x::{LEVELS, PER_LEVEL};
 use crate::exact::residual::{PLAIN_SEGMENT, patch};
-use crate::exact::{segment_ranges, segments};
+use crate::exact::{copy_bits, segment_ranges, segments};
 use crate::{BLOCK, GROUP, RowRef};
 use half::f16;
 use std::arch::x86_64::*;
@@ -116,9 +116,7 @@ pub(crate) unsafe fn residual<const Q4: bool>(row: RowRef<'_>, out: &mut [u16]) 
     for (range, (stream, entry)) in segment_ranges(out.len()).zip(segments) {
         let n_exceptions = u16::from_le_bytes([entry[2], entry[3]]);
         if n_exceptions == PLAIN_SEGMENT {
-            for (o, b) in out[range].iter_mut().zip(stream.as_chunks::<2>().0) {
-                *o = u16::from_le_bytes(*b);
-            }
+            copy_bits(stream, &mut out[range]);
             continue;
         }
         let mut bits = Bits { rest: stream, at: 0 };

@@ -4,15 +4,16 @@ use crate::Error;
 use crate::error::Result;
 use std::ops::Range;
 use thermocline_datasets::{Checkpoint, SourceDtype};
+use thermocline_kernels::exact::{bits16, value16};
 
 /// The bits of values that were widened from bf16.
 pub(super) fn narrow(values: &[f32]) -> Vec<u16> {
-    values.iter().map(|v| (v.to_bits() >> 16) as u16).collect()
+    values.iter().map(|v| bits16(*v)).collect()
 }
 
 /// bf16 bits as f32, payloads of NaNs included.
 pub(super) fn widen(bits: &[u16]) -> Vec<f32> {
-    bits.iter().map(|b| f32::from_bits(u32::from(*b) << 16)).collect()
+    bits.iter().map(|b| value16(*b)).collect()
 }
 
 /// Rows of a bf16 matrix, `[rows.len(), columns]`.

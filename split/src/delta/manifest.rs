@@ -1,12 +1,12 @@
 //! `delta.json`: what is in a delta directory, which model it changes, and which model comes out.
 
+use crate::PlainFile;
 use crate::error::{Result, corrupt, io};
-use crate::{Error, PlainFile};
+use crate::sealed::Sealed;
 use serde::{Deserialize, Serialize};
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::Path;
 use thermocline_datasets::ModelConfig;
-use xxhash_rust::xxh3::xxh3_128;
 
 /// The version that is written and the newest that is read.
 pub const DELTA_VERSION: u32 = 1;
@@ -14,8 +14,6 @@ pub const DELTA_VERSION: u32 = 1;
 pub const MANIFEST_FILE: &str = "delta.json";
 /// The name of the file with everything that differs.
 pub const DATA_FILE: &str = "delta.bin";
-/// No manifest is larger: a million tensors would not need it.
-const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 const FORMAT: &str = "thermocline-delta";
 
 /// A model that a delta speaks of.
@@ -124,18 +122,19 @@ pub struct DeltaManifest {
     pub checksum: String,
 }
 
+impl Sealed for DeltaManifest {
+    const FILE: &'static str = MANIFEST_FILE;
+    const FORMAT: &'static str = FORMAT;
+    const VERSION: u32 = DELTA_VERSION;
+    const KIND: &'static str = "delta";
+    const MISSING: &'static str = "no such file, so this is no delta; `thermocline delta` makes one";
+
+    fn checksum(&mut self) -> &mut String {
+        &mut self.checksum
+    }
+}
+
 impl DeltaManifest {
-    fn to_json(&self) -> String {
-        let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
-        text.push('\n');
-        text
-    }
-
-    fn expected_checksum(&self) -> String {
-        let bare = Self { checksum: String::new(), ..self.clone() };
-        format!("{:032x}", xxh3_128(bare.to_json().as_bytes()))
-    }
-
     /// A manifest of this version, still without its checksum.
     pub(super) fn new(base: Model, final_model: Model, config: ModelConfig) -> Self {
         let (format, version) = (FORMAT.to_owned(), DELTA_VERSION);
@@ -161,36 +160,8 @@ impl DeltaManifest {
     /// # Errors
     /// If it is missing, damaged in any bit, or of a version that is not supported.
     pub fn read(dir: &Path) -> Result<Self> {
+        let manifest = Self::read_sealed(dir)?;
         let path = dir.join(MANIFEST_FILE);
-        let bytes = match std::fs::metadata(&path) {
-            Ok(metadata) => metadata.len(),
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                let reason = "no such file, so this is no delta; `thermocline delta` makes one";
-                return Err(corrupt(dir, MANIFEST_FILE, reason));
-            }
-            Err(e) => return Err(io(&path)(e)),
-        };
-        if bytes > MAX_MANIFEST_BYTES {
-            return Err(corrupt(&path, "size", format!("{bytes} bytes; at most {MAX_MANIFEST_BYTES} are read")));
-        }
-        let text = std::fs::read(&path).map_err(io(&path))?;
-        // The version is looked at first: a newer manifest may have fields that are unknown here.
-        #[derive(Deserialize)]
-        struct Head {
-            format: String,
-            version: u64,
-        }
-        let head: Head = serde_json::from_slice(&text).map_err(|e| corrupt(&path, "json", e.to_string()))?;
-        if head.format != FORMAT {
-            return Err(corrupt(&path, "format", format!("{:?} is not a delta", head.format)));
-        }
-        if head.version != u64::from(DELTA_VERSION) {
-            return Err(Error::UnsupportedVersion { path, got: head.version, max: DELTA_VERSION.into() });
-        }
-        let manifest: Self = serde_json::from_slice(&text).map_err(|e| corrupt(&path, "json", e.to_string()))?;
-        if manifest.expected_checksum() != manifest.checksum || manifest.to_json().as_bytes() != text {
-            return Err(corrupt(&path, "checksum", "the manifest is damaged; fetch or make the delta again"));
-        }
         for name in manifest.files.iter().map(|f| &f.file) {
             if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\']) {
                 return Err(corrupt(&path, "file", format!("{name:?} is outside the delta directory")));
