@@ -174,6 +174,7 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
         // The demo shows budgets of RAM.
         vram_budget: VramBudget::None,
         cpu_share: None,
+        lookahead: 1,
         cache_share: None,
         ctx_size: None,
         threads,
