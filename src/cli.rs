@@ -133,9 +133,6 @@ pub struct Placement {
     /// auto, which follows the measured speeds
     #[arg(long, default_value = "auto", value_parser = parse_share, value_name = "SHARE", env = "THERMOCLINE_CPU_SHARE")]
     pub cpu_share: std::option::Option<f64>,
-    /// With a GPU: layers that the CPU's threads look ahead, to fetch from RAM what they will probably compute: 0 or 1
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=1), value_name = "LAYERS", env = "THERMOCLINE_LOOKAHEAD")]
-    pub lookahead: u8,
     /// With a GPU: share of the VRAM left for neurons that caches those of late, 0 to 1, or auto, which replays the
     /// split's trace
     #[arg(long, default_value = "auto", value_parser = parse_share, value_name = "SHARE", env = "THERMOCLINE_CACHE_SHARE")]
@@ -384,9 +381,6 @@ pub struct Planted {
     /// Noise of the predicted gates, in standard deviations of a gate row's sum [default: 0.1]
     #[arg(long, value_name = "SD")]
     pub planted_predictor_noise: Option<f64>,
-    /// The same of gates that are predicted one layer early [default: 0.6]
-    #[arg(long, value_name = "SD")]
-    pub planted_foresight_noise: Option<f64>,
     /// Seed of everything random [default: 0]
     #[arg(long, value_name = "SEED")]
     pub planted_seed: Option<u64>,
@@ -404,7 +398,6 @@ impl Planted {
             ("--planted-reuse", self.planted_reuse.is_some()),
             ("--planted-shift", self.planted_shift.is_some()),
             ("--planted-predictor-noise", self.planted_predictor_noise.is_some()),
-            ("--planted-foresight-noise", self.planted_foresight_noise.is_some()),
             ("--planted-seed", self.planted_seed.is_some()),
         ];
         given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use support::{calibrating, engine, llama, ok, once, qwen_relu, request, split, splitting, text};
 use thermocline_kernels::cuda::launch::ffn_blocks;
 use thermocline_kernels::cuda::{Device, build_emulator};
-use thermocline_runtime::{Engine, Error, GpuEngine, GpuPlan, GpuRequest, HostThreads, Logits, Mode, Plan};
+use thermocline_runtime::{Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode, Plan};
 use thermocline_split::{Precision, Split};
 
 fn device() -> Device {
@@ -50,10 +50,9 @@ fn gpu(dir: &Path, request: GpuRequest, host_share: f32) -> GpuEngine {
 
 fn gpu_of(split: Split, request: GpuRequest, host_share: f32) -> GpuEngine {
     let device = device();
-    let threads = HostThreads { share: Some(host_share), lookahead: true };
     let plan = GpuPlan::new(&split, request).unwrap();
     assert!(plan.total_bytes <= request.vram_budget_bytes, "{plan:?}");
-    let engine = GpuEngine::load(split, plan, device, threads, &|_, _| ()).unwrap();
+    let engine = GpuEngine::load(split, plan, device, Some(host_share), &|_, _| ()).unwrap();
     let taken = engine.device().allocated_bytes() as u64;
     assert!(taken <= request.vram_budget_bytes, "{taken} bytes taken of {}", request.vram_budget_bytes);
     engine

@@ -2,7 +2,7 @@
 //
 // One block of 1024 threads, once a layer, which the rest of the device waits for: an instruction for every score costs
 // 0.1 us, and so does a barrier with the latency of what lies behind it. (A second block only tells the CPU that its
-// input is there, a third what the next layer will probably ask of it: foresee.cuh.)
+// input is there.)
 //
 // 1. Top k. A sample of 4096 scores tells roughly where the k-th largest lies. From a little below that on, two
 //    instructions for each score leave a list, in ascending order, of the active neurons and some more. The list gives
@@ -16,7 +16,7 @@
 //    number (LRFU, Lee et al. 2001): the logarithm of the sum of 2^(lambda * t) over the tokens t that used it. It
 //    never ages: only what is used grows. As an f32 it tells apart times that differ by now / 2^24 tokens: a sixteenth
 //    of a token after a million of them.
-#include "foresee.cuh"
+#include "reduce.cuh"
 
 struct Choose {
   const float* scores;  // [ffn] and room up to a multiple of four, not read if `every` is 1
@@ -32,16 +32,25 @@ struct Choose {
   u32 layer, n_layers;
   u32* cpu_list;  // [ffn - n_hot], like all of the CPU's in mapped host memory, or null; its input is there already
   u32* cpu_count;
-  u32* cpu_flag;  // and, 32 words on, one for the input, and 64 words on, one for what is foreseen
+  u32* cpu_flag;  // and, 32 words on, one for the input
   u32* ids;     // [ffn]
   uint2* items;  // [ffn]
   u32* counts;  // [8]: items, link, cached, hot, cpu, active, 0, 0
   u64* totals;  // [8]
-  Foresee ahead;  // of the next layer, for a third block
 };
 
 namespace choose_shape {
-using namespace score_shape;
+constexpr u32 kThreads = 1024;
+constexpr u32 kWarps = kThreads / kWarp;
+// Neurons of a warp whose scores its lanes load together, four each; and how many such groups a thread holds: a tile of
+// 32768 neurons. Wider layers have several.
+constexpr u32 kGroup = 4 * kWarp;
+constexpr u32 kGroups = 8;
+constexpr u32 kTile = kGroups * kGroup * kWarps;
+constexpr u32 kBins = 2048;
+// The sample's bins: 32 to an octave, from 2^-40 on.
+constexpr u32 kSampleShift = 18;
+constexpr u32 kFirstBin = (127 - 40) << (23 - kSampleShift);
 // Neurons of the list that a thread keeps in registers; a list that is only a guess is not longer.
 constexpr u32 kKept = 4;
 constexpr u32 kListed = kKept * kThreads;
@@ -49,9 +58,18 @@ constexpr u32 kListed = kKept * kThreads;
 constexpr u32 kCandidates = 2048;
 // Sets that a warp loads at a time.
 constexpr u32 kSets = 4;
+constexpr u32 kInfinity = 0x7f800000u;
 }  // namespace choose_shape
 
-struct ChooseShared : ScoreShared {
+struct Bin {
+  u32 number, wanted, count;
+};
+
+struct ChooseShared {
+  // All zero but for the time between a count and the search in it. At last one more than the first candidate of each
+  // of 2048 sets.
+  u32 bins[choose_shape::kBins];
+  unsigned char nibbles[choose_shape::kWarps][kWarp * choose_shape::kGroups];
   union {
     // A list that is a guess.
     u32 listed[choose_shape::kListed];
@@ -61,16 +79,130 @@ struct ChooseShared : ScoreShared {
       u16 next[choose_shape::kCandidates];
     } candidates;
   };
+  u32 warps[2][choose_shape::kWarps];
   uint4 kinds[choose_shape::kWarps];
+  Bin found[2];
   uint2 near[kWarp];
   u32 n_near, cutoff;
 };
+
+// The sum over the lanes before this one and its own.
+DEVICE u32 sum_through(u32 v) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const u32 lower = __shfl_up_sync(kAllLanes, v, step);
+    if (lane_id() >= step) v += lower;
+  }
+  return v;
+}
 
 // Floats in their order as whole numbers, above zero.
 DEVICE u32 in_order(float v) {
   const u32 bits = __float_as_uint(v);
   return bits ^ (static_cast<int>(bits) < 0 ? 0xffffffffu : 0x80000000u);
 }
+
+// Sums over the block's threads, each with one barrier.
+struct BlockSums {
+  ChooseShared& shared;
+  u32 turn;
+
+  // `before`: over the threads before this one; `all`: over all.
+  DEVICE void operator()(u32 mine, u32& before, u32& all) {
+    const u32 through = sum_through(mine);
+    // Another place than last time, which some may still read.
+    u32* warps = shared.warps[turn];
+    turn ^= 1;
+    if (lane_id() == kWarp - 1) warps[warp_id()] = through;
+    __syncthreads();
+    const u32 v = warps[lane_id()];
+    before = __reduce_add_sync(kAllLanes, lane_id() < warp_id() ? v : 0) + through - mine;
+    all = __reduce_add_sync(kAllLanes, v);
+  }
+
+  // For each number wanted: the highest bin such that it and those above hold as many, how many of its own are wanted,
+  // and how many it has; kNone if all bins together hold less. Returns what they hold, and clears them. A barrier must
+  // lie between the count and this; ends with one.
+  template <int N>
+  DEVICE u32 find_bins(const u32 (&wanted)[N], Bin (&bins)[N]) {
+    using namespace choose_shape;
+    static_assert(kBins == 2 * kThreads, "two bins a thread");
+    // The first thread has the highest bins.
+    const u32 top = kBins - 1 - 2 * threadIdx.x;
+    uint2& mine = *reinterpret_cast<uint2*>(shared.bins + top - 1);
+    const uint2 own = mine;
+    mine = make_uint2(0, 0);
+    if (threadIdx.x < N) shared.found[threadIdx.x] = {kNone, 0, 0};
+    u32 before, all;
+    (*this)(own.x + own.y, before, all);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      if (before < wanted[i] && wanted[i] <= before + own.y) {
+        shared.found[i] = {top, wanted[i] - before, own.y};
+      } else if (before + own.y < wanted[i] && wanted[i] <= before + own.y + own.x) {
+        shared.found[i] = {top - 1, wanted[i] - before - own.y, own.x};
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) bins[i] = shared.found[i];
+    return all;
+  }
+};
+
+// Where a layer's scores lie. A tile is 32 ranges, one for each warp, of eight groups; of fewer if it is the only one.
+struct Scores {
+  const Choose& c;
+  u32 n_groups, n_tiles, last_four;
+
+  DEVICE Scores(const Choose& choose) : c(choose) {
+    using namespace choose_shape;
+    n_groups = min((c.ffn + kGroup * kWarps - 1) / (kGroup * kWarps), kGroups);
+    n_tiles = (c.ffn + kTile - 1) / kTile;
+    last_four = (c.ffn - 1) / 4 * 4;
+  }
+
+  DEVICE u32 range(u32 tile) const {
+    return (tile * choose_shape::kWarps + warp_id()) * n_groups * choose_shape::kGroup;
+  }
+
+  DEVICE u32 first_of_four(u32 tile, u32 group) const {
+    return range(tile) + group * choose_shape::kGroup + 4 * lane_id();
+  }
+  // From a multiple of four on. What neurons score that do not exist means nothing.
+  DEVICE float4 four(u32 neuron) const {
+    return *reinterpret_cast<const float4*>(c.scores + min(neuron, last_four));
+  }
+
+  // A lane's word of a tile: a bit for each of 32 neurons in a row, from this one on.
+  DEVICE u32 first(u32 tile) const { return range(tile) + lane_id() * 32; }
+  DEVICE u32 existing(u32 tile) const {
+    const u32 from = first(tile);
+    if (lane_id() >= 4 * n_groups || from >= c.ffn) return 0;
+    return c.ffn - from >= 32 ? kAllLanes : (1u << (c.ffn - from)) - 1;
+  }
+
+  // Which scores are at least `least`, which is positive: not a number is not. `fours(group)` is what `four` gives.
+  template <class F>
+  DEVICE u32 at_least(u32 tile, float least, unsigned char* nibbles, F fours) const {
+    using namespace choose_shape;
+#pragma unroll
+    for (u32 group = 0; group < kGroups; group++) {
+      if (group >= n_groups) continue;
+      const float4 v = fours(group);
+      u32 nibble = v.x >= least ? 1 : 0;
+      if (v.y >= least) nibble |= 2;
+      if (v.z >= least) nibble |= 4;
+      if (v.w >= least) nibble |= 8;
+      nibbles[group * kWarp + lane_id()] = static_cast<unsigned char>(nibble);
+    }
+    __syncwarp();
+    uint2 v = make_uint2(0, 0);
+    if (lane_id() < 4 * n_groups) v = reinterpret_cast<const uint2*>(nibbles)[lane_id()];
+    __syncwarp();
+    return __byte_perm(v.x | v.x >> 4, v.y | v.y >> 4, 0x6420) & existing(tile);
+  }
+};
 
 // A neuron of the list, or none, and what the cache has about it.
 struct Listed {
@@ -160,20 +292,15 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     *const_cast<volatile u32*>(c.cpu_flag + 32) = c.step[2] * c.n_layers + c.layer + 1;
     return;
   }
-  if (blockIdx.x == 2) {
-    foresee(c.ahead, shared, c.ffn, c.k, __uint_as_float(c.step[3]));
-    if (thread > 0) return;
-    __threadfence_system();
-    *const_cast<volatile u32*>(c.cpu_flag + 64) = c.step[2] * c.n_layers + c.layer + 2;
-    return;
-  }
   const bool every = c.every || c.k >= c.ffn || (c.k == 0 && !(c.threshold >= 0.0f));
 
   // 1. The active ones.
-  const Scores scores(c.scores, c.ffn);
+  const Scores scores(c);
   float4 sample = make_float4(0.0f, 0.0f, 0.0f, 0.0f), fours[kGroups];
-  const u32 each = scores.each();
-  if (!every && c.k > 0 && c.k < kListed) sample = scores.sample();
+  // Four neurons a thread, in 32 places of the layer: one in `each`.
+  const u32 each = (c.ffn + kGroup * kWarps - 1) / (kGroup * kWarps);
+  const u32 sampled = (warp * each + each / 2) * kGroup + 4 * lane;
+  if (!every && c.k > 0 && c.k < kListed && sampled < c.ffn) sample = scores.four(sampled);
   const u32 serial = c.step[2];
   const float cpu_share = c.cpu_list != nullptr ? __uint_as_float(c.step[3]) : 0.0f;
   // How many of the top k the sample has is uncertain by the root of that number. The guess allows for three times as
@@ -218,13 +345,18 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
 
   // False if it does not come out.
   auto list_by_guess = [&] {
-    count_sample(shared, sample);
+    const float sampled[4] = {sample.x, sample.y, sample.z, sample.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      const int bin = static_cast<int>((__float_as_uint(sampled[i]) >> kSampleShift) - kFirstBin);
+      if (sampled[i] > 0.0f) atomicAdd(&shared.bins[min(max(bin, 0), static_cast<int>(kBins) - 1)], 1u);
+    }
     __syncthreads();
     Bin ends[2];
     const u32 ranks[2] = {static_cast<u32>(share + margin), static_cast<u32>(fmaxf(share - margin, 1.0f))};
     sums.find_bins(ranks, ends);
     // The k-th largest is at least `low`, and below `high`.
-    const u32 low = least_of_bin(ends[0].number);
+    const u32 low = ends[0].number == kNone || ends[0].number == 0 ? 1 : (ends[0].number + kFirstBin) << kSampleShift;
     const u32 high = ends[1].number >= kBins - 1 ? kInfinity : (ends[1].number + kFirstBin + 1) << kSampleShift;
 
     u32 n = 0;

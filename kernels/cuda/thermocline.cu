@@ -9,8 +9,6 @@
 #include "gemv_int.cu"
 #include "attention.cu"
 #include "predict.cu"
-#include "scores.cuh"
-#include "foresee.cuh"
 #include "choose.cu"
 #include "ffn.cu"
 #include "prefill.cu"

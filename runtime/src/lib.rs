@@ -44,9 +44,7 @@ pub use engine::{Engine, Logits};
 pub use error::{Error, Result};
 pub use generate::{FinishReason, GenerateSettings, RunReport, generate};
 #[cfg(feature = "cuda")]
-pub use gpu::{
-    GpuBenchReport, GpuBytes, GpuEngine, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds, HostThreads, measure_tiers,
-};
+pub use gpu::{GpuBenchReport, GpuBytes, GpuEngine, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds, measure_tiers};
 pub use hardware::{Hardware, StagingShape};
 pub use plan::{FixedBytes, Mode, Plan, PlanRequest, Prediction};
 pub use predictor::top_k;

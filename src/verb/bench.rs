@@ -134,11 +134,10 @@ fn on_gpu(
     println!("planned  {:>8.1} tok/s, bound by {}", report.predicted.tok_s, report.predicted.bottleneck);
     println!("         {}", report.predicted.formula);
     println!(
-        "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses{}",
+        "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses",
         gb(report.link_bytes_per_second),
         gb(report.host_bytes_per_second),
-        100.0 * report.host_share,
-        report.foreseen_share.map_or(String::new(), |s| format!(", {:.0} % of them foreseen", 100.0 * s))
+        100.0 * report.host_share
     );
     println!(
         "VRAM     planned {}, the driver counts {}",

@@ -174,7 +174,6 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
         // The demo shows budgets of RAM.
         vram_budget: VramBudget::None,
         cpu_share: None,
-        lookahead: 1,
         cache_share: None,
         ctx_size: None,
         threads,

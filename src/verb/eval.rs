@@ -213,7 +213,6 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             ram_budget: None,
             vram_budget: args.vram_budget,
             cpu_share: None,
-            lookahead: 1,
             cache_share: None,
             ctx_size: None,
             threads: args.threads,

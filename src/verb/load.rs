@@ -85,7 +85,7 @@ mod gpu {
     use thermocline_kernels::cuda::launch::ffn_blocks;
     use thermocline_kernels::cuda::{CudaError, Device};
     use thermocline_runtime::budget::format_bytes;
-    use thermocline_runtime::{Error, GpuEngine, GpuPlan, GpuRequest, HostThreads, PlanRequest};
+    use thermocline_runtime::{Error, GpuEngine, GpuPlan, GpuRequest, PlanRequest};
     use thermocline_split::Split;
 
     /// Names the emulator's library, in place of a GPU: for tests and debugging.
@@ -174,8 +174,8 @@ mod gpu {
         let progress = Progress::new("load", quiet);
         let on_layer =
             |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
-        let threads = HostThreads { share: args.cpu_share.map(|s| s as f32), lookahead: args.lookahead > 0 };
-        let mut engine = GpuEngine::load(split, plan.clone(), device.clone(), threads, &on_layer);
+        let share = args.cpu_share.map(|s| s as f32);
+        let mut engine = GpuEngine::load(split, plan.clone(), device.clone(), share, &on_layer);
         if let Err(e @ Error::VramRefused { .. }) = &engine {
             // Others may have taken memory since it was counted: once, with less.
             let mut smaller = plan.request;
@@ -183,7 +183,7 @@ mod gpu {
             progress.note(&format!("{e}; trying with {}", format_bytes(smaller.vram_budget_bytes)));
             let split = super::placed_split(args)?.with_alike_bundles();
             let plan = GpuPlan::new(&split, smaller)?;
-            engine = GpuEngine::load(split, plan, device, threads, &on_layer);
+            engine = GpuEngine::load(split, plan, device, share, &on_layer);
         }
         progress.finish();
         Ok(Loaded::Gpu(Box::new(engine?)))

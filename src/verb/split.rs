@@ -68,7 +68,6 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
     set(&mut statistics.reuse, given.planted_reuse);
     set(&mut statistics.shift, given.planted_shift);
     set(&mut statistics.predictor_noise, given.planted_predictor_noise);
-    set(&mut statistics.foresight_noise, given.planted_foresight_noise);
     statistics.cluster_neurons = given.planted_clusters.unwrap_or(statistics.cluster_neurons);
     let case = if statistics == of_case { case } else { "custom" };
     let model = PlantedModel::new(Shape::named(shape)?, case, statistics, given.planted_seed.unwrap_or(0))?;

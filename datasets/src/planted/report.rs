@@ -43,8 +43,6 @@ pub struct Measured {
     pub predictor_tokens: usize,
     /// Share of the active neurons that are among the predicted, if as many are predicted as are active in the mean.
     pub predictor_recall: f64,
-    /// The same for what is predicted one layer early.
-    pub foresight_recall: f64,
 }
 
 impl PlantedReport {

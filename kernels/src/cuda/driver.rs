@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 20] = [
+const SOURCES: [&str; 18] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -25,8 +25,6 @@ const SOURCES: [&str; 20] = [
     include_str!("../../cuda/gemv_int.cu"),
     include_str!("../../cuda/attention.cu"),
     include_str!("../../cuda/predict.cu"),
-    include_str!("../../cuda/scores.cuh"),
-    include_str!("../../cuda/foresee.cuh"),
     include_str!("../../cuda/choose.cu"),
     include_str!("../../cuda/ffn.cu"),
     include_str!("../../cuda/prefill.cu"),

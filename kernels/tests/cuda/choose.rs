@@ -1,7 +1,7 @@
 use crate::{Random, device, pinned, poisoned, read, upload};
 use proptest::prelude::*;
 use thermocline_kernels::cuda::launch::{
-    AHEAD_FLAG, Ahead, CacheTables, Choose, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
+    CacheTables, Choose, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
 };
 
 const NONE: u32 = u32::MAX;
@@ -209,14 +209,13 @@ proptest! {
                     *score = kind.draw(random, place(i));
                 }
             }
-            let (list, count, flag) = (pinned(&vec![7u32; n_cold]), pinned(&[99u32]), pinned(&[98u32; AHEAD_FLAG + 1]));
+            let (list, count, flag) = (pinned(&vec![7u32; n_cold]), pinned(&[99u32]), pinned(&[98u32; INPUT_FLAG + 1]));
             let host = HostWork { list: list.view(), count: count.view(), flag: flag.view() };
             let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
             let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
             choose(device(), &Choose {
                 scores: &upload(&[&scores[..], &[9.0; 3]].concat()).view(), ffn, n_hot, selection, cache: &cache,
-                step: &upload(&[0u32, 3, serial, share.to_bits()]).view(), layer: 1, n_layers: 3, host: Some(&host),
-                ahead: None, out: &out,
+                step: &upload(&[0u32, 3, serial, share.to_bits()]).view(), layer: 1, n_layers: 3, host: Some(&host), out: &out,
             }).unwrap();
 
             let want = model.token(active(&scores, selection), serial);
@@ -244,64 +243,6 @@ proptest! {
             }
             expected_totals.iter_mut().zip(want.counts).for_each(|(total, n)| *total += u64::from(n));
             prop_assert_eq!(read::<u64>(&totals), expected_totals);
-        }
-    }
-
-    #[test]
-    fn foresight_lists_about_the_highest_scores_that_are_neither_hot_nor_cached(
-        (ffn, n_hot) in prop_oneof![1usize..300, 1000usize..5000, Just(28_672usize), Just(34_000), Just(66_001)]
-            .prop_flat_map(|ffn| (Just(ffn), prop_oneof![Just(0), Just(ffn), 0..=ffn])),
-        active in prop_oneof![Just(0.001f64), Just(0.1), Just(0.4), Just(1.0)],
-        has_cache in any::<bool>(),
-        share in prop_oneof![Just(0.0f32), Just(0.3), Just(0.77), Just(1.0)],
-        kind in prop::sample::select(vec![Scores::Even, Scores::Wide, Scores::Coarse, Scores::Sparse]),
-        seed: u64,
-    ) {
-        let random = &mut Random::new(seed);
-        let (k, n_cold) = (((ffn as f64 * active) as usize).max(1), ffn - n_hot);
-        let scores: Vec<f32> = (0..ffn).map(|i| kind.draw(random, i as f32 / ffn as f32)).collect();
-        let slot_of: Vec<u32> = (0..n_cold).map(|_| if random.below(3) == 0 { 5 } else { NONE }).collect();
-        let none = upload(&[NONE; 4]);
-        let tables = |n_sets: usize, slot_of: &thermocline_kernels::cuda::Memory| CacheTables {
-            n_sets, n_ways: 1, slot_of: slot_of.view(), owner: none.view(), key: none.view(), used: none.view(), lambda: 1.0,
-        };
-        let (cache, next) = (tables(0, &none), tables(usize::from(has_cache), &upload(&[&slot_of[..], &[NONE]].concat())));
-        let (list, count, flag) = (pinned(&vec![7u32; ffn]), pinned(&[99u32]), pinned(&[98u32; AHEAD_FLAG + 1]));
-        let host = HostWork { list: list.view(), count: count.view(), flag: flag.view() };
-        let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
-        let totals = upload(&[0u64; 8]);
-        let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
-        let (foreseen, bounds) = (pinned(&vec![NONE; n_cold + 1]), pinned(&[NONE; 2]));
-        let scores_view = upload(&[&scores[..], &[9.0; 3]].concat()).view();
-        choose(device(), &Choose {
-            scores: &scores_view, ffn, n_hot: ffn, selection: Selection::Top(k), cache: &cache,
-            step: &upload(&[0u32, 3, 11, share.to_bits()]).view(), layer: 1, n_layers: 3, host: Some(&host),
-            ahead: Some(Ahead { scores: &scores_view, n_hot, cache: &next, list: &foreseen.view(), bounds: &bounds.view() }),
-            out: &out,
-        }).unwrap();
-
-        prop_assert_eq!(read::<u32>(&flag)[AHEAD_FLAG], flag_value(11, 2, 3));
-        let (foreseen, bounds) = (read::<u32>(&foreseen), read::<u32>(&bounds));
-        let n = bounds[1] as usize;
-        prop_assert!(n <= n_cold && foreseen[n_cold] == NONE, "nothing after its end");
-        let n_host = share.mul_add(n as f32, 0.5) as usize;
-        prop_assert_eq!(bounds[0] as usize, n - n_host.min(n));
-        // Whatever the threshold is: those above it, all of them, ascending.
-        let may_be = |i: usize| scores[i] > 0.0 && i >= n_hot && !(has_cache && slot_of[i - n_hot] != NONE);
-        let least = foreseen[..n].iter().map(|&c| scores[c as usize + n_hot]).fold(f32::INFINITY, f32::min);
-        let want: Vec<u32> =
-            (0..ffn).filter(|&i| may_be(i) && scores[i] >= least).map(|i| (i - n_hot) as u32).collect();
-        prop_assert_eq!(&foreseen[..n], &want[..]);
-        // And it is about the k-th highest, if scores differ: a bin is a 32nd of an octave, and holds 1 in 45 of them.
-        if matches!(kind, Scores::Even) && n > 0 {
-            let above = scores.iter().filter(|s| **s >= least).count() as f64;
-            let positive = scores.iter().filter(|s| **s > 0.0).count() as f64;
-            let sampled = (k as f64 * 4096.0 / ffn as f64).min(k as f64).max(1.0);
-            let slack = 1.0 + 5.0 / sampled.sqrt();
-            prop_assert!(above <= (k as f64 * slack + positive / 40.0 + 40.0).min(positive), "{above} of {k}");
-            if n_hot == 0 && !has_cache {
-                prop_assert!(above * slack + 40.0 >= (k as f64).min(positive), "{above} of {k}");
-            }
         }
     }
 }

@@ -30,8 +30,6 @@ pub struct GpuBenchReport {
     pub host_share: f32,
     /// Whether it was given, or else found when the model was loaded.
     pub host_share_given: bool,
-    /// About how many of the neurons that they computed they had been told of one layer early.
-    pub foreseen_share: Option<f64>,
     /// Prompt tokens a second.
     pub prompt_tok_s: Timing,
     /// Generated tokens a second.
@@ -112,7 +110,6 @@ impl GpuEngine {
             plan: self.plan().clone(),
             host_share: self.host_share(),
             host_share_given: self.host_share_given(),
-            foreseen_share: self.foreseen_share(),
             prompt_tok_s: Timing::new(prompts),
             predicted: self.predicted(),
             bytes_per_token: bytes.per_token(n),

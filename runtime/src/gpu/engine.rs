@@ -1,10 +1,9 @@
 //! Tokens in, logits out, on a GPU.
 
-use super::host_share::{HostShare, HostThreads};
+use super::host_share::HostShare;
 use super::load::Model;
 use super::plan::{GpuPlan, GpuPrediction, GpuSpeeds};
 use super::prefill::Batch;
-use super::token::HostPart;
 use super::{speeds, token};
 use crate::account::{Account, TierBytes};
 use crate::decoder::{Decoder, Speeds, unknown_token};
@@ -39,7 +38,9 @@ pub struct GpuEngine {
 }
 
 impl GpuEngine {
-    /// Loads what `plan` says. `progress(done, total)` counts layers.
+    /// Loads what `plan` says. `host_share`, from 0 to 1, is the host threads' share of the cold neurons that are not
+    /// cached; `None`: the fastest of several near what the measured speeds of link and threads suggest.
+    /// `progress(done, total)` counts layers.
     ///
     /// # Errors
     /// If a file cannot be read or is damaged, or device or host have not the memory.
@@ -47,7 +48,7 @@ impl GpuEngine {
         split: Split,
         plan: GpuPlan,
         device: Device,
-        threads: HostThreads,
+        host_share: Option<f32>,
         progress: &dyn Fn(usize, usize),
     ) -> Result<Self> {
         let config = split.manifest().config.clone();
@@ -60,7 +61,7 @@ impl GpuEngine {
             device.fill(&layer.cache.used, 0)?;
         }
         let is_cold = plan.hot_neurons.iter().any(|&h| h < config.intermediate_size);
-        let wanted = is_cold && matches!(plan.request.base.mode, Mode::Sparse { .. }) && threads.share != Some(0.0);
+        let wanted = is_cold && matches!(plan.request.base.mode, Mode::Sparse { .. }) && host_share != Some(0.0);
         let host =
             wanted.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
         let mut serial = 0;
@@ -68,12 +69,7 @@ impl GpuEngine {
         if let Some(host) = &host {
             speeds.host = host.measure(speeds::PROBE_NEURONS, &mut serial);
         }
-        let part = match (&host, threads.lookahead) {
-            (None, _) => HostPart::None,
-            (Some(_), false) => HostPart::Compute,
-            (Some(_), true) => HostPart::ComputeForeseen,
-        };
-        let token = token::record(&device, &config, &plan, &model, part)?;
+        let token = token::record(&device, &config, &plan, &model, host.is_some())?;
         let expected = if host.is_some() { plan.predict(&speeds).host_share as f32 } else { 0.0 };
         let (split, account) = (Arc::new(split), Account::default());
         let mut engine = Self {
@@ -82,8 +78,8 @@ impl GpuEngine {
             device,
             model,
             host,
-            host_share: threads.share.unwrap_or(expected).clamp(0.0, 1.0),
-            host_share_given: threads.share.is_some(),
+            host_share: host_share.unwrap_or(expected).clamp(0.0, 1.0),
+            host_share_given: host_share.is_some(),
             token,
             len: 0,
             serial,
@@ -166,13 +162,6 @@ impl GpuEngine {
     /// The host threads' share of the cold neurons that are not cached.
     pub fn host_share(&self) -> f32 {
         self.host_share
-    }
-
-    /// Of the neurons that the host's threads computed so far, about how many they had been told of one layer early, as
-    /// a share; `None` if nothing was.
-    pub fn foreseen_share(&self) -> Option<f64> {
-        let [compared, foreseen] = self.host.as_ref()?.foreseen();
-        (compared > 0).then(|| foreseen as f64 / compared as f64)
     }
 
     /// Whether that share was given, or else found when the model was loaded.

@@ -2,23 +2,19 @@
 //!
 //! No call of the driver is involved: the device writes its input and a list to mapped memory and raises a flag; the
 //! threads watch the flag, add up their part, and raise another. All threads take part in every layer.
-//!
-//! Between two layers they would have nothing to do for as long as attention takes. The device also lists what the next
-//! layer will probably ask of them, and each thread brings its part of that from memory into its own caches.
 
 use super::load::Model;
 use crate::ffn::add_bundles;
 use crate::{Error, Result};
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
-use thermocline_kernels::cuda::launch::{AHEAD_FLAG, INPUT_FLAG, flag_value};
-use thermocline_kernels::{BundleLayout, Kernels, Member, PreparedInput, pause, prefetch};
+use thermocline_kernels::cuda::launch::{INPUT_FLAG, flag_value};
+use thermocline_kernels::{BundleLayout, Kernels, Member, PreparedInput, pause};
 
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
@@ -29,25 +25,6 @@ const LINGER: Duration = Duration::from_millis(3);
 
 /// Looks at the flag between two looks at everything else.
 const SPINS_TO_CHECK: u32 = 256;
-
-/// What a thread fetches beforehand, at most: it should not push out of its caches what it has just brought there.
-const AHEAD_BYTES: usize = 1 << 20;
-
-/// Bytes that are asked for between two looks at the flags: half a microsecond.
-const AHEAD_PIECE: usize = 4096;
-
-/// Of so many requests one is compared with what was foreseen.
-const COMPARED: u32 = 61;
-
-/// What the host's threads are asked to do.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct HostThreads {
-    /// The share of the cold neurons that are not cached which they compute, 0 to 1; `None`: the fastest of several near
-    /// what the measured speeds of link and threads suggest.
-    pub share: Option<f32>,
-    /// Whether they fetch beforehand what the next layer will probably ask of them.
-    pub lookahead: bool,
-}
 
 /// The threads. They sleep until [`HostShare::wake`].
 #[derive(Debug)]
@@ -65,7 +42,6 @@ struct Shared {
     result_flag: Memory,
     count: Memory,
     list: Memory,
-    ahead: [[Memory; 2]; 2],
     x: Memory,
     y: Memory,
     awake: AtomicBool,
@@ -73,9 +49,6 @@ struct Shared {
     panicked: AtomicBool,
     /// Bytes of rows that were read.
     bytes: AtomicU64,
-    /// Of compared requests: neurons, and those that had been foreseen.
-    compared: AtomicU64,
-    foreseen: AtomicU64,
 }
 
 impl HostShare {
@@ -89,23 +62,20 @@ impl HostShare {
             result_flag: m.result_flag.clone(),
             count: m.count.clone(),
             list: m.list.clone(),
-            ahead: m.ahead.clone(),
             x: m.x.clone(),
             y: m.y.clone(),
             awake: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
-            compared: AtomicU64::new(0),
-            foreseen: AtomicU64::new(0),
         });
-        let [seen, prepared, ahead] =
-            [0, INPUT_FLAG, AHEAD_FLAG].map(|word| shared.request_flag.words()[word].load(Ordering::Acquire));
+        let seen = shared.request_flag.words()[0].load(Ordering::Acquire);
+        let prepared = shared.request_flag.words()[INPUT_FLAG].load(Ordering::Acquire);
         let mut all = Self { shared, threads: Vec::new() };
         for (t, member) in Member::team(n_threads, model.layout.hidden_size()).into_iter().enumerate() {
             let shared = Arc::clone(&all.shared);
             let thread = std::thread::Builder::new().name(format!("host-{t}")).spawn(move || {
-                if catch_unwind(AssertUnwindSafe(|| work(&shared, member, [seen, prepared, ahead]))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| work(&shared, member, seen, prepared))).is_err() {
                     shared.panicked.store(true, Ordering::SeqCst);
                     shared.result_flag.words()[0].store(GIVEN_UP, Ordering::SeqCst);
                 }
@@ -131,11 +101,6 @@ impl HostShare {
     /// Bytes of rows read so far.
     pub(super) fn bytes(&self) -> u64 {
         self.shared.bytes.load(Ordering::Relaxed)
-    }
-
-    /// Neurons of the requests that were compared with what had been foreseen, and those of them that had been.
-    pub(super) fn foreseen(&self) -> [u64; 2] {
-        [&self.shared.compared, &self.shared.foreseen].map(|n| n.load(Ordering::Relaxed))
     }
 
     /// Bytes a second of rows read and computed with, on `n` neurons of the layer that has most cold ones; 0 if none
@@ -195,104 +160,13 @@ enum Request {
     Work(u32),
 }
 
-/// What will probably be asked of one thread.
-struct Foreseen {
-    /// The flag of the layer.
-    flag: u32,
-    thread: usize,
-    n_threads: usize,
-    /// Places in the list, and the bytes of the first one that have been asked for.
-    left: Range<usize>,
-    bytes: usize,
-    /// Bytes that may still be asked for.
-    room: usize,
-}
-
-impl Foreseen {
-    /// Takes up what the flag speaks of, if that is new.
-    fn look(&mut self, shared: &Shared) {
-        let flag = shared.request_flag.words()[AHEAD_FLAG].load(Ordering::Acquire);
-        if flag == self.flag {
-            return;
-        }
-        let all = shared.foreseen_range(flag);
-        let place = |t: usize| all.start + all.len() * t / self.n_threads;
-        self.flag = flag;
-        self.left = place(self.thread)..place(self.thread + 1);
-        (self.bytes, self.room) = (0, AHEAD_BYTES);
-    }
-
-    /// Asks for a piece of what is left; false if there is none.
-    fn fetch(&mut self, shared: &Shared) -> bool {
-        if self.left.is_empty() || self.room == 0 {
-            return false;
-        }
-        let [list, _] = shared.ahead(self.flag);
-        let (size, cold) = (shared.layout.bundle_bytes(), shared.cold[shared.layer(self.flag)].host_bytes());
-        let bundle = list.words()[self.left.start].load(Ordering::Relaxed) as usize * size;
-        let piece = self.bytes..size.min(self.bytes + AHEAD_PIECE);
-        // The list of a later layer may have come into the place of this one.
-        prefetch(cold.get(bundle + piece.start..bundle + piece.end).unwrap_or_default());
-        self.room = self.room.saturating_sub(piece.len());
-        self.bytes = piece.end;
-        if self.bytes == size {
-            (self.left.start, self.bytes) = (self.left.start + 1, 0);
-        }
-        true
-    }
-
-    /// What is now asked for in earnest is not fetched beforehand any more.
-    fn end(&mut self, flag: u32) {
-        if self.flag == flag {
-            self.left = 0..0;
-        }
-    }
-}
-
-impl Shared {
-    /// The layer that a flag speaks of.
-    fn layer(&self, flag: u32) -> usize {
-        (flag.wrapping_sub(1) % self.cold.len() as u32) as usize
-    }
-
-    /// List and bounds of what is foreseen for that layer.
-    fn ahead(&self, flag: u32) -> &[Memory; 2] {
-        &self.ahead[self.layer(flag) % 2]
-    }
-
-    /// Places of the threads' share in that list. A thread that is late may find the numbers of a later layer, or one of
-    /// each: whatever they are, the range is in the list.
-    fn foreseen_range(&self, flag: u32) -> Range<usize> {
-        let [list, bounds] = self.ahead(flag);
-        let [first, end] = [0, 1].map(|i| bounds.words()[i].load(Ordering::Relaxed) as usize);
-        let end = end.min(list.words().len());
-        first.min(end)..end
-    }
-
-    /// Counts how much of a request of `n` had been foreseen.
-    fn compare(&self, flag: u32, n: usize) {
-        let [list, _] = self.ahead(flag);
-        let value = |word: &AtomicU32| word.load(Ordering::Relaxed);
-        // Both ascend.
-        let mut guesses = list.words()[self.foreseen_range(flag)].iter().map(value).peekable();
-        let found = self.list.words()[..n].iter().map(value).filter(|&neuron| {
-            while guesses.next_if(|&guess| guess < neuron).is_some() {}
-            guesses.next_if_eq(&neuron).is_some()
-        });
-        self.foreseen.fetch_add(found.count() as u64, Ordering::Relaxed);
-        self.compared.fetch_add(n as u64, Ordering::Relaxed);
-    }
-}
-
-/// What a thread does until it is stopped. `flags`: the last requests that are not for it: a thread that starts late must
-/// not take the first one for an old one.
-fn work(shared: &Shared, mut member: Member, flags: [u32; 3]) {
+/// What a thread does until it is stopped. `seen` and `prepared` are the last requests that are not for it: a thread that
+/// starts late must not take the first one for an old one.
+fn work(shared: &Shared, mut member: Member, mut seen: u32, mut prepared: u32) {
     let kernels = Kernels::detect();
     let (t, n_threads) = (member.number(), member.n_members());
     let (mut x, mut input) = (vec![0.0f32; shared.layout.hidden_size()], PreparedInput::default());
-    let [mut seen, mut prepared, flag] = flags;
-    let mut foreseen = Foreseen { flag, thread: t, n_threads, left: 0..0, bytes: 0, room: 0 };
-    while let Some(request) = next_request(shared, seen, prepared, &mut foreseen) {
+    while let Some(request) = next_request(shared, seen, prepared) {
         let (Request::Input(flag) | Request::Work(flag)) = request;
         if prepared != flag {
             // The device does not write the next layer's before this one is done, if the host has work in it.
@@ -304,12 +178,8 @@ fn work(shared: &Shared, mut member: Member, flags: [u32; 3]) {
             continue;
         }
         seen = flag;
-        let layer = shared.layer(flag);
+        let layer = (flag.wrapping_sub(1) % shared.cold.len() as u32) as usize;
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
-        if t == 0 && foreseen.flag == flag && flag.is_multiple_of(COMPARED) {
-            shared.compare(flag, n);
-        }
-        foreseen.end(flag);
         let mine = &shared.list.words()[n * t / n_threads..n * (t + 1) / n_threads];
         let add = |sums: &mut [f32]| {
             let (cold, size) = (shared.cold[layer].host_bytes(), shared.layout.bundle_bytes());
@@ -335,7 +205,7 @@ fn work(shared: &Shared, mut member: Member, flags: [u32; 3]) {
 }
 
 /// The next request; `None` when the threads are to end.
-fn next_request(shared: &Shared, seen: u32, prepared: u32, foreseen: &mut Foreseen) -> Option<Request> {
+fn next_request(shared: &Shared, seen: u32, prepared: u32) -> Option<Request> {
     let flags = shared.request_flag.words();
     let mut spins = 0u32;
     let mut idle_since = None;
@@ -347,10 +217,6 @@ fn next_request(shared: &Shared, seen: u32, prepared: u32, foreseen: &mut Forese
         let now = flags[INPUT_FLAG].load(Ordering::Acquire);
         if now != prepared {
             return Some(Request::Input(now));
-        }
-        foreseen.look(shared);
-        if foreseen.fetch(shared) {
-            continue;
         }
         pause(&mut spins);
         if !spins.is_multiple_of(SPINS_TO_CHECK) {

@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::cuda::launch::{
-    AHEAD_FLAG, CacheTables, DeviceMatrix, HostResult, HostWork, LowRankPredictor, Nonlinearity, Step, WorkList,
-    ffn_blocks, host_item, hot_item, inner_values,
+    CacheTables, DeviceMatrix, HostResult, HostWork, INPUT_FLAG, Nonlinearity, Step, WorkList, ffn_blocks, host_item,
+    hot_item, inner_values,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
-use thermocline_split::{Flaw, LayerFile, Split, StoredPredictor, TensorEntry};
+use thermocline_split::{Flaw, LayerFile, Split, TensorEntry};
 
 /// Neurons, or rows of a matrix, of a prompt batch's piece: large enough for the tensor cores, small in memory.
 const PREFILL_PIECE: usize = 4096;
@@ -43,8 +43,6 @@ pub(super) struct Layer {
 #[derive(Debug)]
 pub(super) struct DevicePredictor {
     pub input: DeviceMatrix,
-    /// For the input of the layer before, if that is another.
-    pub ahead: Option<DeviceMatrix>,
     pub factors: DeviceMatrix,
     pub neurons: View,
 }
@@ -61,9 +59,6 @@ pub(super) struct Scratch {
     pub attention: View,
     pub inner: View,
     pub scores: View,
-    /// Of the next layer's predictor.
-    pub inner_ahead: View,
-    pub scores_ahead: View,
     pub work: WorkList,
     pub partial: View,
     pub logits: View,
@@ -98,8 +93,6 @@ pub(super) struct Mapped {
     pub result_flag: Memory,
     pub count: Memory,
     pub list: Memory,
-    /// List and bounds of what is foreseen for layers of even and of odd numbers.
-    pub ahead: [[Memory; 2]; 2],
     pub x: Memory,
     pub y: Memory,
 }
@@ -142,7 +135,7 @@ fn rank(split: &Split) -> usize {
 }
 
 /// Bytes of each part of [`Scratch`], in order; the last is the lists of exact mode.
-fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 18] {
+fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 16] {
     let config = &split.manifest().config;
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     let every = if request.base.mode == Mode::Exact { config.n_layers * aligned(8 * ffn as u64) as usize } else { 0 };
@@ -154,8 +147,6 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * heads(config, request.base.context).partial_values(n_splits),
         4 * heads(config, request.base.context).counters(),
         4 * config.n_heads * config.head_dim,
-        4 * inner_values(hidden, rank(split)),
-        4 * ffn.next_multiple_of(4),
         4 * inner_values(hidden, rank(split)),
         4 * ffn.next_multiple_of(4),
         4 * ffn,
@@ -429,7 +420,7 @@ impl Loader<'_> {
     }
 
     fn predictor(&self, l: usize) -> Result<DevicePredictor> {
-        let StoredPredictor { input, ahead, factors, neurons } = self.split.stored_predictor(l)?;
+        let (input, factors, neurons) = self.split.stored_predictor(l)?;
         let file = self.split.predictors();
         let matrix = |entry: &TensorEntry| -> Result<DeviceMatrix> {
             let encoding = self.encoding(entry)?;
@@ -437,8 +428,7 @@ impl Loader<'_> {
             Ok(DeviceMatrix { encoding, rows: entry.rows, columns: entry.columns, stride: entry.row_bytes(), data })
         };
         let neurons = self.arena.put(self.device, bytemuck::cast_slice(&neurons))?;
-        let ahead = ahead.map(matrix).transpose()?;
-        Ok(DevicePredictor { input: matrix(input)?, ahead, factors: matrix(factors)?, neurons })
+        Ok(DevicePredictor { input: matrix(input)?, factors: matrix(factors)?, neurons })
     }
 
     fn hot(&self, file: &LayerFile, n_hot: usize) -> Result<(View, Option<Flaw>)> {
@@ -471,8 +461,6 @@ impl Loader<'_> {
             attention: part(),
             inner: part(),
             scores: part(),
-            inner_ahead: part(),
-            scores_ahead: part(),
             work: WorkList { ids: part(), items: part(), counts: part(), totals: part() },
             partial: part(),
             logits: part(),
@@ -519,33 +507,17 @@ impl Loader<'_> {
     fn mapped(&self) -> Result<Mapped> {
         let config = &self.split.manifest().config;
         let pin = |bytes: usize| -> Result<Memory> { Ok(self.device.pin(AlignedBuf::zeroed(bytes)?)?) };
-        let ahead = || Ok::<_, Error>([pin(4 * config.intermediate_size)?, pin(8)?]);
         Ok(Mapped {
             step: pin(Step::BYTES)?,
             logits: pin(4 * config.vocab_size)?,
             totals: pin(64)?,
-            request_flag: pin(4 * (AHEAD_FLAG + 1))?,
+            request_flag: pin(4 * (INPUT_FLAG + 1))?,
             result_flag: pin(4)?,
             count: pin(4)?,
             list: pin(4 * config.intermediate_size)?,
-            ahead: [ahead()?, ahead()?],
             x: pin(4 * config.hidden_size)?,
             y: pin(4 * config.hidden_size)?,
         })
-    }
-}
-
-impl Layer {
-    /// Its predictor, fed with its own input or with that of the layer before.
-    pub(super) fn predictor<'a>(&'a self, scratch: &'a Scratch, is_ahead: bool) -> Option<LowRankPredictor<'a>> {
-        let p = self.predictor.as_ref()?;
-        let (input, inner, scores) = if is_ahead {
-            (p.ahead.as_ref().unwrap_or(&p.input), &scratch.inner_ahead, &scratch.scores_ahead)
-        } else {
-            (&p.input, &scratch.inner, &scratch.scores)
-        };
-        let (norm_weight, factors, neurons) = (&self.ffn_norm, &p.factors, &p.neurons);
-        Some(LowRankPredictor { input, norm_weight, factors, neurons, inner, scores })
     }
 }
 

@@ -23,6 +23,5 @@ mod token;
 
 pub use bench::GpuBenchReport;
 pub use engine::GpuEngine;
-pub use host_share::HostThreads;
 pub use plan::{GpuBytes, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds};
 pub use speeds::measure_tiers;

@@ -7,36 +7,25 @@ use crate::Result;
 use crate::plan::Mode;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
-    Added, Ahead, Bundles, Choose, LayerInput, LowRankPredictor, Norm, RopeTables, Selection, attend, choose, embed,
-    ffn, finish, gemv, predict_inner, predict_scores,
+    Added, Bundles, Choose, LayerInput, Norm, RopeTables, Selection, attend, choose, embed, ffn, finish, gemv,
+    predict_inner, predict_scores,
 };
-use thermocline_kernels::cuda::{CudaError, Device, Graph, Memory, Queue};
+use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue};
 
-/// What the host's threads do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum HostPart {
-    /// Nothing.
-    None,
-    /// Compute the share of the misses that the step says.
-    Compute,
-    /// Also fetch beforehand what they will probably compute.
-    ComputeForeseen,
-}
-
-/// Records a token.
+/// Records a token. `with_host`: the host's threads compute the share of the misses that the step says.
 pub(super) fn record(
     device: &Device,
     config: &ModelConfig,
     plan: &GpuPlan,
     model: &Model,
-    part: HostPart,
+    with_host: bool,
 ) -> Result<Graph> {
     Ok(device.capture(|| {
         let (s, mapped) = (&model.scratch, &model.mapped);
         embed(device, &model.embedding, &mapped.step.view(), &s.step, &s.x)?;
         for (l, layer) in model.layers.iter().enumerate() {
             attention(device, config, plan, model, layer)?;
-            feed_forward(device, config, plan, model, (l, layer), part)?;
+            feed_forward(device, config, plan, model, (l, layer), with_host)?;
         }
         let norm = Norm { weight: &model.final_norm, eps: config.rms_norm_eps, out: None };
         gemv(device, &model.head, &s.x, Some(norm), Added::default(), &s.logits)?;
@@ -71,37 +60,26 @@ fn feed_forward(
     plan: &GpuPlan,
     model: &Model,
     (l, layer): (usize, &Layer),
-    part: HostPart,
+    with_host: bool,
 ) -> Result<(), CudaError> {
     let s = &model.scratch;
     let place = (l, config.n_layers);
     let mut host = None;
-    let work = match (layer.predictor(s, false), &layer.every) {
+    let work = match (&layer.predictor, &layer.every) {
         (Some(predictor), _) => {
-            let shared =
-                (part != HostPart::None && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
-            let next = (shared.is_some() && part == HostPart::ComputeForeseen)
-                .then(|| foreseen(config, model, l + 1, &predictor))
-                .flatten();
-            let predictors: Vec<_> = [predictor].into_iter().chain(next.map(|(_, predictor)| predictor)).collect();
-            predict_inner(device, &predictors, &s.x)?;
+            predict_inner(device, &predictor.input, &s.x, &layer.ffn_norm, &s.inner)?;
+            let shared = (with_host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
             let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
             let input = LayerInput {
                 hidden: config.hidden_size,
                 x: &s.x,
+                norm_weight: &layer.ffn_norm,
                 eps: config.rms_norm_eps,
+                inner: &s.inner,
                 normed: &s.normed,
                 host_x: shared.is_some().then_some(&host_x),
             };
-            predict_scores(device, &predictors, input, model.activation)?;
-            let [list, bounds] = model.mapped.ahead[(l + 1) % 2].each_ref().map(Memory::view);
-            let ahead = next.map(|(next, predictor)| Ahead {
-                scores: predictor.scores,
-                n_hot: next.n_hot,
-                cache: &next.cache,
-                list: &list,
-                bounds: &bounds,
-            });
+            predict_scores(device, &predictor.factors, input, &predictor.neurons, model.activation, &s.scores)?;
             choose(
                 device,
                 &Choose {
@@ -114,7 +92,6 @@ fn feed_forward(
                     layer: l,
                     n_layers: config.n_layers,
                     host: shared.as_ref(),
-                    ahead,
                     out: &s.work,
                 },
             )?;
@@ -135,20 +112,6 @@ fn feed_forward(
     ffn(device, model.layout, model.activation, work, bundles, &s.normed, model.n_blocks, &s.partial)?;
     let hidden = config.hidden_size;
     finish(device, &s.partial, model.n_blocks, hidden, &work.counts, host.as_ref(), &s.step, place, &s.x)
-}
-
-/// Layer `l` and its predictor for the input of the layer before, whose own is `like`; if it has neurons that the host
-/// may compute, and a predictor that can be asked together with that one.
-fn foreseen<'a>(
-    config: &ModelConfig,
-    model: &'a Model,
-    l: usize,
-    like: &LowRankPredictor<'_>,
-) -> Option<(&'a Layer, LowRankPredictor<'a>)> {
-    let layer = model.layers.get(l).filter(|layer| layer.n_hot < config.intermediate_size)?;
-    let predictor = layer.predictor(&model.scratch, true)?;
-    let shape = |p: &LowRankPredictor<'_>| [p.input, p.factors].map(|m| (m.encoding, m.rows, m.columns));
-    (shape(&predictor) == shape(like)).then_some((layer, predictor))
 }
 
 fn selection(mode: Mode, config: &ModelConfig) -> Selection {

@@ -43,30 +43,12 @@ pub struct HostWork {
     pub list: View,
     /// u32: length of the list.
     pub count: View,
-    /// u32: the layer's number, raised last ([`flag_value`]); at [`INPUT_FLAG`] the same, raised as soon as x is there;
-    /// at [`AHEAD_FLAG`] the next layer's, raised when it is known what that will probably need.
+    /// u32: the layer's number, raised last ([`flag_value`]); at [`INPUT_FLAG`] the same, raised as soon as x is there.
     pub flag: View,
 }
 
 /// Words from [`HostWork::flag`] to the one for the input: another line of the cache.
 pub const INPUT_FLAG: usize = 32;
-/// Words from [`HostWork::flag`] to the one for what is foreseen.
-pub const AHEAD_FLAG: usize = 64;
-
-/// What the next layer will probably need, for the host's threads to fetch while they have nothing else to do.
-#[derive(Debug, Clone, Copy)]
-pub struct Ahead<'a> {
-    /// `[ffn]`, and room up to a multiple of four.
-    pub scores: &'a View,
-    /// Of that layer.
-    pub n_hot: usize,
-    /// Of that layer.
-    pub cache: &'a CacheTables,
-    /// u32 `[ffn]`, mapped memory: cold numbers, ascending.
-    pub list: &'a View,
-    /// u32 `[2]`, mapped memory: the host's share of the list is from the first to before the second.
-    pub bounds: &'a View,
-}
 
 /// The value that the flags of layer `layer` reach in the token of that serial number.
 pub fn flag_value(serial: u32, layer: usize, n_layers: usize) -> u32 {
@@ -117,8 +99,6 @@ pub struct Choose<'a> {
     pub n_layers: usize,
     /// The host's part, if it has one.
     pub host: Option<&'a HostWork>,
-    /// Of the next layer, if the host has a part and the selection is of the top.
-    pub ahead: Option<Ahead<'a>>,
     /// The result.
     pub out: &'a WorkList,
 }
@@ -145,19 +125,9 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     assert!(out.counts.len() >= 32 && out.totals.len() >= 64, "counts");
     if let Some(host) = c.host {
         assert!(
-            host.list.len() >= 4 * n_cold && host.count.len() >= 4 && host.flag.len() > 4 * AHEAD_FLAG,
+            host.list.len() >= 4 * n_cold && host.count.len() >= 4 && host.flag.len() > 4 * INPUT_FLAG,
             "host work"
         );
-    }
-    if let Some(a) = &c.ahead {
-        assert!(c.host.is_some() && matches!(c.selection, Selection::Top(_)), "nobody to foresee for");
-        floats(a.scores, c.ffn.next_multiple_of(4));
-        let n_cold = c.ffn - a.n_hot;
-        assert!(
-            a.scores.address().is_multiple_of(16) && a.bounds.len() >= 8 && a.list.len() >= 4 * n_cold,
-            "foresight"
-        );
-        assert!(a.cache.n_sets == 0 || a.cache.slot_of.len() >= 4 * n_cold, "cache tables");
     }
     let (every, k, threshold) = match c.selection {
         Selection::Every => (1, 0, 0.0),
@@ -166,7 +136,6 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     };
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let host = |field: fn(&HostWork) -> &View| c.host.map_or(0, |h| field(h).address());
-    let ahead = |field: &dyn Fn(&Ahead<'_>) -> u64| c.ahead.as_ref().map_or(0, field);
     // The fields of `struct Choose` in kernels/cuda/choose.cu, with its padding.
     let words = vec![
         c.scores.address(),
@@ -188,15 +157,10 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         out.items.address(),
         out.counts.address(),
         out.totals.address(),
-        ahead(&|a| a.scores.address()),
-        ahead(&|a| if a.cache.n_sets > 0 { a.cache.slot_of.address() } else { 0 }),
-        ahead(&|a| a.list.address()),
-        ahead(&|a| a.bounds.address()),
-        ahead(&|a| a.n_hot as u64),
     ];
     let launch = Launch {
         kernel: "choose".to_owned(),
-        grid: [1 + u32::from(c.host.is_some()) + u32::from(c.ahead.is_some()), 1],
+        grid: [1 + u32::from(c.host.is_some()), 1],
         block: 1024,
         shared_bytes: 0,
         args: vec![Arg::Struct(words)],
@@ -204,6 +168,5 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     let mut uses = vec![c.scores, c.step, &cache.slot_of, &cache.owner, &cache.key, &cache.used];
     uses.extend([&out.ids, &out.items, &out.counts, &out.totals]);
     uses.extend(c.host.iter().flat_map(|h| [&h.list, &h.count, &h.flag]));
-    uses.extend(c.ahead.iter().flat_map(|a| [a.scores, &a.cache.slot_of, a.list, a.bounds]));
     device.launch(launch, &uses)
 }

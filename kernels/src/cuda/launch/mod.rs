@@ -19,11 +19,10 @@ mod prompt;
 
 pub use attention::{Heads, MAX_SPLITS, RopeTables, attend};
 pub use choose::{
-    AHEAD_FLAG, Ahead, CacheTables, Choose, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value, host_item,
-    hot_item,
+    CacheTables, Choose, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value, host_item, hot_item,
 };
 pub use ffn::{Bundles, HostResult, ffn, ffn_blocks, finish};
-pub use predict::{LayerInput, LowRankPredictor, inner_values, predict_inner, predict_scores};
+pub use predict::{LayerInput, inner_values, predict_inner, predict_scores};
 pub use product::{Added, Norm, embed, gemv};
 pub use prompt::{add_bias_rows, attend_rows, embed_rows, gate_rows, norm_rows, unpack_bundles, unpack_rows};
 
