@@ -122,8 +122,9 @@ struct Planes {
     streams = heads + rows * head_bytes;
   }
 
-  // What is as long in every bundle, up to a multiple of 16: with all heads.
-  DEVICE u32 fixed_bytes() const { return min((streams + 15) / 16 * 16, bytes); }
+  // What is as long in every bundle, with all heads, and on to the end of its line: over the link two parts of a line
+  // cost as much as two lines.
+  DEVICE u32 fixed_bytes() const { return min((streams + 127) / 128 * 128, bytes); }
 
   DEVICE u32 head_entry(u32 which, u32 segment) const {
     return heads + which * head_bytes + E::kHeadFirst + segment * E::kHeadStep;

@@ -3,6 +3,11 @@ use crate::{Encoding, RowRef};
 /// Rows of a neuron: gate, up, down.
 const ROWS: usize = 3;
 
+/// What a GPU asks for at a time.
+const LINE_BYTES: usize = 128;
+/// Bundles with streams begin at multiples of a line from this length on: at most a thirtieth more.
+const ALIGNED_FROM: usize = 4096;
+
 /// Where the three rows of a neuron lie in its bundle, or the one row of a matrix in its bytes.
 ///
 /// A bundle is: gate codes, up codes, down codes, gate scales, up scales, down scales, zeros up to a multiple of 16; the
@@ -36,9 +41,15 @@ impl BundleLayout {
         if encoding.has_stream() { None } else { Self::with_streams(encoding, hidden_size, 0) }
     }
 
-    /// The same with room for `stream_bytes` of streams, all three rows of a neuron together.
+    /// The same with room for `stream_bytes` of streams, all three rows of a neuron together, and up to the end of a line:
+    /// over a link, two parts of a line cost as much as two lines. Short bundles are not made longer by a large part.
     pub fn with_streams(encoding: Encoding, hidden_size: usize, stream_bytes: usize) -> Option<Self> {
-        Self::of_rows(encoding, hidden_size, ROWS, stream_bytes)
+        let layout = Self::of_rows(encoding, hidden_size, ROWS, stream_bytes)?;
+        let more = layout.bundle_bytes.next_multiple_of(LINE_BYTES) - layout.bundle_bytes;
+        if !encoding.has_stream() || layout.bundle_bytes < ALIGNED_FROM {
+            return Some(layout);
+        }
+        Self::of_rows(encoding, hidden_size, ROWS, layout.bundle_bytes + more - layout.streams_at())
     }
 
     /// One row of a matrix, with room for `stream_bytes`.

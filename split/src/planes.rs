@@ -58,13 +58,18 @@ pub(crate) fn pack_row(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>) -> Re
 pub(crate) fn lay_out(encoding: Encoding, columns: usize, rows: usize, packed: &[PackedRow]) -> Vec<Vec<u8>> {
     let streams = |bundle: &[PackedRow]| bundle.iter().map(|r| r.stream.len()).sum::<usize>();
     let longest = packed.chunks_exact(rows).map(streams).max().unwrap_or(0);
+    let layout = if rows == 1 {
+        BundleLayout::matrix_row(encoding, columns, longest)
+    } else {
+        BundleLayout::with_streams(encoding, columns, longest)
+    };
+    let bundle_bytes = layout.map_or(0, |layout| layout.bundle_bytes());
     let base = encoding.base();
     let (code_bytes, scale_bytes) = (base.code_bytes(columns), base.scale_bytes(columns));
     // Heads and streams of what has no further planes belong to the base.
     let is_whole = encoding == base;
-    let tail_bytes = rows * encoding.head_bytes(columns) + longest;
-    let base_bytes = (rows * (code_bytes + scale_bytes)).next_multiple_of(16);
-    let base_bytes = if is_whole { (base_bytes + tail_bytes).next_multiple_of(16) } else { base_bytes };
+    let base_bytes =
+        if is_whole { bundle_bytes } else { (rows * (code_bytes + scale_bytes)).next_multiple_of(16) };
     let plane = |bytes: usize, fill: &(dyn Fn(&[PackedRow], &mut [u8]) + Sync)| {
         let mut out = vec![0; packed.len() / rows * bytes];
         out.par_chunks_exact_mut(bytes).zip(packed.par_chunks_exact(rows)).for_each(|(out, rows)| fill(rows, out));
@@ -90,14 +95,15 @@ pub(crate) fn lay_out(encoding: Encoding, columns: usize, rows: usize, packed: &
         }
     })];
     let coarse_bytes = encoding.coarse_bytes(columns);
+    let coarse_plane = (rows * coarse_bytes).next_multiple_of(16);
     if coarse_bytes > 0 {
-        planes.push(plane((rows * coarse_bytes).next_multiple_of(16), &|packed, out| {
+        planes.push(plane(coarse_plane, &|packed, out| {
             let rows = out.chunks_exact_mut(coarse_bytes).zip(packed);
             rows.for_each(|(out, row)| out.copy_from_slice(&row.coarse));
         }));
     }
     if !is_whole {
-        planes.push(plane(tail_bytes.next_multiple_of(16), &tail));
+        planes.push(plane(bundle_bytes - base_bytes - coarse_plane, &tail));
     }
     planes
 }
