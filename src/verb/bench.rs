@@ -123,22 +123,23 @@ fn on_gpu(
     super::plan::print_gpu(&report.plan);
     let (p, d, h) = (&report.prompt_tok_s, &report.decode_tok_s, &report.hardware);
     let gb = |speed: f64| speed / 1e9;
-    println!(
-        "speeds   {:>8.0} GB/s VRAM, {:.1} GB/s link, {:.1} GB/s CPU, each alone",
-        gb(h.device),
-        gb(h.link),
-        gb(h.host)
-    );
+    // A model that is in VRAM as a whole uses nothing else.
+    let others = [(h.link, "link"), (h.host, "CPU")].map(|(speed, tier)| {
+        if speed.is_finite() && speed > 0.0 { format!(", {:.1} GB/s {tier}", gb(speed)) } else { String::new() }
+    });
+    println!("speeds   {:>8.0} GB/s VRAM{}, each alone", gb(h.device), others.concat());
     println!("prompt   {:>8.1} tok/s (+- {:.1} %), {} tokens", p.median, 100.0 * p.spread, settings.n_prompt);
     println!("decode   {:>8.1} tok/s (+- {:.1} %), {} tokens", d.median, 100.0 * d.spread, settings.n_gen);
     println!("planned  {:>8.1} tok/s, bound by {}", report.predicted.tok_s, report.predicted.bottleneck);
     println!("         {}", report.predicted.formula);
-    println!(
-        "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses",
-        gb(report.link_bytes_per_second),
-        gb(report.host_bytes_per_second),
-        100.0 * report.host_share
-    );
+    if report.bytes_per_token.host > 0 {
+        println!(
+            "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses",
+            gb(report.link_bytes_per_second),
+            gb(report.host_bytes_per_second),
+            100.0 * report.host_share
+        );
+    }
     println!(
         "VRAM     planned {}, the driver counts {}",
         format_bytes(report.plan.total_bytes),

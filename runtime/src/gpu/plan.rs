@@ -323,18 +323,20 @@ impl GpuPlan {
             (false, false) => "link",
         };
         let gb = 1e9;
+        let pinned = if host > 0.0 {
+            let [host, link, threads] = [host, speeds.link, speeds.host].map(|v| v / gb);
+            format!(" + {host:.3} GB pinned / ({link:.1} GB/s link + {threads:.1} GB/s host)")
+        } else {
+            String::new()
+        };
         GpuPrediction {
             tok_s: 1.0 / (device_seconds + host_seconds + between),
             host_share: speeds.host / (speeds.link + speeds.host),
             bottleneck,
             formula: format!(
-                "tok/s = 1 / ({:.2} GB device / {:.0} GB/s + {:.3} GB pinned / ({:.1} GB/s link + {:.1} GB/s host) + {:.1} ms \
-                 between kernels)",
+                "tok/s = 1 / ({:.2} GB device / {:.0} GB/s{pinned} + {:.1} ms between kernels)",
                 device / gb,
                 speeds.device / gb,
-                host / gb,
-                speeds.link / gb,
-                speeds.host / gb,
                 1e3 * between
             ),
         }
