@@ -68,8 +68,7 @@ pub(crate) fn lay_out(encoding: Encoding, columns: usize, rows: usize, packed: &
     let (code_bytes, scale_bytes) = (base.code_bytes(columns), base.scale_bytes(columns));
     // Heads and streams of what has no further planes belong to the base.
     let is_whole = encoding == base;
-    let base_bytes =
-        if is_whole { bundle_bytes } else { (rows * (code_bytes + scale_bytes)).next_multiple_of(16) };
+    let base_bytes = if is_whole { bundle_bytes } else { (rows * (code_bytes + scale_bytes)).next_multiple_of(16) };
     let plane = |bytes: usize, fill: &(dyn Fn(&[PackedRow], &mut [u8]) + Sync)| {
         let mut out = vec![0; packed.len() / rows * bytes];
         out.par_chunks_exact_mut(bytes).zip(packed.par_chunks_exact(rows)).for_each(|(out, rows)| fill(rows, out));
