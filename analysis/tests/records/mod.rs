@@ -65,6 +65,7 @@ pub fn gpu_plan() -> GpuPlan {
         pinned_bytes: 20 * GIB,
         total_bytes: 16 * GIB,
         dense_bytes: 36 * GIB,
+        hidden_size: 8192,
         n_splits: 20,
         prefill_neurons: 4096,
         device_bytes_per_token: 9_000_000_000,

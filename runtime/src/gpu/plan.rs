@@ -99,6 +99,8 @@ pub struct GpuPlan {
     pub total_bytes: u64,
     /// All weights of the model as encoded here.
     pub dense_bytes: u64,
+    /// Columns of a layer's input.
+    pub hidden_size: usize,
     /// Ranges of positions that attention is divided into.
     pub n_splits: usize,
     /// Neurons of a prompt batch's piece.
@@ -124,9 +126,15 @@ pub struct GpuSpeeds {
     pub host: f64,
 }
 
-/// What a layer costs beyond its bytes: eight kernels, each of which fetches its input before it can begin and brings its
-/// sums together at the end. Measured on an H200 (analysis/records/gpu-h200): it hardly depends on the shape.
-const LAYER_SECONDS: f64 = 45e-6;
+/// What a layer costs beyond its bytes: six kernels, each of which fetches its input before it can begin and brings its
+/// sums together at the end. Measured on an H200 (analysis/records/gpu-h200), as the next two.
+const LAYER_SECONDS: f64 = 20e-6;
+
+/// What the two kernels of the predictor and the choice add to it.
+const CHOICE_SECONDS: f64 = 11e-6;
+
+/// What either grows by for each column of the input, which every kernel reads, normalises and adds up.
+const COLUMN_SECONDS: f64 = 14e-6 / 8192.0;
 
 /// What it costs more if the host's threads take part: they must see the request, add up their sums, and be seen.
 const EXCHANGE_SECONDS: f64 = 12e-6;
@@ -195,6 +203,7 @@ impl GpuPlan {
             pinned_bytes: 0,
             total_bytes: 0,
             dense_bytes: split.dense_bytes(),
+            hidden_size: config.hidden_size,
             n_splits,
             prefill_neurons,
             device_bytes_per_token: 0,
@@ -316,7 +325,8 @@ impl GpuPlan {
         let (device_seconds, host_seconds) = (device / speeds.device, host / (speeds.link + speeds.host));
         let n_layers = self.hot_neurons.len() as f64;
         let exchange = if speeds.host > 0.0 && host > 0.0 { EXCHANGE_SECONDS } else { 0.0 };
-        let between = n_layers * (LAYER_SECONDS + exchange);
+        let choice = if matches!(self.request.base.mode, Mode::Sparse { .. }) { CHOICE_SECONDS } else { 0.0 };
+        let between = n_layers * (LAYER_SECONDS + choice + COLUMN_SECONDS * self.hidden_size as f64 + exchange);
         let bottleneck = match (device_seconds > host_seconds, speeds.host > 0.0) {
             (true, _) => "device",
             (false, true) => "link + host",
