@@ -196,3 +196,27 @@ impl BundleLayout {
         scales.copy_from_slice(&row[self.code_bytes..self.code_bytes + self.scale_bytes]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_bundles_with_streams_are_whole_lines_and_are_found_by_their_length() {
+        for encoding in Encoding::ALL {
+            for (hidden, stream) in [(256, 100), (256, 3000), (8192, 1), (8192, 20_000), (5120, 12_345)] {
+                let stream = if encoding.has_stream() { stream } else { 0 };
+                let layout = BundleLayout::with_streams(encoding, hidden, stream).expect("whole groups");
+                let bytes = layout.bundle_bytes();
+                let least = layout.streams_at() + stream;
+                assert!(bytes >= least && bytes < least + LINE_BYTES, "{encoding} {hidden} {stream}: {bytes}");
+                if encoding.has_stream() && bytes >= ALIGNED_FROM {
+                    assert!(bytes.is_multiple_of(LINE_BYTES), "{encoding} {hidden} {stream}: {bytes}");
+                } else {
+                    assert!(bytes < least + 16, "{encoding} {hidden} {stream}: {bytes}");
+                }
+                assert_eq!(BundleLayout::of_bundle_bytes(encoding, hidden, bytes), Some(layout));
+            }
+        }
+    }
+}
