@@ -1,6 +1,6 @@
 //! How the bundles of one chunk are stored.
 
-use crate::plane_file::Content;
+use crate::content::Content;
 use thermocline_kernels::Encoding;
 
 /// How a chunk's bytes are stored.

@@ -2,10 +2,11 @@
 
 use crate::Error;
 use crate::chunk::Codec;
+use crate::content::Content;
 use crate::delta::Delta;
 use crate::error::{Result, corrupt};
 use crate::manifest::{LayerEntry, PlaneEntry};
-use crate::plane_file::{Content, PlaneFile};
+use crate::plane_file::PlaneFile;
 use crate::planes::{Plane, further_planes, joined};
 use crate::precision::Precision;
 use std::ops::Range;

@@ -21,6 +21,7 @@
 mod build;
 mod checkpoint;
 mod chunk;
+mod content;
 pub mod delta;
 mod error;
 mod flaw;

@@ -1,6 +1,6 @@
 //! Rows as planes: what a layer's neurons, or a matrix, are stored as.
 
-use crate::plane_file::Content;
+use crate::content::Content;
 use rayon::prelude::*;
 use thermocline_kernels::exact::{PackedRow, bf16x, bits16, residual};
 use thermocline_kernels::{BundleLayout, Encoding, PackError, ScaleFit, pack};

@@ -2,10 +2,11 @@
 
 use super::rows::Row;
 use super::{BUNDLE, CHUNK_NEURONS, FACTOR};
+use crate::content::Content;
 use crate::error::Result;
 use crate::pack_layer::{FACTORS, PackedLayer};
 use crate::partial::Partial;
-use crate::plane_file::{Content, PlaneWriter};
+use crate::plane_file::PlaneWriter;
 use half::f16;
 use thermocline_datasets::Random;
 use thermocline_datasets::planted::{PlantedModel, PlantedNeuron};
