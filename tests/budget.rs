@@ -24,10 +24,15 @@ fn peak(answer: &Value) -> u64 {
     answer["peak_rss_bytes"].as_u64().unwrap()
 }
 
-/// The program with next to no model.
+/// The program with next to no model: the largest of some runs, which differ by 4 MB with where the system puts huge pages
+/// and how much of the program it maps at once.
 fn bare() -> u64 {
-    let answer = run(&split(&llama(), "bf16", &["--chunk-neurons", "8"]), "auto", &[]);
-    peak(&answer) - answer["plan"]["total_bytes"].as_u64().unwrap()
+    let dir = split(&llama(), "bf16", &["--chunk-neurons", "8"]);
+    let once = || {
+        let answer = run(&dir, "auto", &[]);
+        peak(&answer) - answer["plan"]["total_bytes"].as_u64().unwrap()
+    };
+    (0..6).map(|_| once()).max().unwrap()
 }
 
 #[test]
