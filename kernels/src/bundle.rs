@@ -45,11 +45,10 @@ impl BundleLayout {
     /// over a link, two parts of a line cost as much as two lines. Short bundles are not made longer by a large part.
     pub fn with_streams(encoding: Encoding, hidden_size: usize, stream_bytes: usize) -> Option<Self> {
         let layout = Self::of_rows(encoding, hidden_size, ROWS, stream_bytes)?;
-        let more = layout.bundle_bytes.next_multiple_of(LINE_BYTES) - layout.bundle_bytes;
         if !encoding.has_stream() || layout.bundle_bytes < ALIGNED_FROM {
             return Some(layout);
         }
-        Self::of_rows(encoding, hidden_size, ROWS, layout.bundle_bytes + more - layout.streams_at())
+        Self::of_bundle_bytes(encoding, hidden_size, layout.bundle_bytes.next_multiple_of(LINE_BYTES))
     }
 
     /// One row of a matrix, with room for `stream_bytes`.

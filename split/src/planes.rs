@@ -55,6 +55,9 @@ pub(crate) fn pack_row(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>) -> Re
 
 /// The planes of bundles of `rows` (3) rows, or of matrix rows (1), the base first: the rows of bundle i from `i * rows`
 /// on.
+///
+/// # Panics
+/// If the encoding has no rows of so many columns; the settings are checked for that before anything is packed.
 pub(crate) fn lay_out(encoding: Encoding, columns: usize, rows: usize, packed: &[PackedRow]) -> Vec<Vec<u8>> {
     let streams = |bundle: &[PackedRow]| bundle.iter().map(|r| r.stream.len()).sum::<usize>();
     let longest = packed.chunks_exact(rows).map(streams).max().unwrap_or(0);
@@ -63,12 +66,12 @@ pub(crate) fn lay_out(encoding: Encoding, columns: usize, rows: usize, packed: &
     } else {
         BundleLayout::with_streams(encoding, columns, longest)
     };
-    let bundle_bytes = layout.map_or(0, |layout| layout.bundle_bytes());
+    let Some(layout) = layout else { unreachable!("packed rows of {columns} columns in {encoding}") };
     let base = encoding.base();
     let (code_bytes, scale_bytes) = (base.code_bytes(columns), base.scale_bytes(columns));
     // Heads and streams of what has no further planes belong to the base.
     let is_whole = encoding == base;
-    let base_bytes = if is_whole { bundle_bytes } else { (rows * (code_bytes + scale_bytes)).next_multiple_of(16) };
+    let base_bytes = if is_whole { layout.bundle_bytes() } else { layout.base_bytes() };
     let plane = |bytes: usize, fill: &(dyn Fn(&[PackedRow], &mut [u8]) + Sync)| {
         let mut out = vec![0; packed.len() / rows * bytes];
         out.par_chunks_exact_mut(bytes).zip(packed.par_chunks_exact(rows)).for_each(|(out, rows)| fill(rows, out));
@@ -83,26 +86,24 @@ pub(crate) fn lay_out(encoding: Encoding, columns: usize, rows: usize, packed: &
         }
     };
     let mut planes = vec![plane(base_bytes, &|packed, out| {
-        let tail_at = (rows * (code_bytes + scale_bytes)).next_multiple_of(16);
         for (which, row) in packed.iter().enumerate() {
             out[which * code_bytes..][..code_bytes].copy_from_slice(&row.base[..code_bytes]);
             let scales = &row.base[code_bytes..code_bytes + scale_bytes];
             out[rows * code_bytes + which * scale_bytes..][..scale_bytes].copy_from_slice(scales);
         }
         if is_whole {
-            tail(packed, &mut out[tail_at..]);
+            tail(packed, &mut out[layout.base_bytes()..]);
         }
     })];
     let coarse_bytes = encoding.coarse_bytes(columns);
-    let coarse_plane = (rows * coarse_bytes).next_multiple_of(16);
     if coarse_bytes > 0 {
-        planes.push(plane(coarse_plane, &|packed, out| {
+        planes.push(plane(layout.coarse_bytes(), &|packed, out| {
             let rows = out.chunks_exact_mut(coarse_bytes).zip(packed);
             rows.for_each(|(out, row)| out.copy_from_slice(&row.coarse));
         }));
     }
     if !is_whole {
-        planes.push(plane(bundle_bytes - base_bytes - coarse_plane, &tail));
+        planes.push(plane(layout.final_bytes(), &tail));
     }
     planes
 }

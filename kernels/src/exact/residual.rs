@@ -21,6 +21,7 @@ use super::bits::{BitReader, BitWriter};
 use super::{PackedRow, copy_bits, segment_ranges, segments, value16};
 use crate::{BLOCK, Encoding, GROUP, RowRef, ScaleFit, pack as pack_plain};
 use half::f16;
+use std::ops::Range;
 
 /// The number of exceptions of a segment that is stored as it is.
 pub(crate) const PLAIN_SEGMENT: u16 = u16::MAX;
@@ -204,11 +205,19 @@ fn cell(encoding: Encoding, row: &RowRef<'_>, column: usize) -> Cell {
     }
 }
 
+/// The segments of a row of `columns`: their columns, streams, and numbers of exceptions or [`PLAIN_SEGMENT`].
+pub(crate) fn coded_segments<'a>(
+    row: &RowRef<'a>,
+    columns: usize,
+) -> impl Iterator<Item = (Range<usize>, &'a [u8], u16)> {
+    let n_exceptions = row.head.as_chunks::<4>().0.iter().map(|entry| u16::from_le_bytes([entry[2], entry[3]]));
+    let segments = segments(row.head, 4, row.stream).zip(n_exceptions);
+    segment_ranges(columns).zip(segments).map(|(range, (stream, n_exceptions))| (range, stream, n_exceptions))
+}
+
 /// Plain loops: see [`super::decode`].
 pub(super) fn decode(encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
-    let segments = segments(row.head, 4, row.stream).zip(row.head.chunks_exact(4));
-    for (range, (stream, entry)) in segment_ranges(out.len()).zip(segments) {
-        let n_exceptions = u16::from_le_bytes([entry[2], entry[3]]);
+    for (range, stream, n_exceptions) in coded_segments(&row, out.len()) {
         if n_exceptions == PLAIN_SEGMENT {
             copy_bits(stream, &mut out[range]);
             continue;

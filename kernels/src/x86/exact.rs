@@ -2,8 +2,8 @@
 //! its place by `vpexpandb` (bytes) or `pdep` (bits) with the mask of those that have.
 
 use crate::exact::bf16x::{LEVELS, PER_LEVEL};
-use crate::exact::residual::{PLAIN_SEGMENT, patch};
-use crate::exact::{copy_bits, segment_ranges, segments};
+use crate::exact::residual::{PLAIN_SEGMENT, coded_segments, patch};
+use crate::exact::{copy_bits, segment_ranges};
 use crate::{BLOCK, GROUP, RowRef};
 use half::f16;
 use std::arch::x86_64::*;
@@ -191,9 +191,7 @@ fn take(stream: &[u8], at: &mut usize, n: usize) -> u64 {
 /// columns have them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,bmi2,popcnt")]
 pub(crate) unsafe fn residual<const Q4: bool>(row: RowRef<'_>, out: &mut [u16]) {
-    let segments = segments(row.head, 4, row.stream).zip(row.head.as_chunks::<4>().0);
-    for (range, (stream, entry)) in segment_ranges(out.len()).zip(segments) {
-        let n_exceptions = u16::from_le_bytes([entry[2], entry[3]]);
+    for (range, stream, n_exceptions) in coded_segments(&row, out.len()) {
         if n_exceptions == PLAIN_SEGMENT {
             copy_bits(stream, &mut out[range]);
             continue;

@@ -2,7 +2,7 @@
 //! eight columns to a register of 64 bits, a byte each; in residual planes a bit each.
 
 use crate::exact::bf16x::{LEVELS, PER_LEVEL};
-use crate::exact::residual::{PLAIN_SEGMENT, patch};
+use crate::exact::residual::{PLAIN_SEGMENT, coded_segments, patch};
 use crate::exact::{copy_bits, segment_ranges, segments};
 use crate::{BLOCK, GROUP, RowRef};
 use half::f16;
@@ -112,9 +112,7 @@ unsafe fn join(sm: &[u8], exponents: &[u8; BLOCK], out: &mut [u16]) {
 /// The CPU has AVX2 and BMI2; codes, scales, coarse plane and head are as long as rows of `out.len()` columns have them.
 #[target_feature(enable = "avx2,bmi2,popcnt")]
 pub(crate) unsafe fn residual<const Q4: bool>(row: RowRef<'_>, out: &mut [u16]) {
-    let segments = segments(row.head, 4, row.stream).zip(row.head.as_chunks::<4>().0);
-    for (range, (stream, entry)) in segment_ranges(out.len()).zip(segments) {
-        let n_exceptions = u16::from_le_bytes([entry[2], entry[3]]);
+    for (range, stream, n_exceptions) in coded_segments(&row, out.len()) {
         if n_exceptions == PLAIN_SEGMENT {
             copy_bits(stream, &mut out[range]);
             continue;
