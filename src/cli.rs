@@ -137,6 +137,10 @@ pub struct Placement {
     /// split's trace
     #[arg(long, default_value = "auto", value_parser = parse_share, value_name = "SHARE", env = "THERMOCLINE_CACHE_SHARE")]
     pub cache_share: std::option::Option<f64>,
+    /// With a GPU: neurons of each layer that are fetched over the link while attention is computed, before it is known
+    /// which are needed: a number, 0 for none, or auto, which tries several
+    #[arg(long, default_value = "auto", value_parser = parse_lookahead, value_name = "NEURONS", env = "THERMOCLINE_LOOKAHEAD")]
+    pub lookahead: std::option::Option<usize>,
     /// Context length in tokens, prompt included [default: what prompt and answer need; plan: 512]
     #[arg(short = 'c', long, value_name = "TOKENS", env = "THERMOCLINE_CTX_SIZE")]
     pub ctx_size: Option<usize>,
@@ -171,6 +175,14 @@ fn parse_share(text: &str) -> Result<std::option::Option<f64>, String> {
         Ok(share) if (0.0..=1.0).contains(&share) => Ok(Some(share)),
         _ => Err(format!("{text:?}: expected a share from 0 to 1, or auto")),
     }
+}
+
+/// A number of neurons, or `auto`.
+fn parse_lookahead(text: &str) -> Result<std::option::Option<usize>, String> {
+    if text.eq_ignore_ascii_case("auto") {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| format!("{text:?}: expected a number of neurons, or auto"))
 }
 
 #[derive(Debug, Args)]
@@ -381,6 +393,9 @@ pub struct Planted {
     /// Noise of the predicted gates, in standard deviations of a gate row's sum [default: 0.1]
     #[arg(long, value_name = "SD")]
     pub planted_predictor_noise: Option<f64>,
+    /// The same of gates that are predicted one layer early [default: 0.6]
+    #[arg(long, value_name = "SD")]
+    pub planted_foresight_noise: Option<f64>,
     /// Seed of everything random [default: 0]
     #[arg(long, value_name = "SEED")]
     pub planted_seed: Option<u64>,
@@ -398,6 +413,7 @@ impl Planted {
             ("--planted-reuse", self.planted_reuse.is_some()),
             ("--planted-shift", self.planted_shift.is_some()),
             ("--planted-predictor-noise", self.planted_predictor_noise.is_some()),
+            ("--planted-foresight-noise", self.planted_foresight_noise.is_some()),
             ("--planted-seed", self.planted_seed.is_some()),
         ];
         given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)

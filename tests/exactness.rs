@@ -227,7 +227,7 @@ fn cache_and_lookahead_change_no_bit() {
         assert!(decode(&mut streamed) == expected, "budget {i}/12");
         let account = streamed.account();
         (hits, misses) = (hits + account.cache_hits, misses + account.cache_misses);
-        foreseen += account.chunks_foreseen_used;
+        foreseen += account.foreseen_used;
     }
     assert!(hits > 0 && misses > 0 && foreseen > 0, "{hits} {misses} {foreseen}");
 }

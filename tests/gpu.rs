@@ -28,7 +28,14 @@ fn demo(encoding: &str) -> PathBuf {
 
 fn gpu_request(device: &Device, mode: Mode, vram: u64, cache_share: Option<f64>) -> GpuRequest {
     let n_blocks = ffn_blocks(device);
-    GpuRequest { base: request(mode, None, 2), vram_budget_bytes: vram, context_bytes: 0, n_blocks, cache_share }
+    GpuRequest {
+        base: request(mode, None, 2),
+        vram_budget_bytes: vram,
+        context_bytes: 0,
+        n_blocks,
+        cache_share,
+        lookahead: None,
+    }
 }
 
 /// The least budget, and what everything takes.
@@ -148,16 +155,17 @@ fn sparse_mode_computes_the_same_neurons_as_the_cpu_engine_with_any_cache_and_an
         let mode = Mode::Sparse { active: 0.2 };
         let (least, whole) = vram_range(&dir, &device(), mode);
         let some = least + (whole - least) / 3;
-        for (vram, cache, share) in [
-            (whole, None, 0.0),
-            (some, Some(0.0), 0.0),
-            (some, Some(0.9), 0.0),
-            (some, Some(0.5), 0.6),
-            (least, None, 1.0),
+        for (vram, cache, share, lookahead) in [
+            (whole, None, 0.0, None),
+            (some, Some(0.0), 0.0, Some(0)),
+            (some, Some(0.0), 0.0, Some(30)),
+            (some, Some(0.9), 0.0, Some(8)),
+            (some, Some(0.5), 0.6, Some(50)),
+            (least, None, 1.0, None),
         ] {
-            let what = format!("{}, {vram} bytes, cache {cache:?}, host {share}", dir.display());
+            let what = format!("{}, {vram} bytes, cache {cache:?}, host {share}, ahead {lookahead:?}", dir.display());
             let mut cpu = engine(&dir, request(mode, None, 2)).unwrap();
-            let mut gpu = gpu(&dir, gpu_request(&device(), mode, vram, cache), share);
+            let mut gpu = gpu(&dir, GpuRequest { lookahead, ..gpu_request(&device(), mode, vram, cache) }, share);
             let config = cpu.split().manifest().config.clone();
             let (mut same, mut all) = (0, 0);
             for (i, token) in tokens(24, config.vocab_size).into_iter().enumerate() {
@@ -177,6 +185,10 @@ fn sparse_mode_computes_the_same_neurons_as_the_cpu_engine_with_any_cache_and_an
             assert_eq!(account.neurons_computed, 24 * (config.n_layers * all / 24) as u64, "{what}");
             assert_eq!(account.cache_hits > 0, gpu.plan().cache_slots() > 0, "{what}");
             assert_eq!(account.link_bytes == 0, vram == whole || share == 1.0, "{what}");
+            let (fetched, used) = (account.foreseen, account.foreseen_used);
+            assert_eq!(fetched > 0, lookahead.is_some_and(|n| n > 0), "{what}");
+            assert!(fetched <= 24 * (config.n_layers * lookahead.unwrap_or(0)) as u64, "{what}: {fetched}");
+            assert!(used <= fetched && (fetched == 0 || used > fetched / 20), "{what}: {used} of {fetched}");
         }
     }
 }

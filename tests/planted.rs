@@ -146,6 +146,9 @@ fn statistics_move_as_asked() {
     assert_eq!(loose["coactivation_inside"], Value::Null);
     let (noisy, _) = made(&["--planted-predictor-noise", "1"]);
     assert!(number(&noisy, "predictor_recall") < number(&plain, "predictor_recall") - 0.2, "{noisy} {plain}");
+    let (blind, _) = made(&["--planted-foresight-noise", "2"]);
+    assert!(number(&blind, "foresight_recall") < number(&plain, "foresight_recall") - 0.2, "{blind} {plain}");
+    assert_eq!(number(&blind, "predictor_recall"), number(&plain, "predictor_recall"));
     let (few, _) = made(&["--planted-active", "0.03", "--planted-hot-cover", "0.7"]);
     assert!((number(&few, "active_share") - 0.03).abs() < 0.004 && (number(&few, "hot_cover") - 0.7).abs() < 0.05);
 }

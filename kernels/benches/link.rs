@@ -63,7 +63,7 @@ fn main() {
                 })
                 .collect();
             device.write(&work.items, bytemuck::cast_slice(&items)).unwrap();
-            let bundles = Bundles { hot: &none, cold: &cold.view(), cache: &none, ahead: None };
+            let bundles = Bundles { hot: &none, cold: &cold.view(), cache: &none, fetched: None, ahead: None };
             let begin = device.record().unwrap();
             ffn(&device, layout, Nonlinearity::Relu, &work, bundles, &x, n_blocks, &partial).unwrap();
             (n * bundle) as f64 / device.record().unwrap().since(&begin).unwrap() / 1e6

@@ -105,7 +105,7 @@ fn speed(device: &Device, sizes: &Sizes, layout: BundleLayout, pool: &Memory, is
         device.write(&work.items, bytemuck::cast_slice(&items)).unwrap();
         let pool = pool.view();
         let (hot, cold) = if is_cold { (&none, &pool) } else { (&pool, &none) };
-        let bundles = Bundles { hot, cold, cache: &none, ahead: None };
+        let bundles = Bundles { hot, cold, cache: &none, fetched: None, ahead: None };
         let begin = device.record().unwrap();
         ffn(device, layout, Nonlinearity::Silu, &work, bundles, &x, n_blocks, &partial).unwrap();
         (n * bundle) as f64 / device.record().unwrap().since(&begin).unwrap() / 1e6

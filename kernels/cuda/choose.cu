@@ -2,21 +2,21 @@
 //
 // One block of 1024 threads, once a layer, which the rest of the device waits for: an instruction for every score costs
 // 0.1 us, and so does a barrier with the latency of what lies behind it. (A second block only tells the CPU that its
-// input is there.)
+// input is there, another lists what the next layer will probably need: foresee.cuh.)
 //
 // 1. Top k. A sample of 4096 scores tells roughly where the k-th largest lies. From a little below that on, two
 //    instructions for each score leave a list, in ascending order, of the active neurons and some more. The list gives
 //    all threads as many neurons, however the active ones cluster. One count of it into bins finds the few among which
 //    the k-th largest is, and these are compared one by one. If the guess was wrong, too many scores are equal, or the
 //    list would be too long, three counts of all scores find the k-th largest instead.
-// 2. The list is looked up in the cache while 1. goes on. The active neurons are divided into misses, hits and hot
-//    ones; the last misses may go to the CPU, which starts at once.
-// 3. Misses that are read over the link compete for the slots of their sets. Those of a set are chained as they are
+// 2. The list is looked up in the cache, and among what was fetched for this layer, while 1. goes on. The active neurons
+//    are divided into misses, fetched ones, hits and hot ones; the last misses may go to the CPU, which starts at once.
+// 3. Misses that are read over the link, and fetched ones, compete for the slots of their sets. Those of a set are chained as they are
 //    found; a warp sorts the chain, and a lane has a way of the set. A neuron's key is recency and frequency in one
 //    number (LRFU, Lee et al. 2001): the logarithm of the sum of 2^(lambda * t) over the tokens t that used it. It
 //    never ages: only what is used grows. As an f32 it tells apart times that differ by now / 2^24 tokens: a sixteenth
 //    of a token after a million of them.
-#include "reduce.cuh"
+#include "foresee.cuh"
 
 struct Choose {
   const float* scores;  // [ffn] and room up to a multiple of four, not read if `every` is 1
@@ -35,22 +35,14 @@ struct Choose {
   u32* cpu_flag;  // and, 32 words on, one for the input
   u32* ids;     // [ffn]
   uint2* items;  // [ffn]
-  u32* counts;  // [8]: items, link, cached, hot, cpu, active, 0, 0
-  u64* totals;  // [8]
+  u32* counts;  // [8]: items, link, cached, hot, cpu, active, fetched, 0
+  u64* totals;  // [8]: the last is fetch.cu's
+  const uint2* foreseen;  // of this layer, see foresee.cuh; null if nothing was
+  Foresee ahead;  // of the next layer; its scores are null if nothing is wanted
 };
 
 namespace choose_shape {
-constexpr u32 kThreads = 1024;
-constexpr u32 kWarps = kThreads / kWarp;
-// Neurons of a warp whose scores its lanes load together, four each; and how many such groups a thread holds: a tile of
-// 32768 neurons. Wider layers have several.
-constexpr u32 kGroup = 4 * kWarp;
-constexpr u32 kGroups = 8;
-constexpr u32 kTile = kGroups * kGroup * kWarps;
-constexpr u32 kBins = 2048;
-// The sample's bins: 32 to an octave, from 2^-40 on.
-constexpr u32 kSampleShift = 18;
-constexpr u32 kFirstBin = (127 - 40) << (23 - kSampleShift);
+using namespace score_shape;
 // Neurons of the list that a thread keeps in registers; a list that is only a guess is not longer.
 constexpr u32 kKept = 4;
 constexpr u32 kListed = kKept * kThreads;
@@ -58,18 +50,10 @@ constexpr u32 kListed = kKept * kThreads;
 constexpr u32 kCandidates = 2048;
 // Sets that a warp loads at a time.
 constexpr u32 kSets = 4;
-constexpr u32 kInfinity = 0x7f800000u;
+constexpr u32 kFetched = 0x40000000u;
 }  // namespace choose_shape
 
-struct Bin {
-  u32 number, wanted, count;
-};
-
-struct ChooseShared {
-  // All zero but for the time between a count and the search in it. At last one more than the first candidate of each
-  // of 2048 sets.
-  u32 bins[choose_shape::kBins];
-  unsigned char nibbles[choose_shape::kWarps][kWarp * choose_shape::kGroups];
+struct ChooseShared : ScoreShared {
   union {
     // A list that is a guess.
     u32 listed[choose_shape::kListed];
@@ -79,22 +63,10 @@ struct ChooseShared {
       u16 next[choose_shape::kCandidates];
     } candidates;
   };
-  u32 warps[2][choose_shape::kWarps];
   uint4 kinds[choose_shape::kWarps];
-  Bin found[2];
   uint2 near[kWarp];
   u32 n_near, cutoff;
 };
-
-// The sum over the lanes before this one and its own.
-DEVICE u32 sum_through(u32 v) {
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const u32 lower = __shfl_up_sync(kAllLanes, v, step);
-    if (lane_id() >= step) v += lower;
-  }
-  return v;
-}
 
 // Floats in their order as whole numbers, above zero.
 DEVICE u32 in_order(float v) {
@@ -102,112 +74,13 @@ DEVICE u32 in_order(float v) {
   return bits ^ (static_cast<int>(bits) < 0 ? 0xffffffffu : 0x80000000u);
 }
 
-// Sums over the block's threads, each with one barrier.
-struct BlockSums {
-  ChooseShared& shared;
-  u32 turn;
-
-  // `before`: over the threads before this one; `all`: over all.
-  DEVICE void operator()(u32 mine, u32& before, u32& all) {
-    const u32 through = sum_through(mine);
-    // Another place than last time, which some may still read.
-    u32* warps = shared.warps[turn];
-    turn ^= 1;
-    if (lane_id() == kWarp - 1) warps[warp_id()] = through;
-    __syncthreads();
-    const u32 v = warps[lane_id()];
-    before = __reduce_add_sync(kAllLanes, lane_id() < warp_id() ? v : 0) + through - mine;
-    all = __reduce_add_sync(kAllLanes, v);
-  }
-
-  // For each number wanted: the highest bin such that it and those above hold as many, how many of its own are wanted,
-  // and how many it has; kNone if all bins together hold less. Returns what they hold, and clears them. A barrier must
-  // lie between the count and this; ends with one.
-  template <int N>
-  DEVICE u32 find_bins(const u32 (&wanted)[N], Bin (&bins)[N]) {
-    using namespace choose_shape;
-    static_assert(kBins == 2 * kThreads, "two bins a thread");
-    // The first thread has the highest bins.
-    const u32 top = kBins - 1 - 2 * threadIdx.x;
-    uint2& mine = *reinterpret_cast<uint2*>(shared.bins + top - 1);
-    const uint2 own = mine;
-    mine = make_uint2(0, 0);
-    if (threadIdx.x < N) shared.found[threadIdx.x] = {kNone, 0, 0};
-    u32 before, all;
-    (*this)(own.x + own.y, before, all);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      if (before < wanted[i] && wanted[i] <= before + own.y) {
-        shared.found[i] = {top, wanted[i] - before, own.y};
-      } else if (before + own.y < wanted[i] && wanted[i] <= before + own.y + own.x) {
-        shared.found[i] = {top - 1, wanted[i] - before - own.y, own.x};
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < N; i++) bins[i] = shared.found[i];
-    return all;
-  }
-};
-
-// Where a layer's scores lie. A tile is 32 ranges, one for each warp, of eight groups; of fewer if it is the only one.
-struct Scores {
-  const Choose& c;
-  u32 n_groups, n_tiles, last_four;
-
-  DEVICE Scores(const Choose& choose) : c(choose) {
-    using namespace choose_shape;
-    n_groups = min((c.ffn + kGroup * kWarps - 1) / (kGroup * kWarps), kGroups);
-    n_tiles = (c.ffn + kTile - 1) / kTile;
-    last_four = (c.ffn - 1) / 4 * 4;
-  }
-
-  DEVICE u32 range(u32 tile) const {
-    return (tile * choose_shape::kWarps + warp_id()) * n_groups * choose_shape::kGroup;
-  }
-
-  DEVICE u32 first_of_four(u32 tile, u32 group) const {
-    return range(tile) + group * choose_shape::kGroup + 4 * lane_id();
-  }
-  // From a multiple of four on. What neurons score that do not exist means nothing.
-  DEVICE float4 four(u32 neuron) const {
-    return *reinterpret_cast<const float4*>(c.scores + min(neuron, last_four));
-  }
-
-  // A lane's word of a tile: a bit for each of 32 neurons in a row, from this one on.
-  DEVICE u32 first(u32 tile) const { return range(tile) + lane_id() * 32; }
-  DEVICE u32 existing(u32 tile) const {
-    const u32 from = first(tile);
-    if (lane_id() >= 4 * n_groups || from >= c.ffn) return 0;
-    return c.ffn - from >= 32 ? kAllLanes : (1u << (c.ffn - from)) - 1;
-  }
-
-  // Which scores are at least `least`, which is positive: not a number is not. `fours(group)` is what `four` gives.
-  template <class F>
-  DEVICE u32 at_least(u32 tile, float least, unsigned char* nibbles, F fours) const {
-    using namespace choose_shape;
-#pragma unroll
-    for (u32 group = 0; group < kGroups; group++) {
-      if (group >= n_groups) continue;
-      const float4 v = fours(group);
-      u32 nibble = v.x >= least ? 1 : 0;
-      if (v.y >= least) nibble |= 2;
-      if (v.z >= least) nibble |= 4;
-      if (v.w >= least) nibble |= 8;
-      nibbles[group * kWarp + lane_id()] = static_cast<unsigned char>(nibble);
-    }
-    __syncwarp();
-    uint2 v = make_uint2(0, 0);
-    if (lane_id() < 4 * n_groups) v = reinterpret_cast<const uint2*>(nibbles)[lane_id()];
-    __syncwarp();
-    return __byte_perm(v.x | v.x >> 4, v.y | v.y >> 4, 0x6420) & existing(tile);
-  }
-};
-
-// A neuron of the list, or none, and what the cache has about it.
+// A neuron of the list, or none, and what the cache has about it. What was fetched for this layer has its place with
+// kFetched instead of a slot.
 struct Listed {
   u32 neuron, slot;
   float key;
+  DEVICE bool is_fetched() const { return slot != kNone && slot >= choose_shape::kFetched; }
+  DEVICE bool is_cached() const { return slot < choose_shape::kFetched; }
 };
 
 // The list of a thread: one of every 32 neurons of its warp's share.
@@ -227,9 +100,14 @@ struct List {
   }
   DEVICE Listed look_up(u32 neuron) const {
     Listed it = {neuron, kNone, 0.0f};
-    if (c.n_sets > 0 && neuron != kNone && neuron >= c.n_hot) {
+    if (neuron == kNone || neuron < c.n_hot) return it;
+    if (c.n_sets > 0) {
       it.slot = c.slot_of[neuron - c.n_hot];
       it.key = c.key[neuron - c.n_hot];
+    }
+    if (c.foreseen != nullptr) {
+      const u32 place = foreseen_place(c.foreseen, neuron);
+      if (it.slot == kNone && place != kNone) it.slot = choose_shape::kFetched | place;
     }
     return it;
   }
@@ -285,7 +163,12 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   let_next_start();
   wait_for_previous();
   const u32 thread = threadIdx.x, lane = lane_id(), warp = warp_id();
-  if (blockIdx.x == 1) {
+  if (blockIdx.x > 0) {
+    // The last block, if there is something to foresee.
+    if (c.ahead.scores != nullptr && blockIdx.x == gridDim.x - 1) {
+      foresee(c.ahead, shared, c.ffn, min(c.step[4], c.ahead.n_places));
+      return;
+    }
     // At once: the CPU's threads take it apart while their neurons are chosen.
     if (thread > 0) return;
     __threadfence_system();
@@ -295,12 +178,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   const bool every = c.every || c.k >= c.ffn || (c.k == 0 && !(c.threshold >= 0.0f));
 
   // 1. The active ones.
-  const Scores scores(c);
+  const Scores scores(c.scores, c.ffn);
   float4 sample = make_float4(0.0f, 0.0f, 0.0f, 0.0f), fours[kGroups];
-  // Four neurons a thread, in 32 places of the layer: one in `each`.
-  const u32 each = (c.ffn + kGroup * kWarps - 1) / (kGroup * kWarps);
-  const u32 sampled = (warp * each + each / 2) * kGroup + 4 * lane;
-  if (!every && c.k > 0 && c.k < kListed && sampled < c.ffn) sample = scores.four(sampled);
+  const u32 each = scores.each();
+  if (!every && c.k > 0 && c.k < kListed) sample = scores.sample();
   const u32 serial = c.step[2];
   const float cpu_share = c.cpu_list != nullptr ? __uint_as_float(c.step[3]) : 0.0f;
   // How many of the top k the sample has is uncertain by the root of that number. The guess allows for three times as
@@ -345,18 +226,13 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
 
   // False if it does not come out.
   auto list_by_guess = [&] {
-    const float sampled[4] = {sample.x, sample.y, sample.z, sample.w};
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-      const int bin = static_cast<int>((__float_as_uint(sampled[i]) >> kSampleShift) - kFirstBin);
-      if (sampled[i] > 0.0f) atomicAdd(&shared.bins[min(max(bin, 0), static_cast<int>(kBins) - 1)], 1u);
-    }
+    count_sample(shared, sample);
     __syncthreads();
     Bin ends[2];
     const u32 ranks[2] = {static_cast<u32>(share + margin), static_cast<u32>(fmaxf(share - margin, 1.0f))};
     sums.find_bins(ranks, ends);
     // The k-th largest is at least `low`, and below `high`.
-    const u32 low = ends[0].number == kNone || ends[0].number == 0 ? 1 : (ends[0].number + kFirstBin) << kSampleShift;
+    const u32 low = least_of_bin(ends[0].number);
     const u32 high = ends[1].number >= kBins - 1 ? kInfinity : (ends[1].number + kFirstBin + 1) << kSampleShift;
 
     u32 n = 0;
@@ -473,22 +349,24 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   if (!guess || !list_by_guess()) list_by_counting();
 
   // 2. What each of them is.
-  u32 n_active = 0, n_hot = 0, n_cached = 0;
+  u32 n_active = 0, n_hot = 0, n_cached = 0, n_fetched = 0;
   list.for_each([&](const Listed& it) {
     n_active += __popc(__ballot_sync(kAllLanes, it.neuron != kNone));
     n_hot += __popc(__ballot_sync(kAllLanes, it.neuron < c.n_hot));
-    n_cached += __popc(__ballot_sync(kAllLanes, it.slot != kNone));
+    n_cached += __popc(__ballot_sync(kAllLanes, it.is_cached()));
+    n_fetched += __popc(__ballot_sync(kAllLanes, it.is_fetched()));
   });
-  if (lane == 0) shared.kinds[warp] = make_uint4(n_active, n_hot, n_cached, 0);
+  if (lane == 0) shared.kinds[warp] = make_uint4(n_active, n_hot, n_cached, n_fetched);
   __syncthreads();
   const uint4 kinds = shared.kinds[lane];
   auto before = [&](u32 n) { return __reduce_add_sync(kAllLanes, lane < warp ? n : 0); };
   auto all = [&](u32 n) { return __reduce_add_sync(kAllLanes, n); };
-  u32 at = before(kinds.x), hit_at = before(kinds.z);
-  const u32 all_active = all(kinds.x), all_hot = all(kinds.y), hits = all(kinds.z);
-  const u32 misses = all_active - all_hot - hits;
+  u32 at = before(kinds.x), hit_at = before(kinds.z), fetched_at = before(kinds.w);
+  const u32 all_active = all(kinds.x), all_hot = all(kinds.y), hits = all(kinds.z), all_fetched = all(kinds.w);
+  const u32 misses = all_active - all_hot - hits - all_fetched;
   const u32 n_cpu = min(misses, static_cast<u32>(fmaf(cpu_share, static_cast<float>(misses), 0.5f)));
-  const u32 n_link = misses - n_cpu, n_candidates = c.n_sets > 0 ? min(n_link, kCandidates) : 0;
+  const u32 n_link = misses - n_cpu, first_hit = n_link + all_fetched;
+  const u32 n_candidates = c.n_sets > 0 ? min(first_hit, kCandidates) : 0;
 
   const u32 lower_lanes = (1u << lane) - 1;
   const float now = rounded_product(c.lambda, static_cast<float>(serial));
@@ -499,14 +377,16 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   };
   list.for_each([&](const Listed& it) {
     const u32 active = __ballot_sync(kAllLanes, it.neuron != kNone);
-    const u32 hit = __ballot_sync(kAllLanes, it.slot != kNone);
+    const u32 hit = __ballot_sync(kAllLanes, it.is_cached()), fetched = __ballot_sync(kAllLanes, it.is_fetched());
     const u32 place = at + __popc(active & lower_lanes), n_hits = hit_at + __popc(hit & lower_lanes);
+    const u32 n_fetched = fetched_at + __popc(fetched & lower_lanes);
     at += __popc(active);
     hit_at += __popc(hit);
+    fetched_at += __popc(fetched);
     if (it.neuron == kNone) return;
     c.ids[place] = it.neuron;
     if (it.neuron < c.n_hot) {
-      c.items[n_link + hits + place] = make_uint2(it.neuron, kNone);
+      c.items[first_hit + hits + place] = make_uint2(it.neuron, kNone);
       return;
     }
     const u32 cold = it.neuron - c.n_hot;
@@ -515,18 +395,21 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
       key = now + log2_of_one_plus_power(it.key - now);
       c.key[cold] = key;
     }
-    if (it.slot != kNone) {
-      c.items[n_link + n_hits] = make_uint2(0x80000000u | it.slot, kNone);
+    if (it.is_cached()) {
+      c.items[first_hit + n_hits] = make_uint2(0x80000000u | it.slot, kNone);
       c.used[it.slot] = serial;
       return;
     }
     // The hot ones come first among the active.
-    const u32 m = place - all_hot - n_hits;
-    if (m >= n_link) {
+    u32 m = place - all_hot - n_hits - n_fetched, from = 0x40000000u | cold;
+    if (it.is_fetched()) {
+      m = n_link + n_fetched;
+      from = 0x80000000u | it.slot;
+    } else if (m >= n_link) {
       c.cpu_list[m - n_link] = cold;
       return;
     }
-    c.items[m] = make_uint2(0x40000000u | cold, kNone);
+    c.items[m] = make_uint2(from, kNone);
     if (m < n_candidates) {
       shared.candidates.cold[m] = cold;
       shared.candidates.key[m] = key;
@@ -544,14 +427,14 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     *const_cast<volatile u32*>(c.cpu_flag) = serial * c.n_layers + c.layer + 1;
   }
   if (thread < 8) {
-    const u32 n_items = n_link + hits + all_hot;
-    const u32 values[8] = {n_items, n_link, hits, all_hot, n_cpu, all_active, 0, 0};
+    const u32 n_items = first_hit + hits + all_hot;
+    const u32 values[8] = {n_items, n_link, hits, all_hot, n_cpu, all_active, all_fetched, 0};
     u32 value = 0;
 #pragma unroll
     for (u32 i = 0; i < 8; i++)
       if (i == thread) value = values[i];
     c.counts[thread] = value;
-    atomicAdd(&c.totals[thread], static_cast<u64>(value));
+    if (value > 0) atomicAdd(&c.totals[thread], static_cast<u64>(value));
   }
   if (n_candidates == 0) return;
 

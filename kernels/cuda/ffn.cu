@@ -16,6 +16,7 @@
 namespace ffn_shape {
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
+// Where an item's bundle lies: both together say that it was fetched.
 constexpr u32 kSlot = 0x80000000u;
 constexpr u32 kCold = 0x40000000u;
 constexpr u32 kLine = 128;
@@ -77,6 +78,7 @@ struct FfnArgs {
   const unsigned char* hot;
   const unsigned char* cold;
   unsigned char* cache;
+  const unsigned char* fetched;
   u32 bundle_bytes, hidden;
   int activation;
   const float* x;
@@ -167,7 +169,8 @@ DEVICE void ffn_teams(const FfnArgs& args) {
     work.next += work.step;
   };
   auto bundle_of = [&](u32 from) -> const unsigned char* {
-    const unsigned char* base = from & kSlot ? args.cache : from & kCold ? args.cold : args.hot;
+    const unsigned char* on_device = from & kCold ? args.fetched : args.cache;
+    const unsigned char* base = from & kSlot ? on_device : from & kCold ? args.cold : args.hot;
     return base + static_cast<u64>(from & ~(kSlot | kCold)) * args.bundle_bytes;
   };
   auto slot = [&](u32 to) { return args.cache + static_cast<u64>(to) * args.bundle_bytes; };
@@ -323,7 +326,7 @@ DEVICE void ffn_teams(const FfnArgs& args) {
 }
 
 // items, counts: from choose; {bundle, slot to fill} each, those over the link first.
-// hot, cache: device memory; cold: pinned host memory. Bundles of `bundle_bytes`, a multiple of 16. x [hidden] and
+// hot, cache, fetched (fetch.cu): device memory; cold: pinned host memory. Bundles of `bundle_bytes`, a multiple of 16. x [hidden] and
 // partial [blocks, hidden] start at a multiple of 16 bytes; hidden is a multiple of 32, at most 32768. ahead: what will
 // be read soon.
 // Block: team_threads, or 256 if that is at most 128. Dynamic shared memory: as gemv, with `hidden` columns.
@@ -343,61 +346,79 @@ DEVICE void ffn(const FfnArgs& args) {
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_bf16(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-             unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
+             unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
              const unsigned char* ahead, u32 ahead_bytes) {
-  ffn<Bf16>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+  ffn<Bf16>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
              static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
 }
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_q8(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
+           unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
              const unsigned char* ahead, u32 ahead_bytes) {
-  ffn<Q8>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+  ffn<Q8>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
              static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
 }
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_q4(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
+           unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
              const unsigned char* ahead, u32 ahead_bytes) {
-  ffn<Q4>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes),
+  ffn<Q4>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
              static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
 }
 
-// Waits until the CPU has raised its flag for this layer; false if it has given up. For one warp of every block.
+// What the CPU's threads give back, all in mapped host memory: sums [n_threads, hidden] and a flag each, kFlagWords apart.
+struct HostPart {
+  const float* y;
+  const u32* flags;
+  int n_threads;
+};
+constexpr int kFlagWords = 32;
+
+// Waits until the CPU's threads have raised their flags for this layer; false if one has given up. For one warp of every
+// block.
 //
-// Only the first block looks at the flag itself and passes the word on: reads of one line over the link come one after
-// another, a microsecond each, and 256 blocks would wait for as long as the layer takes.
-DEVICE bool host_is_done(u32* passed_on, const u32* cpu_flag, const u32* step, int layer, int n_layers) {
+// Only the first block looks at the flags themselves and passes the word on: reads of one line over the link come one
+// after another, a microsecond each, and 256 blocks would wait for as long as the layer takes.
+DEVICE bool host_is_done(u32* passed_on, const HostPart& host, const u32* step, int layer, int n_layers) {
   const u32 wanted = step[2] * static_cast<u32>(n_layers) + static_cast<u32>(layer) + 1;
   // What choose has put here is not yet done.
   const u32 done = wanted != 0 ? wanted : 1;
   volatile u32* word = passed_on;
-  u32 flag = 0;
-  if (lane_id() == 0) {
-    if (blockIdx.x == 0) {
-      // The flag goes up, and may wrap around. All bits set: the CPU has given up.
+  if (blockIdx.x == 0) {
+    bool gave_up = false;
+    for (int first = 0; first < host.n_threads; first += kWarp) {
+      const bool has_flag = first + lane_id() < host.n_threads;
+      const volatile u32* of_thread = host.flags + (has_flag ? first + lane_id() : first) * kFlagWords;
+      // A flag goes up, and may wrap around. All bits set: the thread has given up.
       while (true) {
-        flag = *const_cast<const volatile u32*>(cpu_flag);
-        if (flag == kNone || static_cast<int>(flag - wanted) >= 0) break;
+        const u32 flag = *of_thread;
+        gave_up = __any_sync(kAllLanes, flag == kNone);
+        if (gave_up || !__any_sync(kAllLanes, static_cast<int>(flag - wanted) < 0)) break;
         wait_a_little();
       }
-      __threadfence_system();
-      flag = flag == kNone ? kNone : done;
-      *word = flag;
-    } else {
-      while (flag = *word, flag != done && flag != kNone) wait_a_little();
-      __threadfence();
+      if (gave_up) break;
     }
+    __threadfence_system();
+    if (lane_id() == 0) *word = gave_up ? kNone : done;
+    return !gave_up;
+  }
+  u32 flag = 0;
+  if (lane_id() == 0) {
+    while (flag = *word, flag != done && flag != kNone) wait_a_little();
+    __threadfence();
   }
   return __shfl_sync(kAllLanes, flag, 0) != kNone;
 }
 
-// x [hidden] += the sum of partial [n_partials, hidden], and the CPU's share once it is there.
-// Floor: the partial sums from the second-level cache. A block of 256 threads for every 32 columns: eight threads of
+// x [hidden] += the sum of partial [n_partials, hidden], and the CPU's sums once they are there.
+// Floor: the partial sums from the second-level cache, the CPU's over the link, which nobody else needs then: adding them
+// up on the CPU takes longer than 32 KB a thread do. A block of 256 threads for every 32 columns: eight threads of
 // four columns each, 32 of these over the rows, then a fixed tree. hidden is a multiple of 32.
 extern "C" __global__ void __launch_bounds__(256)
-    finish(const float* partial, int n_partials, int hidden, u32* counts, const float* cpu_y, const u32* cpu_flag,
-           const u32* step, int layer, int n_layers, float* x) {
+    finish(const float* partial, int n_partials, int hidden, u32* counts, HostPart host, const u32* step, int layer,
+           int n_layers, float* x) {
+  // Of the CPU's sums.
+  constexpr int kAtOnce = 16;
   __shared__ float4 sums[8][8];
   let_next_start();
   wait_for_previous();
@@ -427,7 +448,16 @@ extern "C" __global__ void __launch_bounds__(256)
   float total = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < 8; warp++) total += reinterpret_cast<const float*>(sums[warp])[lane_id()];
-  if (cpu_flag != nullptr && counts[4] > 0 && host_is_done(counts + 7, cpu_flag, step, layer, n_layers))
-    total += const_cast<const volatile float*>(cpu_y)[column];
+  if (host.n_threads > 0 && counts[4] > 0 && host_is_done(counts + 7, host, step, layer, n_layers)) {
+    const volatile float* y = host.y + column;
+    for (int first = 0; first < host.n_threads; first += kAtOnce) {
+      float parts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        parts[i] = first + i < host.n_threads ? y[static_cast<long long>(first + i) * hidden] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) total += parts[i];
+    }
+  }
   x[column] += total;
 }

@@ -81,7 +81,8 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
   FfnWork work =
       ffn_work(team.index() * gridDim.x + blockIdx.x, team.teams() * gridDim.x, args.counts[0], args.counts[1]);
   auto bundle_of = [&](u32 from) -> const unsigned char* {
-    const unsigned char* base = from & kSlot ? args.cache : from & kCold ? args.cold : args.hot;
+    const unsigned char* on_device = from & kCold ? args.fetched : args.cache;
+    const unsigned char* base = from & kSlot ? on_device : from & kCold ? args.cold : args.hot;
     return base + static_cast<u64>(from & ~(kSlot | kCold)) * args.bundle_bytes;
   };
 
@@ -235,9 +236,9 @@ DEVICE void ffn_exact(const FfnArgs& args, u32 stages) {
 #define FFN_EXACT_KERNEL(name, E, kStaged, threads, blocks)                                                            \
   extern "C" __global__ void __launch_bounds__(threads, blocks)                                                        \
       name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,                 \
-           unsigned char* cache, int bundle_bytes, int hidden, int activation, const float* x, float* partial,         \
+           unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,         \
            const unsigned char* ahead, u32 ahead_bytes, u32 stages) {                                                  \
-    ffn_exact<E, kStaged>({items, counts, hot, cold, cache, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),  \
+    ffn_exact<E, kStaged>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),  \
                            activation, x, partial, ahead, ahead_bytes},                                                \
                           stages);                                                                                     \
   }

@@ -116,7 +116,7 @@ DEVICE void decode_row(const unsigned char* row, u32 columns, u32 stride, u32 pa
       embed_##name(const u32* host_step, u32* step, const unsigned char* table, int columns, float* x, u32 stride) {   \
     let_next_start();                                                                                                  \
     wait_for_previous();                                                                                               \
-    if (blockIdx.x == 0 && threadIdx.x < 4) step[threadIdx.x] = host_step[threadIdx.x];                                \
+    if (blockIdx.x == 0 && threadIdx.x < 5) step[threadIdx.x] = host_step[threadIdx.x];                                \
     decode_row<E>(table + static_cast<u64>(host_step[0]) * stride, columns, stride, blockIdx.x, x);                    \
   }
 GEMV_EXACT_KERNELS(bf16x, Bf16x)

@@ -6,11 +6,14 @@
 // Its own part is the second half: each neuron's gate and up rows of the factors are multiplied with z, and the score
 // is the neuron's expected |h| * ||down|| given what the low rank leaves out (calibrate/src/predictor/low_rank.rs,
 // whose formulas these are).
-// Floor: B and the factors from device memory, 2 * ffn rows of `rank` columns.
+// Floor: B and the factors from device memory, 2 * ffn rows of `rank` columns each predictor.
 //
 // Blocks of predict_scores share the writing of norm(x), which the layer's neurons are computed with. If the CPU may
 // get a part of them, it gets the input here too, over the link: nobody waits for these writes, and what it is to
 // compute is not known before the next kernel.
+//
+// The same x, under the next layer's norm, tells most of what that layer will need: both kernels take a second
+// predictor, of which nothing but the scores is wanted (foresee.cuh).
 #include "input.cuh"
 
 // exp within 3e-5 of itself: a power of two by its exponent bits, the rest by a polynomial.
@@ -59,18 +62,32 @@ constexpr int kNeurons = 2;
 constexpr int kSlicesAtOnce = 8;
 }  // namespace predict_shape
 
-// w [rank] encoded rows of `hidden` columns; x, norm_weight [hidden]. inner: [n_slices, rank] shares of z, not yet
+// w [rank] encoded rows of `hidden` columns; norm_weight [hidden]. inner: [n_slices, rank] shares of z, not yet
 // divided by the root mean square of x; then [n_slices, kRows] shares of the sum of squares.
-// Grid (n_slices, rank / kRows, rounded up), 256 threads; dynamic shared memory as gemv, for kSlice columns.
+struct Inner {
+  const unsigned char* w;
+  const float* norm_weight;
+  float* inner;
+};
+struct Inners {
+  Inner of[2];
+};
+
+// x [hidden]. Grid (n_slices, rank / kRows, rounded up, for each predictor), 256 threads; dynamic shared memory as gemv,
+// for kSlice columns.
 template <class E>
-DEVICE void predict_inner(const unsigned char* w, int rank, int hidden, const float* x, const float* norm_weight,
-                          float* inner) {
+DEVICE void predict_inner(const Inners& inners, int rank, int hidden, const float* x) {
   using namespace predict_shape;
   // Of a lane in its row.
   constexpr int kChunks = kSlice / (kWarp * E::kColumns);
   let_next_start();
 
-  const int slice = blockIdx.x, row = blockIdx.y * kRows + warp_id(), n_chunks = ceil_div(hidden, E::kColumns);
+  const int row_blocks = ceil_div(rank, kRows), row_block = static_cast<int>(blockIdx.y) % row_blocks;
+  const bool is_ahead = static_cast<int>(blockIdx.y) >= row_blocks;
+  const unsigned char* w = is_ahead ? inners.of[1].w : inners.of[0].w;
+  const float* norm_weight = is_ahead ? inners.of[1].norm_weight : inners.of[0].norm_weight;
+  float* inner = is_ahead ? inners.of[1].inner : inners.of[0].inner;
+  const int slice = blockIdx.x, row = row_block * kRows + warp_id(), n_chunks = ceil_div(hidden, E::kColumns);
   const int first_chunk = slice * (kSlice / E::kColumns) + lane_id();
   const Row<E> from = matrix_row<E>(w + static_cast<u64>(min(row, rank - 1)) * row_stride<E>(hidden), hidden);
   uint4 codes[kChunks];
@@ -100,51 +117,62 @@ DEVICE void predict_inner(const unsigned char* w, int rank, int hidden, const fl
   }
   sum = warp_sum(sum) * E::kOut;
   if (lane_id() == 0 && row < rank) inner[static_cast<long long>(slice) * rank + row] = sum;
-  if (blockIdx.y == 0) {
+  if (row_block == 0) {
     const float squares = warp_sum((v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w));
     if (lane_id() == 0) inner[static_cast<long long>(gridDim.x) * rank + slice * kRows + warp_id()] = squares;
   }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_inner_bf16(const unsigned char* w, int rank, int hidden, const float* x, const float* norm_weight,
-                       float* inner) {
-  predict_inner<Bf16>(w, rank, hidden, x, norm_weight, inner);
+    predict_inner_bf16(Inners inners, int rank, int hidden, const float* x) {
+  predict_inner<Bf16>(inners, rank, hidden, x);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_inner_q8(const unsigned char* w, int rank, int hidden, const float* x, const float* norm_weight,
-                     float* inner) {
-  predict_inner<Q8>(w, rank, hidden, x, norm_weight, inner);
+    predict_inner_q8(Inners inners, int rank, int hidden, const float* x) {
+  predict_inner<Q8>(inners, rank, hidden, x);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_inner_q4(const unsigned char* w, int rank, int hidden, const float* x, const float* norm_weight,
-                     float* inner) {
-  predict_inner<Q4>(w, rank, hidden, x, norm_weight, inner);
+    predict_inner_q4(Inners inners, int rank, int hidden, const float* x) {
+  predict_inner<Q4>(inners, rank, hidden, x);
 }
 
-// The layer's input, and what predict_inner made of it. normed [hidden] gets norm(x), and so does host_x, unless that
+// The layer's input. normed [hidden] gets norm(x), and so does host_x, unless that
 // is null.
 struct LayerInput {
   const float* x;
   const float* norm_weight;
   float eps;
   int hidden;
-  const float* inner;
   float* normed;
   float* host_x;
 };
 
-// factors [2 * ffn] encoded rows of `rank` columns, gate and up of each neuron; neurons [3, ffn]: standard deviations
-// of gate and up, lengths of the down columns; scores [ffn]. rank is a multiple of 32.
+// inner: of predict_inner; factors [2 * ffn] encoded rows of `rank` columns, gate and up of each neuron; neurons
+// [3, ffn]: standard deviations of gate and up, lengths of the down columns; scores [ffn].
+struct Outer {
+  const float* inner;
+  const unsigned char* factors;
+  const float* neurons;
+  float* scores;
+};
+struct Outers {
+  Outer of[2];
+};
+
+// rank is a multiple of 32.
 // As many lanes as a row has chunks, rounded up to a power of two, take two neurons at a time, so that a warp reads
 // neighbouring rows in whole lines.
-// Any grid of blocks of 256 threads; dynamic shared memory as gemv, for `rank`.
+// Any grid (n, predictors) of blocks of 256 threads; dynamic shared memory as gemv, for `rank`.
 template <class E>
-DEVICE void predict_scores(const unsigned char* factors, int rank, const LayerInput& from, const float* neurons,
-                           int ffn, int activation, float* scores) {
+DEVICE void predict_scores(const Outers& outers, int rank, const LayerInput& from, int ffn, int activation) {
   using namespace predict_shape;
   let_next_start();
 
+  const bool is_ahead = blockIdx.y == 1;
+  const float* inner = is_ahead ? outers.of[1].inner : outers.of[0].inner;
+  const unsigned char* factors = is_ahead ? outers.of[1].factors : outers.of[0].factors;
+  const float* neurons = is_ahead ? outers.of[1].neurons : outers.of[0].neurons;
+  float* scores = is_ahead ? outers.of[1].scores : outers.of[0].scores;
   const int n_chunks = rank / E::kColumns;
   int team_lanes = 1;
   while (team_lanes < kWarp && team_lanes < n_chunks) team_lanes *= 2;
@@ -199,7 +227,7 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const LayerIn
       for (int i = 0; i < kSlicesAtOnce; i++) {
         v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (first + i < n_slices && index < n_parts)
-          v[i] = reinterpret_cast<const float4*>(from.inner + static_cast<long long>(first + i) * rank)[index];
+          v[i] = reinterpret_cast<const float4*>(inner + static_cast<long long>(first + i) * rank)[index];
       }
 #pragma unroll
       for (int i = 0; i < kSlicesAtOnce; i++)
@@ -210,7 +238,7 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const LayerIn
   float squares = 0.0f;
 #pragma unroll 4
   for (int i = lane_id(); i < n_squares; i += kWarp)
-    squares += from.inner[static_cast<long long>(n_slices) * rank + i];
+    squares += inner[static_cast<long long>(n_slices) * rank + i];
   // Whole warps: they add up more than their own part.
   const int warp_begin = warp_id() * kWarp;
   float4 part = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -222,7 +250,7 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const LayerIn
     if (first > 0) part = inner_part(index);
     input.put(index, make_float4(part.x * scale, part.y * scale, part.z * scale, part.w * scale), index < n_parts);
   }
-  for (int i = thread; i < from.hidden; i += n_threads) {
+  for (int i = thread; !is_ahead && i < from.hidden; i += n_threads) {
     const float v = i == thread ? early_x * scale * early_weight : from.x[i] * scale * from.norm_weight[i];
     from.normed[i] = v;
     if (from.host_x != nullptr) from.host_x[i] = v;
@@ -257,17 +285,14 @@ DEVICE void predict_scores(const unsigned char* factors, int rank, const LayerIn
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_scores_bf16(const unsigned char* factors, int rank, LayerInput from, const float* neurons, int ffn,
-                       int activation, float* scores) {
-  predict_scores<Bf16>(factors, rank, from, neurons, ffn, activation, scores);
+    predict_scores_bf16(Outers outers, int rank, LayerInput from, int ffn, int activation) {
+  predict_scores<Bf16>(outers, rank, from, ffn, activation);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_scores_q8(const unsigned char* factors, int rank, LayerInput from, const float* neurons, int ffn,
-                     int activation, float* scores) {
-  predict_scores<Q8>(factors, rank, from, neurons, ffn, activation, scores);
+    predict_scores_q8(Outers outers, int rank, LayerInput from, int ffn, int activation) {
+  predict_scores<Q8>(outers, rank, from, ffn, activation);
 }
 extern "C" __global__ void __launch_bounds__(256, 2)
-    predict_scores_q4(const unsigned char* factors, int rank, LayerInput from, const float* neurons, int ffn,
-                     int activation, float* scores) {
-  predict_scores<Q4>(factors, rank, from, neurons, ffn, activation, scores);
+    predict_scores_q4(Outers outers, int rank, LayerInput from, int ffn, int activation) {
+  predict_scores<Q4>(outers, rank, from, ffn, activation);
 }

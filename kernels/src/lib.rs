@@ -12,7 +12,6 @@
 //! | rows of a resident matrix times a vector or a batch | [`gemv`], [`matmul`] |
 //! | rows of bf16 turned into those of a fine-tuned model | [`mod@patch`] |
 //! | threads that wait for work without sleeping | [`Pool`] |
-//! | threads that add up vectors together | [`Member`] |
 //! | the GPU: device, memory, graphs, kernels | `cuda` (feature) |
 //! | memory aligned for O_DIRECT and for vectors | [`AlignedBuf`] |
 //!
@@ -35,7 +34,6 @@ mod pack;
 pub mod patch;
 mod pool;
 pub mod reference;
-mod team;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -49,4 +47,3 @@ pub use input::PreparedInput;
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};
-pub use team::{Broken, Member, pause};

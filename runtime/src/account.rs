@@ -48,12 +48,15 @@ pub struct Account {
     pub neurons_computed: u64,
     /// Neurons that there were.
     pub neurons_total: u64,
-    /// Chunks that a prediction fetched one layer early, and how many of those were needed.
-    pub chunks_foreseen: u64,
+    /// What a prediction fetched one layer early (chunks from disk; with a GPU neurons over the link), and how many of
+    /// those were needed.
+    pub foreseen: u64,
     /// As above.
-    pub chunks_foreseen_used: u64,
+    pub foreseen_used: u64,
     /// Time spent waiting for the disk.
     pub disk_wait: Duration,
     /// With a GPU: the part of `bytes.host` that the device read over the link; the host's threads read the rest.
     pub link_bytes: u64,
+    /// The part of `link_bytes` that was fetched before it was known whether it is needed.
+    pub early_link_bytes: u64,
 }

@@ -147,7 +147,7 @@ pub fn bench(
     };
     let decode_tok_s = Timing::new(decodes);
     let disk_limit = speeds.disk.map(|d| d / bytes.disk.max(1) as f64);
-    let (limit_seconds, _) = speeds.limit(bytes, 0);
+    let (limit_seconds, _) = speeds.limit(bytes, 0, 0);
     Ok(BenchReport {
         planted: engine.split().planted()?.is_some(),
         settings,

@@ -63,9 +63,10 @@ pub struct Speeds {
 
 impl Speeds {
     /// The least time in seconds for these bytes, and what sets it. RAM and disk are read at the same time, and so are
-    /// link and RAM; device memory comes on top, because a layer's attention must end before its neurons are known.
-    /// `link_bytes` of `bytes.host` go over the link.
-    pub fn limit(&self, bytes: TierBytes, link_bytes: u64) -> (f64, &'static str) {
+    /// link and RAM; device memory comes on top, because a layer's attention must end before its neurons are known, but
+    /// for what the link fetches early. `link_bytes` of `bytes.host` go over the link, `early_bytes` of these before it is
+    /// known whether they are needed.
+    pub fn limit(&self, bytes: TierBytes, link_bytes: u64, early_bytes: u64) -> (f64, &'static str) {
         let seconds = |bytes: u64, speed: Option<f64>| speed.map_or(0.0, |s| bytes as f64 / s);
         let Some(_) = self.device else {
             let (ram, disk) = (seconds(bytes.host + bytes.cache, self.ram), seconds(bytes.disk, self.disk));
@@ -78,7 +79,8 @@ impl Speeds {
             (false, true) => "VRAM + link and RAM",
             (false, false) => "VRAM + link",
         };
-        (device + link.max(ram), name)
+        let early = device.min(seconds(early_bytes.min(link_bytes), self.link));
+        (device + (link - early).max(ram), name)
     }
 }
 

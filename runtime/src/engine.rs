@@ -357,7 +357,7 @@ impl Engine {
                     let mut ahead = vec![0.0; hidden];
                     ops::rms_norm(&x, &self.vectors[l + 1].ffn_norm, self.config.rms_norm_eps, &mut ahead);
                     let mut guess = Vec::with_capacity(k);
-                    next.scores(&compute.kernels, &mut compute.pool, &ahead, &mut scores);
+                    next.foresee(&compute.kernels, &mut compute.pool, &ahead, &mut scores);
                     account.bytes.host += next.bytes();
                     top_k(&scores, k, &mut guess);
                     foreseen = self.ffn[l + 1].foresee(fetcher, &self.cache, account, &guess);

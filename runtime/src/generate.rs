@@ -128,7 +128,7 @@ pub fn generate(
     let bytes = last.bytes.minus(before.bytes);
     let link_bytes = last.link_bytes - before.link_bytes;
     let speeds = engine.speeds()?;
-    let (limit_seconds, limit) = speeds.limit(bytes, link_bytes);
+    let (limit_seconds, limit) = speeds.limit(bytes, link_bytes, last.early_link_bytes - before.early_link_bytes);
     let seconds = decode_time.as_secs_f64();
     let (hits, misses) = (last.cache_hits - before.cache_hits, last.cache_misses - before.cache_misses);
     let ratio = |a: u64, b: u64| (b > 0).then(|| a as f64 / b as f64);
@@ -147,10 +147,7 @@ pub fn generate(
             last.neurons_total - before.neurons_total,
         )
         .unwrap_or(0.0),
-        foreseen_used: ratio(
-            last.chunks_foreseen_used - before.chunks_foreseen_used,
-            last.chunks_foreseen - before.chunks_foreseen,
-        ),
+        foreseen_used: ratio(last.foreseen_used - before.foreseen_used, last.foreseen - before.foreseen),
         disk_wait_share: if seconds > 0.0 { (last.disk_wait - before.disk_wait).as_secs_f64() / seconds } else { 0.0 },
         link_bytes_per_token: link_bytes / n_decoded.max(1),
         bytes_per_second: speeds,

@@ -249,7 +249,7 @@ impl LayerFfn {
                 break;
             }
             let Some(ticket) = fetcher.try_submit(&self.index.run(&self.files, run.clone())) else { break };
-            account.chunks_foreseen += run.len() as u64;
+            account.foreseen += run.len() as u64;
             foreseen.runs.push((run, ticket));
         }
         foreseen
@@ -282,7 +282,7 @@ impl LayerFfn {
         let (useful, useless): (Vec<_>, Vec<_>) =
             foreseen.runs.drain(..).partition(|(r, _)| missing.iter().any(|c| r.contains(c)));
         let late: Vec<usize> = missing.iter().copied().filter(|&c| !covered(c, &useful)).collect();
-        account.chunks_foreseen_used += (missing.len() - late.len()) as u64;
+        account.foreseen_used += (missing.len() - late.len()) as u64;
         let mut runs: Vec<(Range<usize>, Option<Ticket>)> =
             self.runs_of(&late, &useful).into_iter().map(|r| (r, None)).collect();
         runs.extend(useful.into_iter().map(|(r, t)| (r, Some(t))));

@@ -4,7 +4,7 @@ use crate::Result;
 use thermocline_calibrate::predictor::expected_magnitude;
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Encoding, Kernels, MatrixRef, Pool, gemv, gemv_rows};
-use thermocline_split::Split;
+use thermocline_split::{Split, StoredPredictor};
 
 /// Neurons that one task scores: their sums stay in the first-level cache.
 const TASK_NEURONS: usize = 256;
@@ -19,6 +19,8 @@ pub(crate) struct Predictor {
     activation: Activation,
     /// q8 `[rank, hidden]`.
     input: Vec<u8>,
+    /// The same for the input of the layer before.
+    ahead: Option<Vec<u8>>,
     /// `[2 * ffn, rank]`: gate and up of each neuron.
     factors: Vec<u8>,
     encoding: Encoding,
@@ -28,7 +30,7 @@ pub(crate) struct Predictor {
 
 impl Predictor {
     pub(crate) fn load(split: &Split, layer: usize) -> Result<Self> {
-        let (input, factors, neurons) = split.stored_predictor(layer)?;
+        let StoredPredictor { input, ahead, factors, neurons } = split.stored_predictor(layer)?;
         let (file, config) = (split.predictors(), &split.manifest().config);
         let encodings = (input.format.encoding(), factors.format.encoding());
         let (Some(Encoding::Q8), Some(encoding)) = encodings else {
@@ -44,13 +46,14 @@ impl Predictor {
             hidden_size: config.hidden_size,
             activation: config.activation,
             input: file.read(&input.name)?,
+            ahead: ahead.map(|ahead| file.read(&ahead.name)).transpose()?,
             factors: file.read(&factors.name)?,
             encoding,
             neurons,
         })
     }
 
-    /// Bytes that every token reads.
+    /// Bytes that [`Predictor::scores`] reads, and [`Predictor::foresee`] as many.
     pub(crate) fn bytes(&self) -> u64 {
         (self.input.len() + self.factors.len() + 4 * self.neurons.len()) as u64
     }
@@ -58,8 +61,17 @@ impl Predictor {
     /// Scores of all neurons for the normalised input `x`, into `scores` `[ffn]`. A score that is not a number counts
     /// as zero: a broken predictor costs accuracy, never a crash.
     pub(crate) fn scores(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], scores: &mut [f32]) {
+        self.scores_of(&self.input, kernels, pool, x, scores);
+    }
+
+    /// The same, one layer early: `x` is the input of the layer before, under this layer's norm.
+    pub(crate) fn foresee(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], scores: &mut [f32]) {
+        self.scores_of(self.ahead.as_ref().unwrap_or(&self.input), kernels, pool, x, scores);
+    }
+
+    fn scores_of(&self, input: &[u8], kernels: &Kernels, pool: &mut Pool, x: &[f32], scores: &mut [f32]) {
         let mut z = vec![0.0; self.rank];
-        let input = MatrixRef::new(Encoding::Q8, self.rank, self.hidden_size, &self.input);
+        let input = MatrixRef::new(Encoding::Q8, self.rank, self.hidden_size, input);
         gemv(kernels, pool, input, x, &mut z);
         let ffn = scores.len();
         let factors = MatrixRef::new(self.encoding, 2 * ffn, self.rank, &self.factors);

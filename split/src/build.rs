@@ -210,7 +210,7 @@ fn build(
     progress(config.n_layers, config.n_layers + 1);
     let (resident, resident_planes) = write_resident(checkpoint, profile, options, dir)?;
     let places: Vec<u64> = profile.sample_tokens()?.into_iter().take(TRACE_TOKENS_MAX).collect();
-    let (predictors, statistics) = assemble_parts(config, packing.predictor_rank, &places, &partial)?;
+    let (predictors, statistics) = assemble_parts(config, packing.predictor_rank, false, &places, &partial)?;
     let files = write_plain_files(checkpoint, dir)?;
     let ffn_bytes: u64 = layers.iter().map(|l| l.file_bytes + l.planes.iter().map(|p| p.file_bytes).sum::<u64>()).sum();
     let source = Source {
@@ -361,10 +361,12 @@ fn write_resident(
     Ok((writer.finish()?, further.map(Writer::finish).transpose()?))
 }
 
-/// Puts the layers' parts together: predictors of rank `rank`, and statistics with the trace of the tokens at `places`.
+/// Puts the layers' parts together: predictors of rank `rank`, `with_ahead` those for the input of the layer before, and
+/// statistics with the trace of the tokens at `places`.
 pub(crate) fn assemble_parts(
     config: &ModelConfig,
     rank: usize,
+    with_ahead: bool,
     places: &[u64],
     partial: &Partial,
 ) -> Result<(TensorFileEntry, TensorFileEntry)> {
@@ -373,6 +375,9 @@ pub(crate) fn assemble_parts(
     let mut statistics = vec![("trace.token".to_owned(), Format::U8, n_trace, 8)];
     for l in 0..config.n_layers {
         predictors.push((format!("predictors.{l}.input"), Format::Q8, rank, config.hidden_size));
+        if with_ahead && l > 0 {
+            predictors.push((format!("predictors.{l}.ahead"), Format::Q8, rank, config.hidden_size));
+        }
         predictors.push((format!("predictors.{l}.factors"), FACTORS.into(), 2 * ffn, rank));
         predictors.push((format!("predictors.{l}.neurons"), Format::F32, 3, ffn));
         statistics.push((format!("layers.{l}.activation_rate"), Format::F32, 1, ffn));
@@ -386,6 +391,9 @@ pub(crate) fn assemble_parts(
     for l in 0..config.n_layers {
         let part: PackedLayer = partial.read_part(l)?;
         predictors.write(&format!("predictors.{l}.input"), &part.predictor_input)?;
+        if with_ahead && l > 0 {
+            predictors.write(&format!("predictors.{l}.ahead"), &part.predictor_ahead)?;
+        }
         predictors.write(&format!("predictors.{l}.factors"), &part.predictor_factors)?;
         predictors.write(&format!("predictors.{l}.neurons"), &part.predictor_neurons)?;
         statistics.write(&format!("layers.{l}.activation_rate"), &part.activation_rate)?;

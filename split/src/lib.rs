@@ -50,7 +50,7 @@ pub use flaw::{Flaw, FlawKind};
 pub use layer_encodings::LayerEncodings;
 pub use layer_file::{FileRange, LayerFile};
 pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, PlaneEntry, Source};
-pub use open::Split;
+pub use open::{Split, StoredPredictor};
 pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use precision::Precision;
 pub use resident::StoredMatrix;

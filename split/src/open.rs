@@ -12,6 +12,19 @@ use thermocline_datasets::planted::PlantedReport;
 use thermocline_kernels::{RowRef, unpack};
 use xxhash_rust::xxh3::xxh3_128;
 
+/// A layer's predictor as it is stored (FORMAT.md).
+#[derive(Debug)]
+pub struct StoredPredictor<'a> {
+    /// `[rank, hidden_size]`.
+    pub input: &'a TensorEntry,
+    /// Like `input`, for the input of the layer before; where it is missing, `input` serves for that too.
+    pub ahead: Option<&'a TensorEntry>,
+    /// `[2 * intermediate_size, rank]`.
+    pub factors: &'a TensorEntry,
+    /// `[3, intermediate_size]`.
+    pub neurons: Vec<f32>,
+}
+
 /// An open split: every file's structure is checked, every index is in memory, no weights are.
 #[derive(Debug)]
 pub struct Split {
@@ -172,22 +185,25 @@ impl Split {
         &self.statistics
     }
 
-    /// The predictor of one layer as it is stored, its shapes checked: the entries of `input` `[rank, hidden_size]` and
-    /// `factors` `[2 * intermediate_size, rank]`, and the values of `neurons` `[3, intermediate_size]` (FORMAT.md).
+    /// The predictor of one layer as it is stored, its shapes checked.
     ///
     /// # Errors
     /// If a part is missing, cannot be read, or does not fit the model.
-    pub fn stored_predictor(&self, layer: usize) -> Result<(&TensorEntry, &TensorEntry, Vec<f32>)> {
+    pub fn stored_predictor(&self, layer: usize) -> Result<StoredPredictor<'_>> {
         let name = |part: &str| format!("predictors.{layer}.{part}");
         let file = &self.predictors;
         let (input, factors) = (file.entry(&name("input"))?, file.entry(&name("factors"))?);
+        let ahead = file.tensors().iter().find(|t| t.name == name("ahead"));
         let (hidden, ffn) = (self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
         let neurons = file.read_f32(&name("neurons"))?;
         let shape = (2 * ffn, input.rows);
         if input.columns != hidden || (factors.rows, factors.columns) != shape || neurons.len() != 3 * ffn {
             return Err(corrupt(file.path(), name("input, factors, neurons"), "shapes do not fit the model"));
         }
-        Ok((input, factors, neurons))
+        if ahead.is_some_and(|a| (a.format, a.rows, a.columns) != (input.format, input.rows, input.columns)) {
+            return Err(corrupt(file.path(), name("ahead"), "not stored as the input is"));
+        }
+        Ok(StoredPredictor { input, ahead, factors, neurons })
     }
 
     /// The predictor of one layer, decoded, and the lengths of the down columns `[intermediate_size]`; both in the
@@ -199,7 +215,7 @@ impl Split {
     /// # Panics
     /// If there is no such layer.
     pub fn predictor(&self, layer: usize) -> Result<(LowRank, Vec<f32>)> {
-        let (input, factors, neurons) = self.stored_predictor(layer)?;
+        let StoredPredictor { input, factors, neurons, .. } = self.stored_predictor(layer)?;
         let file = &self.predictors;
         let (rank, hidden, ffn) =
             (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);

@@ -28,6 +28,8 @@ pub(crate) struct PackedLayer {
     pub planes: Vec<Vec<u8>>,
     /// q8 rows `[rank, hidden]`.
     pub predictor_input: Vec<u8>,
+    /// The same for the input of the layer before; empty if there are none.
+    pub predictor_ahead: Vec<u8>,
     /// Rows `[2 * ffn, rank]` in [`FACTORS`]: each neuron's row of the gate factor, then of the up factor.
     pub predictor_factors: Vec<u8>,
     /// f32 `[3, ffn]`: what the gate and the up prediction leave out (root mean square), the length of the down column.
@@ -42,9 +44,10 @@ pub(crate) struct PackedLayer {
 
 impl PackedLayer {
     /// What goes into a part file, in file order.
-    pub(crate) fn parts(&self) -> [&Vec<u8>; 6] {
+    pub(crate) fn parts(&self) -> [&Vec<u8>; 7] {
         [
             &self.predictor_input,
+            &self.predictor_ahead,
             &self.predictor_factors,
             &self.predictor_neurons,
             &self.activation_rate,
@@ -54,9 +57,10 @@ impl PackedLayer {
     }
 
     /// The same, to be filled in.
-    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 6] {
+    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 7] {
         [
             &mut self.predictor_input,
+            &mut self.predictor_ahead,
             &mut self.predictor_factors,
             &mut self.predictor_neurons,
             &mut self.activation_rate,
@@ -119,6 +123,7 @@ pub(crate) fn pack_layer(
             Encoding::Q8,
             ScaleFit::LeastSquares,
         )?,
+        predictor_ahead: Vec::new(),
         predictor_factors,
         predictor_neurons: neurons.concat(),
         activation_rate: floats(&|id| rates[id] as f32),

@@ -134,10 +134,15 @@ fn on_gpu(
     println!("         {}", report.predicted.formula);
     if report.bytes_per_token.host > 0 {
         println!(
-            "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses",
+            "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses{}",
             gb(report.link_bytes_per_second),
             gb(report.host_bytes_per_second),
-            100.0 * report.host_share
+            100.0 * report.host_share,
+            report.foreseen_used.map_or(String::new(), |used| format!(
+                "; {} neurons a layer fetched beforehand, {:.0} % of them needed",
+                report.lookahead,
+                100.0 * used
+            ))
         );
     }
     println!(

@@ -175,6 +175,7 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
         vram_budget: VramBudget::None,
         cpu_share: None,
         cache_share: None,
+        lookahead: None,
         ctx_size: None,
         threads,
     };

@@ -214,6 +214,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             vram_budget: args.vram_budget,
             cpu_share: None,
             cache_share: None,
+            lookahead: None,
             ctx_size: None,
             threads: args.threads,
         };

@@ -147,6 +147,7 @@ mod gpu {
             context_bytes: (total - free) as u64 + DRIVER_BYTES,
             n_blocks: ffn_blocks(device),
             cache_share: args.cache_share,
+            lookahead: args.lookahead,
         };
         Ok(GpuPlan::new(split, request)?)
     }

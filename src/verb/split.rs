@@ -68,6 +68,7 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
     set(&mut statistics.reuse, given.planted_reuse);
     set(&mut statistics.shift, given.planted_shift);
     set(&mut statistics.predictor_noise, given.planted_predictor_noise);
+    set(&mut statistics.foresight_noise, given.planted_foresight_noise);
     statistics.cluster_neurons = given.planted_clusters.unwrap_or(statistics.cluster_neurons);
     let case = if statistics == of_case { case } else { "custom" };
     let model = PlantedModel::new(Shape::named(shape)?, case, statistics, given.planted_seed.unwrap_or(0))?;
@@ -104,6 +105,7 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
         ("in one of the last 4", None, m.reuse[1]),
         ("in one of the last 16", None, m.reuse[2]),
         ("predictor recall", None, m.predictor_recall),
+        ("recall one layer early", None, m.foresight_recall.unwrap_or_default()),
     ] {
         println!("{what:<32}{:>8}{:>12}", planted.map_or(String::new(), percent), percent(measured));
     }

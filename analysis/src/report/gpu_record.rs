@@ -106,6 +106,9 @@ pub struct GpuAsked {
     /// Share of the memory for neurons that is cache, if it was given.
     #[serde(default, deserialize_with = "share_or_none")]
     pub cache_share: Option<f64>,
+    /// Neurons that were fetched before it was known whether they are needed, if that was given.
+    #[serde(default)]
+    pub lookahead: Option<u64>,
 }
 
 /// What any plan is asked for.

@@ -77,6 +77,7 @@ fn settings(bench: &GpuBenchFile) -> Vec<(&'static str, String)> {
         ("threads", bench.n_threads.to_string()),
         ("CPU share", format!("{:?}", bench.cpu_share())),
         ("cache share", format!("{:?}", asked.cache_share)),
+        ("lookahead", format!("{:?}", asked.lookahead)),
         ("RAM", format!("{:?}", asked.base.ram_budget_bytes)),
         ("greedy", measured.greedy.to_string()),
     ]

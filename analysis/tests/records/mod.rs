@@ -24,6 +24,8 @@ pub fn gpu_bench() -> GpuBenchReport {
         plan: gpu_plan(),
         host_share: 2.0 / 3.0,
         host_share_given: false,
+        lookahead: 200,
+        foreseen_used: Some(0.8),
         prompt_tok_s: timing([600.0, 650.0, 700.0]),
         decode_tok_s: timing([49.0, 50.0, 52.0]),
         predicted: GpuPrediction {
@@ -34,6 +36,7 @@ pub fn gpu_bench() -> GpuBenchReport {
         },
         bytes_per_token: TierBytes { device: 9_000_000_000, cache: 200_000_000, host: 1_000_000_000, disk: 0 },
         link_bytes_per_token: 400_000_000,
+        early_link_bytes_per_token: 100_000_000,
         link_bytes_per_second: 20e9,
         host_bytes_per_second: 30e9,
         cache_hit_rate: Some(0.25),
@@ -53,7 +56,14 @@ pub fn gpu_plan() -> GpuPlan {
         n_threads: 8,
     };
     GpuPlan {
-        request: GpuRequest { base, vram_budget_bytes: 16 * GIB, context_bytes: GIB, n_blocks: 264, cache_share: None },
+        request: GpuRequest {
+            base,
+            vram_budget_bytes: 16 * GIB,
+            context_bytes: GIB,
+            n_blocks: 264,
+            cache_share: None,
+            lookahead: None,
+        },
         fixed: GpuBytes { matrices: 1_000_000, predictors: 200_000, kv_cache: 640_000, ..GpuBytes::default() },
         hot_neurons: vec![100, 100],
         hot_bytes: 8 * GIB,
@@ -65,6 +75,8 @@ pub fn gpu_plan() -> GpuPlan {
         pinned_bytes: 20 * GIB,
         total_bytes: 16 * GIB,
         dense_bytes: 36 * GIB,
+        lookahead_neurons: 200,
+        bundle_bytes: 13_824,
         hidden_size: 8192,
         n_splits: 20,
         prefill_neurons: 4096,
@@ -125,6 +137,7 @@ pub fn planted_split(model: &str) -> Value {
         coactivation_outside: 1.0,
         predictor_tokens: 16,
         predictor_recall: 0.94,
+        foresight_recall: Some(0.64),
     };
     let (path, model) = (PathBuf::from(model), model.to_owned());
     let split = PlantedSplit { path, model, bytes: 39_000_000_000, ffn_bytes: 1, measured, resumed_layers: 0 };

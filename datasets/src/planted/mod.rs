@@ -29,7 +29,7 @@ use std::ops::Range;
 use xxhash_rust::xxh3::xxh3_128;
 
 /// Changes when the same settings give another model.
-const GENERATION: u32 = 1;
+const GENERATION: u32 = 2;
 /// Streams of random numbers.
 const PATTERN: u64 = 1;
 const IDENTITY: u64 = 2;

@@ -43,6 +43,9 @@ pub struct Measured {
     pub predictor_tokens: usize,
     /// Share of the active neurons that are among the predicted, if as many are predicted as are active in the mean.
     pub predictor_recall: f64,
+    /// The same for what is predicted one layer early; `None` in splits from before that could be chosen.
+    #[serde(default)]
+    pub foresight_recall: Option<f64>,
 }
 
 impl PlantedReport {

@@ -24,6 +24,10 @@ pub struct Statistics {
     pub shift: f64,
     /// Noise of the predicted gates, in standard deviations of what a gate row reads; 0 is a perfect predictor.
     pub predictor_noise: f64,
+    /// The same of what is predicted one layer early. Splits from before this could be chosen have no other predictor for
+    /// that, and no other noise than the predictor's.
+    #[serde(default)]
+    pub foresight_noise: f64,
 }
 
 impl Statistics {
@@ -55,6 +59,7 @@ impl Statistics {
             reuse: 0.2,
             shift: 0.5,
             predictor_noise: 0.1,
+            foresight_noise: 0.6,
         })
     }
 
@@ -71,7 +76,8 @@ impl Statistics {
         in_range("--planted-cluster-correlation", self.cluster_correlation, 0.0, 0.95)?;
         in_range("--planted-reuse", self.reuse, 0.0, 0.99)?;
         in_range("--planted-shift", self.shift, 0.0, 1.0)?;
-        in_range("--planted-predictor-noise", self.predictor_noise, 0.0, 10.0)
+        in_range("--planted-predictor-noise", self.predictor_noise, 0.0, 10.0)?;
+        in_range("--planted-foresight-noise", self.foresight_noise, 0.0, 10.0)
     }
 
     /// Activation rates of `n` neurons, falling: `min(0.95, a (i + 1/2)^-alpha)` with a and alpha such that the mean is

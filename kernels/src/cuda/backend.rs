@@ -8,7 +8,7 @@ use std::fmt::Debug;
 pub enum Queue {
     /// Kernels.
     Compute,
-    /// Copies that run beside them.
+    /// Copies, and kernels that copy, beside them.
     Copy,
 }
 
@@ -66,7 +66,7 @@ pub(super) trait Backend: Debug + Send + Sync {
     fn download(&self, to: &mut [u8], from: u64) -> Result<()>;
     fn copy(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<()>;
     fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<()>;
-    fn launch(&self, launch: Launch) -> Result<()>;
+    fn launch(&self, queue: Queue, launch: Launch) -> Result<()>;
     /// What `then` is given from now on waits for what `first` was given until now.
     fn order(&self, first: Queue, then: Queue) -> Result<()>;
     fn begin_capture(&self) -> Result<()>;

@@ -206,8 +206,12 @@ impl Device {
     }
 
     pub(super) fn launch(&self, launch: Launch, uses: &[&View]) -> Result<()> {
+        self.launch_in(Queue::Compute, launch, uses)
+    }
+
+    pub(super) fn launch_in(&self, queue: Queue, launch: Launch, uses: &[&View]) -> Result<()> {
         self.keep(uses.iter().copied());
-        self.backend.launch(launch)
+        self.backend.launch(queue, launch)
     }
 
     /// Remembers what a captured launch uses.

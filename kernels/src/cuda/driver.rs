@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 18] = [
+const SOURCES: [&str; 21] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -25,8 +25,11 @@ const SOURCES: [&str; 18] = [
     include_str!("../../cuda/gemv_int.cu"),
     include_str!("../../cuda/attention.cu"),
     include_str!("../../cuda/predict.cu"),
+    include_str!("../../cuda/scores.cuh"),
+    include_str!("../../cuda/foresee.cuh"),
     include_str!("../../cuda/choose.cu"),
     include_str!("../../cuda/ffn.cu"),
+    include_str!("../../cuda/fetch.cu"),
     include_str!("../../cuda/prefill.cu"),
     include_str!("../../cuda/attend_rows.cu"),
     include_str!("../../cuda/exact.cuh"),
@@ -128,14 +131,18 @@ impl Driver {
         let image = image(major, minor)?;
         // SAFETY: the image is a fatbin, or PTX that ends in a zero byte.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(driver("cuModuleLoadData"))?;
-        let stream =
-            || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(driver("cuStreamCreate"));
+        let stream = |priority| {
+            result::stream::create_with_priority(result::stream::StreamKind::NonBlocking, priority)
+                .map_err(driver("cuStreamCreateWithPriority"))
+        };
+        let (least, greatest) = result::stream::get_priority_range().map_err(driver("cuCtxGetStreamPriorityRange"))?;
         Ok(Self {
             device,
             context,
             module,
-            compute: stream()?,
-            copies: stream()?,
+            compute: stream(least)?,
+            // Its few blocks should not wait for room behind the many of the other.
+            copies: stream(greatest)?,
             name,
             n_multiprocessors,
             shared_bytes,
@@ -314,7 +321,7 @@ impl Backend for Driver {
         unsafe { result::memset_d8_async(to, value, bytes, self.compute) }.map_err(driver("cuMemsetD8Async"))
     }
 
-    fn launch(&self, launch: Launch) -> Result<()> {
+    fn launch(&self, queue: Queue, launch: Launch) -> Result<()> {
         self.enter()?;
         let function = self.function(&launch.kernel, launch.shared_bytes)?;
         let mut arguments: Vec<*mut c_void> = launch.args.iter().map(|a| a.pointer()).collect();
@@ -324,7 +331,7 @@ impl Backend for Driver {
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
         // Within a graph every kernel waits for the one before by itself, once it has asked for its weights.
-        let overlaps = function.waits && self.capturing.load(Ordering::Relaxed);
+        let overlaps = function.waits && queue == Queue::Compute && self.capturing.load(Ordering::Relaxed);
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid[0],
             gridDimY: launch.grid[1],
@@ -333,7 +340,7 @@ impl Backend for Driver {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: launch.shared_bytes,
-            hStream: self.compute,
+            hStream: self.stream(queue),
             attrs: &mut attribute,
             numAttrs: u32::from(overlaps),
         };
@@ -375,7 +382,12 @@ impl Backend for Driver {
         // SAFETY: the stream is alive and was put into capture by `begin_capture`.
         let graph = unsafe { result::stream::end_capture(self.compute) }.map_err(driver("cuStreamEndCapture"))?;
         // SAFETY: the graph was just made; the executable copy does not need it.
-        let made = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
+        let made = unsafe {
+            result::graph::instantiate(
+                graph,
+                sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY,
+            )
+        };
         // SAFETY: as above, and it is not used again.
         let _ = unsafe { result::graph::destroy(graph) };
         let graph = made.map_err(driver("cuGraphInstantiate"))?;

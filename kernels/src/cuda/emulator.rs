@@ -205,7 +205,7 @@ impl Backend for Emulator {
         self.give(Task::Fill { to, value, bytes })
     }
 
-    fn launch(&self, launch: Launch) -> Result<()> {
+    fn launch(&self, _: Queue, launch: Launch) -> Result<()> {
         self.give(Task::Launch(launch))
     }
 

@@ -86,6 +86,18 @@ impl Memory {
         unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), out.as_mut_ptr().cast(), size_of_val(out)) }
     }
 
+    /// Copies `from` to pinned memory, from its `offset`-th number on: for the device to read when a flag is raised.
+    ///
+    /// # Panics
+    /// If it is device memory, or not so long.
+    pub fn copy_from(&self, offset: usize, from: &[f32]) {
+        let to = &self.words()[offset..offset + from.len()];
+        // SAFETY: `to` has that many words of four bytes, which are inside cells that shared references may change; that
+        // nobody else writes there, or reads before the flag, is up to the caller, and would make numbers wrong, nothing
+        // else.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr().cast::<f32>().cast_mut(), from.len()) }
+    }
+
     /// Pinned memory as words that the device changes while the host looks.
     ///
     /// # Panics

@@ -1,7 +1,7 @@
 use crate::{Random, device, pinned, poisoned, read, upload};
 use proptest::prelude::*;
 use thermocline_kernels::cuda::launch::{
-    CacheTables, Choose, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
+    Ahead, CacheTables, Choose, Foreseen, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
 };
 
 const NONE: u32 = u32::MAX;
@@ -38,6 +38,8 @@ struct Model {
     owner: Vec<u32>,
     key: Vec<f32>,
     used: Vec<u32>,
+    /// Of each neuron that was fetched its place, else all ones.
+    fetched: Vec<u32>,
 }
 
 /// One token's work.
@@ -70,12 +72,14 @@ impl Model {
         let now = self.lambda * serial as f32;
         let hot = ids.partition_point(|i| (*i as usize) < self.n_hot);
         let cold: Vec<usize> = ids[hot..].iter().map(|i| *i as usize - self.n_hot).collect();
-        let (mut misses, mut hits) = (Vec::new(), Vec::new());
+        let (mut misses, mut hits, mut fetched) = (Vec::new(), Vec::new(), Vec::new());
         for &c in &cold {
-            match self.n_sets {
-                0 => misses.push(c),
-                _ if self.slot_of[c] == NONE => misses.push(c),
-                _ => hits.push(self.slot_of[c]),
+            if self.n_sets > 0 && self.slot_of[c] != NONE {
+                hits.push(self.slot_of[c]);
+            } else if self.fetched[c + self.n_hot] != NONE {
+                fetched.push(c);
+            } else {
+                misses.push(c);
             }
             if self.n_sets > 0 {
                 self.key[c] = now + log2_of_one_plus_power(self.key[c] - now);
@@ -85,14 +89,18 @@ impl Model {
         let n_host = (self.share.mul_add(misses.len() as f32, 0.5) as usize).min(misses.len());
         let host = misses.split_off(misses.len() - n_host);
         let mut items: Vec<[u32; 2]> = Vec::new();
-        for (i, &c) in misses.iter().enumerate() {
+        let over_link = misses.iter().map(|&c| (c, 0x4000_0000 | c as u32));
+        let beforehand = fetched.iter().map(|&c| (c, 0xc000_0000 | self.fetched[c + self.n_hot]));
+        let candidates: Vec<(usize, u32)> = over_link.chain(beforehand).collect();
+        for (i, (c, from)) in candidates.into_iter().enumerate() {
             let slot = if i < CANDIDATES { self.admit(c, serial) } else { NONE };
-            items.push([0x4000_0000 | c as u32, slot]);
+            items.push([from, slot]);
         }
         items.extend(hits.iter().map(|slot| [0x8000_0000 | slot, NONE]));
         items.extend(ids[..hot].iter().map(|i| [*i, NONE]));
         let n = |n: usize| n as u32;
-        let counts = [n(items.len()), n(misses.len()), n(hits.len()), n(hot), n(n_host), n(ids.len()), 0, 0];
+        let counts =
+            [n(items.len()), n(misses.len()), n(hits.len()), n(hot), n(n_host), n(ids.len()), n(fetched.len()), 0];
         Work { ids, items, counts, host: host.iter().map(|c| *c as u32).collect() }
     }
 
@@ -181,6 +189,7 @@ proptest! {
         ),
         lambda in prop_oneof![Just(0.0f32), Just(0.01), Just(1.0), Just(20.0)],
         share in prop_oneof![Just(0.0f32), Just(0.3), Just(0.77), Just(1.0)],
+        fetched in prop_oneof![2 => Just(None), 3 => prop_oneof![Just(0u64), Just(3), Just(8)].prop_map(Some)],
         first_serial in prop_oneof![Just(1u32), Just(1_000_000), Just(0x5555_5550)],
         kind in prop::sample::select(vec![
             Scores::Even, Scores::Wide, Scores::Narrow, Scores::Coarse, Scores::Sparse, Scores::Sloped,
@@ -193,7 +202,22 @@ proptest! {
         let mut model = Model {
             n_hot, n_sets, n_ways, lambda, share,
             slot_of: never(n_cold), owner: never(n_slots), key: vec![f32::NEG_INFINITY; n_cold], used: vec![0; n_slots],
+            fetched: never(ffn),
         };
+        // So many of 8 of the cold ones.
+        let mut n_fetched = 0;
+        let mut words = vec![[0u32; 2]; ffn.div_ceil(32)];
+        for i in 0..ffn {
+            if i % 32 == 0 {
+                words[i / 32][1] = n_fetched;
+            }
+            if i >= n_hot && (random.below(8) as u64) < fetched.unwrap_or(0) {
+                words[i / 32][0] |= 1 << (i % 32);
+                model.fetched[i] = n_fetched;
+                n_fetched += 1;
+            }
+        }
+        let foreseen = Foreseen { words: upload(&words).view(), list: poisoned(4).view(), n_listed: poisoned(4).view(), n_places: 1 };
         let (slot_of, owner) = (upload(&model.slot_of), upload(&model.owner));
         let (key, used) = (upload(&model.key), upload(&model.used));
         let cache = CacheTables {
@@ -215,7 +239,8 @@ proptest! {
             let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
             choose(device(), &Choose {
                 scores: &upload(&[&scores[..], &[9.0; 3]].concat()).view(), ffn, n_hot, selection, cache: &cache,
-                step: &upload(&[0u32, 3, serial, share.to_bits()]).view(), layer: 1, n_layers: 3, host: Some(&host), out: &out,
+                step: &upload(&[0u32, 3, serial, share.to_bits(), 0]).view(), layer: 1, n_layers: 3, host: Some(&host),
+                fetched: fetched.map(|_| &foreseen), ahead: None, out: &out,
             }).unwrap();
 
             let want = model.token(active(&scores, selection), serial);
@@ -243,6 +268,75 @@ proptest! {
             }
             expected_totals.iter_mut().zip(want.counts).for_each(|(total, n)| *total += u64::from(n));
             prop_assert_eq!(read::<u64>(&totals), expected_totals);
+        }
+    }
+
+    #[test]
+    fn foresight_gives_places_to_about_the_highest_scores_that_are_neither_hot_nor_cached(
+        (ffn, n_hot) in prop_oneof![1usize..300, 1000usize..5000, Just(28_672usize), Just(34_000), Just(66_001)]
+            .prop_flat_map(|ffn| (Just(ffn), prop_oneof![Just(0), Just(ffn), 0..=ffn])),
+        wanted in prop_oneof![Just(0.0f64), Just(0.001), Just(0.02), Just(0.1), Just(1.0)],
+        n_places in prop_oneof![3 => Just(usize::MAX), 1 => 1usize..200],
+        (has_cache, has_host) in any::<(bool, bool)>(),
+        kind in prop::sample::select(vec![Scores::Even, Scores::Wide, Scores::Coarse, Scores::Sparse]),
+        seed: u64,
+    ) {
+        let random = &mut Random::new(seed);
+        let (n_wanted, n_cold, n_places) = ((ffn as f64 * wanted) as usize, ffn - n_hot, n_places.min(ffn));
+        let scores: Vec<f32> = (0..ffn).map(|i| kind.draw(random, i as f32 / ffn as f32)).collect();
+        let slot_of: Vec<u32> = (0..n_cold).map(|_| if random.below(3) == 0 { 5 } else { NONE }).collect();
+        let none = upload(&[NONE; 4]);
+        let tables = |n_sets: usize, slot_of: &thermocline_kernels::cuda::Memory| CacheTables {
+            n_sets, n_ways: 1, slot_of: slot_of.view(), owner: none.view(), key: none.view(), used: none.view(), lambda: 1.0,
+        };
+        let (cache, next) = (tables(0, &none), tables(usize::from(has_cache), &upload(&[&slot_of[..], &[NONE]].concat())));
+        let (list, count, flag) = (pinned(&vec![7u32; ffn]), pinned(&[99u32]), pinned(&[98u32; INPUT_FLAG + 1]));
+        let host = HostWork { list: list.view(), count: count.view(), flag: flag.view() };
+        let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
+        let totals = upload(&[0u64; 8]);
+        let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
+        let (words, places, n_listed) = (poisoned(8 * ffn.div_ceil(32)), upload(&vec![NONE; n_places + 1]), poisoned(4));
+        let foreseen = Foreseen { words: words.view(), list: places.view(), n_listed: n_listed.view(), n_places };
+        let scores_view = upload(&[&scores[..], &[9.0; 3]].concat()).view();
+        choose(device(), &Choose {
+            scores: &scores_view, ffn, n_hot: ffn, selection: Selection::Top(1), cache: &cache,
+            step: &upload(&[0u32, 3, 11, 0, n_wanted as u32]).view(), layer: 1, n_layers: 3,
+            host: has_host.then_some(&host), fetched: None,
+            ahead: Some(Ahead { scores: &scores_view, n_hot, cache: &next, foreseen: &foreseen }), out: &out,
+        }).unwrap();
+
+        prop_assert_eq!(read::<u32>(&flag)[INPUT_FLAG], if has_host { flag_value(11, 1, 3) } else { 98 });
+        let (places, n) = (read::<u32>(&places), read::<u32>(&n_listed)[0] as usize);
+        let most = n_wanted.min(n_places);
+        prop_assert!(n <= most && places[n..].iter().all(|c| *c == NONE), "no more than there is room for");
+        // Every neuron of the list is found at its place, and no other at any.
+        let words = read::<[u32; 2]>(&words);
+        let mut found = Vec::new();
+        for i in 0..ffn {
+            let [bits, first] = words[i / 32];
+            if bits >> (i % 32) & 1 == 1 {
+                prop_assert_eq!(first + (bits & ((1 << (i % 32)) - 1)).count_ones(), found.len() as u32);
+                found.push((i - n_hot) as u32);
+            }
+        }
+        prop_assert_eq!(&places[..n], &found[..]);
+        // Whatever the threshold is: those at it and above, from the first on.
+        let may_be = |i: usize| scores[i] > 0.0 && i >= n_hot && !(has_cache && slot_of[i - n_hot] != NONE);
+        let least = found.iter().map(|&c| scores[c as usize + n_hot]).fold(f32::INFINITY, f32::min);
+        let want: Vec<u32> =
+            (0..ffn).filter(|&i| may_be(i) && scores[i] >= least).map(|i| (i - n_hot) as u32).collect();
+        if n < most {
+            prop_assert_eq!(&found, &want);
+        } else {
+            prop_assert!(want.starts_with(&found) || kind as u8 != Scores::Even as u8);
+        }
+        // And it is about as high as it should be, if scores differ: a bin is a 32nd of an octave, and holds 1 in 45.
+        if matches!(kind, Scores::Even) && most == n_wanted && n > 0 {
+            let (above, possible) = (want.len() as f64, (0..ffn).filter(|i| may_be(*i)).count() as f64);
+            let sampled = (most as f64 * 4096.0 / ffn as f64).min(most as f64).max(1.0);
+            let slack = 1.0 + 5.0 / sampled.sqrt();
+            prop_assert!(above <= (most as f64 * slack + possible / 40.0 + 40.0).min(possible), "{above} of {most}");
+            prop_assert!(above * slack + possible / 40.0 + 40.0 >= (most as f64).min(possible), "{above} of {most}");
         }
     }
 }

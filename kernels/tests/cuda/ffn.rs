@@ -4,7 +4,9 @@ use crate::{
 };
 use proptest::prelude::*;
 use std::time::Duration;
-use thermocline_kernels::cuda::launch::{Bundles, HostResult, Nonlinearity, WorkList, ffn, finish, flag_value};
+use thermocline_kernels::cuda::launch::{
+    Bundles, HostResult, Nonlinearity, RESULT_FLAG, WorkList, ffn, finish, flag_value,
+};
 use thermocline_kernels::{BundleLayout, Encoding, ScaleFit, pack, unpack};
 
 const NONE: u32 = u32::MAX;
@@ -109,15 +111,16 @@ pub(crate) struct Outcome {
 /// Runs the kernel on `case`'s bundles, with slots to fill for some of those over the link.
 pub(crate) fn run(case: &Case, [hot, cold, cached]: [&[u8]; 3], x: &[f32], random: &mut Random) -> Outcome {
     let Case { layout, activation, n_blocks, counts: [n_link, n_cached, n_hot], .. } = *case;
-    // Slots to fill lie behind those that are read.
+    // Every other cached one was fetched instead. Slots to fill lie behind those that are read.
     let mut slots = cached.to_vec();
+    slots.chunks_exact_mut(layout.bundle_bytes()).skip(1).step_by(2).for_each(|slot| slot.fill(0x33));
     slots.resize((n_cached + n_link + 1) * layout.bundle_bytes(), 0x5a);
     let link = (0..n_link).map(|i| {
         let to = if random.below(2) == 0 { (n_cached + i) as u32 } else { NONE };
         [0x4000_0000 | (n_link - i) as u32, to]
     });
     let mut items: Vec<[u32; 2]> = link.collect();
-    items.extend((0..n_cached).map(|i| [0x8000_0000 | i as u32, NONE]));
+    items.extend((0..n_cached).map(|i| [if i % 2 == 0 { 0x8000_0000 } else { 0xc000_0000 } | i as u32, NONE]));
     items.extend((0..n_hot).map(|i| [i as u32 + 1, NONE]));
     let n = items.len() as u32;
     let words = [n, n_link as u32, n_cached as u32, n_hot as u32, 0, n, 0, 0];
@@ -132,7 +135,14 @@ pub(crate) fn run(case: &Case, [hot, cold, cached]: [&[u8]; 3], x: &[f32], rando
     let cache = upload(&slots);
     let partial = poisoned(4 * n_blocks * layout.hidden_size());
     let (hot_memory, cold_memory) = (upload(hot).view(), pinned(cold).view());
-    let bundles = Bundles { hot: &hot_memory, cold: &cold_memory, cache: &cache.view(), ahead: Some(&hot_memory) };
+    let (slots_view, fetched) = (cache.view(), upload(cached).view());
+    let bundles = Bundles {
+        hot: &hot_memory,
+        cold: &cold_memory,
+        cache: &slots_view,
+        fetched: Some(&fetched),
+        ahead: Some(&hot_memory),
+    };
     let x_memory = upload(x);
     ffn(device(), layout, activation, &work, bundles, &x_memory.view(), n_blocks, &partial.view()).unwrap();
     Outcome { items, slots, filled: read(&cache), partial: read(&partial) }
@@ -143,12 +153,13 @@ pub(crate) fn check_bundles(case: &Case, made: [&[u8]; 3], x: &[f32], random: &m
     let Case { layout, activation, n_blocks, counts: [n_link, n_cached, _], whole } = *case;
     let (hidden, bytes) = (layout.hidden_size(), layout.bundle_bytes());
     let Outcome { items, slots, filled, partial } = run(case, made, x, random);
-    let [hot, cold, _] = made;
+    let [hot, cold, fetched] = made;
     let from = |item: u32| {
         let memory = match item >> 30 {
             0 => hot,
             1 => cold,
-            _ => &slots,
+            2 => &slots,
+            _ => fetched,
         };
         &memory[(item & 0x3fff_ffff) as usize * bytes..][..bytes]
     };
@@ -205,31 +216,35 @@ proptest! {
 
     #[test]
     fn finish_adds_up_the_blocks_and_the_hosts_part(
-        n_partials in 1usize..80, hidden in hidden(), host in 0usize..3, serial: u32, layer in 0usize..3, seed: u64,
+        n_partials in 1usize..80, hidden in hidden(), host in 0usize..3, n_threads in 1usize..70, serial: u32, layer in 0usize..3, seed: u64,
     ) {
         let random = &mut Random::new(seed);
-        let (partial, x, y) = (random.values(n_partials * hidden), random.values(hidden), random.values(hidden));
+        let (partial, x, y) =
+            (random.values(n_partials * hidden), random.values(hidden), random.values(n_threads * hidden));
         // 0: no host; 1: a host without work; 2: a host with work.
         let counts = upload(&[0u32, 0, 0, 0, u32::from(host == 2), 0, 0, 0]);
         let step = upload(&[0u32, 0, serial, 0]);
         let flag = flag_value(serial, layer, 3);
-        // It may be further already.
-        let flag = pinned(&[if flag == u32::MAX { flag } else { flag.wrapping_add(u32::from(seed % 2 == 0)) }]);
-        let result = HostResult { y: pinned(&y).view(), flag: flag.view() };
+        // One may be further already.
+        let mut flags = vec![flag; RESULT_FLAG * n_threads];
+        if seed % 2 == 0 && flag < u32::MAX - 1 {
+            flags[RESULT_FLAG * (seed as usize % n_threads)] += 1;
+        }
+        let result = HostResult { n_threads, y: pinned(&y).view(), flags: pinned(&flags).view() };
         let sum = upload(&x);
         finish(
             device(), &upload(&partial).view(), n_partials, hidden, &counts.view(), (host > 0).then_some(&result),
             &step.view(), (layer, 3), &sum.view(),
         ).unwrap();
-        let gave_up = flag.words()[0].load(std::sync::atomic::Ordering::Relaxed) == u32::MAX;
+        let gave_up = flag == u32::MAX;
         for (c, got) in read::<f32>(&sum).into_iter().enumerate() {
             let mut terms: Vec<f64> = partial.iter().skip(c).step_by(hidden).map(|v| f64::from(*v)).collect();
             terms.push(x[c].into());
             if host == 2 && !gave_up {
-                terms.push(y[c].into());
+                terms.extend(y.iter().skip(c).step_by(hidden).map(|v| f64::from(*v)));
             }
             let (want, size) = terms.iter().fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
-            assert_near(got, want, size * (n_partials as f64 / 32.0 + 16.0) * U, &format!("column {c}"));
+            assert_near(got, want, size * (n_partials as f64 / 32.0 + n_threads as f64 + 16.0) * U, &format!("column {c}"));
         }
     }
 }
@@ -248,23 +263,26 @@ fn ffn_takes_the_widest_rows() {
 }
 
 #[test]
-fn finish_waits_for_the_host() {
+fn finish_waits_for_every_thread_of_the_host() {
+    use std::sync::atomic::Ordering;
+    const N: usize = 3;
     let hidden = 64;
-    let flag = pinned(&[flag_value(8, 1, 2)]);
-    let y = pinned(&vec![0.0f32; hidden]);
-    let (host_flag, host_y) = (flag.clone(), y.clone());
+    let flags = pinned(&[flag_value(8, 1, 2); N * RESULT_FLAG]);
+    let y = pinned(&vec![0.0f32; N * hidden]);
+    let (host_flags, host_y) = (flags.clone(), y.clone());
     let host = std::thread::spawn(move || {
-        use std::sync::atomic::Ordering;
-        std::thread::sleep(Duration::from_millis(20));
-        host_y.words().iter().take(hidden).for_each(|y| y.store(3f32.to_bits(), Ordering::Relaxed));
-        host_flag.words()[0].store(flag_value(9, 1, 2), Ordering::Release);
+        for t in [2, 0, 1] {
+            std::thread::sleep(Duration::from_millis(10));
+            host_y.copy_from(t * hidden, &[10f32.powi(t as i32); 64]);
+            host_flags.words()[t * RESULT_FLAG].store(flag_value(9, 1, 2), Ordering::Release);
+        }
     });
     let (partial, x) = (upload(&vec![1.0f32; hidden]), upload(&vec![0.5f32; hidden]));
     let counts = upload(&[0u32, 0, 0, 0, 1, 0, 0, 0]);
-    let result = HostResult { y: y.view(), flag: flag.view() };
+    let result = HostResult { n_threads: N, y: y.view(), flags: flags.view() };
     let step = upload(&[0u32, 0, 9, 0]);
     finish(device(), &partial.view(), 1, hidden, &counts.view(), Some(&result), &step.view(), (1, 2), &x.view())
         .unwrap();
-    assert_eq!(read::<f32>(&x), vec![4.5; hidden]);
+    assert_eq!(read::<f32>(&x), vec![112.5; hidden]);
     host.join().unwrap();
 }

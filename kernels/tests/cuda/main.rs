@@ -9,6 +9,7 @@ mod attention;
 mod choose;
 mod exact;
 mod fatbin;
+mod fetch;
 mod ffn;
 mod matrix;
 mod predict;

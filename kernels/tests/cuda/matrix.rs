@@ -48,10 +48,10 @@ proptest! {
     #[test]
     fn embed_decodes_a_row_and_copies_the_step((encoding, columns) in shape(1usize..40), seed: u64, token in 0usize..5) {
         let table = Rows::random(encoding, 5, columns, &mut Random::new(seed));
-        let host_step = pinned(&[token as u32, 7, 9, 11]);
-        let (step, x) = (poisoned(16), poisoned(4 * columns));
+        let host_step = pinned(&[token as u32, 7, 9, 11, 13]);
+        let (step, x) = (poisoned(20), poisoned(4 * columns));
         embed(device(), &on_device(&table), &host_step.view(), &step.view(), &x.view()).unwrap();
-        prop_assert_eq!(&read::<u32>(&step)[..4], &[token as u32, 7, 9, 11]);
+        prop_assert_eq!(&read::<u32>(&step)[..5], &[token as u32, 7, 9, 11, 13]);
         prop_assert_eq!(read::<f32>(&x), table.weights(token));
     }
 

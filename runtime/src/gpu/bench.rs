@@ -30,6 +30,10 @@ pub struct GpuBenchReport {
     pub host_share: f32,
     /// Whether it was given, or else found when the model was loaded.
     pub host_share_given: bool,
+    /// Neurons of each layer that were fetched before it was known which are needed.
+    pub lookahead: usize,
+    /// Share of them that were needed.
+    pub foreseen_used: Option<f64>,
     /// Prompt tokens a second.
     pub prompt_tok_s: Timing,
     /// Generated tokens a second.
@@ -40,6 +44,8 @@ pub struct GpuBenchReport {
     pub bytes_per_token: TierBytes,
     /// The part of `bytes_per_token.host` that went over the link.
     pub link_bytes_per_token: u64,
+    /// The part of them that was fetched before it was known whether it is needed.
+    pub early_link_bytes_per_token: u64,
     /// Bytes a second over the link while decoding, attention and all included.
     pub link_bytes_per_second: f64,
     /// The same by the host's threads.
@@ -95,10 +101,12 @@ impl GpuEngine {
         progress(settings.repetitions + 1, settings.repetitions + 1);
         let (after, n) = (self.account(), settings.n_gen as u64);
         let link_bytes = after.link_bytes - before.link_bytes;
+        let early_bytes = after.early_link_bytes - before.early_link_bytes;
         let bytes = after.bytes.minus(before.bytes);
         let (hits, misses) = (after.cache_hits - before.cache_hits, after.cache_misses - before.cache_misses);
+        let (used, foreseen) = (after.foreseen_used - before.foreseen_used, after.foreseen - before.foreseen);
         let speeds = Decoder::speeds(self)?;
-        let (limit_seconds, limit) = speeds.limit(bytes.per_token(n), link_bytes / n.max(1));
+        let (limit_seconds, limit) = speeds.limit(bytes.per_token(n), link_bytes / n.max(1), early_bytes / n.max(1));
         let decode_tok_s = Timing::new(decodes);
         let (free, total) = self.device().memory()?;
         Ok(GpuBenchReport {
@@ -110,10 +118,13 @@ impl GpuEngine {
             plan: self.plan().clone(),
             host_share: self.host_share(),
             host_share_given: self.host_share_given(),
+            lookahead: self.lookahead(),
+            foreseen_used: (foreseen > 0).then(|| used as f64 / foreseen as f64),
             prompt_tok_s: Timing::new(prompts),
             predicted: self.predicted(),
             bytes_per_token: bytes.per_token(n),
             link_bytes_per_token: link_bytes / n.max(1),
+            early_link_bytes_per_token: early_bytes / n.max(1),
             link_bytes_per_second: link_bytes as f64 / seconds,
             host_bytes_per_second: (bytes.host - link_bytes.min(bytes.host)) as f64 / seconds,
             cache_hit_rate: (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64),

@@ -4,6 +4,7 @@ use super::host_share::HostShare;
 use super::load::Model;
 use super::plan::{GpuPlan, GpuPrediction, GpuSpeeds};
 use super::prefill::Batch;
+use super::token::Parts;
 use super::{speeds, token};
 use crate::account::{Account, TierBytes};
 use crate::decoder::{Decoder, Speeds, unknown_token};
@@ -26,14 +27,17 @@ pub struct GpuEngine {
     host: Option<HostShare>,
     host_share: f32,
     host_share_given: bool,
+    /// Neurons of each layer that are fetched while attention is computed; at most the plan's.
+    lookahead: usize,
     token: Graph,
     /// Tokens in the context.
     len: usize,
     /// Tokens that were ever computed; the caches' clock.
     serial: u32,
     speeds: GpuSpeeds,
-    /// The kernels' own counters when they were last read: over the link, cached, hot, host, active.
-    totals: [u64; 5],
+    /// The kernels' own counters when they were last read: over the link, cached, hot, host, active, fetched beforehand
+    /// and used, fetched beforehand.
+    totals: [u64; 7],
     account: Account,
 }
 
@@ -69,11 +73,13 @@ impl GpuEngine {
         if let Some(host) = &host {
             speeds.host = host.measure(speeds::PROBE_NEURONS, &mut serial);
         }
-        let token = token::record(&device, &config, &plan, &model, host.is_some())?;
+        let parts = Parts { host: host.is_some(), lookahead: plan.lookahead_neurons > 0 };
+        let token = token::record(&device, &config, &plan, &model, parts)?;
         let expected = if host.is_some() { plan.predict(&speeds).host_share as f32 } else { 0.0 };
         let (split, account) = (Arc::new(split), Account::default());
         let mut engine = Self {
             split,
+            lookahead: plan.lookahead_neurons,
             plan,
             device,
             model,
@@ -84,49 +90,65 @@ impl GpuEngine {
             len: 0,
             serial,
             speeds,
-            totals: [0; 5],
+            totals: [0; 7],
             account,
         };
-        if engine.host.is_some() && !engine.host_share_given {
-            engine.tune_host_share()?;
+        engine.tune()?;
+        if engine.lookahead == 0 && engine.plan.lookahead_neurons > 0 {
+            let parts = Parts { lookahead: false, ..parts };
+            engine.token = token::record(&engine.device, &config, &engine.plan, &engine.model, parts)?;
         }
         Ok(engine)
     }
 
-    /// Finds the share that makes tokens fastest, near the expected one: link and threads are measured apart, but share
-    /// the RAM when they work together.
-    fn tune_host_share(&mut self) -> Result<()> {
+    /// Finds how much to fetch beforehand and the host's share that make tokens fastest, unless they were given. The share
+    /// is near the expected one: link and threads are measured apart, but share the RAM when they work together.
+    fn tune(&mut self) -> Result<()> {
+        const LOOKAHEADS: [f32; 4] = [1.0, 0.6, 0.3, 0.0];
         const STEPS: [f32; 7] = [0.0, 0.05, -0.05, 0.1, -0.1, 0.15, -0.15];
-        const TOKENS: usize = 4;
-        const ROUNDS: usize = 2;
-        // A slow machine tries fewer.
-        const LONG_ENOUGH: Duration = Duration::from_secs(2);
-        if self.context() < TOKENS {
-            return Ok(());
+        let most = self.plan.lookahead_neurons;
+        if most > 0 && self.plan.request.lookahead.is_none() {
+            let candidates = LOOKAHEADS.map(|share| (share * most as f32) as usize);
+            self.lookahead = self.fastest(&candidates, |engine, n| engine.lookahead = n)?;
         }
-        let expected = self.host_share;
-        let mut seconds = [f64::INFINITY; STEPS.len()];
+        if self.host.is_some() && !self.host_share_given {
+            let candidates = STEPS.map(|step| (self.host_share + step).clamp(0.0, 1.0));
+            self.host_share = self.fastest(&candidates, |engine, share| engine.host_share = share)?;
+        }
+        self.account = Account::default();
+        Ok(())
+    }
+
+    /// That of `candidates` with which tokens are fastest; the first, if there is no room for a few tokens.
+    fn fastest<T: Copy>(&mut self, candidates: &[T], set: impl Fn(&mut Self, T)) -> Result<T> {
+        const TOKENS: usize = 6;
+        const ROUNDS: usize = 3;
+        // A slow machine tries fewer.
+        const LONG_ENOUGH: Duration = Duration::from_secs(3);
+        if self.context() < TOKENS {
+            return Ok(candidates[0]);
+        }
+        let mut seconds = vec![f64::INFINITY; candidates.len()];
         let begin = Instant::now();
         for _ in 0..ROUNDS {
-            for (step, best) in STEPS.iter().zip(&mut seconds) {
+            for (&candidate, best) in candidates.iter().zip(&mut seconds) {
                 if begin.elapsed() > LONG_ENOUGH {
                     break;
                 }
-                self.host_share = (expected + step).clamp(0.0, 1.0);
+                set(self, candidate);
                 self.clear();
                 let mut token = 1 % self.split.manifest().config.vocab_size as u32;
+                // Tokens differ in how much they need; the same ones are compared.
+                let begin = Instant::now();
                 for _ in 0..TOKENS {
-                    let begin = Instant::now();
                     token = greedy(&self.forward(token)?);
-                    *best = best.min(begin.elapsed().as_secs_f64());
                 }
+                *best = best.min(begin.elapsed().as_secs_f64());
             }
         }
-        let fastest = (0..STEPS.len()).min_by(|a, b| seconds[*a].total_cmp(&seconds[*b])).unwrap_or_default();
-        self.host_share = (expected + STEPS[fastest]).clamp(0.0, 1.0);
         self.clear();
-        self.account = Account::default();
-        Ok(())
+        let fastest = (0..candidates.len()).min_by(|a, b| seconds[*a].total_cmp(&seconds[*b])).unwrap_or_default();
+        Ok(candidates[fastest])
     }
 
     /// What is where.
@@ -162,6 +184,11 @@ impl GpuEngine {
     /// The host threads' share of the cold neurons that are not cached.
     pub fn host_share(&self) -> f32 {
         self.host_share
+    }
+
+    /// Neurons of each layer that the link fetches while attention is computed.
+    pub fn lookahead(&self) -> usize {
+        self.lookahead
     }
 
     /// Whether that share was given, or else found when the model was loaded.
@@ -243,7 +270,7 @@ impl GpuEngine {
             return Err(unknown_token(token, vocab_size));
         }
         self.serial = self.serial.wrapping_add(1);
-        let step = [token, self.len as u32, self.serial, self.host_share.to_bits()];
+        let step = [token, self.len as u32, self.serial, self.host_share.to_bits(), self.lookahead as u32];
         for (word, value) in self.model.mapped.step.words().iter().zip(step) {
             word.store(value, Ordering::Release);
         }
@@ -287,15 +314,19 @@ impl GpuEngine {
                 let half = |w: usize| u64::from(words[w].load(Ordering::Relaxed));
                 half(2 * i) | half(2 * i + 1) << 32
             };
-            let now = [total(1), total(2), total(3), total(4), total(5)];
-            let [link, cached, hot, host, active] = std::array::from_fn(|i| now[i] - self.totals[i]);
+            let now = [1, 2, 3, 4, 5, 6, 7].map(total);
+            let [link, cached, hot, host, active, used, fetched] = std::array::from_fn(|i| now[i] - self.totals[i]);
             self.totals = now;
             bytes.device += hot * bundle;
             bytes.cache += cached * bundle;
-            bytes.host += link * bundle + host_bytes;
-            a.link_bytes += link * bundle;
+            let link_bytes = (link + fetched) * bundle;
+            bytes.host += link_bytes + host_bytes;
+            a.link_bytes += link_bytes;
+            a.early_link_bytes += fetched * bundle;
             a.cache_hits += cached;
-            a.cache_misses += link + host;
+            a.cache_misses += link + host + used;
+            a.foreseen += fetched;
+            a.foreseen_used += used;
             a.neurons_computed += active;
         }
         a.neurons_total += n;

@@ -1,20 +1,21 @@
 //! The host's threads, which compute a share of the cold neurons from pinned memory while the device reads the others.
 //!
 //! No call of the driver is involved: the device writes its input and a list to mapped memory and raises a flag; the
-//! threads watch the flag, add up their part, and raise another. All threads take part in every layer.
+//! threads watch the flag; each adds up its part of the list, leaves the sums in mapped memory, and raises a flag of its
+//! own. They never wait for each other: the device adds up what they leave.
 
 use super::load::Model;
 use crate::ffn::add_bundles;
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
-use thermocline_kernels::cuda::launch::{INPUT_FLAG, flag_value};
-use thermocline_kernels::{BundleLayout, Kernels, Member, PreparedInput, pause};
+use thermocline_kernels::cuda::launch::{INPUT_FLAG, RESULT_FLAG, flag_value};
+use thermocline_kernels::{BundleLayout, Kernels, PreparedInput};
 
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
@@ -22,6 +23,9 @@ const GIVEN_UP: u32 = u32::MAX;
 /// For so long after a token the threads watch for the next one before they sleep: waking them takes longer than what
 /// lies between two tokens.
 const LINGER: Duration = Duration::from_millis(3);
+
+/// Looks at the flags before a waiting thread lets others run.
+const SPINS_TO_YIELD: u32 = 20_000;
 
 /// Looks at the flag between two looks at everything else.
 const SPINS_TO_CHECK: u32 = 256;
@@ -39,7 +43,7 @@ struct Shared {
     activation: Activation,
     cold: Vec<Memory>,
     request_flag: Memory,
-    result_flag: Memory,
+    result_flags: Memory,
     count: Memory,
     list: Memory,
     x: Memory,
@@ -49,6 +53,14 @@ struct Shared {
     panicked: AtomicBool,
     /// Bytes of rows that were read.
     bytes: AtomicU64,
+    n_threads: usize,
+}
+
+impl Shared {
+    /// The flag of thread `t`.
+    fn result_flag(&self, t: usize) -> &AtomicU32 {
+        &self.result_flags.words()[t * RESULT_FLAG]
+    }
 }
 
 impl HostShare {
@@ -59,7 +71,7 @@ impl HostShare {
             activation,
             cold: model.layers.iter().map(|l| l.cold.clone()).collect(),
             request_flag: m.request_flag.clone(),
-            result_flag: m.result_flag.clone(),
+            result_flags: m.result_flags.clone(),
             count: m.count.clone(),
             list: m.list.clone(),
             x: m.x.clone(),
@@ -68,16 +80,17 @@ impl HostShare {
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
+            n_threads,
         });
         let seen = shared.request_flag.words()[0].load(Ordering::Acquire);
         let prepared = shared.request_flag.words()[INPUT_FLAG].load(Ordering::Acquire);
         let mut all = Self { shared, threads: Vec::new() };
-        for (t, member) in Member::team(n_threads, model.layout.hidden_size()).into_iter().enumerate() {
+        for t in 0..n_threads {
             let shared = Arc::clone(&all.shared);
             let thread = std::thread::Builder::new().name(format!("host-{t}")).spawn(move || {
-                if catch_unwind(AssertUnwindSafe(|| work(&shared, member, seen, prepared))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| work(&shared, t, seen, prepared))).is_err() {
                     shared.panicked.store(true, Ordering::SeqCst);
-                    shared.result_flag.words()[0].store(GIVEN_UP, Ordering::SeqCst);
+                    shared.result_flag(t).store(GIVEN_UP, Ordering::SeqCst);
                 }
             });
             let refused = |source| Error::HostThreads { nth: t + 1, n_threads, source };
@@ -128,7 +141,7 @@ impl HostShare {
             let flag = flag_value(*serial, layer, shared.cold.len());
             let (before, begin) = (self.bytes(), Instant::now());
             shared.request_flag.words()[0].store(flag, Ordering::Release);
-            while shared.result_flag.words()[0].load(Ordering::Acquire) != flag {
+            while (0..shared.n_threads).any(|t| shared.result_flag(t).load(Ordering::Acquire) != flag) {
                 if shared.panicked.load(Ordering::SeqCst) {
                     return 0.0;
                 }
@@ -160,12 +173,13 @@ enum Request {
     Work(u32),
 }
 
-/// What a thread does until it is stopped. `seen` and `prepared` are the last requests that are not for it: a thread that
+/// What thread `t` does until it is stopped. `seen` and `prepared` are the last requests that are not for it: a thread that
 /// starts late must not take the first one for an old one.
-fn work(shared: &Shared, mut member: Member, mut seen: u32, mut prepared: u32) {
+fn work(shared: &Shared, t: usize, mut seen: u32, mut prepared: u32) {
     let kernels = Kernels::detect();
-    let (t, n_threads) = (member.number(), member.n_members());
-    let (mut x, mut input) = (vec![0.0f32; shared.layout.hidden_size()], PreparedInput::default());
+    let (n_threads, hidden) = (shared.n_threads, shared.layout.hidden_size());
+    let (mut x, mut input) = (vec![0.0f32; hidden], PreparedInput::default());
+    let mut sums = vec![0.0f32; hidden];
     while let Some(request) = next_request(shared, seen, prepared) {
         let (Request::Input(flag) | Request::Work(flag)) = request;
         if prepared != flag {
@@ -181,26 +195,17 @@ fn work(shared: &Shared, mut member: Member, mut seen: u32, mut prepared: u32) {
         let layer = (flag.wrapping_sub(1) % shared.cold.len() as u32) as usize;
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
         let mine = &shared.list.words()[n * t / n_threads..n * (t + 1) / n_threads];
-        let add = |sums: &mut [f32]| {
-            let (cold, size) = (shared.cold[layer].host_bytes(), shared.layout.bundle_bytes());
-            let bundle = |i: usize| {
-                let at = mine[i].load(Ordering::Relaxed) as usize * size;
-                &cold[at..at + size]
-            };
-            let rows = add_bundles(&kernels, shared.layout, shared.activation, &input, sums, mine.len(), bundle);
-            shared.bytes.fetch_add(rows * (size as u64 / 3), Ordering::Relaxed);
+        let (cold, size) = (shared.cold[layer].host_bytes(), shared.layout.bundle_bytes());
+        let bundle = |i: usize| {
+            let at = mine[i].load(Ordering::Relaxed) as usize * size;
+            &cold[at..at + size]
         };
-        let take = |columns: std::ops::Range<usize>, sums: &[f32]| {
-            for (word, v) in shared.y.words()[columns].iter().zip(sums) {
-                word.store(v.to_bits(), Ordering::Relaxed);
-            }
-        };
-        match member.sum(add, take) {
-            Ok(true) => shared.result_flag.words()[0].store(flag, Ordering::Release),
-            Ok(false) => {}
-            Err(_) => return,
-        }
-        member.clear();
+        let rows = add_bundles(&kernels, shared.layout, shared.activation, &input, &mut sums, mine.len(), bundle);
+        shared.y.copy_from(t * hidden, &sums);
+        shared.result_flag(t).store(flag, Ordering::Release);
+        // While the device is busy with other things.
+        shared.bytes.fetch_add(rows * (size as u64 / 3), Ordering::Relaxed);
+        sums.fill(0.0);
     }
 }
 
@@ -218,7 +223,13 @@ fn next_request(shared: &Shared, seen: u32, prepared: u32) -> Option<Request> {
         if now != prepared {
             return Some(Request::Input(now));
         }
-        pause(&mut spins);
+        spins = spins.wrapping_add(1);
+        if spins.is_multiple_of(SPINS_TO_YIELD) {
+            // On a busy machine another thread may be what the device waits for.
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
         if !spins.is_multiple_of(SPINS_TO_CHECK) {
             continue;
         }

@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::cuda::launch::{
-    CacheTables, DeviceMatrix, HostResult, HostWork, INPUT_FLAG, Nonlinearity, Step, WorkList, ffn_blocks, host_item,
-    hot_item, inner_values,
+    CacheTables, DeviceMatrix, Foreseen, HostResult, HostWork, INPUT_FLAG, LowRankPredictor, Nonlinearity, RESULT_FLAG,
+    Step, WorkList, ffn_blocks, host_item, hot_item, inner_values,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
-use thermocline_split::{Flaw, LayerFile, Split, TensorEntry};
+use thermocline_split::{Flaw, LayerFile, Split, StoredPredictor, TensorEntry};
 
 /// Neurons, or rows of a matrix, of a prompt batch's piece: large enough for the tensor cores, small in memory.
 const PREFILL_PIECE: usize = 4096;
@@ -43,8 +43,22 @@ pub(super) struct Layer {
 #[derive(Debug)]
 pub(super) struct DevicePredictor {
     pub input: DeviceMatrix,
+    /// For the input of the layer before, if that is another.
+    pub ahead: Option<DeviceMatrix>,
     pub factors: DeviceMatrix,
     pub neurons: View,
+}
+
+/// Neurons of the next layer that are fetched while attention is computed.
+#[derive(Debug)]
+pub(super) struct Lookahead {
+    /// Of layers with even and with odd numbers.
+    pub foreseen: [Foreseen; 2],
+    /// Their bundles: those of one layer, which are used up before the next one's come.
+    pub places: View,
+    /// What the next layer's predictor leaves.
+    pub inner: View,
+    pub scores: View,
 }
 
 /// What a token needs besides weights, and keeps only until the next.
@@ -90,11 +104,13 @@ pub(super) struct Mapped {
     pub totals: Memory,
     /// In a page each: written by one side, watched by the other.
     pub request_flag: Memory,
-    pub result_flag: Memory,
+    /// A flag and sums of each of the host's threads.
+    pub result_flags: Memory,
     pub count: Memory,
     pub list: Memory,
     pub x: Memory,
     pub y: Memory,
+    pub n_threads: usize,
 }
 
 /// A model where a token can use it.
@@ -108,6 +124,7 @@ pub(super) struct Model {
     pub final_norm: View,
     pub rope: [View; 2],
     pub scratch: Scratch,
+    pub lookahead: Option<Lookahead>,
     pub prefill: PrefillBuffers,
     pub mapped: Mapped,
     pub n_blocks: usize,
@@ -157,6 +174,25 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * config.vocab_size,
         every,
     ]
+}
+
+/// Bytes of each part of [`Lookahead`]: words, lists and lengths (twice each), places, the predictor's two.
+fn lookahead_parts(split: &Split, n_places: usize) -> [usize; 6] {
+    let config = &split.manifest().config;
+    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+    [
+        8 * ffn.div_ceil(32),
+        4 * n_places,
+        4,
+        n_places * split.layers()[0].layout().bundle_bytes(),
+        4 * inner_values(hidden, rank(split)),
+        4 * ffn.next_multiple_of(4),
+    ]
+}
+
+pub(super) fn lookahead_bytes(split: &Split, n_places: usize) -> u64 {
+    let counts = [2, 2, 2, 1, 1, 1];
+    lookahead_parts(split, n_places).iter().zip(counts).map(|(&b, n)| n * aligned(b as u64)).sum()
 }
 
 pub(super) fn scratch_bytes(split: &Split, request: &GpuRequest, n_splits: usize) -> u64 {
@@ -279,6 +315,7 @@ impl Model {
             }
         };
         let scratch = loader.scratch()?;
+        let lookahead = (plan.lookahead_neurons > 0).then(|| loader.lookahead());
         if plan.request.base.mode == Mode::Exact {
             for layer in &mut layers {
                 layer.every = Some(loader.list_all(layer.n_hot, &scratch.work)?);
@@ -296,6 +333,7 @@ impl Model {
             final_norm,
             rope,
             scratch,
+            lookahead,
             prefill: loader.prefill(),
             mapped: loader.mapped()?,
             n_blocks: ffn_blocks(device),
@@ -420,7 +458,7 @@ impl Loader<'_> {
     }
 
     fn predictor(&self, l: usize) -> Result<DevicePredictor> {
-        let (input, factors, neurons) = self.split.stored_predictor(l)?;
+        let StoredPredictor { input, ahead, factors, neurons } = self.split.stored_predictor(l)?;
         let file = self.split.predictors();
         let matrix = |entry: &TensorEntry| -> Result<DeviceMatrix> {
             let encoding = self.encoding(entry)?;
@@ -428,7 +466,8 @@ impl Loader<'_> {
             Ok(DeviceMatrix { encoding, rows: entry.rows, columns: entry.columns, stride: entry.row_bytes(), data })
         };
         let neurons = self.arena.put(self.device, bytemuck::cast_slice(&neurons))?;
-        Ok(DevicePredictor { input: matrix(input)?, factors: matrix(factors)?, neurons })
+        let ahead = ahead.map(matrix).transpose()?;
+        Ok(DevicePredictor { input: matrix(input)?, ahead, factors: matrix(factors)?, neurons })
     }
 
     fn hot(&self, file: &LayerFile, n_hot: usize) -> Result<(View, Option<Flaw>)> {
@@ -470,6 +509,14 @@ impl Loader<'_> {
         Ok(scratch)
     }
 
+    fn lookahead(&self) -> Lookahead {
+        let n_places = self.plan.lookahead_neurons;
+        let [words, list, length, places, inner, scores] = lookahead_parts(self.split, n_places);
+        let take = |bytes| self.arena.take(bytes);
+        let foreseen = || Foreseen { words: take(words), list: take(list), n_listed: take(length), n_places };
+        Lookahead { foreseen: [foreseen(), foreseen()], places: take(places), inner: take(inner), scores: take(scores) }
+    }
+
     /// A list of all neurons of a layer, those in pinned memory first: the kernel's blocks take turns, and so each has
     /// its part of the slow ones.
     fn list_all(&self, n_hot: usize, shared: &WorkList) -> Result<WorkList> {
@@ -506,18 +553,43 @@ impl Loader<'_> {
 
     fn mapped(&self) -> Result<Mapped> {
         let config = &self.split.manifest().config;
+        let n_threads = self.plan.request.base.n_threads;
         let pin = |bytes: usize| -> Result<Memory> { Ok(self.device.pin(AlignedBuf::zeroed(bytes)?)?) };
         Ok(Mapped {
             step: pin(Step::BYTES)?,
             logits: pin(4 * config.vocab_size)?,
             totals: pin(64)?,
             request_flag: pin(4 * (INPUT_FLAG + 1))?,
-            result_flag: pin(4)?,
+            result_flags: pin(4 * RESULT_FLAG * n_threads)?,
             count: pin(4)?,
             list: pin(4 * config.intermediate_size)?,
             x: pin(4 * config.hidden_size)?,
-            y: pin(4 * config.hidden_size)?,
+            y: pin(4 * config.hidden_size * n_threads)?,
+            n_threads,
         })
+    }
+}
+
+impl DevicePredictor {
+    /// Fed with its layer's own input.
+    pub(super) fn of_layer<'a>(&'a self, layer: &'a Layer, scratch: &'a Scratch) -> LowRankPredictor<'a> {
+        self.predictor(&self.input, layer, &scratch.inner, &scratch.scores)
+    }
+
+    /// Fed with the input of the layer before.
+    pub(super) fn ahead<'a>(&'a self, layer: &'a Layer, lookahead: &'a Lookahead) -> LowRankPredictor<'a> {
+        self.predictor(self.ahead.as_ref().unwrap_or(&self.input), layer, &lookahead.inner, &lookahead.scores)
+    }
+
+    fn predictor<'a>(
+        &'a self,
+        input: &'a DeviceMatrix,
+        layer: &'a Layer,
+        inner: &'a View,
+        scores: &'a View,
+    ) -> LowRankPredictor<'a> {
+        let (norm_weight, factors, neurons) = (&layer.ffn_norm, &self.factors, &self.neurons);
+        LowRankPredictor { input, norm_weight, factors, neurons, inner, scores }
     }
 }
 
@@ -529,7 +601,7 @@ impl Mapped {
 
     /// What the kernels read from them.
     pub(super) fn result(&self) -> HostResult {
-        HostResult { y: self.y.view(), flag: self.result_flag.view() }
+        HostResult { n_threads: self.n_threads, y: self.y.view(), flags: self.result_flags.view() }
     }
 }
 

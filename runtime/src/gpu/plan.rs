@@ -31,6 +31,15 @@ const CACHE_MUST_WIN: f64 = 0.9;
 /// Shares of the memory for neurons that are tried as cache.
 const CACHE_SHARES: [f64; 7] = [0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75];
 
+/// The link brings at most one byte while the device reads so many: what attention's matrices leave time for. Twice of what
+/// an H200 and its link (4.5 TB/s, 50 GB/s) and most smaller ones have, because kernels also take time that is not for
+/// bytes.
+const LINK_IS_SLOWER: u64 = 16;
+
+/// Neurons that may be needed should not take much from those that surely are: of the memory left for neurons one part in
+/// so many.
+const LOOKAHEAD_IS_SMALLER: u64 = 32;
+
 /// What is to be planned.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct GpuRequest {
@@ -44,6 +53,9 @@ pub struct GpuRequest {
     pub n_blocks: usize,
     /// Share of the memory for neurons that is cache; `None` leaves it to the replay.
     pub cache_share: Option<f64>,
+    /// Neurons of each layer that are fetched while attention is computed, at most; `None`: room for as many as the link
+    /// may bring in that time, of which the engine uses what is fastest.
+    pub lookahead: Option<usize>,
 }
 
 /// Device memory, by purpose.
@@ -61,13 +73,22 @@ pub struct GpuBytes {
     pub scratch: u64,
     /// Buffers of prompt batches.
     pub prefill: u64,
+    /// Neurons that are fetched before it is known which are needed.
+    pub lookahead: u64,
     /// The driver's context.
     pub context: u64,
 }
 
 impl GpuBytes {
     fn total(&self) -> u64 {
-        self.matrices + self.vectors + self.predictors + self.kv_cache + self.scratch + self.prefill + self.context
+        self.matrices
+            + self.vectors
+            + self.predictors
+            + self.kv_cache
+            + self.scratch
+            + self.prefill
+            + self.lookahead
+            + self.context
     }
 }
 
@@ -93,12 +114,16 @@ pub struct GpuPlan {
     /// What the replay of the split's trace saw for each policy with this division: name, share of the cold neurons that
     /// were in the cache.
     pub cache_policies: Vec<(String, f64)>,
+    /// Neurons of each layer for which there is room to fetch them while attention is computed.
+    pub lookahead_neurons: usize,
     /// Pinned host memory.
     pub pinned_bytes: u64,
     /// Device memory in all.
     pub total_bytes: u64,
     /// All weights of the model as encoded here.
     pub dense_bytes: u64,
+    /// Bytes of a neuron.
+    pub bundle_bytes: u64,
     /// Columns of a layer's input.
     pub hidden_size: usize,
     /// Ranges of positions that attention is divided into.
@@ -138,6 +163,10 @@ const COLUMN_SECONDS: f64 = 14e-6 / 8192.0;
 
 /// What it costs more if the host's threads take part: they must see the request, add up their sums, and be seen.
 const EXCHANGE_SECONDS: f64 = 12e-6;
+
+/// Share of the time between two layers' reads over the link that fetching early wins: it begins late and ends early,
+/// some of what it brings is not needed, and the kernels beside it become slower.
+const LOOKAHEAD_WINS: f64 = 0.45;
 
 /// A speed and where it comes from.
 #[derive(Debug, Clone, Serialize)]
@@ -200,9 +229,11 @@ impl GpuPlan {
             cache_bytes: 0,
             cache_lambda: 1.0,
             cache_policies: Vec::new(),
+            lookahead_neurons: 0,
             pinned_bytes: 0,
             total_bytes: 0,
             dense_bytes: split.dense_bytes(),
+            bundle_bytes: bundle,
             hidden_size: config.hidden_size,
             n_splits,
             prefill_neurons,
@@ -223,7 +254,10 @@ impl GpuPlan {
                     let prefix = |f: &thermocline_split::LayerFile| whole_chunks(each.min(n), f.chunk_neurons(), n);
                     plan.hot_neurons = split.layers().iter().map(prefix).collect();
                 }
-                Mode::Sparse { .. } => replayed = Some(plan.divide(split, left)?),
+                Mode::Sparse { active } => {
+                    let left = plan.look_ahead(split, left, crate::predictor::n_active(active, n))?;
+                    replayed = Some(plan.divide(split, left)?);
+                }
             }
         }
         plan.hot_bytes = plan.hot_neurons.iter().map(|&h| aligned(h as u64 * bundle)).sum();
@@ -254,6 +288,28 @@ impl GpuPlan {
         Ok(plan)
     }
 
+    /// Makes room for neurons that are fetched while attention is computed, `n_active` of each layer at most; returns what
+    /// is left.
+    fn look_ahead(&mut self, split: &Split, left: u64, n_active: usize) -> Result<u64> {
+        let bundle = split.layers()[0].layout().bundle_bytes() as u64;
+        let n_layers = self.hot_neurons.len();
+        let meanwhile = || {
+            let bytes = (self.fixed.matrices / n_layers as u64 / LINK_IS_SLOWER).min(left / LOOKAHEAD_IS_SMALLER);
+            bytes.saturating_sub(super::load::lookahead_bytes(split, 0)) / bundle
+        };
+        let n = self.request.lookahead.unwrap_or_else(|| meanwhile() as usize).min(n_active);
+        if n == 0 || n_layers == 1 {
+            return Ok(left);
+        }
+        self.lookahead_neurons = n;
+        self.fixed.lookahead = super::load::lookahead_bytes(split, n);
+        left.checked_sub(self.fixed.lookahead).ok_or_else(|| Error::VramTooSmall {
+            budget_bytes: self.request.vram_budget_bytes,
+            needed_bytes: self.fixed.total(),
+            what: describe(&self.fixed),
+        })
+    }
+
     /// Fills in hot prefixes and cache for `left` bytes: of several divisions the one whose replay reads least from
     /// pinned memory.
     fn divide(&mut self, split: &Split, left: u64) -> Result<Replayed> {
@@ -269,7 +325,11 @@ impl GpuPlan {
         let tables = cache_bytes(n, 0, bundle).max(8 * n as u64) * n_layers as u64;
         let shares: Vec<f64> = self.request.cache_share.map_or(CACHE_SHARES.to_vec(), |share| vec![share]);
         let mut divisions = Vec::new();
-        for share in shares {
+        // What is not enough for a set is left to the prefix.
+        for share in shares.into_iter().chain([0.0]) {
+            if share == 0.0 && !divisions.is_empty() {
+                continue;
+            }
             let cache_budget =
                 if share > 0.0 { ((left as f64 * share) as u64).saturating_sub(tables + slack) } else { 0 };
             let hot_budget = (left as f64 * (1.0 - share)) as u64;
@@ -322,11 +382,15 @@ impl GpuPlan {
     pub fn predict(&self, speeds: &GpuSpeeds) -> GpuPrediction {
         let device = (self.device_bytes_per_token + self.cache_bytes_per_token) as f64;
         let host = self.host_bytes_per_token as f64;
-        let (device_seconds, host_seconds) = (device / speeds.device, host / (speeds.link + speeds.host));
         let n_layers = self.hot_neurons.len() as f64;
+        let device_seconds = device / speeds.device;
         let exchange = if speeds.host > 0.0 && host > 0.0 { EXCHANGE_SECONDS } else { 0.0 };
         let choice = if matches!(self.request.base.mode, Mode::Sparse { .. }) { CHOICE_SECONDS } else { 0.0 };
         let between = n_layers * (LAYER_SECONDS + choice + COLUMN_SECONDS * self.hidden_size as f64 + exchange);
+        let early = (n_layers * self.lookahead_neurons as f64 * self.bundle_bytes as f64)
+            .min((device_seconds + between) * speeds.link * LOOKAHEAD_WINS)
+            .min(host);
+        let host_seconds = (host - early) / (speeds.link + speeds.host);
         let bottleneck = match (device_seconds > host_seconds, speeds.host > 0.0) {
             (true, _) => "device",
             (false, true) => "link + host",
@@ -335,7 +399,8 @@ impl GpuPlan {
         let gb = 1e9;
         let pinned = if host > 0.0 {
             let [host, link, threads] = [host, speeds.link, speeds.host].map(|v| v / gb);
-            format!(" + {host:.3} GB pinned / ({link:.1} GB/s link + {threads:.1} GB/s host)")
+            let early = if early > 0.0 { format!(" - {:.3} fetched early", early / gb) } else { String::new() };
+            format!(" + ({host:.3}{early}) GB pinned / ({link:.1} GB/s link + {threads:.1} GB/s host)")
         } else {
             String::new()
         };
@@ -444,6 +509,7 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
         kv_cache,
         scratch: super::load::scratch_bytes(split, request, n_splits),
         prefill: super::load::prefill_bytes(split, request.base.batch.min(context), prefill_neurons),
+        lookahead: 0,
         context: request.context_bytes,
     }
 }

@@ -37,7 +37,8 @@ pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize) ->
     let (none, x, partial) = (allocate(16)?, allocate(4 * hidden)?, allocate(4 * n_blocks * hidden)?);
     let probe =
         Probe { device, layout, activation: Nonlinearity::Silu, work: &work, x: &x, n_blocks, partial: &partial };
-    let link = probe.link(Bundles { hot: &none, cold: &cold.view(), cache: &none, ahead: None }, n, n)?;
+    let link =
+        probe.link(Bundles { hot: &none, cold: &cold.view(), cache: &none, fetched: None, ahead: None }, n, n)?;
     let memory = copy_speed(device, &allocate(copied / 2)?, &allocate(copied / 2)?)?;
     Ok(GpuSpeeds { device: memory, link, host })
 }
@@ -55,7 +56,8 @@ pub(super) fn of_model(device: &Device, model: &Model, n_neurons: usize) -> Resu
     let (s, n_cold) = (&model.scratch, n_neurons - layer.n_hot);
     let (layout, activation, n_blocks) = (model.layout, model.activation, model.n_blocks);
     let probe = Probe { device, layout, activation, work: &s.work, x: &s.normed, n_blocks, partial: &s.partial };
-    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots, ahead: None };
+    let bundles =
+        Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots, fetched: None, ahead: None };
     Ok(GpuSpeeds { device: memory, link: probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold))?, host: 0.0 })
 }
 

@@ -7,25 +7,34 @@ use crate::Result;
 use crate::plan::Mode;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
-    Added, Bundles, Choose, LayerInput, Norm, RopeTables, Selection, attend, choose, embed, ffn, finish, gemv,
-    predict_inner, predict_scores,
+    Added, Ahead, Bundles, Choose, LayerInput, LowRankPredictor, Norm, RopeTables, Selection, attend, choose, embed,
+    fetch_bundles, ffn, finish, gemv, predict_inner, predict_scores,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue};
 
-/// Records a token. `with_host`: the host's threads compute the share of the misses that the step says.
+/// What takes part besides the device.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Parts {
+    /// The host's threads compute the share of the misses that the step says.
+    pub host: bool,
+    /// The link fetches for the next layer, as much as the step says.
+    pub lookahead: bool,
+}
+
+/// Records a token.
 pub(super) fn record(
     device: &Device,
     config: &ModelConfig,
     plan: &GpuPlan,
     model: &Model,
-    with_host: bool,
+    parts: Parts,
 ) -> Result<Graph> {
     Ok(device.capture(|| {
         let (s, mapped) = (&model.scratch, &model.mapped);
         embed(device, &model.embedding, &mapped.step.view(), &s.step, &s.x)?;
         for (l, layer) in model.layers.iter().enumerate() {
             attention(device, config, plan, model, layer)?;
-            feed_forward(device, config, plan, model, (l, layer), with_host)?;
+            feed_forward(device, config, plan, model, (l, layer), parts)?;
         }
         let norm = Norm { weight: &model.final_norm, eps: config.rms_norm_eps, out: None };
         gemv(device, &model.head, &s.x, Some(norm), Added::default(), &s.logits)?;
@@ -60,26 +69,36 @@ fn feed_forward(
     plan: &GpuPlan,
     model: &Model,
     (l, layer): (usize, &Layer),
-    with_host: bool,
+    parts: Parts,
 ) -> Result<(), CudaError> {
     let s = &model.scratch;
     let place = (l, config.n_layers);
-    let mut host = None;
+    let (mut host, mut fetched, mut next) = (None, None, None);
     let work = match (&layer.predictor, &layer.every) {
         (Some(predictor), _) => {
-            predict_inner(device, &predictor.input, &s.x, &layer.ffn_norm, &s.inner)?;
-            let shared = (with_host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
+            let own = predictor.of_layer(layer, s);
+            if parts.lookahead {
+                fetched = foreseen(config, model, l).is_some().then_some(l % 2);
+                next = foreseen(config, model, l + 1);
+            }
+            let predictors: Vec<_> = [own].into_iter().chain(next.map(|(_, predictor)| predictor)).collect();
+            predict_inner(device, &predictors, &s.x)?;
+            let shared = (parts.host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
             let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
             let input = LayerInput {
                 hidden: config.hidden_size,
                 x: &s.x,
-                norm_weight: &layer.ffn_norm,
                 eps: config.rms_norm_eps,
-                inner: &s.inner,
                 normed: &s.normed,
                 host_x: shared.is_some().then_some(&host_x),
             };
-            predict_scores(device, &predictor.factors, input, &predictor.neurons, model.activation, &s.scores)?;
+            predict_scores(device, &predictors, input, model.activation)?;
+            let ahead = next.zip(model.lookahead.as_ref()).map(|((next, predictor), lookahead)| Ahead {
+                scores: predictor.scores,
+                n_hot: next.n_hot,
+                cache: &next.cache,
+                foreseen: &lookahead.foreseen[(l + 1) % 2],
+            });
             choose(
                 device,
                 &Choose {
@@ -92,6 +111,8 @@ fn feed_forward(
                     layer: l,
                     n_layers: config.n_layers,
                     host: shared.as_ref(),
+                    fetched: fetched.zip(model.lookahead.as_ref()).map(|(i, lookahead)| &lookahead.foreseen[i]),
+                    ahead,
                     out: &s.work,
                 },
             )?;
@@ -108,10 +129,31 @@ fn feed_forward(
         (None, None) => unreachable!("a layer has a predictor or a list of all neurons"),
     };
     let ahead = Some(model.layers.get(l + 1).map_or(&model.head.data, |next| &next.qkv.data));
-    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots, ahead };
+    let places = fetched.and(model.lookahead.as_ref()).map(|lookahead| &lookahead.places);
+    if places.is_some() {
+        device.order(Queue::Copy, Queue::Compute)?;
+    }
+    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots, fetched: places, ahead };
     ffn(device, model.layout, model.activation, work, bundles, &s.normed, model.n_blocks, &s.partial)?;
+    // From when this layer does not need the link any more to when the next one does.
+    if let Some(((next, _), lookahead)) = next.zip(model.lookahead.as_ref()) {
+        device.order(Queue::Compute, Queue::Copy)?;
+        let (list, cold) = (&lookahead.foreseen[(l + 1) % 2], next.cold.view());
+        fetch_bundles(device, model.layout, list, &cold, &lookahead.places, &s.work.totals)?;
+    }
     let hidden = config.hidden_size;
     finish(device, &s.partial, model.n_blocks, hidden, &work.counts, host.as_ref(), &s.step, place, &s.x)
+}
+
+/// Layer `l` and its predictor for the input of the layer before: if there is one, with neurons to fetch, whose predictor
+/// can be asked together with that layer's.
+fn foreseen<'a>(config: &ModelConfig, model: &'a Model, l: usize) -> Option<(&'a Layer, LowRankPredictor<'a>)> {
+    let (lookahead, before) = (model.lookahead.as_ref()?, model.layers.get(l.checked_sub(1)?)?);
+    let layer = model.layers.get(l).filter(|layer| layer.n_hot < config.intermediate_size)?;
+    let own = before.predictor.as_ref()?.of_layer(before, &model.scratch);
+    let predictor = layer.predictor.as_ref()?.ahead(layer, lookahead);
+    let shape = |p: &LowRankPredictor<'_>| [p.input, p.factors].map(|m| (m.encoding, m.rows, m.columns));
+    (shape(&predictor) == shape(&own)).then_some((layer, predictor))
 }
 
 fn selection(mode: Mode, config: &ModelConfig) -> Selection {

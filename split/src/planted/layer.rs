@@ -124,13 +124,19 @@ impl<'m> Rest<'m> {
     }
 
     fn finish(self, order: Vec<u32>) -> PackedLayer {
-        let scales = self.model.scales();
-        let noise = self.model.statistics().predictor_noise as f32;
+        let (scales, statistics) = (self.model.scales(), self.model.statistics());
+        let noise = statistics.predictor_noise as f32;
         let gate_sd = noise * scales.gate * scales.pattern * scales.sum_sd * scales.norm(self.l);
         let n = order.len();
         let residuals = [gate_sd, 1.0].into_iter().flat_map(|sd| std::iter::repeat_n(sd, n));
         let neurons = residuals.chain(self.lengths).flat_map(f32::to_le_bytes).collect();
-        PackedLayer { order, predictor_input: input(self.model), predictor_neurons: neurons, ..self.packed }
+        PackedLayer {
+            order,
+            predictor_input: input(self.model, statistics.predictor_noise),
+            predictor_ahead: input(self.model, statistics.foresight_noise),
+            predictor_neurons: neurons,
+            ..self.packed
+        }
     }
 }
 
@@ -145,11 +151,11 @@ fn digits(threshold: i32) -> [i8; DIGITS] {
 }
 
 /// What the predictor reads, q8 `[rank, hidden]`: the pattern channels; each constant three times, for the digits; the
-/// first channels of the token's name, as strongly as makes the noise that was asked for.
-fn input(model: &PlantedModel) -> Vec<u8> {
+/// first channels of the token's name, as strongly as makes a noise of so many standard deviations of a gate row's sum.
+fn input(model: &PlantedModel, noise: f64) -> Vec<u8> {
     let (hidden, channels, scales) = (model.shape().hidden_size, model.shape().channels(), model.scales());
     let unit = scales.pattern / (2.0 * scales.constant);
-    let noise_sd = model.statistics().predictor_noise as f32 * scales.pattern * scales.sum_sd;
+    let noise_sd = noise as f32 * scales.pattern * scales.sum_sd;
     let noise = noise_sd / (RANDOM_CODE_SD * (NOISE_CHANNELS as f32).sqrt());
     let digit = |start: usize| (0..DIGITS as i32).map(move |d| (start, unit * 16f32.powi(d)));
     let [first, second] = channels.constants.map(|group| digit(group.start));

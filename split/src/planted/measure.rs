@@ -29,8 +29,8 @@ pub(super) struct Counts {
     reuse: [[u64; 2]; LAGS.len()],
     /// Pairs that fired together and the number expected by chance, inside and outside of clusters.
     together: [[f64; 2]; 2],
-    /// Active neurons that were predicted, and active neurons.
-    recall: [u64; 2],
+    /// Active neurons that were predicted, those that were foreseen one layer early, and active neurons.
+    recall: [u64; 3],
 }
 
 impl AddAssign for Counts {
@@ -121,7 +121,7 @@ impl Counts {
     }
 
     /// Asks the stored predictor for as many neurons as are active in the mean, with the embedding as the layer's
-    /// input: what layers add to it is not what the predictor reads.
+    /// input and as that of the layer before: what layers add to it is not what the predictor reads.
     fn recall(&mut self, model: &PlantedModel, trace: &BitMatrix, packed: &PackedLayer) {
         let (n, hidden, rank) = (trace.n_columns(), model.shape().hidden_size, rank(model));
         let k = ((model.statistics().active_share * n as f64).round() as usize).clamp(1, n);
@@ -135,16 +135,18 @@ impl Counts {
             unpack(Encoding::Q4, RowRef::from_matrix_row(Encoding::Q4, hidden, &bytes), &mut x);
             let norm = (hidden as f32 / x.iter().map(|v| v * v).sum::<f32>()).sqrt();
             x.iter_mut().for_each(|v| *v *= norm);
-            let z = dots(Encoding::Q8, hidden, &packed.predictor_input, &x);
-            let sums = dots(FACTORS, rank, &packed.predictor_factors, &z);
-            let score = |i: usize| {
-                let (gate, up) = (sums[2 * i], sums[2 * i + 1]);
-                expected_magnitude(Activation::Relu, gate, up, stored[i], stored[n + i]) * stored[2 * n + i]
-            };
-            let mut scored: Vec<(f32, usize)> = (0..n).map(|i| (score(i), i)).collect();
-            scored.select_nth_unstable_by(k - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            self.recall[0] += scored[..k].iter().filter(|(_, i)| trace.get(row, *i)).count() as u64;
-            self.recall[1] += trace.ones(row).count() as u64;
+            for (found, input) in self.recall.iter_mut().zip([&packed.predictor_input, &packed.predictor_ahead]) {
+                let z = dots(Encoding::Q8, hidden, input, &x);
+                let sums = dots(FACTORS, rank, &packed.predictor_factors, &z);
+                let score = |i: usize| {
+                    let (gate, up) = (sums[2 * i], sums[2 * i + 1]);
+                    expected_magnitude(Activation::Relu, gate, up, stored[i], stored[n + i]) * stored[2 * n + i]
+                };
+                let mut scored: Vec<(f32, usize)> = (0..n).map(|i| (score(i), i)).collect();
+                scored.select_nth_unstable_by(k - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+                *found += scored[..k].iter().filter(|(_, i)| trace.get(row, *i)).count() as u64;
+            }
+            self.recall[2] += trace.ones(row).count() as u64;
         }
     }
 
@@ -163,7 +165,8 @@ impl Counts {
             coactivation_inside: clustered.then(|| lift(self.together[0])),
             coactivation_outside: lift(self.together[1]),
             predictor_tokens: ASKED_TOKENS.min(trace_tokens),
-            predictor_recall: share(self.recall[0], self.recall[1]),
+            predictor_recall: share(self.recall[0], self.recall[2]),
+            foresight_recall: Some(share(self.recall[1], self.recall[2])),
         }
     }
 }

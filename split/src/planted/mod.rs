@@ -83,7 +83,7 @@ pub fn planted_bytes(model: &PlantedModel) -> Result<PlantedBytes> {
     let (layers, n, rank) = (shape.n_layers as u64, shape.intermediate_size, layer::rank(model));
     let header = 4096 + n * 36;
     let ffn = layers * (n * layout.bundle_bytes() + header) as u64;
-    let predictor = rank * Encoding::Q8.row_stride(shape.hidden_size) + 2 * n * FACTORS.row_stride(rank) + 12 * n;
+    let predictor = 2 * rank * Encoding::Q8.row_stride(shape.hidden_size) + 2 * n * FACTORS.row_stride(rank) + 12 * n;
     let statistics = 8 * n + model.trace_tokens().len() * n.div_ceil(8);
     let (predictors, statistics) = (layers * predictor as u64, layers * statistics as u64);
     let resident = resident::bytes(model);
@@ -161,7 +161,7 @@ fn build(
 
     let places: Vec<u64> = model.trace_tokens().map(|t| t as u64).collect();
     let config = model.shape().config();
-    let (predictors, statistics) = assemble_parts(&config, layer::rank(model), &places, &partial)?;
+    let (predictors, statistics) = assemble_parts(&config, layer::rank(model), true, &places, &partial)?;
     let dir = partial.dir();
     let report = serde_json::to_string_pretty(&PlantedReport::new(model, measured.clone())).unwrap_or_default();
     let files = [("tokenizer.json", model.tokenizer_json()), (REPORT_FILE, report)];

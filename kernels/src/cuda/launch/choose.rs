@@ -50,6 +50,33 @@ pub struct HostWork {
 /// Words from [`HostWork::flag`] to the one for the input: another line of the cache.
 pub const INPUT_FLAG: usize = 32;
 
+/// The cold neurons that a layer will probably need: a list for [`super::fetch_bundles`], and where [`choose`] looks them
+/// up. One of the layer in progress and one of the next must be different memory.
+#[derive(Debug, Clone)]
+pub struct Foreseen {
+    /// u32 pairs `[ffn / 32, rounded up]`: a bit for each of 32 neurons that is listed, and the first one's place.
+    pub words: View,
+    /// u32 `[n_places]`: cold numbers, ascending.
+    pub list: View,
+    /// u32: how many are listed.
+    pub n_listed: View,
+    /// Room for so many.
+    pub n_places: usize,
+}
+
+/// What it takes to foresee the next layer's needs.
+#[derive(Debug, Clone, Copy)]
+pub struct Ahead<'a> {
+    /// `[ffn]`, and room up to a multiple of four.
+    pub scores: &'a View,
+    /// Of that layer.
+    pub n_hot: usize,
+    /// Of that layer.
+    pub cache: &'a CacheTables,
+    /// The result: as many as the step says, if there are places for them.
+    pub foreseen: &'a Foreseen,
+}
+
 /// The value that the flags of layer `layer` reach in the token of that serial number.
 pub fn flag_value(serial: u32, layer: usize, n_layers: usize) -> u32 {
     serial.wrapping_mul(n_layers as u32).wrapping_add(layer as u32 + 1)
@@ -62,9 +89,9 @@ pub struct WorkList {
     pub ids: View,
     /// u32 pairs `[ffn]`: where each bundle comes from and which slot it fills.
     pub items: View,
-    /// u32 `[8]`: items, over the link, cached, hot, host, active.
+    /// u32 `[8]`: items, over the link, cached, hot, host, active, fetched beforehand, 0.
     pub counts: View,
-    /// u64 `[8]`: the same, added up over all layers and tokens.
+    /// u64 `[8]`: the same, added up over all layers and tokens; the last is what [`super::fetch_bundles`] has fetched.
     pub totals: View,
 }
 
@@ -99,6 +126,10 @@ pub struct Choose<'a> {
     pub n_layers: usize,
     /// The host's part, if it has one.
     pub host: Option<&'a HostWork>,
+    /// What was fetched for this layer.
+    pub fetched: Option<&'a Foreseen>,
+    /// The next layer, if its needs are to be foreseen.
+    pub ahead: Option<Ahead<'a>>,
     /// The result.
     pub out: &'a WorkList,
 }
@@ -129,6 +160,20 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
             "host work"
         );
     }
+    if let Some(a) = &c.ahead {
+        floats(a.scores, c.ffn.next_multiple_of(4));
+        assert!(a.scores.address().is_multiple_of(16), "scores in the middle of sixteen bytes");
+        assert!(a.cache.n_sets == 0 || a.cache.slot_of.len() >= 4 * (c.ffn - a.n_hot), "cache tables");
+    }
+    for foreseen in c.fetched.into_iter().chain(c.ahead.map(|a| a.foreseen)) {
+        let words = 8 * c.ffn.div_ceil(32);
+        assert!(
+            foreseen.words.len() >= words
+                && foreseen.list.len() >= 4 * foreseen.n_places
+                && foreseen.n_listed.len() >= 4,
+            "what is foreseen"
+        );
+    }
     let (every, k, threshold) = match c.selection {
         Selection::Every => (1, 0, 0.0),
         Selection::Top(k) => (0, k.clamp(1, c.ffn), 0.0),
@@ -136,6 +181,7 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     };
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let host = |field: fn(&HostWork) -> &View| c.host.map_or(0, |h| field(h).address());
+    let ahead = |field: &dyn Fn(&Ahead<'_>) -> u64| c.ahead.as_ref().map_or(0, field);
     // The fields of `struct Choose` in kernels/cuda/choose.cu, with its padding.
     let words = vec![
         c.scores.address(),
@@ -157,10 +203,17 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         out.items.address(),
         out.counts.address(),
         out.totals.address(),
+        c.fetched.map_or(0, |f| f.words.address()),
+        ahead(&|a| a.scores.address()),
+        ahead(&|a| if a.cache.n_sets > 0 { a.cache.slot_of.address() } else { 0 }),
+        ahead(&|a| a.foreseen.words.address()),
+        ahead(&|a| a.foreseen.list.address()),
+        ahead(&|a| a.foreseen.n_listed.address()),
+        ahead(&|a| pair(a.n_hot as u32, a.foreseen.n_places as u32)),
     ];
     let launch = Launch {
         kernel: "choose".to_owned(),
-        grid: [1 + u32::from(c.host.is_some()), 1],
+        grid: [1 + u32::from(c.host.is_some()) + u32::from(c.ahead.is_some()), 1],
         block: 1024,
         shared_bytes: 0,
         args: vec![Arg::Struct(words)],
@@ -168,5 +221,8 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     let mut uses = vec![c.scores, c.step, &cache.slot_of, &cache.owner, &cache.key, &cache.used];
     uses.extend([&out.ids, &out.items, &out.counts, &out.totals]);
     uses.extend(c.host.iter().flat_map(|h| [&h.list, &h.count, &h.flag]));
+    uses.extend(c.ahead.iter().flat_map(|a| [a.scores, &a.cache.slot_of]));
+    let foreseen = c.fetched.into_iter().chain(c.ahead.map(|a| a.foreseen));
+    uses.extend(foreseen.flat_map(|f| [&f.words, &f.list, &f.n_listed]));
     device.launch(launch, &uses)
 }

@@ -17,6 +17,8 @@ pub struct Bundles<'a> {
     pub cold: &'a View,
     /// The cache's slots.
     pub cache: &'a View,
+    /// What [`super::fetch_bundles`] has brought.
+    pub fetched: Option<&'a View>,
     /// What the kernels after this one read: brought into the second-level cache, as far as it takes half of that.
     pub ahead: Option<&'a View>,
 }
@@ -65,6 +67,7 @@ pub fn ffn(
             address(bundles.hot),
             address(bundles.cold),
             address(bundles.cache),
+            optional(bundles.fetched),
             u32_of(layout.bundle_bytes()),
             u32_of(hidden),
             Arg::U32(activation as u32),
@@ -83,6 +86,7 @@ pub fn ffn(
         }
     }
     let mut uses = vec![&work.items, &work.counts, bundles.hot, bundles.cold, bundles.cache, x, partial];
+    uses.extend(bundles.fetched);
     uses.extend(bundles.ahead);
     device.launch(launch, &uses)
 }
@@ -90,13 +94,18 @@ pub fn ffn(
 /// What the host gives back: mapped memory.
 #[derive(Debug, Clone)]
 pub struct HostResult {
-    /// `[hidden]`.
+    /// Threads that give their sums.
+    pub n_threads: usize,
+    /// `[n_threads, hidden]`.
     pub y: View,
-    /// u32, raised last ([`super::flag_value`]); all ones if the host gives up.
-    pub flag: View,
+    /// u32 for each thread, [`RESULT_FLAG`] apart, raised last ([`super::flag_value`]); all ones if it gives up.
+    pub flags: View,
 }
 
-/// `x += sum over blocks of partial (+ the host's part)`, in a fixed order.
+/// Words from a thread's flag to the next one's: a line each.
+pub const RESULT_FLAG: usize = 32;
+
+/// `x += sum over blocks of partial (+ sum over the host's threads)`, in a fixed order.
 ///
 /// # Errors
 /// See the module.
@@ -115,7 +124,8 @@ pub fn finish(
     floats(partial, n_blocks * hidden);
     floats(x, hidden);
     if let Some(host) = host {
-        floats(&host.y, hidden);
+        floats(&host.y, host.n_threads * hidden);
+        assert!(host.flags.len() >= 4 * RESULT_FLAG * host.n_threads, "flags");
     }
     let launch = Launch {
         kernel: "finish".to_owned(),
@@ -127,8 +137,8 @@ pub fn finish(
             u32_of(n_blocks),
             u32_of(hidden),
             address(counts),
-            optional(host.map(|h| &h.y)),
-            optional(host.map(|h| &h.flag)),
+            // The fields of `struct HostPart` in kernels/cuda/ffn.cu.
+            Arg::Struct(host.map_or(vec![0; 3], |h| vec![h.y.address(), h.flags.address(), h.n_threads as u64])),
             address(step),
             u32_of(layer),
             u32_of(n_layers),
@@ -136,6 +146,6 @@ pub fn finish(
         ],
     };
     let mut uses = vec![partial, counts, step, x];
-    uses.extend(host.iter().flat_map(|h| [&h.y, &h.flag]));
+    uses.extend(host.iter().flat_map(|h| [&h.y, &h.flags]));
     device.launch(launch, &uses)
 }

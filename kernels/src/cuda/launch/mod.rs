@@ -12,6 +12,7 @@
 mod attention;
 mod choose;
 mod exact;
+mod fetch;
 mod ffn;
 mod predict;
 mod product;
@@ -19,10 +20,12 @@ mod prompt;
 
 pub use attention::{Heads, MAX_SPLITS, RopeTables, attend};
 pub use choose::{
-    CacheTables, Choose, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value, host_item, hot_item,
+    Ahead, CacheTables, Choose, Foreseen, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value, host_item,
+    hot_item,
 };
-pub use ffn::{Bundles, HostResult, ffn, ffn_blocks, finish};
-pub use predict::{LayerInput, inner_values, predict_inner, predict_scores};
+pub use fetch::fetch_bundles;
+pub use ffn::{Bundles, HostResult, RESULT_FLAG, ffn, ffn_blocks, finish};
+pub use predict::{LayerInput, LowRankPredictor, inner_values, predict_inner, predict_scores};
 pub use product::{Added, Norm, embed, gemv};
 pub use prompt::{add_bias_rows, attend_rows, embed_rows, gate_rows, norm_rows, unpack_bundles, unpack_rows};
 
@@ -33,13 +36,14 @@ use crate::{Encoding, GROUP};
 /// Threads of most kernels' blocks.
 const THREADS: u32 = 256;
 
-/// What the token in progress is: `[token, position, serial]`, three u32, and the host's share of the misses, an f32.
+/// What the token in progress is: `[token, position, serial]`, three u32; the host's share of the misses, an f32; how many
+/// bundles to fetch beforehand for each layer, a u32.
 #[derive(Debug, Clone, Copy)]
 pub struct Step;
 
 impl Step {
     /// Its size.
-    pub const BYTES: usize = 16;
+    pub const BYTES: usize = 20;
 }
 
 /// An encoded matrix on the device.
