@@ -16,15 +16,19 @@ use thermocline_datasets::write::TinyModel;
 use thermocline_datasets::{Activation, Architecture, Checkpoint, open_checkpoint};
 use thermocline_runtime::{Error, Mode};
 use thermocline_split::delta::AdapterCheckpoint;
-use thermocline_split::{Precision, Split, SplitCheckpoint};
+use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
 
 /// What holds every bit of a BF16 checkpoint, of every kind.
 const EXACT: [&str; 4] = ["bf16", "bf16x", "q4+exact", "q8+exact"];
 /// Every plane is used by batches and by single tokens.
 const DECODED: usize = 4;
 
-fn logits(dir: &Path, precision: Precision, mode: Mode) -> Vec<f32> {
-    answer(&mut engine_at(dir, precision, request(mode, None, 1)).unwrap(), DECODED).unwrap()
+fn logits(dir: &Path, planes: impl Into<Planes>, mode: Mode) -> Vec<f32> {
+    answer(&mut engine_at(dir, planes, request(mode, None, 1)).unwrap(), DECODED).unwrap()
+}
+
+fn planes(text: &str) -> Planes {
+    text.parse().unwrap()
 }
 
 /// All weights in memory, half and a quarter of what is more than the least, and the least.
@@ -34,14 +38,15 @@ fn budgets(split: &Split, mode: Mode) -> [Option<u64>; 4] {
 }
 
 /// That every budget gives these bits, with two threads and with one in turn.
-fn gives(dir: &Path, precision: Precision, mode: Mode, expected: &[u32]) {
-    for (i, budget) in budgets(&Split::open_at(dir, precision).unwrap(), mode).into_iter().enumerate() {
+fn gives(dir: &Path, planes: impl Into<Planes>, mode: Mode, expected: &[u32]) {
+    let planes = planes.into();
+    for (i, budget) in budgets(&Split::open_at(dir, planes).unwrap(), mode).into_iter().enumerate() {
         let n_threads = 2 - i % 2;
-        let mut engine = engine_at(dir, precision, request(mode, budget, n_threads)).unwrap();
+        let mut engine = engine_at(dir, planes, request(mode, budget, n_threads)).unwrap();
         assert!(budget.is_none_or(|b| engine.plan().total_bytes <= b));
         assert_eq!(engine.plan().streams(), i > 0, "{} with {budget:?}", dir.display());
         let got = bits(&answer(&mut engine, DECODED).unwrap());
-        assert!(got == expected, "{} at {precision} with {budget:?} and {n_threads} threads", dir.display());
+        assert!(got == expected, "{} at {planes} with {budget:?} and {n_threads} threads", dir.display());
         assert!(i == 0 || engine.account().bytes.disk > 0);
     }
 }
@@ -82,6 +87,73 @@ fn every_plane_leads_closer_to_the_checkpoint() {
     // Four more bits are a sixteenth of the step in the neurons; attention stays q8 at plus.
     assert!(error(&plus) > 0.0 && error(&plus) * 4.0 < error(&base), "{} {}", error(&plus), error(&base));
     gives(&dir, Precision::Plus, Mode::Exact, &bits(&plus));
+}
+
+/// With half of the layer's neurons in each of two layouts, hot and cold ones lie on both sides of the border.
+#[test]
+fn planes_of_some_neurons_are_the_same_bits_from_every_budget() {
+    let dir = demo::split("q4+exact", &[]);
+    let sparse = Mode::Sparse { active: 0.2 };
+    for (given, mode) in
+        [("plus@0.1", Mode::Exact), ("exact@0.5", Mode::Exact), ("plus@0.5", sparse), ("exact@0.1", sparse)]
+    {
+        let expected = bits(&logits(&dir, planes(given), mode));
+        gives(&dir, planes(given), mode, &expected);
+        for ends in ["base", given.split('@').next().unwrap()] {
+            assert!(bits(&logits(&dir, planes(ends), mode)) != expected, "{given} is not {ends}");
+        }
+    }
+    for (share, whole) in [("plus@0", "base"), ("exact@0", "base"), ("plus@1", "plus"), ("exact@1", "exact")] {
+        let expected = bits(&logits(&dir, planes(whole), Mode::Exact));
+        assert!(bits(&logits(&dir, planes(share), Mode::Exact)) == expected, "{share} is {whole}");
+    }
+    // Neither the GPU engine nor a plan for one takes them.
+    #[cfg(feature = "cuda")]
+    {
+        use thermocline_runtime::{GpuPlan, GpuRequest};
+        let base = request(Mode::Exact, None, 2);
+        let vram_budget_bytes = 1 << 40;
+        let request = GpuRequest { base, vram_budget_bytes, context_bytes: 0, n_blocks: 8, cache_share: None };
+        let refused = GpuPlan::new(&Split::open_at(&dir, planes("plus@0.5")).unwrap(), request).unwrap_err();
+        assert!(matches!(refused, Error::Sections { layer: 0, first: "q4+plus", other: "q4" }), "{refused}");
+        assert!(refused.to_string().contains("--vram-budget 0"), "{refused}");
+    }
+}
+
+/// The weights that a share of the planes makes: those of all planes for the first neurons, in whole chunks, else the base's.
+#[test]
+fn planes_of_some_neurons_are_those_of_the_first_ones() {
+    let dir = demo::split("q4+exact", &[]);
+    let open = |given: &str| SplitCheckpoint::new(Split::open_at(&dir, planes(given)).unwrap());
+    for precision in ["plus", "exact"] {
+        let (base, whole, some) = (open("base"), open(precision), open(&format!("{precision}@0.3")));
+        let layer = &some.split().layers()[1];
+        let n = layer.order().len();
+        let n_front = (0.3 * n as f64).ceil() as usize;
+        let n_front = n_front.next_multiple_of(layer.chunk_neurons());
+        assert_eq!(layer.bundles().sections()[0].neurons(), 0..n_front);
+        let mut front = vec![false; n];
+        layer.order()[..n_front].iter().for_each(|&id| front[id as usize] = true);
+        for (tensor, in_columns) in [("gate", false), ("up", false), ("down", true)] {
+            let name = format!("model.layers.1.mlp.{tensor}_proj.weight");
+            let [base, whole, some] = [&base, &whole, &some].map(|c| c.load(&name).unwrap());
+            let columns = base.len() / base_rows(in_columns, n, base.len());
+            for (i, got) in some.iter().enumerate() {
+                let neuron = if in_columns { i % columns } else { i / columns };
+                let want = if front[neuron] { whole[i] } else { base[i] };
+                assert!(got.to_bits() == want.to_bits(), "{name}, {precision}: weight {i} of neuron {neuron}");
+            }
+            assert!(base != some && whole != some);
+        }
+        // Attention is the base's.
+        let name = "model.layers.1.self_attn.q_proj.weight";
+        assert!(bits(&some.load(name).unwrap()) == bits(&base.load(name).unwrap()));
+    }
+}
+
+/// Rows of a matrix whose rows or columns are `n` neurons.
+fn base_rows(in_columns: bool, n: usize, weights: usize) -> usize {
+    if in_columns { weights / n } else { n }
 }
 
 #[test]
@@ -334,6 +406,12 @@ fn deltas_that_do_not_fit_are_told_with_the_right_code() {
         let q4 = demo::split("q4", &[]);
         let message = fails(2, &[verb, &["-m", text(&q4), "--delta", text(&delta)]].concat());
         assert!(message.contains("q4") && message.contains("--precision exact"), "{message}");
+    }
+    // A base with the bits of some neurons only.
+    let planes = demo::split("q4+exact", &[]);
+    for precision in ["exact@0.5", "plus@0.5", "exact@0"] {
+        let message = run(&planes, &delta, &["--precision", precision], 2);
+        assert!(message.contains("q4") && message.contains("use --precision exact"), "{message}");
     }
     // Matrices without the bits, under neurons that have them.
     let message = run(&demo::split("bf16", &["--resident-encoding", "q8"]), &delta, &[], 2);

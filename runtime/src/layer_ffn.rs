@@ -10,7 +10,7 @@ use crate::prefill::FfnBatch;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
-use thermocline_kernels::{AlignedBuf, BundleLayout, Certificate, Kernels, QuantisedInput};
+use thermocline_kernels::{AlignedBuf, Certificate, Kernels, LayerLayout, QuantisedInput};
 use thermocline_split::{Flaw, Split};
 
 /// Chunks that lie closer than this are read together: the bytes between cost less than another read.
@@ -28,7 +28,6 @@ pub(crate) struct LayerFfn {
     /// Of all gates, if the plan has it and the gates' magnitudes allow it.
     certificate: Option<Certificate>,
     n_hot: usize,
-    bundle_bytes: usize,
     /// Of a bundle's bytes, how much is read: there is room behind streams.
     used_share: f64,
     n_neurons: usize,
@@ -63,32 +62,21 @@ impl LayerFfn {
     ) -> Result<Self> {
         let index = Arc::new(LayerIndex { split: Arc::clone(split), layer });
         let file = index.file();
-        let (bundle_bytes, n_neurons) = (file.layout().bundle_bytes(), file.order().len());
-        let mut hot = AlignedBuf::zeroed(n_hot * bundle_bytes)?;
+        let (layout, n_neurons) = (file.bundles(), file.order().len());
+        let hot_bytes = layout.offset(n_hot);
+        let mut hot = AlignedBuf::zeroed(hot_bytes)?;
         // A piece at a time: the decoder's buffers must not add a second copy of the layer to the peak.
         let chunks = n_hot.div_ceil(file.chunk_neurons());
-        file.read_chunks(0..chunks, &mut hot[..n_hot * bundle_bytes])?;
-        let layout = *file.layout();
+        file.read_chunks(0..chunks, &mut hot[..hot_bytes])?;
         let kernels = Kernels::detect();
         let gate = |n: usize, out: &mut [f32]| {
-            let bundle = &hot[n * bundle_bytes..(n + 1) * bundle_bytes];
-            kernels.unpack(layout.encoding(), layout.row(bundle, 0), out);
+            let (of, bundle) = (layout.of(n), layout.bundle(&hot, 0, n));
+            kernels.unpack(of.encoding(), of.row(bundle, 0), out);
         };
         let certificate = if certified { Certificate::new(n_neurons, layout.hidden_size(), gate)? } else { None };
         let files = file.paths().map(|path| Ok(Arc::new(DirectFile::open(path)?))).collect::<Result<_>>()?;
-        let used_share = layout.used_share(&hot[..n_hot * bundle_bytes]);
-        Ok(Self {
-            files,
-            hot,
-            certificate,
-            n_hot,
-            bundle_bytes,
-            used_share,
-            n_neurons,
-            run_bytes,
-            decoded_bytes,
-            index,
-        })
+        let used_share = used_share(layout, &hot, n_hot);
+        Ok(Self { files, hot, certificate, n_hot, used_share, n_neurons, run_bytes, decoded_bytes, index })
     }
 
     /// Whether reads bypass the page cache.
@@ -96,9 +84,9 @@ impl LayerFfn {
         self.files.iter().all(|file| file.is_direct())
     }
 
-    /// The bundles' layout.
-    pub(crate) fn layout(&self) -> &BundleLayout {
-        self.index.file().layout()
+    /// Where the bundles lie.
+    pub(crate) fn layout(&self) -> &LayerLayout {
+        self.index.file().bundles()
     }
 
     /// The first flaw among the hot bundles.
@@ -113,7 +101,7 @@ impl LayerFfn {
 
     /// The hot bundles.
     pub(crate) fn hot_bytes(&self) -> &[u8] {
-        &self.hot[..self.n_hot * self.bundle_bytes]
+        &self.hot[..self.layout().offset(self.n_hot)]
     }
 
     /// All cold chunks, in runs that fit a buffer.
@@ -167,7 +155,7 @@ impl LayerFfn {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
             let staged = self.take(disk, account)?;
             sums.add(&compute.kernels, &mut compute.pool, Span::Contiguous { first, bytes: staged.bytes() });
-            first += staged.bytes().len() / self.bundle_bytes;
+            first += self.layout().n_in(first, staged.bytes().len());
             disk.fetcher.release(staged);
         }
         Ok(())
@@ -190,7 +178,7 @@ impl LayerFfn {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
             let staged = self.take(disk, account)?;
             batch.add(compute, self.layout(), x, staged.bytes(), y);
-            first += staged.bytes().len() / self.bundle_bytes;
+            first += self.layout().n_in(first, staged.bytes().len());
             disk.fetcher.release(staged);
         }
         Ok(())
@@ -360,35 +348,48 @@ impl LayerFfn {
         staged: Option<(usize, &[u8])>,
         active: &[u32],
     ) {
-        let (layer, bytes) = (self.index.layer, self.bundle_bytes);
+        let (layer, layout) = (self.index.layer, self.layout());
         let mut from_disk = Vec::new();
         let mut list: Vec<(u32, &[u8])> = Vec::with_capacity(active.len());
-        let mut hits = 0;
+        let (mut hits, mut cached_bytes, mut hot_bytes) = (0, 0, 0);
         for &n in active {
             let at = n as usize;
             let bundle = if at < self.n_hot {
-                &self.hot[at * bytes..(at + 1) * bytes]
+                hot_bytes += layout.of(at).bundle_bytes() as u64;
+                layout.bundle(&self.hot, 0, at)
             } else if let Some(bundle) = cache.get(layer, at) {
                 hits += 1;
+                cached_bytes += layout.of(at).bundle_bytes() as u64;
                 bundle
             } else {
                 from_disk.push(n);
                 let (first, staged) = staged.unwrap_or((0, &[]));
-                &staged[(at - first) * bytes..(at - first + 1) * bytes]
+                layout.bundle(staged, first, at)
             };
             list.push((n, bundle));
         }
         sums.add(&compute.kernels, &mut compute.pool, Span::Listed(&list));
         account.cache_hits += hits;
-        account.bytes.cache += self.used(hits * bytes as u64);
-        account.bytes.host += self.used((active.len() as u64 - hits - from_disk.len() as u64) * bytes as u64);
+        account.bytes.cache += self.used(cached_bytes);
+        account.bytes.host += self.used(hot_bytes);
         account.cache_misses += from_disk.len() as u64;
         active.iter().filter(|&&n| n as usize >= self.n_hot).for_each(|&n| cache.touch(layer, n as usize));
         if let Some((first, staged)) = staged {
             for n in from_disk {
-                let at = n as usize - first;
-                cache.insert(layer, n as usize, &staged[at * bytes..(at + 1) * bytes]);
+                cache.insert(layer, n as usize, layout.bundle(staged, first, n as usize));
             }
         }
     }
+}
+
+/// Share of the bytes of the first `n` bundles that are read: without the room behind their streams. 1 for none.
+fn used_share(layout: &LayerLayout, bundles: &[u8], n: usize) -> f64 {
+    if n == 0 {
+        return 1.0;
+    }
+    let used = layout.within(0..n).map(|(neurons, section)| {
+        let bytes = &bundles[layout.offset(neurons.start)..layout.offset(neurons.end)];
+        section.bundles().used_share(bytes) * bytes.len() as f64
+    });
+    used.sum::<f64>() / layout.offset(n) as f64
 }

@@ -66,7 +66,7 @@ impl Partial {
         let files = Self::layer_files(l, planes);
         let opened = files.iter().map(|file| PlaneFile::open(&self.dir().join(file))).collect::<Result<Vec<_>>>();
         opened
-            .and_then(|planes| LayerFile::of_planes(planes, Precision::Exact))
+            .and_then(|planes| LayerFile::of_files(vec![planes], Precision::Exact.into()))
             .is_ok_and(|layer| layer.layer() == l && layer.is_whole())
             && self.read_part(l).is_ok()
     }

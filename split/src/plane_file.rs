@@ -6,6 +6,7 @@ use crate::error::{Result, corrupt, io, listed};
 use crate::{Error, chunk};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_64;
@@ -47,6 +48,7 @@ pub(crate) struct PlaneFile {
     layer: usize,
     content: Content,
     chunk_neurons: usize,
+    n_neurons: usize,
     order: Vec<u32>,
     index: Vec<ChunkEntry>,
     file_bytes: u64,
@@ -122,6 +124,7 @@ impl PlaneFile {
             layer: layer as usize,
             content,
             chunk_neurons: chunk_neurons as usize,
+            n_neurons: n_neurons as usize,
             order,
             index,
             file_bytes,
@@ -149,9 +152,24 @@ impl PlaneFile {
         self.chunk_neurons
     }
 
-    /// `order()[i]` is the checkpoint's number of the neuron at position i; hot first.
+    /// Neurons of the layer.
+    pub fn layer_neurons(&self) -> usize {
+        self.n_neurons
+    }
+
+    /// Which of them are in this file: places in split order.
+    pub fn place(&self) -> Range<usize> {
+        0..self.n_neurons
+    }
+
+    /// `order()[i]` is the checkpoint's number of the file's i-th neuron; hot first.
     pub fn order(&self) -> &[u32] {
         &self.order
+    }
+
+    /// The order, which the layer keeps for all its files.
+    pub fn take_order(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.order)
     }
 
     /// Every chunk, in order.
@@ -215,7 +233,7 @@ impl PlaneFile {
 
     fn corrupt_chunk(&self, c: usize) -> Error {
         let first = c * self.chunk_neurons;
-        let end = (first + self.chunk_neurons).min(self.order.len());
+        let end = (first + self.chunk_neurons).min(self.n_neurons);
         Error::CorruptChunk { path: self.path.clone(), layer: self.layer, first, end }
     }
 }

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use thermocline_datasets::write::{TinyGgufType, TinyModel, write_tiny_gguf, write_tiny_safetensors};
 use thermocline_datasets::{Activation, Architecture};
 use thermocline_runtime::{Engine, Error, Logits, Mode, Plan, PlanRequest};
-use thermocline_split::{Precision, Split};
+use thermocline_split::{Planes, Precision, Split};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_thermocline");
 const SEED: u64 = 7;
@@ -274,8 +274,8 @@ pub fn engine(dir: &Path, request: PlanRequest) -> Result<Engine, Error> {
     engine_at(dir, Precision::Base, request)
 }
 
-pub fn engine_at(dir: &Path, precision: Precision, request: PlanRequest) -> Result<Engine, Error> {
-    engine_of(Split::open_at(dir, precision)?, request)
+pub fn engine_at(dir: &Path, planes: impl Into<Planes>, request: PlanRequest) -> Result<Engine, Error> {
+    engine_of(Split::open_at(dir, planes)?, request)
 }
 
 pub fn engine_of(split: Split, request: PlanRequest) -> Result<Engine, Error> {
