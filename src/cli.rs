@@ -309,8 +309,9 @@ pub struct Split {
     #[arg(short, long)]
     pub output: PathBuf,
     /// Encoding of the neurons: q4, q8, bf16; bf16x (bf16 with coded exponents, exact in two thirds of the bytes);
-    /// q4+exact, q8+exact (with planes that lead to the exact bf16, used as --precision asks). Layers can have their own:
-    /// q4,0-3=bf16x
+    /// q4+exact, q8+exact (with planes that lead to the exact bf16, used as --precision asks). Layers can have their own,
+    /// q4,0-3=bf16x, and so can hot neurons, a share of each layer's: q4,hot@0.2=q8, or of some layers, 0-3:hot@0.2=q8. Of
+    /// several that name a neuron the last one counts
     #[arg(long, default_value = "q4")]
     pub encoding: LayerEncodings,
     /// Encoding of embedding, attention and head [default: q8, or as exact as --encoding]

@@ -5,51 +5,20 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use support::budgets::{DECODED, budgets, gives, logits};
 use support::{
-    BINARY, Form, Made, Ran, answer, bits, budget_range_of, copy, demo, engine_at, engine_of, fails, files, json,
-    llama, model, ok, profile, request, split, splitting, text, tiny,
+    answer, bits, budget_range_of, copy, demo, engine_at, engine_of, fails, files, four_layers, json, llama, model, ok,
+    profile, request, split, splitting, text, with_file_limit,
 };
 use tempfile::TempDir;
 use thermocline_datasets::huggingface::LoraAdapter;
-use thermocline_datasets::write::TinyModel;
-use thermocline_datasets::{Activation, Architecture, Checkpoint, open_checkpoint};
+use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_runtime::{Error, Mode};
 use thermocline_split::delta::AdapterCheckpoint;
-use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
+use thermocline_split::{Precision, Split, SplitCheckpoint};
 
 /// What holds every bit of a BF16 checkpoint, of every kind.
 const EXACT: [&str; 4] = ["bf16", "bf16x", "q4+exact", "q8+exact"];
-/// Every plane is used by batches and by single tokens.
-const DECODED: usize = 4;
-
-fn logits(dir: &Path, planes: impl Into<Planes>, mode: Mode) -> Vec<f32> {
-    answer(&mut engine_at(dir, planes, request(mode, None, 1)).unwrap(), DECODED).unwrap()
-}
-
-fn planes(text: &str) -> Planes {
-    text.parse().unwrap()
-}
-
-/// All weights in memory, half and a quarter of what is more than the least, and the least.
-fn budgets(split: &Split, mode: Mode) -> [Option<u64>; 4] {
-    let (least, all) = budget_range_of(split, mode);
-    [None, Some((least + all) / 2), Some(least + (all - least) / 4), Some(least)]
-}
-
-/// That every budget gives these bits, with two threads and with one in turn.
-fn gives(dir: &Path, planes: impl Into<Planes>, mode: Mode, expected: &[u32]) {
-    let planes = planes.into();
-    for (i, budget) in budgets(&Split::open_at(dir, planes).unwrap(), mode).into_iter().enumerate() {
-        let n_threads = 2 - i % 2;
-        let mut engine = engine_at(dir, planes, request(mode, budget, n_threads)).unwrap();
-        assert!(budget.is_none_or(|b| engine.plan().total_bytes <= b));
-        assert_eq!(engine.plan().streams(), i > 0, "{} with {budget:?}", dir.display());
-        let got = bits(&answer(&mut engine, DECODED).unwrap());
-        assert!(got == expected, "{} at {planes} with {budget:?} and {n_threads} threads", dir.display());
-        assert!(i == 0 || engine.account().bytes.disk > 0);
-    }
-}
 
 #[test]
 fn exact_planes_are_the_bits_of_bf16_from_every_budget() {
@@ -89,73 +58,6 @@ fn every_plane_leads_closer_to_the_checkpoint() {
     gives(&dir, Precision::Plus, Mode::Exact, &bits(&plus));
 }
 
-/// With half of the layer's neurons in each of two layouts, hot and cold ones lie on both sides of the border.
-#[test]
-fn planes_of_some_neurons_are_the_same_bits_from_every_budget() {
-    let dir = demo::split("q4+exact", &[]);
-    let sparse = Mode::Sparse { active: 0.2 };
-    for (given, mode) in
-        [("plus@0.1", Mode::Exact), ("exact@0.5", Mode::Exact), ("plus@0.5", sparse), ("exact@0.1", sparse)]
-    {
-        let expected = bits(&logits(&dir, planes(given), mode));
-        gives(&dir, planes(given), mode, &expected);
-        for ends in ["base", given.split('@').next().unwrap()] {
-            assert!(bits(&logits(&dir, planes(ends), mode)) != expected, "{given} is not {ends}");
-        }
-    }
-    for (share, whole) in [("plus@0", "base"), ("exact@0", "base"), ("plus@1", "plus"), ("exact@1", "exact")] {
-        let expected = bits(&logits(&dir, planes(whole), Mode::Exact));
-        assert!(bits(&logits(&dir, planes(share), Mode::Exact)) == expected, "{share} is {whole}");
-    }
-    // Neither the GPU engine nor a plan for one takes them.
-    #[cfg(feature = "cuda")]
-    {
-        use thermocline_runtime::{GpuPlan, GpuRequest};
-        let base = request(Mode::Exact, None, 2);
-        let vram_budget_bytes = 1 << 40;
-        let request = GpuRequest { base, vram_budget_bytes, context_bytes: 0, n_blocks: 8, cache_share: None };
-        let refused = GpuPlan::new(&Split::open_at(&dir, planes("plus@0.5")).unwrap(), request).unwrap_err();
-        assert!(matches!(refused, Error::Sections { layer: 0, first: "q4+plus", other: "q4" }), "{refused}");
-        assert!(refused.to_string().contains("--vram-budget 0"), "{refused}");
-    }
-}
-
-/// The weights that a share of the planes makes: those of all planes for the first neurons, in whole chunks, else the base's.
-#[test]
-fn planes_of_some_neurons_are_those_of_the_first_ones() {
-    let dir = demo::split("q4+exact", &[]);
-    let open = |given: &str| SplitCheckpoint::new(Split::open_at(&dir, planes(given)).unwrap());
-    for precision in ["plus", "exact"] {
-        let (base, whole, some) = (open("base"), open(precision), open(&format!("{precision}@0.3")));
-        let layer = &some.split().layers()[1];
-        let n = layer.order().len();
-        let n_front = (0.3 * n as f64).ceil() as usize;
-        let n_front = n_front.next_multiple_of(layer.chunk_neurons());
-        assert_eq!(layer.bundles().sections()[0].neurons(), 0..n_front);
-        let mut front = vec![false; n];
-        layer.order()[..n_front].iter().for_each(|&id| front[id as usize] = true);
-        for (tensor, in_columns) in [("gate", false), ("up", false), ("down", true)] {
-            let name = format!("model.layers.1.mlp.{tensor}_proj.weight");
-            let [base, whole, some] = [&base, &whole, &some].map(|c| c.load(&name).unwrap());
-            let columns = base.len() / base_rows(in_columns, n, base.len());
-            for (i, got) in some.iter().enumerate() {
-                let neuron = if in_columns { i % columns } else { i / columns };
-                let want = if front[neuron] { whole[i] } else { base[i] };
-                assert!(got.to_bits() == want.to_bits(), "{name}, {precision}: weight {i} of neuron {neuron}");
-            }
-            assert!(base != some && whole != some);
-        }
-        // Attention is the base's.
-        let name = "model.layers.1.self_attn.q_proj.weight";
-        assert!(bits(&some.load(name).unwrap()) == bits(&base.load(name).unwrap()));
-    }
-}
-
-/// Rows of a matrix whose rows or columns are `n` neurons.
-fn base_rows(in_columns: bool, n: usize, weights: usize) -> usize {
-    if in_columns { weights / n } else { n }
-}
-
 #[test]
 fn layers_of_different_encodings_run_together() {
     // Residents with both planes; layers with one file, with three, and with streams in the base.
@@ -192,12 +94,6 @@ fn verify_exact_passes_what_is_and_names_what_is_not() {
     let dir = demo::split("q4", &[]);
     let message = fails(4, &["verify", text(&dir), "-m", text(&checkpoint), "--exact"]);
     assert!(message.contains(".weight, is "), "{message}");
-}
-
-/// A model of four small layers: their files are quickly made, cut and compared.
-fn four_layers() -> Made {
-    let Made { model, form, tokens, .. } = tiny("four", Architecture::Llama, Activation::Silu, Form::Folder);
-    Made { name: "four", model: TinyModel { n_layers: 4, ..model }, form, tokens }
 }
 
 #[test]
@@ -248,7 +144,7 @@ fn bytes_of(dir: &Path) -> usize {
 #[test]
 fn archives_and_compressed_splits_answer_alike() {
     let checkpoint = model(&four_layers());
-    for encoding in ["bf16", "q4", "q4+exact", "bf16x"] {
+    for encoding in ["bf16", "q4", "q4+exact", "bf16x", "q4,hot@0.4=bf16"] {
         let of = |more: &[&str]| split(&four_layers(), encoding, &[&["--chunk-neurons", "32"], more].concat());
         let plain = of(&[]);
         let expected = bits(&logits(&plain, Precision::Exact, Mode::Exact));
@@ -268,12 +164,6 @@ fn archives_and_compressed_splits_answer_alike() {
         let n_compressed: usize = archive.layers().iter().map(|l| l.n_compressed()).sum();
         assert_eq!(n_compressed > 0, encoding != "bf16x", "{encoding}: streams hold no more than their entropy");
     }
-}
-
-/// Runs the binary where no file may grow beyond `blocks` of 1024 bytes.
-fn with_file_limit(blocks: u32, args: &[&str]) -> Ran {
-    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
-    Command::new("bash").args(["-c", &script, "bash", BINARY]).args(args).output().unwrap().into()
 }
 
 #[test]

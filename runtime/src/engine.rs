@@ -3,12 +3,13 @@
 use crate::account::Account;
 use crate::attention::{Rope, attend_batch, attend_one};
 use crate::cache::NeuronCache;
+use crate::divide::slot_bytes;
 use crate::fetch::{DirectFile, Fetcher};
 use crate::ffn::FfnSums;
 use crate::kv::KvCache;
 use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
-use crate::plan::{Mode, Plan, decoded_bytes, n_parts, slot_bytes};
+use crate::plan::{Mode, Plan, decoded_bytes, n_parts};
 use crate::predictor::{Predictor, n_active, top_k};
 use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};

@@ -19,6 +19,7 @@ mod bench;
 pub mod budget;
 mod cache;
 mod decoder;
+mod divide;
 mod engine;
 mod error;
 mod fetch;

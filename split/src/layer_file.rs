@@ -4,11 +4,12 @@ use crate::Error;
 use crate::chunk::Codec;
 use crate::delta::Delta;
 use crate::error::{Result, corrupt};
-use crate::manifest::{LayerEntry, PlaneEntry};
+use crate::manifest::{LayerEntry, Manifest, PlaneEntry};
 use crate::plane_file::PlaneFile;
-use crate::planes::further_planes;
+
 use crate::precision::{Planes, Precision};
-use crate::sections::{Section, Sections};
+use crate::sealed::Sealed;
+use crate::sections::{Section, Sections, open_group};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -55,31 +56,35 @@ impl LayerFile {
         Self::of_files(vec![vec![PlaneFile::open(path)?]], Precision::Base.into())
     }
 
-    /// Opens the planes that `planes` takes of those that the manifest lists for this encoding.
-    pub(crate) fn open_planes(dir: &Path, entry: &LayerEntry, encoding: Encoding, planes: Planes) -> Result<Self> {
-        let further = further_planes(encoding);
-        if further.len() != entry.planes.len() {
-            let reason = format!("{} planes of a layer in {encoding}", entry.planes.len());
-            return Err(corrupt(&dir.join(&entry.file), "planes", reason));
+    /// Opens what the manifest lists for a layer of these sections (neurons and encoding, hottest first), and of further
+    /// planes those that `planes` takes.
+    pub(crate) fn open_planes(
+        dir: &Path,
+        entry: &LayerEntry,
+        sections: &[(usize, Encoding)],
+        planes: Planes,
+    ) -> Result<Self> {
+        let listed = entry.hot.iter().map(|s| (s.neurons, s.encoding.clone()));
+        let Some((&(_, last), hot)) = sections.split_last() else { unreachable!("a layer without neurons") };
+        if !listed.eq(hot.iter().map(|(neurons, encoding)| (*neurons, encoding.name().to_owned()))) {
+            let expected: Vec<String> = hot.iter().map(|(n, encoding)| format!("{n} in {encoding}")).collect();
+            let reason = format!("not the neurons that packing.ffn_encoding says: [{}]", expected.join(", "));
+            return Err(corrupt(&dir.join(Manifest::FILE), format!("hot of {}", entry.file), reason));
         }
-        let open = |entry: &PlaneEntry| {
-            let path = dir.join(&entry.file);
-            let plane = PlaneFile::open(&path)?;
-            if plane.file_bytes() != entry.file_bytes || plane.checksum() != entry.checksum {
-                return Err(corrupt(&path, "header", "does not fit the manifest: files of two splits are mixed"));
-            }
-            Ok(plane)
-        };
         let base =
             PlaneEntry { file: entry.file.clone(), file_bytes: entry.file_bytes, checksum: entry.checksum.clone() };
-        let mut files = vec![open(&base)?];
-        if planes.n_front(files[0].layer_neurons(), files[0].chunk_neurons()) > 0 {
-            let taken = further.iter().zip(&entry.planes).filter(|(plane, _)| planes.precision().takes(**plane));
-            for (_, entry) in taken {
-                files.push(open(entry)?);
-            }
+        let rest: Vec<PlaneEntry> = [base].into_iter().chain(entry.planes.iter().cloned()).collect();
+        let mut groups = Vec::with_capacity(sections.len());
+        let listed = entry.hot.iter().map(|s| s.planes.as_slice()).chain([rest.as_slice()]);
+        for (group, (_, encoding)) in listed.zip(hot.iter().chain([&(0, last)])) {
+            groups.push(open_group(dir, group, *encoding, planes)?);
         }
-        Self::of_files(vec![files], planes)
+        let layer = Self::of_files(groups, planes)?;
+        let neurons = layer.files.iter().filter(|f| f.content().plane().is_none()).map(|f| f.place().neurons.len());
+        match neurons.eq(sections.iter().map(|(n, _)| *n)) {
+            true => Ok(layer),
+            false => Err(corrupt(layer.path(), "header", "does not fit the manifest: files of two splits are mixed")),
+        }
     }
 
     /// Puts files together, a group for each part of the layer, its base first.
@@ -137,7 +142,7 @@ impl LayerFile {
 
     /// Which layer this is.
     pub fn layer(&self) -> usize {
-        self.base().layer()
+        self.base().place().layer
     }
 
     /// Where the bundles lie, as they are when planes are put together.
@@ -226,6 +231,11 @@ impl LayerFile {
         let mut parts = self.parts(chunks);
         let only = parts.next().filter(|_| parts.next().is_none() && self.delta.is_none());
         only.is_some_and(|(file, part)| self.files[file].index()[part].iter().all(|e| e.codec == Codec::Stored))
+    }
+
+    /// Chunks of all files.
+    pub fn n_stored_chunks(&self) -> usize {
+        self.files.iter().map(|f| f.index().len()).sum()
     }
 
     /// Chunks that are compressed, in all files.
@@ -386,20 +396,4 @@ pub(crate) fn not_exact(path: &Path, encoding: Encoding) -> Error {
          use --precision exact, of a split with --encoding bf16, bf16x or q4+exact of a BF16 checkpoint"
     );
     Error::Settings { what }
-}
-
-/// What the manifest says of a layer whose files are written, the base first.
-pub(crate) fn layer_entry(dir: &Path, files: &[String]) -> Result<LayerEntry> {
-    let mut planes = Vec::with_capacity(files.len());
-    for file in files {
-        let written = PlaneFile::open(&dir.join(file))?;
-        planes.push(PlaneEntry { file: file.clone(), file_bytes: written.file_bytes(), checksum: written.checksum() });
-    }
-    let mut planes = planes.into_iter();
-    match planes.next() {
-        Some(PlaneEntry { file, file_bytes, checksum }) => {
-            Ok(LayerEntry { file, file_bytes, checksum, planes: planes.collect() })
-        }
-        None => Err(Error::Settings { what: "a layer without files".to_owned() }),
-    }
 }

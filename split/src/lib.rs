@@ -50,7 +50,7 @@ pub use error::{Error, Result};
 pub use flaw::{Flaw, FlawKind};
 pub use layer_encodings::LayerEncodings;
 pub use layer_file::{FileRange, LayerFile};
-pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, PlaneEntry, Source};
+pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, PlaneEntry, SectionEntry, Source};
 pub use open::Split;
 pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use precision::{Planes, Precision};

@@ -45,12 +45,12 @@ impl Split {
         let encodings = manifest.ffn_encodings(dir)?;
         let mut layers = Vec::with_capacity(manifest.layers.len());
         for (l, entry) in manifest.layers.iter().enumerate() {
-            let file = LayerFile::open_planes(dir, entry, encodings.of(l), planes)?;
             let c = &manifest.config;
+            let sections = encodings.sections(l, c.intermediate_size, manifest.packing.chunk_neurons);
+            let file = LayerFile::open_planes(dir, entry, &sections, planes)?;
             let fits = file.layer() == l
                 && file.order().len() == c.intermediate_size
-                && file.layout().hidden_size() == c.hidden_size
-                && file.layout().encoding().base() == encodings.of(l).base();
+                && file.bundles().hidden_size() == c.hidden_size;
             if !fits {
                 let reason = "does not fit the manifest: files of two splits are mixed";
                 return Err(corrupt(file.path(), "header", reason));

@@ -5,6 +5,7 @@
 //! they damage.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
+pub mod budgets;
 pub mod demo;
 pub mod forge;
 
@@ -57,6 +58,12 @@ pub fn run(args: &[&str]) -> Ran {
         command.env_remove("THERMOCLINE_VRAM_BUDGET");
     }
     command.args(args).output().unwrap().into()
+}
+
+/// Runs the binary where no file may grow beyond `blocks` of 1024 bytes.
+pub fn with_file_limit(blocks: u32, args: &[&str]) -> Ran {
+    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
+    Command::new("bash").args(["-c", &script, "bash", BINARY]).args(args).output().unwrap().into()
 }
 
 /// Runs the binary, which must succeed.
@@ -137,6 +144,12 @@ pub fn medium() -> Made {
         ..TinyModel::default()
     };
     Made { name: "medium", model, form: Form::Folder, tokens: 1024 }
+}
+
+/// A model of four small layers: their files are quickly made, cut and compared.
+pub fn four_layers() -> Made {
+    let Made { model, form, tokens, .. } = tiny("four", Architecture::Llama, Activation::Silu, Form::Folder);
+    Made { name: "four", model: TinyModel { n_layers: 4, ..model }, form, tokens }
 }
 
 fn root() -> &'static Path {
