@@ -233,7 +233,7 @@ fn files_of_sections_cut_flipped_or_mixed_are_found() {
 
 #[test]
 fn what_hot_neurons_take_is_planned() {
-    let report = support::json(&["plan", "-m", text(&whole()), "--precision", "exact", "--json"]);
+    let report = support::json(&["plan", "-m", text(&whole()), "--json"]);
     let sections = report["plan"]["sections"].as_array().unwrap();
     assert_eq!(sections.len(), 2 * Manifest::read(&whole()).unwrap().layers.len());
     let bytes: u64 =

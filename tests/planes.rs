@@ -13,7 +13,7 @@ use support::{
 use tempfile::TempDir;
 use thermocline_datasets::huggingface::LoraAdapter;
 use thermocline_datasets::{Checkpoint, open_checkpoint};
-use thermocline_runtime::{Error, Mode};
+use thermocline_runtime::{Error, Mode, Plan};
 use thermocline_split::delta::AdapterCheckpoint;
 use thermocline_split::{Precision, Split, SplitCheckpoint};
 
@@ -25,6 +25,24 @@ fn exact_planes_are_the_bits_of_bf16_from_every_budget() {
     let expected = bits(&logits(&demo::split("bf16", &[]), Precision::Base, Mode::Exact));
     for encoding in EXACT {
         gives(&demo::split(encoding, &[]), Precision::Exact, Mode::Exact, &expected);
+    }
+}
+
+/// In memory bundles take what they hold: each was as long as the longest of its layer.
+#[test]
+fn bundles_in_memory_have_no_room_behind_their_streams() {
+    for encoding in ["bf16x", "q4+exact", "q8+exact"] {
+        let split = Split::open_at(&demo::split(encoding, &[]), Precision::Exact).unwrap();
+        let (mut stored, mut padded, mut n) = (0, 0, 0);
+        for layer in split.layers() {
+            stored += layer.stored_bytes(0..layer.n_chunks());
+            padded += layer.bundles().bytes(0..layer.order().len()) as u64;
+            n += layer.order().len() as u64 + 1;
+        }
+        let plan = Plan::new(&split, request(Mode::Exact, None, 1)).unwrap();
+        // At most 16 bytes to the next multiple of 16, and four for where a bundle begins.
+        assert!(plan.hot_bytes >= stored && plan.hot_bytes <= stored + 20 * n, "{} of {stored}", plan.hot_bytes);
+        assert!(plan.hot_bytes < padded, "{encoding}: {} of {padded}", plan.hot_bytes);
     }
 }
 

@@ -1,6 +1,9 @@
 use crate::{BundleLayout, Encoding};
 use std::ops::Range;
 
+/// Bundles begin at multiples of this.
+const UNIT: usize = 16;
+
 /// Neighbouring neurons of a layer whose bundles have one layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayoutSection {
@@ -8,6 +11,9 @@ pub struct LayoutSection {
     /// Bytes of the sections before.
     offset: usize,
     bundles: BundleLayout,
+    /// Where each bundle begins in the section, and where the last ends, in units of [`UNIT`]; `None`: all are as long as
+    /// the layout says.
+    places: Option<Vec<u32>>,
 }
 
 impl LayoutSection {
@@ -24,7 +30,8 @@ impl LayoutSection {
     /// Where among the layer's bytes the bundle of neuron `n` begins.
     #[inline]
     fn offset(&self, n: usize) -> usize {
-        self.offset + (n - self.neurons.start) * self.bundles.bundle_bytes()
+        let i = n - self.neurons.start;
+        self.offset + self.places.as_ref().map_or(i * self.bundles.bundle_bytes(), |places| places[i] as usize * UNIT)
     }
 
     /// The bundle of the section's neuron `n` among `bytes`, which begin with byte `from` of the layer's.
@@ -33,7 +40,7 @@ impl LayoutSection {
     /// If it is not among them.
     #[inline]
     pub fn bundle<'a>(&self, bytes: &'a [u8], from: usize, n: usize) -> &'a [u8] {
-        &bytes[self.offset(n) - from..][..self.bundles.bundle_bytes()]
+        &bytes[self.offset(n) - from..self.offset(n + 1) - from]
     }
 }
 
@@ -56,7 +63,7 @@ impl LayerLayout {
             let first = all.last().map_or(0, |last| last.neurons.end);
             match all.last_mut() {
                 Some(last) if last.bundles == bundles => last.neurons.end += n,
-                _ => all.push(LayoutSection { neurons: first..first + n, offset: at, bundles }),
+                _ => all.push(LayoutSection { neurons: first..first + n, offset: at, bundles, places: None }),
             }
             at += n * bundles.bundle_bytes();
         }
@@ -118,15 +125,42 @@ impl LayerLayout {
     pub fn n_in(&self, first: usize, bytes: usize) -> usize {
         let (mut left, mut n) = (bytes, 0);
         for (neurons, section) in self.within(first..self.n_neurons()) {
-            let size = section.bundles.bundle_bytes();
-            let whole = neurons.len().min(left / size);
+            let begin = section.offset(neurons.start);
+            let whole = match &section.places {
+                None => neurons.len().min(left / section.bundles.bundle_bytes()),
+                Some(places) => {
+                    let ends = &places[neurons.start + 1 - section.neurons.start..];
+                    ends.partition_point(|&end| section.offset + end as usize * UNIT - begin <= left)
+                }
+            };
             n += whole;
-            left -= whole * size;
+            left -= section.offset(neurons.start + whole) - begin;
             if whole < neurons.len() {
                 break;
             }
         }
         n
+    }
+
+    /// The layout of the first bundles where these take `lengths` ([`BundleLayout::trimmed_bytes`]); `None` for none.
+    ///
+    /// # Panics
+    /// If there are more than neurons.
+    pub fn trimmed(&self, lengths: &[usize]) -> Option<Self> {
+        let (mut sections, mut at) = (Vec::new(), 0);
+        for (neurons, section) in self.within(0..lengths.len()) {
+            let mut end = 0;
+            let ends = lengths[neurons.clone()].iter().map(|length| {
+                end += (length / UNIT) as u32;
+                end
+            });
+            let has_stream = section.bundles.encoding().has_stream();
+            let places = has_stream.then(|| [0].into_iter().chain(ends).collect::<Vec<u32>>());
+            let trimmed = LayoutSection { neurons, offset: at, bundles: section.bundles, places };
+            at = trimmed.offset(trimmed.neurons.end);
+            sections.push(trimmed);
+        }
+        (!sections.is_empty()).then_some(Self { sections })
     }
 
     /// The layout of neuron `n`'s bundle.
@@ -188,6 +222,25 @@ mod tests {
             assert!(parts.into_iter().eq(first..12));
         }
         assert_eq!(layout.largest().neurons(), 0..3);
+        // Without the room behind streams.
+        let bf16x = BundleLayout::with_streams(Encoding::Bf16x, 64, 500).expect("any width");
+        let padded = LayerLayout::new([(2, q8), (4, bf16x), (3, q4)]).expect("neurons");
+        for n in [1, 2, 4, 6, 8, 9] {
+            let lengths: Vec<usize> =
+                (0..n).map(|i| padded.of(i).bundle_bytes() - 16 * (i % 3 * usize::from((2..6).contains(&i)))).collect();
+            let all: Vec<u8> = lengths.iter().enumerate().flat_map(|(n, &bytes)| vec![n as u8; bytes]).collect();
+            let trimmed = padded.trimmed(&lengths).expect("neurons");
+            assert_eq!((trimmed.n_neurons(), trimmed.offset(n)), (n, all.len()));
+            for first in 0..n {
+                for (i, &length) in lengths.iter().enumerate().skip(first) {
+                    let bundle = trimmed.bundle(&all[trimmed.offset(first)..], first, i);
+                    assert!(bundle.len() == length && bundle.iter().all(|&b| usize::from(b) == i), "{i} of {n}");
+                    let upto = trimmed.bytes(first..i);
+                    assert_eq!((trimmed.n_in(first, upto), trimmed.n_in(first, upto + 15)), (i - first, i - first));
+                }
+            }
+        }
+        assert!(padded.trimmed(&[]).is_none());
         let other = BundleLayout::new(Encoding::Q4, 32).expect("whole groups");
         assert!(LayerLayout::new([(3, q4), (1, other)]).is_none() && LayerLayout::new([(0, q4)]).is_none());
         assert_eq!(LayerLayout::new([(3, q4), (1, q4)]).as_ref().and_then(LayerLayout::uniform), Some(&q4));

@@ -10,9 +10,15 @@ pub(crate) fn whole_chunks(neurons: usize, chunk_neurons: usize, n: usize) -> us
     if neurons == n { n } else { neurons / chunk_neurons * chunk_neurons }
 }
 
-/// Bytes of the first `hot[l]` bundles of each layer.
+/// Bytes that the first `hot[l]` bundles of each layer take in memory, in whole chunks, with the table of where they begin if
+/// they have streams.
 pub(crate) fn prefix_bytes(split: &Split, hot: &[usize]) -> u64 {
-    split.layers().iter().zip(hot).map(|(file, &n)| file.bundles().offset(n) as u64).sum()
+    let of_layer = |(file, &n): (&LayerFile, &usize)| {
+        let has_streams = file.bundles().within(0..n).any(|(_, s)| s.bundles().encoding().has_stream());
+        let table = if has_streams { size_of::<u32>() * (n + file.bundles().sections().len()) } else { 0 };
+        (file.trimmed_bytes(0..n.div_ceil(file.chunk_neurons())) + table) as u64
+    };
+    split.layers().iter().zip(hot).map(of_layer).sum()
 }
 
 /// Bytes of a slot of the cache where these prefixes are hot: the longest of the other bundles.
@@ -87,8 +93,8 @@ pub(crate) fn active_bundle(split: &Split) -> Result<f64> {
         }
     }
     let n = split.manifest().config.intermediate_size;
-    let all = prefix_bytes(split, &vec![n; split.layers().len()]) as f64;
-    Ok(if fires > 0.0 { bytes / fires } else { all / (n * split.layers().len()) as f64 })
+    let all: usize = split.layers().iter().map(|f| f.bundles().offset(n)).sum();
+    Ok(if fires > 0.0 { bytes / fires } else { all as f64 / (n * split.layers().len()) as f64 })
 }
 
 /// Divides `left` bytes between hot prefix and cache: the division whose replay reads the fewest bytes from disk.

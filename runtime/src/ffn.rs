@@ -29,8 +29,6 @@ const OPEN_AHEAD: usize = 8;
 pub(crate) struct FfnSums {
     /// Leave a neuron when its gate shows that it is zero, and its down row unread when h is zero.
     pub(crate) skip_zeros: bool,
-    /// Of the layer under way.
-    layout: Option<LayerLayout>,
     activation: Activation,
     block_neurons: usize,
     hidden_size: usize,
@@ -55,7 +53,7 @@ impl FfnSums {
         let block_neurons = n_neurons.div_ceil(BLOCKS).next_multiple_of(32);
         let partials = vec![0.0; n_neurons.div_ceil(block_neurons) * hidden_size];
         let input = PreparedInput::default();
-        Self { skip_zeros: true, layout: None, activation, block_neurons, hidden_size, input, partials }
+        Self { skip_zeros: true, activation, block_neurons, hidden_size, input, partials }
     }
 
     /// Memory that the sums and their input take.
@@ -63,9 +61,8 @@ impl FfnSums {
         4 * self.partials.len() as u64 + PreparedInput::bytes(self.hidden_size)
     }
 
-    /// Starts a new layer, whose bundles lie so and whose input is `x`.
+    /// Starts a new layer, whose bundles are laid out so and whose input is `x`.
     pub(crate) fn start(&mut self, kernels: &Kernels, layout: &LayerLayout, x: &[f32]) {
-        self.layout = Some(layout.clone());
         // An input for q4 serves all.
         let encoding = layout.encodings().find(|e| *e == Encoding::Q4).unwrap_or(layout.of(0).encoding());
         kernels.prepare(encoding, x, &mut self.input);
@@ -75,8 +72,8 @@ impl FfnSums {
     /// Adds the neurons of `span`, whose numbers must be above those of all earlier spans of this layer, and returns
     /// the bytes of the rows that were read. Neurons with `h == 0` add nothing and their down rows are not read; where
     /// a gate that is not positive makes h zero, the up rows are not read either.
-    pub(crate) fn add(&mut self, kernels: &Kernels, pool: &mut Pool, span: Span<'_>) -> u64 {
-        let Some(layout) = &self.layout else { unreachable!("a span without a layer") };
+    /// `layout` says where the bundles lie; those of single neurons are laid out as it says.
+    pub(crate) fn add(&mut self, kernels: &Kernels, pool: &mut Pool, layout: &LayerLayout, span: Span<'_>) -> u64 {
         let (first, end) = match span {
             Span::Contiguous { first, bytes } => (first, first + layout.n_in(first, bytes.len())),
             Span::Certified { .. } => (0, layout.n_neurons()),
@@ -376,9 +373,11 @@ impl<'a, F: Fn(usize) -> &'a [u8]> Upcoming<'_, F> {
                 return &[][..];
             }
             let (i, from) = (self.at / self.size, self.at % self.size);
-            let part = &(self.bundle)(i)[from..self.size.min(from + to - self.at)];
-            self.at += part.len();
-            part
+            // A bundle may lie there without the room behind its streams.
+            let bundle = (self.bundle)(i);
+            let end = from + to - self.at;
+            self.at = if end < bundle.len() { to } else { (i + 1) * self.size };
+            bundle.get(from..end.min(bundle.len())).unwrap_or_default()
         })
     }
 }
@@ -435,9 +434,9 @@ mod tests {
         sums.start(&Kernels::detect(), &uniform(*layout), x);
         if listed {
             let list: Vec<(u32, &[u8])> = (0..).zip(all.chunks_exact(layout.bundle_bytes())).collect();
-            sums.add(&Kernels::detect(), pool, Span::Listed(&list));
+            sums.add(&Kernels::detect(), pool, &uniform(*layout), Span::Listed(&list));
         } else {
-            sums.add(&Kernels::detect(), pool, Span::Contiguous { first: 0, bytes: all });
+            sums.add(&Kernels::detect(), pool, &uniform(*layout), Span::Contiguous { first: 0, bytes: all });
         }
         let mut y = vec![0.0; HIDDEN];
         sums.finish(&mut y);
@@ -491,7 +490,7 @@ mod tests {
                 for spans in spans {
                     let mut sums = FfnSums::new(HIDDEN, activation, NEURONS);
                     sums.start(&kernels, &layout, &x);
-                    let read: u64 = spans.into_iter().map(|span| sums.add(&kernels, pool, span)).sum();
+                    let read: u64 = spans.into_iter().map(|span| sums.add(&kernels, pool, &layout, span)).sum();
                     assert!(activation.is_sparse() || read.abs_diff(all.len() as u64) <= 2, "{read} of {}", all.len());
                     let mut y = vec![0.0; HIDDEN];
                     sums.finish(&mut y);
@@ -533,7 +532,7 @@ mod tests {
                     let mut sums = FfnSums::new(HIDDEN, activation, NEURONS);
                     sums.skip_zeros = matches!(span, Span::Certified { .. });
                     sums.start(&kernels, &uniform(layout), &x);
-                    let read = sums.add(&kernels, pool, span);
+                    let read = sums.add(&kernels, pool, &uniform(layout), span);
                     // Elsewhere 8-bit codes are as long as the gates that they spare.
                     let less = encoding == Encoding::Bf16 && sums.skip_zeros;
                     assert!(!less || read < all.len() as u64 * 9 / 10, "{read}");

@@ -128,7 +128,7 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     sums.skip_zeros = false;
     sums.start(&kernels, &all, &vec![0.5f32; layout.hidden_size()]);
     best_pass(used, || {
-        sums.add(&kernels, pool, Span::Contiguous { first: 0, bytes: used });
+        sums.add(&kernels, pool, &all, Span::Contiguous { first: 0, bytes: used });
     })
 }
 

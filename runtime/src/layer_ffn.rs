@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 use thermocline_kernels::{AlignedBuf, Certificate, Kernels, LayerLayout, QuantisedInput};
-use thermocline_split::{Flaw, Split};
+use thermocline_split::{Flaw, LayerFile, Split};
 
 /// Chunks that lie closer than this are read together: the bytes between cost less than another read.
 const GAP_BYTES: u64 = 16 << 10;
@@ -25,6 +25,8 @@ pub(crate) struct LayerFfn {
     /// The planes' files, the base's first.
     files: Vec<Arc<DirectFile>>,
     hot: AlignedBuf,
+    /// Where in `hot` bundles lie: without the room behind their streams.
+    hot_layout: LayerLayout,
     /// Of all gates, if the plan has it and the gates' magnitudes allow it.
     certificate: Option<Certificate>,
     n_hot: usize,
@@ -62,12 +64,8 @@ impl LayerFfn {
     ) -> Result<Self> {
         let index = Arc::new(LayerIndex { split: Arc::clone(split), layer });
         let file = index.file();
-        let (layout, n_neurons) = (file.bundles(), file.order().len());
-        let hot_bytes = layout.offset(n_hot);
-        let mut hot = AlignedBuf::zeroed(hot_bytes)?;
-        // A piece at a time: the decoder's buffers must not add a second copy of the layer to the peak.
-        let chunks = n_hot.div_ceil(file.chunk_neurons());
-        file.read_chunks(0..chunks, &mut hot[..hot_bytes])?;
+        let n_neurons = file.order().len();
+        let (hot, layout) = read_hot(file, n_hot)?;
         let kernels = Kernels::detect();
         let gate = |n: usize, out: &mut [f32]| {
             let (of, bundle) = (layout.of(n), layout.bundle(&hot, 0, n));
@@ -75,8 +73,20 @@ impl LayerFfn {
         };
         let certificate = if certified { Certificate::new(n_neurons, layout.hidden_size(), gate)? } else { None };
         let files = file.paths().map(|path| Ok(Arc::new(DirectFile::open(path)?))).collect::<Result<_>>()?;
-        let used_share = used_share(layout, &hot, n_hot);
-        Ok(Self { files, hot, certificate, n_hot, used_share, n_neurons, run_bytes, decoded_bytes, index })
+        let padded = file.bundles().offset(n_hot).max(1);
+        let used_share = if n_hot == 0 { 1.0 } else { layout.offset(n_hot) as f64 / padded as f64 };
+        Ok(Self {
+            files,
+            hot,
+            hot_layout: layout,
+            certificate,
+            n_hot,
+            used_share,
+            n_neurons,
+            run_bytes,
+            decoded_bytes,
+            index,
+        })
     }
 
     /// Whether reads bypass the page cache.
@@ -84,14 +94,14 @@ impl LayerFfn {
         self.files.iter().all(|file| file.is_direct())
     }
 
-    /// Where the bundles lie.
+    /// Where the bundles lie that are read from disk, all of them put together.
     pub(crate) fn layout(&self) -> &LayerLayout {
         self.index.file().bundles()
     }
 
     /// The first flaw among the hot bundles.
     pub(crate) fn flaw(&self) -> Option<Flaw> {
-        self.index.file().flaw(0, self.hot_bytes())
+        self.index.file().flaw_in(&self.hot_layout, 0, self.hot_bytes())
     }
 
     /// What is read of so many bytes of bundles.
@@ -101,7 +111,7 @@ impl LayerFfn {
 
     /// The hot bundles.
     pub(crate) fn hot_bytes(&self) -> &[u8] {
-        &self.hot[..self.layout().offset(self.n_hot)]
+        &self.hot[..if self.n_hot == 0 { 0 } else { self.hot_layout.offset(self.n_hot) }]
     }
 
     /// All cold chunks, in runs that fit a buffer.
@@ -149,12 +159,14 @@ impl LayerFfn {
             Some(certificate) if sums.skip_zeros && input.set(x) => Span::Certified { bytes, certificate, input },
             _ => Span::Contiguous { first: 0, bytes },
         };
-        account.bytes.host += self.used(sums.add(&compute.kernels, &mut compute.pool, hot));
+        let hot = sums.add(&compute.kernels, &mut compute.pool, &self.hot_layout, hot);
+        account.bytes.host += self.used(hot);
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
             let staged = self.take(disk, account)?;
-            sums.add(&compute.kernels, &mut compute.pool, Span::Contiguous { first, bytes: staged.bytes() });
+            let span = Span::Contiguous { first, bytes: staged.bytes() };
+            sums.add(&compute.kernels, &mut compute.pool, self.layout(), span);
             first += self.layout().n_in(first, staged.bytes().len());
             disk.fetcher.release(staged);
         }
@@ -171,8 +183,8 @@ impl LayerFfn {
         x: &[f32],
         y: &mut [f32],
     ) -> Result<()> {
-        account.bytes.host += self.used(self.hot_bytes().len() as u64);
-        batch.add(compute, self.layout(), x, self.hot_bytes(), y);
+        account.bytes.host += self.hot_bytes().len() as u64;
+        batch.add(compute, &self.hot_layout, x, self.hot_bytes(), y);
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
@@ -356,7 +368,7 @@ impl LayerFfn {
             let at = n as usize;
             let bundle = if at < self.n_hot {
                 hot_bytes += layout.of(at).bundle_bytes() as u64;
-                layout.bundle(&self.hot, 0, at)
+                self.hot_layout.bundle(&self.hot, 0, at)
             } else if let Some(bundle) = cache.get(layer, at) {
                 hits += 1;
                 cached_bytes += layout.of(at).bundle_bytes() as u64;
@@ -368,7 +380,7 @@ impl LayerFfn {
             };
             list.push((n, bundle));
         }
-        sums.add(&compute.kernels, &mut compute.pool, Span::Listed(&list));
+        sums.add(&compute.kernels, &mut compute.pool, layout, Span::Listed(&list));
         account.cache_hits += hits;
         account.bytes.cache += self.used(cached_bytes);
         account.bytes.host += self.used(hot_bytes);
@@ -382,14 +394,29 @@ impl LayerFfn {
     }
 }
 
-/// Share of the bytes of the first `n` bundles that are read: without the room behind their streams. 1 for none.
-fn used_share(layout: &LayerLayout, bundles: &[u8], n: usize) -> f64 {
-    if n == 0 {
-        return 1.0;
+/// The first `n` bundles of a layer, one behind the other without the room behind their streams, and where they lie; as all
+/// bundles of the layer if `n` is 0.
+fn read_hot(file: &LayerFile, n: usize) -> Result<(AlignedBuf, LayerLayout)> {
+    let (layout, chunks) = (file.bundles(), 0..n.div_ceil(file.chunk_neurons()));
+    let mut hot = AlignedBuf::zeroed(file.trimmed_bytes(chunks.clone()))?;
+    if layout.within(0..n).all(|(_, section)| !section.bundles().encoding().has_stream()) {
+        file.read_chunks(chunks, &mut hot[..layout.offset(n)])?;
+        return Ok((hot, layout.clone()));
     }
-    let used = layout.within(0..n).map(|(neurons, section)| {
-        let bytes = &bundles[layout.offset(neurons.start)..layout.offset(neurons.end)];
-        section.bundles().used_share(bytes) * bytes.len() as f64
-    });
-    used.sum::<f64>() / layout.offset(n) as f64
+    // A chunk at a time: there must be no second copy of the layer.
+    let (mut read, mut lengths, mut at) = (Vec::new(), Vec::with_capacity(n), 0);
+    for c in chunks {
+        let neurons = file.neurons(c..c + 1);
+        read.resize(layout.bytes(neurons.clone()), 0);
+        file.read_chunks(c..c + 1, &mut read)?;
+        for neuron in neurons.clone() {
+            let bundle = layout.bundle(&read, neurons.start, neuron);
+            let length = layout.of(neuron).trimmed_bytes(bundle);
+            hot[at..at + length].copy_from_slice(&bundle[..length]);
+            lengths.push(length);
+            at += length;
+        }
+    }
+    let trimmed = layout.trimmed(&lengths).unwrap_or_else(|| layout.clone());
+    Ok((hot, trimmed))
 }

@@ -222,7 +222,7 @@ impl Plan {
 
     fn expect_bytes(&mut self, split: &Split, matrices: &[StoredMatrix<'_>], replayed: Option<Replayed>) -> Result<()> {
         let config = &split.manifest().config;
-        // The room behind streams is in memory, but not read.
+        // The room behind streams, in the cache's slots, is not read.
         let used = used_share(split);
         // An untied embedding costs one row a token.
         let read = |t: &StoredMatrix| config.tie_word_embeddings || t.entry().name != "model.embed_tokens.weight";
@@ -235,7 +235,7 @@ impl Plan {
         let total = (config.n_layers * config.intermediate_size) as f64;
         match (self.request.mode, replayed) {
             (Mode::Exact, _) => {
-                ram += used * self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
+                ram += self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
                 ram += self.certificate_bytes as f64;
                 for (file, &hot) in split.layers().iter().zip(&self.hot_neurons) {
                     disk += file.stored_bytes(hot.div_ceil(file.chunk_neurons())..file.n_chunks()) as f64;
@@ -247,7 +247,7 @@ impl Plan {
                 let scale = if r.active > 0.0 { f64::from(active) * total / r.active } else { 0.0 };
                 ram += scale * used * r.ram_bytes;
                 let cold = prefix_bytes(split, &vec![config.intermediate_size; config.n_layers]) - self.hot_bytes;
-                disk += (scale * r.disk_bytes).min(used * cold as f64);
+                disk += (scale * r.disk_bytes).min(cold as f64);
                 self.cache_hit_rate = if r.active > r.hot { r.cached / (r.active - r.hot) } else { 0.0 };
             }
         }

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::{Error, Format, LayerFile, Split, TensorEntry};
-use thermocline_kernels::BundleLayout;
+use thermocline_kernels::{BundleLayout, LayerLayout};
 
 /// The three tensors of a bundle, in its order of rows.
 const PROJECTIONS: [&str; 3] = ["gate", "up", "down"];
@@ -49,7 +49,12 @@ impl LayerFile {
     /// The first flaw among `bundles`, the neurons of the layer from `first` on in split order. Only if they are all of
     /// the layer's can a tensor be called all zero.
     pub fn flaw(&self, first: usize, bundles: &[u8]) -> Option<Flaw> {
-        let (all, layer) = (self.bundles(), self.layer());
+        self.flaw_in(self.bundles(), first, bundles)
+    }
+
+    /// The same where bundles lie in memory as `all` says.
+    pub fn flaw_in(&self, all: &LayerLayout, first: usize, bundles: &[u8]) -> Option<Flaw> {
+        let layer = self.layer();
         let tensor = |which: usize| format!("model.layers.{layer}.mlp.{}_proj.weight", PROJECTIONS[which]);
         let n = all.n_in(first, bundles.len());
         let mut zero = [n == self.order().len(); 3];

@@ -5,7 +5,7 @@ use crate::chunk::Codec;
 use crate::delta::Delta;
 use crate::error::{Result, corrupt};
 use crate::manifest::{LayerEntry, Manifest, PlaneEntry};
-use crate::plane_file::PlaneFile;
+use crate::plane_file::{ChunkEntry, PlaneFile};
 
 use crate::precision::{Planes, Precision};
 use crate::sealed::Sealed;
@@ -218,6 +218,26 @@ impl LayerFile {
             FileRange { file, offset: entries.first().map_or(0, |e| e.offset), bytes }
         };
         self.parts(chunks).map(of_part).collect()
+    }
+
+    /// Bytes that the bundles of `chunks` take in memory at most without the room behind their streams, each a multiple of
+    /// 16.
+    pub fn trimmed_bytes(&self, chunks: Range<usize>) -> usize {
+        let neurons = self.neurons(chunks.clone());
+        let padded = self.layout.bytes(neurons.clone());
+        if self.layout.encodings().all(|e| !e.has_stream()) {
+            return padded;
+        }
+        let of_part = |(file, part): (usize, Range<usize>)| {
+            let each = self.files[file].content().bundle_bytes();
+            let of_chunk = |e: &ChunkEntry| match e.codec {
+                Codec::Trimmed => e.stored_bytes as usize,
+                _ => e.n_neurons as usize * each,
+            };
+            self.files[file].index()[part].iter().map(of_chunk).sum::<usize>()
+        };
+        let stored: usize = self.parts(chunks).map(of_part).sum();
+        padded.min(stored + 16 * neurons.len())
     }
 
     /// Neurons of `chunks`.

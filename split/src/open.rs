@@ -235,7 +235,7 @@ impl Split {
 
     /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.
     pub fn dense_bytes(&self) -> u64 {
-        let bundles: usize = self.layers.iter().map(|l| l.bundles().bytes(0..l.order().len())).sum();
+        let bundles: usize = self.layers.iter().map(|l| l.trimmed_bytes(0..l.n_chunks())).sum();
         let vectors = self.resident.tensors().iter().filter(|t| t.format.encoding().is_none()).map(|t| t.bytes);
         let matrices = self.matrices().into_iter().flatten().map(|m| m.bytes());
         bundles as u64 + vectors.sum::<u64>() + matrices.sum::<u64>()
