@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::parse_budget;
-use thermocline_split::{LayerEncodings, Precision};
+use thermocline_split::{LayerEncodings, Planes};
 
 /// Below the list of verbs.
 const ORDER_OF_SETTINGS: &str = "A flag wins over the environment (THERMOCLINE_*), that over the settings file, that over \
@@ -116,9 +116,10 @@ pub struct Placement {
     #[arg(long, value_name = "SHARE", default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
     pub active: f32,
     /// Planes of the weights that are read, where the split has several: base, plus (with the coarse plane), or exact (the
-    /// checkpoint's bits)
+    /// checkpoint's bits); plus@SHARE or exact@SHARE: of this share of each layer's neurons, the first ones in the split's
+    /// order, and the base of all other weights
     #[arg(long, default_value = "base", value_name = "PLANES", env = "THERMOCLINE_PRECISION")]
-    pub precision: Precision,
+    pub precision: Planes,
     /// Delta directory: run the model that it makes of the split's; the split must have the base's bits
     #[arg(long, value_name = "DIR", env = "THERMOCLINE_DELTA")]
     pub delta: Option<PathBuf>,
@@ -320,8 +321,9 @@ pub struct Split {
     #[arg(short, long)]
     pub output: PathBuf,
     /// Encoding of the neurons: q4, q8, bf16; bf16x (bf16 with coded exponents, exact in two thirds of the bytes);
-    /// q4+exact, q8+exact (with planes that lead to the exact bf16, used as --precision asks). Layers can have their own:
-    /// q4,0-3=bf16x
+    /// q4+exact, q8+exact (with planes that lead to the exact bf16, used as --precision asks). Layers can have their own,
+    /// q4,0-3=bf16x, and so can hot neurons, a share of each layer's: q4,hot@0.2=q8, or of some layers, 0-3:hot@0.2=q8. Of
+    /// several that name a neuron the last one counts
     #[arg(long, default_value = "q4")]
     pub encoding: LayerEncodings,
     /// Encoding of embedding, attention and head [default: q8, or as exact as --encoding]
@@ -513,16 +515,16 @@ pub struct Eval {
     /// Shares of the neurons that oracle, oracle-h and predicted keep: a row for each
     #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
-    /// Planes of the weights, where the split has several: base, plus or exact
+    /// Planes of the weights, where the split has several: base, plus, exact, plus@SHARE or exact@SHARE, as for run
     #[arg(long, default_value = "base", value_name = "PLANES")]
-    pub precision: Precision,
+    pub precision: Planes,
     /// Delta directory: the model that it makes of the split's, which must have the base's bits
     #[arg(long, value_name = "DIR", conflicts_with = "planes")]
     pub delta: Option<PathBuf>,
-    /// What each plane of the weights buys, against all of them: base, plus, exact, or plus@SHARE, exact@SHARE (the planes
-    /// of this share of each layer's neurons, those with the most energy); several, separated by commas, give a row each
+    /// What each plane of the weights buys, against all of them: as --precision; several, separated by commas, give a row
+    /// each
     #[arg(long, value_delimiter = ',', value_name = "PLANES", conflicts_with_all = ["mask", "active", "precision", "engine"])]
-    pub planes: Vec<thermocline_analysis::eval::Planes>,
+    pub planes: Vec<Planes>,
     /// What computes
     #[arg(long, value_enum, default_value = "batch")]
     pub engine: EngineName,

@@ -68,7 +68,7 @@ fn in_little_memory(args: &[&str]) -> Ran {
 fn read(dir: &Path, layer: usize) -> Result<Vec<u8>, Error> {
     let split = Split::open_at(dir, Precision::Exact)?;
     let file = &split.layers()[layer];
-    let mut bundles = vec![0; file.order().len() * file.layout().bundle_bytes()];
+    let mut bundles = vec![0; file.bundles().bytes(0..file.order().len())];
     file.read_chunks(0..file.n_chunks(), &mut bundles).map(|()| bundles)
 }
 

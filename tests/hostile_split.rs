@@ -182,7 +182,9 @@ fn forged_headers_and_indices_are_refused_before_anything_is_allocated() {
     let good = Layer::read(&path);
     let [_, index, end] = good.tables();
     let header: &[(usize, &[u32])] = &[
-        (8, &[0, 2, u32::MAX]),             // version
+        (8, &[0, 2, 3, u32::MAX]),          // version
+        (56, &[1, 192, u32::MAX]),          // zero
+        (68, &[1, u32::MAX]),               // zero
         (12, &[1, u32::MAX]),               // layer
         (16, &[0, 191, 1 << 24, u32::MAX]), // n_neurons
         (20, &[0, 32, 1 << 20, u32::MAX]),  // hidden_size
@@ -310,13 +312,13 @@ fn forged_manifests_are_refused() {
 #[test]
 fn a_newer_version_is_told_apart_from_damage() {
     let (_guard, dir) = copy(&whole());
-    forge::manifest(&dir, |m| m.version = 2);
+    forge::manifest(&dir, |m| m.version = 3);
     let path = dir.join("manifest.json");
-    assert!(matches!(refused(&dir, &path, "version 2"), Error::UnsupportedVersion { got: 2, max: 1, .. }));
+    assert!(matches!(refused(&dir, &path, "version 3"), Error::UnsupportedVersion { got: 3, max: 2, .. }));
     // With fields that this version does not know.
     let text_of = fs::read_to_string(&path).unwrap().replace("\"packing\": {", "\"planes\": 3, \"packing\": {");
     fs::write(&path, text_of).unwrap();
-    assert!(matches!(refused(&dir, &path, "version 2"), Error::UnsupportedVersion { got: 2, max: 1, .. }));
+    assert!(matches!(refused(&dir, &path, "version 3"), Error::UnsupportedVersion { got: 3, max: 2, .. }));
     assert!(fails(4, &["inspect", text(&dir)]).contains("update thermocline"));
 }
 

@@ -5,52 +5,44 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use support::budgets::{DECODED, budgets, gives, logits};
 use support::{
-    BINARY, Form, Made, Ran, answer, bits, budget_range_of, copy, demo, engine_at, engine_of, fails, files, json,
-    llama, model, ok, profile, request, split, splitting, text, tiny,
+    answer, bits, budget_range_of, copy, demo, engine_at, engine_of, fails, files, four_layers, json, llama, model, ok,
+    profile, request, split, splitting, text, with_file_limit,
 };
 use tempfile::TempDir;
 use thermocline_datasets::huggingface::LoraAdapter;
-use thermocline_datasets::write::TinyModel;
-use thermocline_datasets::{Activation, Architecture, Checkpoint, open_checkpoint};
-use thermocline_runtime::{Error, Mode};
+use thermocline_datasets::{Checkpoint, open_checkpoint};
+use thermocline_runtime::{Error, Mode, Plan};
 use thermocline_split::delta::AdapterCheckpoint;
 use thermocline_split::{Precision, Split, SplitCheckpoint};
 
 /// What holds every bit of a BF16 checkpoint, of every kind.
 const EXACT: [&str; 4] = ["bf16", "bf16x", "q4+exact", "q8+exact"];
-/// Every plane is used by batches and by single tokens.
-const DECODED: usize = 4;
-
-fn logits(dir: &Path, precision: Precision, mode: Mode) -> Vec<f32> {
-    answer(&mut engine_at(dir, precision, request(mode, None, 1)).unwrap(), DECODED).unwrap()
-}
-
-/// All weights in memory, half and a quarter of what is more than the least, and the least.
-fn budgets(split: &Split, mode: Mode) -> [Option<u64>; 4] {
-    let (least, all) = budget_range_of(split, mode);
-    [None, Some((least + all) / 2), Some(least + (all - least) / 4), Some(least)]
-}
-
-/// That every budget gives these bits, with two threads and with one in turn.
-fn gives(dir: &Path, precision: Precision, mode: Mode, expected: &[u32]) {
-    for (i, budget) in budgets(&Split::open_at(dir, precision).unwrap(), mode).into_iter().enumerate() {
-        let n_threads = 2 - i % 2;
-        let mut engine = engine_at(dir, precision, request(mode, budget, n_threads)).unwrap();
-        assert!(budget.is_none_or(|b| engine.plan().total_bytes <= b));
-        assert_eq!(engine.plan().streams(), i > 0, "{} with {budget:?}", dir.display());
-        let got = bits(&answer(&mut engine, DECODED).unwrap());
-        assert!(got == expected, "{} at {precision} with {budget:?} and {n_threads} threads", dir.display());
-        assert!(i == 0 || engine.account().bytes.disk > 0);
-    }
-}
 
 #[test]
 fn exact_planes_are_the_bits_of_bf16_from_every_budget() {
     let expected = bits(&logits(&demo::split("bf16", &[]), Precision::Base, Mode::Exact));
     for encoding in EXACT {
         gives(&demo::split(encoding, &[]), Precision::Exact, Mode::Exact, &expected);
+    }
+}
+
+/// In memory bundles take what they hold: each was as long as the longest of its layer.
+#[test]
+fn bundles_in_memory_have_no_room_behind_their_streams() {
+    for encoding in ["bf16x", "q4+exact", "q8+exact"] {
+        let split = Split::open_at(&demo::split(encoding, &[]), Precision::Exact).unwrap();
+        let (mut stored, mut padded, mut n) = (0, 0, 0);
+        for layer in split.layers() {
+            stored += layer.stored_bytes(0..layer.n_chunks());
+            padded += layer.bundles().bytes(0..layer.order().len()) as u64;
+            n += layer.order().len() as u64 + 1;
+        }
+        let plan = Plan::new(&split, request(Mode::Exact, None, 1)).unwrap();
+        // At most 16 bytes to the next multiple of 16, and four for where a bundle begins.
+        assert!(plan.hot_bytes >= stored && plan.hot_bytes <= stored + 20 * n, "{} of {stored}", plan.hot_bytes);
+        assert!(plan.hot_bytes < padded, "{encoding}: {} of {padded}", plan.hot_bytes);
     }
 }
 
@@ -122,12 +114,6 @@ fn verify_exact_passes_what_is_and_names_what_is_not() {
     assert!(message.contains(".weight, is "), "{message}");
 }
 
-/// A model of four small layers: their files are quickly made, cut and compared.
-fn four_layers() -> Made {
-    let Made { model, form, tokens, .. } = tiny("four", Architecture::Llama, Activation::Silu, Form::Folder);
-    Made { name: "four", model: TinyModel { n_layers: 4, ..model }, form, tokens }
-}
-
 #[test]
 fn a_flipped_byte_in_any_plane_is_named_by_file_and_layer() {
     let checkpoint = model(&llama());
@@ -176,7 +162,7 @@ fn bytes_of(dir: &Path) -> usize {
 #[test]
 fn archives_and_compressed_splits_answer_alike() {
     let checkpoint = model(&four_layers());
-    for encoding in ["bf16", "q4", "q4+exact", "bf16x"] {
+    for encoding in ["bf16", "q4", "q4+exact", "bf16x", "q4,hot@0.4=bf16"] {
         let of = |more: &[&str]| split(&four_layers(), encoding, &[&["--chunk-neurons", "32"], more].concat());
         let plain = of(&[]);
         let expected = bits(&logits(&plain, Precision::Exact, Mode::Exact));
@@ -196,12 +182,6 @@ fn archives_and_compressed_splits_answer_alike() {
         let n_compressed: usize = archive.layers().iter().map(|l| l.n_compressed()).sum();
         assert_eq!(n_compressed > 0, encoding != "bf16x", "{encoding}: streams hold no more than their entropy");
     }
-}
-
-/// Runs the binary where no file may grow beyond `blocks` of 1024 bytes.
-fn with_file_limit(blocks: u32, args: &[&str]) -> Ran {
-    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
-    Command::new("bash").args(["-c", &script, "bash", BINARY]).args(args).output().unwrap().into()
 }
 
 #[test]
@@ -334,6 +314,12 @@ fn deltas_that_do_not_fit_are_told_with_the_right_code() {
         let q4 = demo::split("q4", &[]);
         let message = fails(2, &[verb, &["-m", text(&q4), "--delta", text(&delta)]].concat());
         assert!(message.contains("q4") && message.contains("--precision exact"), "{message}");
+    }
+    // A base with the bits of some neurons only.
+    let planes = demo::split("q4+exact", &[]);
+    for precision in ["exact@0.5", "plus@0.5", "exact@0"] {
+        let message = run(&planes, &delta, &["--precision", precision], 2);
+        assert!(message.contains("q4") && message.contains("use --precision exact"), "{message}");
     }
     // Matrices without the bits, under neurons that have them.
     let message = run(&demo::split("bf16", &["--resident-encoding", "q8"]), &delta, &[], 2);

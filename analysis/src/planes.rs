@@ -4,8 +4,8 @@ use crate::Result;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 use thermocline_kernels::exact::residual;
-use thermocline_kernels::{BundleLayout, Encoding, Kernels};
-use thermocline_split::Split;
+use thermocline_kernels::{BundleLayout, Encoding, Kernels, LayoutSection};
+use thermocline_split::{LayerFile, Split};
 
 /// Layers that are looked at: every layer would say the same.
 const LAYERS: usize = 4;
@@ -31,7 +31,7 @@ pub struct PlaneStudy {
 /// The planes of a split, together.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlanesStudy {
-    /// The first layer's encoding.
+    /// That of most of the first layer's neurons; those in others are not looked at.
     pub encoding: String,
     /// Base first.
     pub planes: Vec<PlaneStudy>,
@@ -55,11 +55,11 @@ pub fn study_planes(split: &Split) -> Result<PlanesStudy> {
     let n = split.layers().len();
     let mut counts = Counts::default();
     let layers = || split.layers().iter().step_by(n.div_ceil(LAYERS).max(1));
-    let first = split.layers()[0].layout().encoding();
-    for layer in layers().filter(|l| l.layout().encoding() == first) {
-        let mut bundles = vec![0; layer.order().len() * layer.layout().bundle_bytes()];
-        layer.read_chunks(0..layer.n_chunks(), &mut bundles)?;
-        counts.add(layer.layout(), &bundles);
+    let first = split.layers()[0].bundles().largest().bundles().encoding();
+    for layer in layers() {
+        for section in layer.bundles().sections().iter().filter(|s| s.bundles().encoding() == first) {
+            counts.add(section.bundles(), &bundles_of(layer, section)?);
+        }
     }
     let (decode_gb_s, copy_gb_s) = speed(split)?;
     let planes = counts.planes(first);
@@ -172,14 +172,21 @@ fn entropy(counts: &[u64]) -> f64 {
     shares.map(|p| -p * p.log2()).sum()
 }
 
+/// The bundles of one of a layer's sections.
+fn bundles_of(layer: &LayerFile, section: &LayoutSection) -> Result<Vec<u8>> {
+    let (neurons, each) = (section.neurons(), layer.chunk_neurons());
+    let mut bundles = vec![0; layer.bundles().bytes(neurons.clone())];
+    layer.read_chunks(neurons.start / each..neurons.end.div_ceil(each), &mut bundles)?;
+    Ok(bundles)
+}
+
 /// Gigabytes of bf16 a second by one thread: decoded from the first layer, and copied.
 fn speed(split: &Split) -> Result<(Option<f64>, f64)> {
-    let layer = &split.layers()[0];
-    let (layout, kernels) = (*layer.layout(), Kernels::detect());
-    let mut bundles = vec![0; layer.order().len() * layout.bundle_bytes()];
-    layer.read_chunks(0..layer.n_chunks(), &mut bundles)?;
+    let section = split.layers()[0].bundles().largest();
+    let (layout, kernels) = (*section.bundles(), Kernels::detect());
+    let bundles = bundles_of(&split.layers()[0], section)?;
     let mut bits = vec![0u16; layout.hidden_size()];
-    let bf16_bytes = (layer.order().len() * 3 * 2 * layout.hidden_size()) as f64;
+    let bf16_bytes = (section.neurons().len() * 3 * 2 * layout.hidden_size()) as f64;
     let best = |pass: &mut dyn FnMut()| {
         let (mut best, begin) = (f64::INFINITY, Instant::now());
         while begin.elapsed() < MEASURED {

@@ -147,10 +147,18 @@ impl BundleLayout {
         used.sum::<usize>() as f64 / bundles.len() as f64
     }
 
-    /// Row `which` (0 gate, 1 up, 2 down) of a bundle.
+    /// Bytes that `bundle` takes in memory without the room behind its streams: a multiple of 16.
+    pub fn trimmed_bytes(&self, bundle: &[u8]) -> usize {
+        if !self.encoding.has_stream() {
+            return self.bundle_bytes;
+        }
+        self.used_bytes(bundle).min(self.bundle_bytes).next_multiple_of(16)
+    }
+
+    /// Row `which` (0 gate, 1 up, 2 down) of a bundle, which need not have the room behind its streams.
     ///
     /// # Panics
-    /// If `bundle` is shorter than [`BundleLayout::bundle_bytes`] or there is no such row.
+    /// If `bundle` ends before its streams, or there is no such row.
     #[inline]
     pub fn row<'a>(&self, bundle: &'a [u8], which: usize) -> RowRef<'a> {
         assert!(which < self.rows, "row {which} of {}", self.rows);
@@ -165,7 +173,7 @@ impl BundleLayout {
         }
         if self.head_bytes > 0 {
             row.head = part(self.head_at, self.head_bytes);
-            let streams = &bundle[self.streams_at()..self.bundle_bytes];
+            let streams = &bundle[self.streams_at()..bundle.len().min(self.bundle_bytes)];
             let heads = bundle[self.head_at..].chunks_exact(self.head_bytes).take(which);
             let before: usize = heads.map(|head| self.encoding.stream_bytes(head)).sum();
             // Of a damaged bundle there may be nothing left.

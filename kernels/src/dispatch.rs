@@ -78,7 +78,8 @@ impl Kernels {
         self.dots_ahead(encoding, rows, x, &[])
     }
 
-    /// Takes `x` for [`Kernels::prepared_dots`] of rows in `encoding`: work for one layer, not for one row.
+    /// Takes `x` for [`Kernels::prepared_dots`] of rows in `encoding`: work for one layer, not for one row. What is made for
+    /// `q4` serves rows in every other encoding as well.
     pub fn prepare(&self, encoding: Encoding, x: &[f32], input: &mut PreparedInput) {
         input.values.clear();
         input.values.extend_from_slice(x);
@@ -94,7 +95,7 @@ impl Kernels {
         }
     }
 
-    /// As [`Kernels::dots`], with an input that [`Kernels::prepare`] made of `x` for this encoding. Results differ from
+    /// As [`Kernels::dots`], with an input that [`Kernels::prepare`] made of `x` for this encoding or for `q4`. Results differ from
     /// those of [`Kernels::dots`] by roundings: whoever compares rows must take one of the two for all.
     ///
     /// # Panics

@@ -28,6 +28,7 @@ pub mod exact;
 mod gemv;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 mod input;
+mod layer_layout;
 mod matmul;
 pub mod ops;
 mod pack;
@@ -44,6 +45,7 @@ pub use dispatch::{Isa, Kernels, prefetch};
 pub use encoding::{BLOCK, Encoding, GROUP, RowRef, SEGMENT};
 pub use gemv::{MatrixRef, PREFETCH_BYTES, gemv, gemv_rows, gemvs};
 pub use input::PreparedInput;
+pub use layer_layout::{LayerLayout, LayoutSection};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};

@@ -3,12 +3,13 @@
 use crate::account::Account;
 use crate::attention::{Rope, attend_batch, attend_one};
 use crate::cache::NeuronCache;
+use crate::divide::slot_bytes;
 use crate::fetch::{DirectFile, Fetcher};
 use crate::ffn::FfnSums;
 use crate::kv::KvCache;
 use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
-use crate::plan::{Mode, Plan, decoded_bytes, largest_bundle, n_parts};
+use crate::plan::{Mode, Plan, decoded_bytes, n_parts};
 use crate::predictor::{Predictor, n_active, top_k};
 use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};
@@ -159,8 +160,7 @@ impl Engine {
         } else {
             None
         };
-        let layout = *split.layers()[0].layout();
-        let (bundle, n) = (largest_bundle(&split), config.intermediate_size);
+        let (bundle, n) = (slot_bytes(&split, &plan.hot_neurons), config.intermediate_size);
         Ok(Self {
             compute: Compute { kernels: Kernels::detect(), pool: Pool::new(plan.request.n_threads)? },
             vectors,
@@ -174,7 +174,7 @@ impl Engine {
             streams,
             kv: KvCache::new(&config, plan.request.context),
             rope: Rope::new(&config, plan.request.context),
-            sums: FfnSums::new(layout, config.activation, n),
+            sums: FfnSums::new(hidden, config.activation, n),
             quantised: QuantisedInput::default(),
             batch: FfnBatch::new(hidden, config.activation, n),
             active: Vec::new(),

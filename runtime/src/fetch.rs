@@ -139,7 +139,7 @@ impl LayerIndex {
 
     /// Bytes of bundles in `chunks`.
     pub(crate) fn bundle_bytes(&self, chunks: Range<usize>) -> usize {
-        self.file().n_neurons(chunks) * self.file().layout().bundle_bytes()
+        self.file().bundles().bytes(self.file().neurons(chunks))
     }
 }
 

@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{
-    BundleLayout, CERTIFIED_ROWS, Certificate, Kernels, PREFETCH_BYTES, Pool, PreparedInput, QuantisedInput, prefetch,
+    BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Kernels, LayerLayout, PREFETCH_BYTES, Pool, PreparedInput,
+    QuantisedInput, prefetch,
 };
 
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
@@ -28,7 +29,6 @@ const OPEN_AHEAD: usize = 8;
 pub(crate) struct FfnSums {
     /// Leave a neuron when its gate shows that it is zero, and its down row unread when h is zero.
     pub(crate) skip_zeros: bool,
-    layout: BundleLayout,
     activation: Activation,
     block_neurons: usize,
     hidden_size: usize,
@@ -49,12 +49,11 @@ pub(crate) enum Span<'a> {
 }
 
 impl FfnSums {
-    pub(crate) fn new(layout: BundleLayout, activation: Activation, n_neurons: usize) -> Self {
+    pub(crate) fn new(hidden_size: usize, activation: Activation, n_neurons: usize) -> Self {
         let block_neurons = n_neurons.div_ceil(BLOCKS).next_multiple_of(32);
-        let hidden_size = layout.hidden_size();
         let partials = vec![0.0; n_neurons.div_ceil(block_neurons) * hidden_size];
         let input = PreparedInput::default();
-        Self { skip_zeros: true, layout, activation, block_neurons, hidden_size, input, partials }
+        Self { skip_zeros: true, activation, block_neurons, hidden_size, input, partials }
     }
 
     /// Memory that the sums and their input take.
@@ -62,59 +61,58 @@ impl FfnSums {
         4 * self.partials.len() as u64 + PreparedInput::bytes(self.hidden_size)
     }
 
-    /// Starts a new layer, whose bundles have this layout and whose input is `x`.
-    pub(crate) fn start(&mut self, kernels: &Kernels, layout: &BundleLayout, x: &[f32]) {
-        self.layout = *layout;
-        kernels.prepare(self.layout.encoding(), x, &mut self.input);
+    /// Starts a new layer, whose bundles are laid out so and whose input is `x`.
+    pub(crate) fn start(&mut self, kernels: &Kernels, layout: &LayerLayout, x: &[f32]) {
+        // An input for q4 serves all.
+        let encoding = layout.encodings().find(|e| *e == Encoding::Q4).unwrap_or(layout.of(0).encoding());
+        kernels.prepare(encoding, x, &mut self.input);
         self.partials.fill(0.0);
     }
 
     /// Adds the neurons of `span`, whose numbers must be above those of all earlier spans of this layer, and returns
     /// the bytes of the rows that were read. Neurons with `h == 0` add nothing and their down rows are not read; where
     /// a gate that is not positive makes h zero, the up rows are not read either.
-    pub(crate) fn add(&mut self, kernels: &Kernels, pool: &mut Pool, span: Span<'_>) -> u64 {
-        let bundle_bytes = self.layout.bundle_bytes();
+    /// `layout` says where the bundles lie; those of single neurons are laid out as it says.
+    pub(crate) fn add(&mut self, kernels: &Kernels, pool: &mut Pool, layout: &LayerLayout, span: Span<'_>) -> u64 {
         let (first, end) = match span {
-            Span::Contiguous { first, bytes } => (first, first + bytes.len() / bundle_bytes),
-            Span::Certified { bytes, .. } => (0, bytes.len() / bundle_bytes),
+            Span::Contiguous { first, bytes } => (first, first + layout.n_in(first, bytes.len())),
+            Span::Certified { .. } => (0, layout.n_neurons()),
             Span::Listed([]) => return 0,
             Span::Listed(list) => (list[0].0 as usize, list[list.len() - 1].0 as usize + 1),
         };
         if first == end {
             return 0;
         }
-        let (layout, activation, skip_zeros) = (self.layout, self.activation, self.skip_zeros);
-        let block_neurons = self.block_neurons;
+        let (activation, skip_zeros, block_neurons) = (self.activation, self.skip_zeros, self.block_neurons);
+        let from = layout.offset(first);
         let (first_block, end_block) = (first / block_neurons, end.div_ceil(block_neurons));
         let x = &self.input;
         let partials = &mut self.partials[first_block * self.hidden_size..end_block * self.hidden_size];
-        let (rows_read, certificate_bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+        let (thirds, certificate_bytes) = (AtomicU64::new(0), AtomicU64::new(0));
         pool.for_each_chunk(partials, self.hidden_size, |b, sums| {
             let start = (first_block + b) * block_neurons;
-            let waiting = [(0.0, &[][..]); 4];
-            let mut block =
-                Block { kernels, layout, activation, skip_zeros, x, sums, waiting, n_waiting: 0, rows_read: 0 };
-            match span {
-                Span::Contiguous { bytes, .. } => {
-                    let (from, to) = (start.max(first), (start + block_neurons).min(end));
-                    let mine = &bytes[(from - first) * bundle_bytes..(to - first) * bundle_bytes];
-                    block.add_all(to - from, |i| &mine[i * bundle_bytes..(i + 1) * bundle_bytes]);
-                }
-                Span::Certified { bytes, certificate, input } => {
-                    let range = start..(start + block_neurons).min(end);
-                    let bundle = |i: usize| &bytes[i * bundle_bytes..(i + 1) * bundle_bytes];
-                    let judged = block.add_certified(range, certificate, input, bundle);
-                    certificate_bytes.fetch_add(judged, Ordering::Relaxed);
-                }
-                Span::Listed(list) => {
-                    let from = list.partition_point(|(id, _)| (*id as usize) < start);
-                    let to = list.partition_point(|(id, _)| (*id as usize) < start + block_neurons);
-                    block.add_all(to - from, |i| list[from + i].1);
+            let mut block = Block::new(kernels, *layout.of(start.max(first)), activation, skip_zeros, x, sums);
+            for (neurons, section) in layout.within(start.max(first)..(start + block_neurons).min(end)) {
+                block.begin(section.bundles());
+                match span {
+                    Span::Contiguous { bytes, .. } => {
+                        block.add_all(neurons.len(), |i| section.bundle(bytes, from, neurons.start + i));
+                    }
+                    Span::Certified { bytes, certificate, input } => {
+                        let judged =
+                            block.add_certified(neurons, certificate, input, |n| section.bundle(bytes, from, n));
+                        certificate_bytes.fetch_add(judged, Ordering::Relaxed);
+                    }
+                    Span::Listed(list) => {
+                        let place = |n: usize| list.partition_point(|(id, _)| (*id as usize) < n);
+                        let mine = &list[place(neurons.start)..place(neurons.end)];
+                        block.add_all(mine.len(), |i| mine[i].1);
+                    }
                 }
             }
-            rows_read.fetch_add(block.finish(), Ordering::Relaxed);
+            thirds.fetch_add(block.finish(), Ordering::Relaxed);
         });
-        rows_read.into_inner() * bundle_bytes as u64 / 3 + certificate_bytes.into_inner()
+        thirds.into_inner() / 3 + certificate_bytes.into_inner()
     }
 
     /// Adds the blocks, in order, to the residual stream `y`.
@@ -139,11 +137,9 @@ pub(crate) fn add_bundles<'a>(
     n: usize,
     bundle: impl Fn(usize) -> &'a [u8],
 ) -> u64 {
-    let waiting = [(0.0, &[][..]); 4];
-    let mut block =
-        Block { kernels, layout, activation, skip_zeros: true, x, sums, waiting, n_waiting: 0, rows_read: 0 };
+    let mut block = Block::new(kernels, layout, activation, true, x, sums);
     block.add_whole(0..n, bundle);
-    block.finish()
+    block.finish() / layout.bundle_bytes() as u64
 }
 
 /// One block of one span, on one thread.
@@ -158,10 +154,40 @@ struct Block<'s, 'a> {
     /// with the same roundings as one by one.
     waiting: [(f32, &'a [u8]); 4],
     n_waiting: usize,
+    /// Of the section under way.
     rows_read: u64,
+    /// Three times the bytes of the rows read of the sections before.
+    thirds: u64,
 }
 
-impl<'a> Block<'_, 'a> {
+impl<'s, 'a> Block<'s, 'a> {
+    fn new(
+        kernels: &'s Kernels,
+        layout: BundleLayout,
+        activation: Activation,
+        skip_zeros: bool,
+        x: &'s PreparedInput,
+        sums: &'s mut [f32],
+    ) -> Self {
+        let waiting = [(0.0, &[][..]); 4];
+        Self { kernels, layout, activation, skip_zeros, x, sums, waiting, n_waiting: 0, rows_read: 0, thirds: 0 }
+    }
+
+    /// Goes on to neurons of another layout.
+    fn begin(&mut self, layout: &BundleLayout) {
+        self.flush();
+        self.layout = *layout;
+    }
+
+    /// Adds those that still wait.
+    fn flush(&mut self) {
+        for (h, bundle) in &self.waiting[..self.n_waiting] {
+            self.kernels.axpy(self.layout.encoding(), self.layout.row(bundle, 2), *h, self.sums);
+        }
+        self.n_waiting = 0;
+        self.thirds += std::mem::take(&mut self.rows_read) * self.layout.bundle_bytes() as u64;
+    }
+
     /// Adds `n` neurons, ascending.
     fn add_all(&mut self, n: usize, bundle: impl Fn(usize) -> &'a [u8]) {
         let (layout, encoding) = (self.layout, self.layout.encoding());
@@ -322,12 +348,10 @@ impl<'a> Block<'_, 'a> {
         self.n_waiting = 0;
     }
 
-    /// Adds those that still wait; returns the rows that were read, of three a neuron.
-    fn finish(self) -> u64 {
-        for (h, bundle) in &self.waiting[..self.n_waiting] {
-            self.kernels.axpy(self.layout.encoding(), self.layout.row(bundle, 2), *h, self.sums);
-        }
-        self.rows_read
+    /// Adds those that still wait; returns the rows that were read, each as the bytes of its bundle: three times their own.
+    fn finish(mut self) -> u64 {
+        self.flush();
+        self.thirds
     }
 }
 
@@ -349,9 +373,11 @@ impl<'a, F: Fn(usize) -> &'a [u8]> Upcoming<'_, F> {
                 return &[][..];
             }
             let (i, from) = (self.at / self.size, self.at % self.size);
-            let part = &(self.bundle)(i)[from..self.size.min(from + to - self.at)];
-            self.at += part.len();
-            part
+            // A bundle may lie there without the room behind its streams.
+            let bundle = (self.bundle)(i);
+            let end = from + to - self.at;
+            self.at = if end < bundle.len() { to } else { (i + 1) * self.size };
+            bundle.get(from..end.min(bundle.len())).unwrap_or_default()
         })
     }
 }
@@ -398,19 +424,81 @@ mod tests {
         (all, silent)
     }
 
+    fn uniform(layout: BundleLayout) -> LayerLayout {
+        LayerLayout::new([(NEURONS, layout)]).expect("neurons")
+    }
+
     fn output(layout: &BundleLayout, x: &[f32], all: &[u8], listed: bool) -> Vec<f32> {
         let pool = &mut Pool::new(2).expect("threads");
-        let mut sums = FfnSums::new(*layout, Activation::Relu, NEURONS);
-        sums.start(&Kernels::detect(), layout, x);
+        let mut sums = FfnSums::new(HIDDEN, Activation::Relu, NEURONS);
+        sums.start(&Kernels::detect(), &uniform(*layout), x);
         if listed {
             let list: Vec<(u32, &[u8])> = (0..).zip(all.chunks_exact(layout.bundle_bytes())).collect();
-            sums.add(&Kernels::detect(), pool, Span::Listed(&list));
+            sums.add(&Kernels::detect(), pool, &uniform(*layout), Span::Listed(&list));
         } else {
-            sums.add(&Kernels::detect(), pool, Span::Contiguous { first: 0, bytes: all });
+            sums.add(&Kernels::detect(), pool, &uniform(*layout), Span::Contiguous { first: 0, bytes: all });
         }
         let mut y = vec![0.0; HIDDEN];
         sums.finish(&mut y);
         y
+    }
+
+    /// Neurons in several layouts, as one would compute them: one by one, in blocks, each with the kernels of its encoding.
+    #[test]
+    fn sections_are_summed_as_their_neurons_one_by_one() {
+        let mut state = 5;
+        let x: Vec<f32> = (0..HIDDEN).map(|_| random(&mut state)).collect();
+        let (kernels, pool) = (Kernels::detect(), &mut Pool::new(2).expect("threads"));
+        let plain = |encoding| BundleLayout::new(encoding, HIDDEN).expect("whole groups");
+        let [q4, q8, bf16, plus] = [Encoding::Q4, Encoding::Q8, Encoding::Bf16, Encoding::Q4Plus].map(plain);
+        for sections in [vec![(40, plus), (60, q4)], vec![(1, bf16), (32, q8), (67, q4)], vec![(50, q4), (50, bf16)]] {
+            let layout = LayerLayout::new(sections.clone()).expect("neurons");
+            let mut all = Vec::new();
+            for (n, of) in &sections {
+                // Any coarse codes are some weights'.
+                let base = if of.encoding() == Encoding::Q4Plus { &q4 } else { of };
+                for bundle in bundles(base, &x, false).0.chunks_exact(base.bundle_bytes()).take(*n) {
+                    all.extend_from_slice(bundle);
+                    (bundle.len()..of.bundle_bytes()).for_each(|_| all.push((random(&mut state) * 128.0) as i8 as u8));
+                }
+            }
+            for activation in [Activation::Silu, Activation::Relu] {
+                let mut expected = vec![0.0; HIDDEN];
+                for block in (0..NEURONS).collect::<Vec<_>>().chunks(32) {
+                    let mut sums = vec![0.0; HIDDEN];
+                    for &n in block {
+                        let (of, bundle) = (layout.of(n), layout.bundle(&all, 0, n));
+                        let mut input = PreparedInput::default();
+                        kernels.prepare(of.encoding(), &x, &mut input);
+                        let rows = [of.row(bundle, 0), of.row(bundle, 1)];
+                        let [g, u] = kernels.prepared_dots(of.encoding(), rows, &input);
+                        let h = activation.apply(g, u);
+                        if h != 0.0 {
+                            kernels.axpy(of.encoding(), of.row(bundle, 2), h, &mut sums);
+                        }
+                    }
+                    expected.iter_mut().zip(&sums).for_each(|(e, s)| *e += s);
+                }
+                let listed: Vec<(u32, &[u8])> = (0..NEURONS).map(|n| (n as u32, layout.bundle(&all, 0, n))).collect();
+                let (front, rest) = all.split_at(layout.offset(37));
+                let spans = [
+                    vec![Span::Contiguous { first: 0, bytes: &all }],
+                    vec![Span::Contiguous { first: 0, bytes: front }, Span::Contiguous { first: 37, bytes: rest }],
+                    vec![Span::Listed(&listed)],
+                    vec![Span::Listed(&listed[..45]), Span::Listed(&listed[45..])],
+                ];
+                for spans in spans {
+                    let mut sums = FfnSums::new(HIDDEN, activation, NEURONS);
+                    sums.start(&kernels, &layout, &x);
+                    let read: u64 = spans.into_iter().map(|span| sums.add(&kernels, pool, &layout, span)).sum();
+                    assert!(activation.is_sparse() || read.abs_diff(all.len() as u64) <= 2, "{read} of {}", all.len());
+                    let mut y = vec![0.0; HIDDEN];
+                    sums.finish(&mut y);
+                    let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                    assert!(bits(&y) == bits(&expected), "{sections:?}, {activation:?}");
+                }
+            }
+        }
     }
 
     /// The last neurons are no whole block of the certificate, and one that fires has an up row of no numbers.
@@ -441,10 +529,10 @@ mod tests {
                     Span::Contiguous { first: 0, bytes: &all },
                     Span::Certified { bytes: &all, certificate: &certificate, input: &input },
                 ] {
-                    let mut sums = FfnSums::new(layout, activation, NEURONS);
+                    let mut sums = FfnSums::new(HIDDEN, activation, NEURONS);
                     sums.skip_zeros = matches!(span, Span::Certified { .. });
-                    sums.start(&kernels, &layout, &x);
-                    let read = sums.add(&kernels, pool, span);
+                    sums.start(&kernels, &uniform(layout), &x);
+                    let read = sums.add(&kernels, pool, &uniform(layout), span);
                     // Elsewhere 8-bit codes are as long as the gates that they spare.
                     let less = encoding == Encoding::Bf16 && sums.skip_zeros;
                     assert!(!less || read < all.len() as u64 * 9 / 10, "{read}");

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
-use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, Pool, ops};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, LayerLayout, Pool, ops};
 
 /// Bytes of a memory measurement: several times any desktop's last-level cache.
 const MEMORY_PROBE_BYTES: usize = 256 << 20;
@@ -36,12 +36,12 @@ impl Hardware {
     pub fn measure(split: &thermocline_split::Split, n_threads: usize) -> Result<Self> {
         let mut pool = Pool::new(n_threads)?;
         let memory = probe_memory(&probe_bundles(split)?, MEMORY_PROBE_BYTES)?;
-        let layout = split.layers()[0].layout();
+        let layout = *split.layers()[0].bundles().largest().bundles();
         let files = split.layers().iter().flat_map(thermocline_split::LayerFile::paths);
         Ok(Self {
             n_threads,
             ram_bytes_per_second: ram_speed(&mut pool, &memory),
-            kernel_bytes_per_second: kernel_speed(&mut pool, &memory, layout),
+            kernel_bytes_per_second: kernel_speed(&mut pool, &memory, &layout),
             disk_bytes_per_second: disk_speed(files, &StagingShape::default())?,
         })
     }
@@ -65,17 +65,19 @@ impl Default for StagingShape {
 }
 
 /// Bundles to measure [`kernel_speed`] on where zeros would not do, because they have no codes of variable length to decode:
-/// the split's first ones; none where any bytes take as long.
+/// a chunk of the first layer's largest section; none where any bytes take as long.
 ///
 /// # Errors
 /// If they cannot be read.
 pub fn probe_bundles(split: &thermocline_split::Split) -> Result<Vec<u8>> {
     let file = &split.layers()[0];
-    if !file.layout().encoding().has_stream() {
+    let largest = file.bundles().largest();
+    if !largest.bundles().encoding().has_stream() {
         return Ok(Vec::new());
     }
-    let mut bundles = vec![0; file.n_neurons(0..1) * file.layout().bundle_bytes()];
-    file.read_chunks(0..1, &mut bundles)?;
+    let chunk = largest.neurons().start / file.chunk_neurons();
+    let mut bundles = vec![0; file.bundles().bytes(file.neurons(chunk..chunk + 1))];
+    file.read_chunks(chunk..chunk + 1, &mut bundles)?;
     Ok(bundles)
 }
 
@@ -121,11 +123,12 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     let kernels = Kernels::detect();
     let n = memory.len() / layout.bundle_bytes();
     let used = &memory[..n * layout.bundle_bytes()];
-    let mut sums = FfnSums::new(*layout, Activation::Relu, n);
+    let Some(all) = LayerLayout::new([(n, *layout)]) else { return 0.0 };
+    let mut sums = FfnSums::new(layout.hidden_size(), Activation::Relu, n);
     sums.skip_zeros = false;
-    sums.start(&kernels, layout, &vec![0.5f32; layout.hidden_size()]);
+    sums.start(&kernels, &all, &vec![0.5f32; layout.hidden_size()]);
     best_pass(used, || {
-        sums.add(&kernels, pool, Span::Contiguous { first: 0, bytes: used });
+        sums.add(&kernels, pool, &all, Span::Contiguous { first: 0, bytes: used });
     })
 }
 

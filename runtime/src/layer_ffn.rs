@@ -10,8 +10,8 @@ use crate::prefill::FfnBatch;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
-use thermocline_kernels::{AlignedBuf, BundleLayout, Certificate, Kernels, QuantisedInput};
-use thermocline_split::{Flaw, Split};
+use thermocline_kernels::{AlignedBuf, Certificate, Kernels, LayerLayout, QuantisedInput};
+use thermocline_split::{Flaw, LayerFile, Split};
 
 /// Chunks that lie closer than this are read together: the bytes between cost less than another read.
 const GAP_BYTES: u64 = 16 << 10;
@@ -25,10 +25,11 @@ pub(crate) struct LayerFfn {
     /// The planes' files, the base's first.
     files: Vec<Arc<DirectFile>>,
     hot: AlignedBuf,
+    /// Where in `hot` bundles lie: without the room behind their streams.
+    hot_layout: LayerLayout,
     /// Of all gates, if the plan has it and the gates' magnitudes allow it.
     certificate: Option<Certificate>,
     n_hot: usize,
-    bundle_bytes: usize,
     /// Of a bundle's bytes, how much is read: there is room behind streams.
     used_share: f64,
     n_neurons: usize,
@@ -63,26 +64,23 @@ impl LayerFfn {
     ) -> Result<Self> {
         let index = Arc::new(LayerIndex { split: Arc::clone(split), layer });
         let file = index.file();
-        let (bundle_bytes, n_neurons) = (file.layout().bundle_bytes(), file.order().len());
-        let mut hot = AlignedBuf::zeroed(n_hot * bundle_bytes)?;
-        // A piece at a time: the decoder's buffers must not add a second copy of the layer to the peak.
-        let chunks = n_hot.div_ceil(file.chunk_neurons());
-        file.read_chunks(0..chunks, &mut hot[..n_hot * bundle_bytes])?;
-        let layout = *file.layout();
+        let n_neurons = file.order().len();
+        let (hot, layout) = read_hot(file, n_hot)?;
         let kernels = Kernels::detect();
         let gate = |n: usize, out: &mut [f32]| {
-            let bundle = &hot[n * bundle_bytes..(n + 1) * bundle_bytes];
-            kernels.unpack(layout.encoding(), layout.row(bundle, 0), out);
+            let (of, bundle) = (layout.of(n), layout.bundle(&hot, 0, n));
+            kernels.unpack(of.encoding(), of.row(bundle, 0), out);
         };
         let certificate = if certified { Certificate::new(n_neurons, layout.hidden_size(), gate)? } else { None };
         let files = file.paths().map(|path| Ok(Arc::new(DirectFile::open(path)?))).collect::<Result<_>>()?;
-        let used_share = layout.used_share(&hot[..n_hot * bundle_bytes]);
+        let padded = file.bundles().offset(n_hot).max(1);
+        let used_share = if n_hot == 0 { 1.0 } else { layout.offset(n_hot) as f64 / padded as f64 };
         Ok(Self {
             files,
             hot,
+            hot_layout: layout,
             certificate,
             n_hot,
-            bundle_bytes,
             used_share,
             n_neurons,
             run_bytes,
@@ -96,14 +94,14 @@ impl LayerFfn {
         self.files.iter().all(|file| file.is_direct())
     }
 
-    /// The bundles' layout.
-    pub(crate) fn layout(&self) -> &BundleLayout {
-        self.index.file().layout()
+    /// Where the bundles lie that are read from disk, all of them put together.
+    pub(crate) fn layout(&self) -> &LayerLayout {
+        self.index.file().bundles()
     }
 
     /// The first flaw among the hot bundles.
     pub(crate) fn flaw(&self) -> Option<Flaw> {
-        self.index.file().flaw(0, self.hot_bytes())
+        self.index.file().flaw_in(&self.hot_layout, 0, self.hot_bytes())
     }
 
     /// What is read of so many bytes of bundles.
@@ -113,7 +111,7 @@ impl LayerFfn {
 
     /// The hot bundles.
     pub(crate) fn hot_bytes(&self) -> &[u8] {
-        &self.hot[..self.n_hot * self.bundle_bytes]
+        &self.hot[..if self.n_hot == 0 { 0 } else { self.hot_layout.offset(self.n_hot) }]
     }
 
     /// All cold chunks, in runs that fit a buffer.
@@ -161,13 +159,15 @@ impl LayerFfn {
             Some(certificate) if sums.skip_zeros && input.set(x) => Span::Certified { bytes, certificate, input },
             _ => Span::Contiguous { first: 0, bytes },
         };
-        account.bytes.host += self.used(sums.add(&compute.kernels, &mut compute.pool, hot));
+        let hot = sums.add(&compute.kernels, &mut compute.pool, &self.hot_layout, hot);
+        account.bytes.host += self.used(hot);
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
             let staged = self.take(disk, account)?;
-            sums.add(&compute.kernels, &mut compute.pool, Span::Contiguous { first, bytes: staged.bytes() });
-            first += staged.bytes().len() / self.bundle_bytes;
+            let span = Span::Contiguous { first, bytes: staged.bytes() };
+            sums.add(&compute.kernels, &mut compute.pool, self.layout(), span);
+            first += self.layout().n_in(first, staged.bytes().len());
             disk.fetcher.release(staged);
         }
         Ok(())
@@ -183,14 +183,14 @@ impl LayerFfn {
         x: &[f32],
         y: &mut [f32],
     ) -> Result<()> {
-        account.bytes.host += self.used(self.hot_bytes().len() as u64);
-        batch.add(compute, self.layout(), x, self.hot_bytes(), y);
+        account.bytes.host += self.hot_bytes().len() as u64;
+        batch.add(compute, &self.hot_layout, x, self.hot_bytes(), y);
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
             let staged = self.take(disk, account)?;
             batch.add(compute, self.layout(), x, staged.bytes(), y);
-            first += staged.bytes().len() / self.bundle_bytes;
+            first += self.layout().n_in(first, staged.bytes().len());
             disk.fetcher.release(staged);
         }
         Ok(())
@@ -360,35 +360,63 @@ impl LayerFfn {
         staged: Option<(usize, &[u8])>,
         active: &[u32],
     ) {
-        let (layer, bytes) = (self.index.layer, self.bundle_bytes);
+        let (layer, layout) = (self.index.layer, self.layout());
         let mut from_disk = Vec::new();
         let mut list: Vec<(u32, &[u8])> = Vec::with_capacity(active.len());
-        let mut hits = 0;
+        let (mut hits, mut cached_bytes, mut hot_bytes) = (0, 0, 0);
         for &n in active {
             let at = n as usize;
             let bundle = if at < self.n_hot {
-                &self.hot[at * bytes..(at + 1) * bytes]
+                hot_bytes += layout.of(at).bundle_bytes() as u64;
+                self.hot_layout.bundle(&self.hot, 0, at)
             } else if let Some(bundle) = cache.get(layer, at) {
                 hits += 1;
+                cached_bytes += layout.of(at).bundle_bytes() as u64;
                 bundle
             } else {
                 from_disk.push(n);
                 let (first, staged) = staged.unwrap_or((0, &[]));
-                &staged[(at - first) * bytes..(at - first + 1) * bytes]
+                layout.bundle(staged, first, at)
             };
             list.push((n, bundle));
         }
-        sums.add(&compute.kernels, &mut compute.pool, Span::Listed(&list));
+        sums.add(&compute.kernels, &mut compute.pool, layout, Span::Listed(&list));
         account.cache_hits += hits;
-        account.bytes.cache += self.used(hits * bytes as u64);
-        account.bytes.host += self.used((active.len() as u64 - hits - from_disk.len() as u64) * bytes as u64);
+        account.bytes.cache += self.used(cached_bytes);
+        account.bytes.host += self.used(hot_bytes);
         account.cache_misses += from_disk.len() as u64;
         active.iter().filter(|&&n| n as usize >= self.n_hot).for_each(|&n| cache.touch(layer, n as usize));
         if let Some((first, staged)) = staged {
             for n in from_disk {
-                let at = n as usize - first;
-                cache.insert(layer, n as usize, &staged[at * bytes..(at + 1) * bytes]);
+                cache.insert(layer, n as usize, layout.bundle(staged, first, n as usize));
             }
         }
     }
+}
+
+/// The first `n` bundles of a layer, one behind the other without the room behind their streams, and where they lie; as all
+/// bundles of the layer if `n` is 0.
+fn read_hot(file: &LayerFile, n: usize) -> Result<(AlignedBuf, LayerLayout)> {
+    let (layout, chunks) = (file.bundles(), 0..n.div_ceil(file.chunk_neurons()));
+    let mut hot = AlignedBuf::zeroed(file.trimmed_bytes(chunks.clone()))?;
+    if layout.within(0..n).all(|(_, section)| !section.bundles().encoding().has_stream()) {
+        file.read_chunks(chunks, &mut hot[..layout.offset(n)])?;
+        return Ok((hot, layout.clone()));
+    }
+    // A chunk at a time: there must be no second copy of the layer.
+    let (mut read, mut lengths, mut at) = (Vec::new(), Vec::with_capacity(n), 0);
+    for c in chunks {
+        let neurons = file.neurons(c..c + 1);
+        read.resize(layout.bytes(neurons.clone()), 0);
+        file.read_chunks(c..c + 1, &mut read)?;
+        for neuron in neurons.clone() {
+            let bundle = layout.bundle(&read, neurons.start, neuron);
+            let length = layout.of(neuron).trimmed_bytes(bundle);
+            hot[at..at + length].copy_from_slice(&bundle[..length]);
+            lengths.push(length);
+            at += length;
+        }
+    }
+    let trimmed = layout.trimmed(&lengths).unwrap_or_else(|| layout.clone());
+    Ok((hot, trimmed))
 }

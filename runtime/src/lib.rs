@@ -19,6 +19,7 @@ mod bench;
 pub mod budget;
 mod cache;
 mod decoder;
+mod divide;
 mod engine;
 mod error;
 mod fetch;
@@ -46,6 +47,6 @@ pub use generate::{FinishReason, GenerateSettings, RunReport, generate};
 #[cfg(feature = "cuda")]
 pub use gpu::{GpuBenchReport, GpuBytes, GpuEngine, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds, measure_tiers};
 pub use hardware::{Hardware, StagingShape};
-pub use plan::{FixedBytes, Mode, Plan, PlanRequest, Prediction};
+pub use plan::{FixedBytes, Mode, Plan, PlanRequest, PlannedSection, Prediction};
 pub use predictor::top_k;
 pub use sampler::{Sampler, SamplerSettings};

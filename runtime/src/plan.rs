@@ -3,6 +3,8 @@
 use crate::attention::{Rope, batch_scratch_bytes};
 use crate::budget::format_bytes;
 use crate::cache::NeuronCache;
+use crate::divide::{activation_rates, active_bundle, divide, equal_prefixes, prefix_bytes, slot_bytes};
+pub(crate) use crate::divide::{hot_prefixes, layers_by_rate, whole_chunks};
 use crate::fetch::Fetcher;
 use crate::ffn::FfnSums;
 use crate::hardware::{Hardware, StagingShape};
@@ -12,7 +14,7 @@ use crate::replay::{Replayed, Trace};
 use crate::{Error, Result};
 use serde::Serialize;
 use thermocline_datasets::Activation;
-use thermocline_kernels::{Certificate, Encoding, QuantisedInput};
+use thermocline_kernels::{Certificate, Encoding, LayoutSection, QuantisedInput};
 use thermocline_split::{Format, LayerFile, Split, StoredMatrix};
 
 /// How neurons are chosen.
@@ -80,6 +82,9 @@ pub struct Plan {
     pub hot_neurons: Vec<usize>,
     /// Bytes of them.
     pub hot_bytes: u64,
+    /// Layers whose neurons are not all laid out alike: what each of their sections is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sections: Vec<PlannedSection>,
     /// Exact mode, if everything is in memory and there is room: 8-bit copies of the gates, which prove most of those that
     /// are not positive.
     pub certificate_bytes: u64,
@@ -101,6 +106,19 @@ pub struct Plan {
     pub exact_disk_bytes_per_token: Option<u64>,
     /// Share of the cold neurons that the cache is expected to hold.
     pub cache_hit_rate: f64,
+}
+
+/// Neighbouring neurons of a layer in one encoding.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PlannedSection {
+    /// The layer.
+    pub layer: usize,
+    /// How many neurons; the layer's sections follow each other, hottest first.
+    pub neurons: usize,
+    /// Their encoding, with the planes that are used.
+    pub encoding: &'static str,
+    /// Bytes of a bundle.
+    pub bundle_bytes: usize,
 }
 
 /// A speed and where it comes from.
@@ -130,10 +148,9 @@ impl Plan {
         check_request(&request)?;
         let config = &split.manifest().config;
         let n = config.intermediate_size;
-        let bundles: Vec<u64> = split.layers().iter().map(|f| f.layout().bundle_bytes() as u64).collect();
         let matrices = split.matrices()?;
         let matrix_bytes: u64 = matrices.iter().map(StoredMatrix::bytes).sum();
-        let all_hot = n as u64 * bundles.iter().sum::<u64>();
+        let all_hot = prefix_bytes(split, &vec![n; config.n_layers]);
         let mut fixed = fixed_bytes(split, &request);
         let budget = request.ram_budget_bytes.unwrap_or(u64::MAX);
         let mut staging = StagingShape::default();
@@ -154,10 +171,7 @@ impl Plan {
             let head = if tied { 0 } else { matrices.len() - 1 };
             pinned_rows[head] = take_rows(&matrices[head], &mut left);
             match request.mode {
-                Mode::Exact => {
-                    let each = (left / bundles.iter().sum::<u64>()) as usize;
-                    hot = split.layers().iter().map(|f| whole_chunks(each.min(n), f.chunk_neurons(), n)).collect();
-                }
+                Mode::Exact => hot = equal_prefixes(split, left),
                 Mode::Sparse { .. } => {
                     let trace = Trace::load(split)?;
                     let best = divide(split, &trace, left)?;
@@ -167,8 +181,8 @@ impl Plan {
             }
         }
         let pinned_bytes = matrices.iter().zip(&pinned_rows).map(|(t, &r)| (r * t.row_bytes()) as u64).sum();
-        let hot_bytes = hot.iter().zip(&bundles).map(|(&hot, bundle)| hot as u64 * bundle).sum();
-        let cache_bytes = NeuronCache::bytes(cache_slots, largest_bundle(split), config.n_layers, n);
+        let hot_bytes = prefix_bytes(split, &hot);
+        let cache_bytes = NeuronCache::bytes(cache_slots, slot_bytes(split, &hot), config.n_layers, n);
         let taken: u64 = fixed.total() + pinned_bytes + hot_bytes + cache_bytes;
         let certificate_bytes = match certificate_bytes(split, &request) {
             bytes if fixed.staging == 0 && taken.saturating_add(bytes) <= budget => bytes,
@@ -182,6 +196,7 @@ impl Plan {
             pinned_bytes,
             hot_neurons: hot,
             hot_bytes,
+            sections: sections(split),
             certificate_bytes,
             cache_slots,
             cache_bytes,
@@ -207,10 +222,8 @@ impl Plan {
 
     fn expect_bytes(&mut self, split: &Split, matrices: &[StoredMatrix<'_>], replayed: Option<Replayed>) -> Result<()> {
         let config = &split.manifest().config;
-        let bundles = split.layers().iter().map(|f| f.layout().bundle_bytes() as f64);
-        // The room behind streams is in memory, but not read.
+        // The room behind streams, in the cache's slots, is not read.
         let used = used_share(split);
-        let bundle = used * bundles.sum::<f64>() / split.layers().len() as f64;
         // An untied embedding costs one row a token.
         let read = |t: &StoredMatrix| config.tie_word_embeddings || t.entry().name != "model.embed_tokens.weight";
         let mut disk: f64 = 0.0;
@@ -222,18 +235,19 @@ impl Plan {
         let total = (config.n_layers * config.intermediate_size) as f64;
         match (self.request.mode, replayed) {
             (Mode::Exact, _) => {
-                ram += used * self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
+                ram += self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
                 ram += self.certificate_bytes as f64;
                 for (file, &hot) in split.layers().iter().zip(&self.hot_neurons) {
                     disk += file.stored_bytes(hot.div_ceil(file.chunk_neurons())..file.n_chunks()) as f64;
                 }
             }
-            (Mode::Sparse { active }, None) => ram += f64::from(active) * total * bundle,
+            (Mode::Sparse { active }, None) => ram += f64::from(active) * total * used * active_bundle(split)?,
             (Mode::Sparse { active }, Some(r)) => {
                 // The trace holds the profile's active share; another share is scaled.
                 let scale = if r.active > 0.0 { f64::from(active) * total / r.active } else { 0.0 };
-                ram += scale * (r.hot + r.cached) * bundle;
-                disk += (scale * r.disk_bytes).min((total - self.hot_neurons.iter().sum::<usize>() as f64) * bundle);
+                ram += scale * used * r.ram_bytes;
+                let cold = prefix_bytes(split, &vec![config.intermediate_size; config.n_layers]) - self.hot_bytes;
+                disk += (scale * r.disk_bytes).min(cold as f64);
                 self.cache_hit_rate = if r.active > r.hot { r.cached / (r.active - r.hot) } else { 0.0 };
             }
         }
@@ -286,7 +300,6 @@ pub(crate) fn check_request(request: &PlanRequest) -> Result<()> {
 
 fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     let config = &split.manifest().config;
-    let layout = *split.layers()[0].layout();
     let (hidden, ffn, batch) = (config.hidden_size, config.intermediate_size, request.batch.min(request.context));
     let vectors = split.resident().tensors().iter().filter(|t| t.format == Format::F32).map(|t| t.bytes).sum();
     let predictors = match request.mode {
@@ -298,14 +311,14 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     let activations = 4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 8 * ffn;
     // A matrix piece and its products, or a feed-forward piece and its gate and up products.
     // Rows with streams are decoded, up to four at a time by each thread.
-    let streams = split.layers().iter().any(|f| f.layout().encoding().has_stream());
+    let streams = split.layers().iter().any(|f| f.bundles().encodings().any(|e| e.has_stream()));
     let decoded = if streams { (request.n_threads * 4 * 2 * widest) as u64 } else { 0 };
     let pieces = 4 * PIECE * widest + 4 * request.n_threads * 2 * 32 * PIECE;
     let scratch = activations as u64
         + pieces as u64
         + FfnBatch::bytes(hidden, ffn)
         + decoded
-        + FfnSums::new(layout, config.activation, ffn).bytes()
+        + FfnSums::new(hidden, config.activation, ffn).bytes()
         + Rope::bytes(config, request.context)
         + batch_scratch_bytes(config, batch, request.context, request.n_threads);
     FixedBytes { vectors, predictors, kv_cache: KvCache::bytes(config, request.context), scratch, staging: 0 }
@@ -316,11 +329,6 @@ fn take_rows(t: &StoredMatrix<'_>, left: &mut u64) -> usize {
     let rows = ((*left / t.row_bytes() as u64) as usize).min(t.entry().rows);
     *left -= (rows * t.row_bytes()) as u64;
     rows
-}
-
-/// A prefix that ends between chunks.
-pub(crate) fn whole_chunks(neurons: usize, chunk_neurons: usize, n: usize) -> usize {
-    if neurons == n { n } else { neurons / chunk_neurons * chunk_neurons }
 }
 
 fn does_not_fit(budget_bytes: u64, fixed: &FixedBytes) -> Error {
@@ -359,16 +367,24 @@ fn staging_bytes(split: &Split, shape: &StagingShape) -> u64 {
 /// too.
 pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
     let stored = split.layers().iter().all(|f| f.are_stored(0..f.n_chunks()));
-    let largest = split.layers().iter().map(|f| f.chunk_neurons() * f.layout().bundle_bytes()).max().unwrap_or(0);
+    let chunk = |f: &LayerFile| f.chunk_neurons() * f.bundles().longest(0..f.order().len());
+    let largest = split.layers().iter().map(chunk).max().unwrap_or(0);
     if stored && n_parts(split) == 1 { 0 } else { (2 * run_bytes).max(largest) }
 }
 
-/// Share of the bundles' bytes that holds something, where they have streams: files have no room behind these.
+/// Share of the bundles' bytes that holds something: where they have streams, files have no room behind these.
 fn used_share(split: &Split) -> f64 {
-    let with_streams = || split.layers().iter().filter(|f| f.layout().encoding().has_stream());
-    let stored: u64 = with_streams().map(|f| f.stored_bytes(0..f.n_chunks())).sum();
-    let bundles: u64 = with_streams().map(|f| (f.order().len() * f.layout().bundle_bytes()) as u64).sum();
-    if bundles == 0 { 1.0 } else { stored as f64 / bundles as f64 }
+    let (mut used, mut bytes) = (0, 0);
+    for file in split.layers() {
+        let n = file.order().len();
+        for (neurons, section) in file.bundles().within(0..n) {
+            let all = file.bundles().bytes(neurons.clone()) as u64;
+            let chunks = neurons.start / file.chunk_neurons()..neurons.end.div_ceil(file.chunk_neurons());
+            used += if section.bundles().encoding().has_stream() { file.stored_bytes(chunks).min(all) } else { all };
+            bytes += all;
+        }
+    }
+    used as f64 / bytes as f64
 }
 
 /// Files that a run is read from, at most.
@@ -378,9 +394,20 @@ pub(crate) fn n_parts(split: &Split) -> usize {
     layers.chain(matrices).max().unwrap_or(1)
 }
 
-/// Bytes of the longest bundle of all layers.
-pub(crate) fn largest_bundle(split: &Split) -> usize {
-    split.layers().iter().map(|f| f.layout().bundle_bytes()).max().unwrap_or(0)
+/// Layers with several sections.
+fn sections(split: &Split) -> Vec<PlannedSection> {
+    let several = split.layers().iter().filter(|f| f.bundles().uniform().is_none());
+    let of_layer = |f: &LayerFile| {
+        let layer = f.layer();
+        let planned = move |s: &LayoutSection| PlannedSection {
+            layer,
+            neurons: s.neurons().len(),
+            encoding: s.bundles().encoding().name(),
+            bundle_bytes: s.bundles().bundle_bytes(),
+        };
+        f.bundles().sections().iter().map(planned).collect::<Vec<_>>()
+    };
+    several.flat_map(of_layer).collect()
 }
 
 /// The widest rows that are certified: what 8 bits leave out of a row, times the input, is about a hundredth of the two
@@ -392,8 +419,8 @@ const CERTIFIED_COLUMNS: usize = 1024;
 /// gate itself.
 fn certificate_bytes(split: &Split, request: &PlanRequest) -> u64 {
     let config = &split.manifest().config;
-    let encoding = split.layers()[0].layout().encoding();
-    let pays = encoding == Encoding::Bf16 && config.hidden_size <= CERTIFIED_COLUMNS;
+    let all_bf16 = split.layers().iter().all(|f| f.bundles().encodings().all(|e| e == Encoding::Bf16));
+    let pays = all_bf16 && config.hidden_size <= CERTIFIED_COLUMNS;
     if request.mode != Mode::Exact || !config.activation.is_sparse() || !pays {
         return 0;
     }
@@ -417,57 +444,4 @@ fn rows_read(split: &Split, certified: bool) -> Result<f64> {
         share += if certified { positive + 2.0 * fires } else { 1.0 + positive + fires } / 3.0;
     }
     Ok(share / config.n_layers as f64)
-}
-
-/// One layer's activation rates in split order, `[intermediate_size]`.
-fn activation_rates(split: &Split, layer: usize) -> Result<Vec<f32>> {
-    let name = format!("layers.{layer}.activation_rate");
-    let rates = split.statistics().read_f32(&name)?;
-    let n = split.manifest().config.intermediate_size;
-    if rates.len() == n {
-        return Ok(rates);
-    }
-    let (path, reason) = (split.statistics().path().to_owned(), format!("{} rates for {n} neurons", rates.len()));
-    Err(thermocline_split::Error::Corrupt { path, field: name, reason }.into())
-}
-
-/// The layer of every neuron, by falling activation rate over all layers.
-pub(crate) fn layers_by_rate(split: &Split) -> Result<Vec<u32>> {
-    let mut rates = Vec::new();
-    for l in 0..split.layers().len() {
-        rates.extend(activation_rates(split, l)?.into_iter().map(|r| (r, l as u32)));
-    }
-    rates.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    Ok(rates.into_iter().map(|(_, l)| l).collect())
-}
-
-/// The prefix of each layer, in whole chunks, that holds its part of the first `n` of `layers_by_rate`.
-pub(crate) fn hot_prefixes(split: &Split, layers_by_rate: &[u32], n: usize) -> Vec<usize> {
-    let mut hot = vec![0usize; split.layers().len()];
-    layers_by_rate.iter().take(n).for_each(|&l| hot[l as usize] += 1);
-    let n_neurons = split.manifest().config.intermediate_size;
-    hot.iter().zip(split.layers()).map(|(&h, file)| whole_chunks(h, file.chunk_neurons(), n_neurons)).collect()
-}
-
-/// Divides `left` bytes between hot prefix and cache: the division whose replay reads the fewest bytes from disk.
-fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usize>, usize, Replayed)> {
-    let config = &split.manifest().config;
-    let (n, bundle) = (config.intermediate_size, largest_bundle(split) as u64);
-    let hottest = layers_by_rate(split)?;
-    let mut best: Option<(Vec<usize>, usize, Replayed)> = None;
-    for quarters in 0..=4u64 {
-        let hot_budget = left / 4 * quarters;
-        let hot = hot_prefixes(split, &hottest, (hot_budget / bundle) as usize);
-        let used = hot.iter().sum::<usize>() as u64 * bundle;
-        let tables = NeuronCache::bytes(1, bundle as usize, config.n_layers, n);
-        let cold = config.n_layers * n - hot.iter().sum::<usize>();
-        let slots = ((left - used).saturating_sub(tables) / (bundle + 5)) as usize;
-        // What is left after rounding is no cache: less than a token's worth of slots only costs copies.
-        let slots = if slots < cold / 100 { 0 } else { slots.min(cold) };
-        let replayed = trace.replay(split, &hot, slots)?;
-        if best.as_ref().is_none_or(|b| replayed.disk_bytes < b.2.disk_bytes) {
-            best = Some((hot, slots, replayed));
-        }
-    }
-    Ok(best.unwrap_or((vec![0; config.n_layers], 0, Replayed::default())))
 }

@@ -5,7 +5,7 @@
 
 use crate::matrix::Compute;
 use thermocline_datasets::Activation;
-use thermocline_kernels::{BundleLayout, MatrixRef, Pool, matmul, matmul_nn};
+use thermocline_kernels::{LayerLayout, MatrixRef, Pool, matmul, matmul_nn};
 
 /// Neurons, or rows of a matrix, that are in memory as f32 at a time.
 pub(crate) const PIECE: usize = 256;
@@ -91,23 +91,25 @@ impl FfnBatch {
     pub(crate) fn add(
         &mut self,
         compute: &mut Compute,
-        layout: &BundleLayout,
+        layout: &LayerLayout,
         x: &[f32],
         mut bundles: &[u8],
         y: &mut [f32],
     ) {
         let Compute { kernels, pool } = compute;
-        let (bytes, hidden) = (layout.bundle_bytes(), layout.hidden_size());
+        let hidden = layout.hidden_size();
         while !bundles.is_empty() {
             let piece = PIECE.min(self.n_neurons - self.done);
-            let n = (piece - self.filled).min(bundles.len() / bytes);
-            let (now, later) = bundles.split_at(n * bytes);
+            let first = self.done + self.filled;
+            let n = (piece - self.filled).min(layout.n_in(first, bundles.len()));
+            let (now, later) = bundles.split_at(layout.bytes(first..first + n));
             for (which, rows) in self.rows.iter_mut().enumerate() {
                 let rows = &mut rows[self.filled * hidden..(self.filled + n) * hidden];
                 pool.for_each_chunk(rows, 16 * hidden, |task, rows| {
                     for (r, out) in rows.chunks_exact_mut(hidden).enumerate() {
-                        let at = (task * 16 + r) * bytes;
-                        kernels.unpack(layout.encoding(), layout.row(&now[at..at + bytes], which), out);
+                        let neuron = first + task * 16 + r;
+                        let (of, bundle) = (layout.of(neuron), layout.bundle(now, first, neuron));
+                        kernels.unpack(of.encoding(), of.row(bundle, which), out);
                     }
                 });
             }

@@ -18,6 +18,8 @@ pub(crate) struct Replayed {
     pub active: f64,
     pub hot: f64,
     pub cached: f64,
+    /// Bytes of the bundles that are hot or cached.
+    pub ram_bytes: f64,
     /// Bytes of the chunks that hold at least one active neuron that is neither hot nor cached.
     pub disk_bytes: f64,
 }
@@ -52,7 +54,7 @@ impl Trace {
         for token in 0..self.n_tokens {
             let counted = if token >= warm_up { 1.0 } else { 0.0 };
             for (l, (bits, file)) in self.layers.iter().zip(split.layers()).enumerate() {
-                let chunk_neurons = file.chunk_neurons();
+                let (chunk_neurons, layout) = (file.chunk_neurons(), file.bundles());
                 let mut last_chunk = usize::MAX;
                 let row = &bits[token * width..(token + 1) * width];
                 let ones = row
@@ -63,9 +65,11 @@ impl Trace {
                     sum.active += counted;
                     if n < hot[l] {
                         sum.hot += counted;
+                        sum.ram_bytes += counted * layout.of(n).bundle_bytes() as f64;
                     } else if cache.contains(l, n) {
                         cache.touch(l, n);
                         sum.cached += counted;
+                        sum.ram_bytes += counted * layout.of(n).bundle_bytes() as f64;
                     } else {
                         let chunk = n / chunk_neurons;
                         if chunk != last_chunk {
@@ -82,6 +86,7 @@ impl Trace {
             active: sum.active / n,
             hot: sum.hot / n,
             cached: sum.cached / n,
+            ram_bytes: sum.ram_bytes / n,
             disk_bytes: sum.disk_bytes / n,
         })
     }

@@ -1,13 +1,13 @@
 //! Makes a split directory from a checkpoint and its profile, one layer at a time.
 
 use crate::error::{Result, io};
-use crate::layer_file::layer_entry;
-use crate::manifest::{FORMAT_VERSION, Manifest, Packing, PlainFile, Source};
+use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
 use crate::order::{OrderKind, OverFetch, best_chunk, best_order, over_fetch_table};
 use crate::pack_layer::{FACTORS, PackedLayer, pack_layer, pack_matrix};
 use crate::partial::Partial;
-use crate::plane_file::write_plane;
+use crate::plane_file::{Place, write_plane};
 use crate::planes::{contents, further_planes};
+use crate::sections::layer_entry;
 use crate::tensor_file::{Format, TensorFileEntry, Writer};
 use crate::{Error, LayerEncodings, chunk::Compression};
 use serde::{Deserialize, Serialize};
@@ -139,10 +139,10 @@ fn build(
     profile.verify()?;
     let settings = |what: String| Error::Settings { what };
     // A base with its coarse plane alone is a way to read, not to store.
-    if options.encoding.of_layers(config.n_layers).chain([options.resident_encoding]).any(|e| e == Encoding::Q4Plus) {
+    if options.encoding.all().chain([options.resident_encoding]).any(|e| e == Encoding::Q4Plus) {
         return Err(settings(format!("{} cannot be stored; use {}", Encoding::Q4Plus, Encoding::Q4Exact)));
     }
-    let widest = options.encoding.of_layers(config.n_layers).find(|e| !e.accepts(config.hidden_size));
+    let widest = options.encoding.all().find(|e| !e.accepts(config.hidden_size));
     if let Some(encoding) = widest {
         let what = format!("{encoding}: hidden size {} is no multiple of 32; use --encoding bf16x", config.hidden_size);
         return Err(settings(what));
@@ -190,29 +190,35 @@ fn build(
     let mut resumed_layers = 0;
     for l in 0..config.n_layers {
         progress(l, config.n_layers + 1);
-        let encoding = options.encoding.of(l);
-        let further = further_planes(encoding);
-        if partial.has_layer(l, further) {
+        let sections = options.encoding.sections(l, config.intermediate_size, chunk_neurons);
+        let files = Partial::layer_files(l, &sections);
+        if partial.has_layer(l, &files) {
             resumed_layers += 1;
         } else {
             let statistics = profile.layer(l)?;
-            let packed = pack_layer(checkpoint, l, &statistics, encoding, order, options, &packing)?;
-            let ids = &packed.order;
-            let contents = contents(encoding, config.hidden_size, &packed.planes, ids.len());
-            for (p, (plane, content)) in packed.planes.iter().zip(&contents).enumerate() {
-                let path = partial.temporary_layer(l, p);
-                write_plane(&path, l, content, ids, plane, chunk_neurons, options.compression)?;
+            let packed = pack_layer(checkpoint, l, &statistics, &sections, order, options, &packing)?;
+            let (mut first, layer_neurons) = (0, packed.order.len());
+            for (s, ((n, encoding), planes)) in sections.iter().zip(&packed.sections).enumerate() {
+                let place = Place { layer: l, neurons: first..first + n, layer_neurons };
+                let ids = &packed.order[place.neurons.clone()];
+                let contents = contents(*encoding, config.hidden_size, planes, *n);
+                for (p, (plane, content)) in planes.iter().zip(&contents).enumerate() {
+                    let path = partial.temporary_layer(l, s, p);
+                    write_plane(&path, &place, content, ids, plane, chunk_neurons, options.compression)?;
+                }
+                first += n;
             }
-            partial.finish_layer(l, further, &packed)?;
+            partial.finish_layer(l, &files, &packed)?;
         }
-        layers.push(layer_entry(dir, &Partial::layer_files(l, further))?);
+        layers.push(layer_entry(dir, &sections, &files)?);
     }
     progress(config.n_layers, config.n_layers + 1);
     let (resident, resident_planes) = write_resident(checkpoint, profile, options, dir)?;
     let places: Vec<u64> = profile.sample_tokens()?.into_iter().take(TRACE_TOKENS_MAX).collect();
     let (predictors, statistics) = assemble_parts(config, packing.predictor_rank, false, &places, &partial)?;
     let files = write_plain_files(checkpoint, dir)?;
-    let ffn_bytes: u64 = layers.iter().map(|l| l.file_bytes + l.planes.iter().map(|p| p.file_bytes).sum::<u64>()).sum();
+    let of_layer = |l: &LayerEntry| l.file_bytes + l.others().map(|p| p.file_bytes).sum::<u64>();
+    let ffn_bytes: u64 = layers.iter().map(of_layer).sum();
     let source = Source {
         model: checkpoint.name(),
         model_digest,
@@ -431,7 +437,8 @@ fn bytes_each(encoding: Encoding, rows: usize, columns: usize) -> usize {
 fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
     let config = checkpoint.config();
     let neuron = |encoding: Encoding| bytes_each(encoding, 3, config.hidden_size);
-    let ffn: usize = options.encoding.of_layers(config.n_layers).map(|e| config.intermediate_size * neuron(e)).sum();
+    let sections = |l: usize| options.encoding.sections(l, config.intermediate_size, 1);
+    let ffn: usize = (0..config.n_layers).flat_map(sections).map(|(n, encoding)| n * neuron(encoding)).sum();
     let resident: usize = resident_matrices(checkpoint)
         .iter()
         .filter_map(|name| shape(checkpoint, name).ok())

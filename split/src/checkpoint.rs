@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use thermocline_datasets::{Checkpoint, Error, ModelConfig, SourceDtype, TensorInfo};
-use thermocline_kernels::{Encoding, Kernels, RowRef};
+use thermocline_kernels::{Encoding, Kernels};
 
 /// Tensors of a split, decoded, under their canonical names and in the checkpoint's neuron order.
 /// Holds the encoded bundles of one layer at a time.
@@ -57,7 +57,7 @@ impl SplitCheckpoint {
         }
         *held = None;
         let file = &self.split.layers()[layer];
-        let mut bundles = vec![0; file.order().len() * file.layout().bundle_bytes()];
+        let mut bundles = vec![0; file.bundles().bytes(0..file.order().len())];
         file.read_chunks(0..file.n_chunks(), &mut bundles)?;
         let decoded = Arc::new(DecodedLayer { layer, bundles, place: file.places() });
         *held = Some(Arc::clone(&decoded));
@@ -66,23 +66,24 @@ impl SplitCheckpoint {
 
     fn bundle_rows(&self, layer: usize, which: usize, rows: Range<usize>) -> Result<Vec<f32>> {
         let decoded = self.decoded(layer)?;
-        let layout = self.split.layers()[layer].layout();
-        let (hidden, bytes) = (layout.hidden_size(), layout.bundle_bytes());
-        let row = |id: usize| -> RowRef<'_> {
+        let layout = self.split.layers()[layer].bundles();
+        let hidden = layout.hidden_size();
+        let unpack = |id: usize, out: &mut [f32]| {
             let p = decoded.place[id] as usize;
-            layout.row(&decoded.bundles[p * bytes..(p + 1) * bytes], which)
+            let row = layout.of(p).row(layout.bundle(&decoded.bundles, 0, p), which);
+            self.kernels.unpack(layout.of(p).encoding(), row, out);
         };
         if which < 2 {
             let mut out = vec![0.0; rows.len() * hidden];
             for (id, out) in rows.zip(out.chunks_exact_mut(hidden)) {
-                self.kernels.unpack(layout.encoding(), row(id), out);
+                unpack(id, out);
             }
             return Ok(out);
         }
         let ffn = decoded.place.len();
         let (mut out, mut column) = (vec![0.0; rows.len() * ffn], vec![0.0; hidden]);
         for id in 0..ffn {
-            self.kernels.unpack(layout.encoding(), row(id), &mut column);
+            unpack(id, &mut column);
             for (r, v) in column[rows.clone()].iter().enumerate() {
                 out[r * ffn + id] = *v;
             }
@@ -146,10 +147,13 @@ impl Checkpoint for SplitCheckpoint {
     fn info(&self, name: &str) -> Option<TensorInfo> {
         if let Some((layer, which)) = self.bundle_row(name) {
             let file = &self.split.layers()[layer];
-            let (ffn, hidden) = (file.order().len(), file.layout().hidden_size());
+            let (ffn, layout) = (file.order().len(), file.bundles());
+            let hidden = layout.hidden_size();
             let shape = if which < 2 { vec![ffn, hidden] } else { vec![hidden, ffn] };
-            let n_bytes = (ffn * file.layout().bundle_bytes() / 3) as u64;
-            return Some(TensorInfo { shape, dtype: dtype(file.layout().encoding()), n_bytes });
+            let n_bytes = (layout.bytes(0..ffn) / 3) as u64;
+            // Of several encodings, one that is not exact says what the tensor is.
+            let encoding = layout.encodings().find(|e| !e.is_exact()).unwrap_or(layout.of(0).encoding());
+            return Some(TensorInfo { shape, dtype: dtype(encoding), n_bytes });
         }
         let t = self.split.resident().tensors().iter().find(|t| t.name == name)?;
         Some(match self.split.matrix(name) {

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::{Error, Format, LayerFile, Split, TensorEntry};
-use thermocline_kernels::BundleLayout;
+use thermocline_kernels::{BundleLayout, LayerLayout};
 
 /// The three tensors of a bundle, in its order of rows.
 const PROJECTIONS: [&str; 3] = ["gate", "up", "down"];
@@ -49,10 +49,17 @@ impl LayerFile {
     /// The first flaw among `bundles`, the neurons of the layer from `first` on in split order. Only if they are all of
     /// the layer's can a tensor be called all zero.
     pub fn flaw(&self, first: usize, bundles: &[u8]) -> Option<Flaw> {
-        let (layout, layer) = (self.layout(), self.layer());
+        self.flaw_in(self.bundles(), first, bundles)
+    }
+
+    /// The same where bundles lie in memory as `all` says.
+    pub fn flaw_in(&self, all: &LayerLayout, first: usize, bundles: &[u8]) -> Option<Flaw> {
+        let layer = self.layer();
         let tensor = |which: usize| format!("model.layers.{layer}.mlp.{}_proj.weight", PROJECTIONS[which]);
-        let mut zero = [bundles.len() == self.order().len() * layout.bundle_bytes(); 3];
-        for (bundle, &id) in bundles.chunks_exact(layout.bundle_bytes()).zip(&self.order()[first..]) {
+        let n = all.n_in(first, bundles.len());
+        let mut zero = [n == self.order().len(); 3];
+        for (place, &id) in self.order().iter().enumerate().skip(first).take(n) {
+            let (layout, bundle) = (all.of(place), all.bundle(bundles, first, place));
             for (which, zero) in zero.iter_mut().enumerate() {
                 let row = layout.row(bundle, which);
                 if let Some(at) = layout.encoding().first_not_finite(row) {
@@ -110,7 +117,7 @@ impl Split {
         };
         for (l, layer) in self.layers().iter().enumerate() {
             progress(l, total);
-            let mut bundles = vec![0; layer.order().len() * layer.layout().bundle_bytes()];
+            let mut bundles = vec![0; layer.bundles().bytes(0..layer.order().len())];
             layer.read_chunks(0..layer.n_chunks(), &mut bundles)?;
             sound(layer.path(), layer.flaw(0, &bundles))?;
         }

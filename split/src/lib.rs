@@ -5,7 +5,7 @@
 //! | make one from a checkpoint and its profile | [`split()`], [`SplitOptions`] |
 //! | open one | [`Split`], [`Manifest`] |
 //! | one layer's bundles on disk | [`LayerFile`] |
-//! | which planes of them are used | [`Precision`] |
+//! | which planes of them are used | [`Planes`], [`Precision`] |
 //! | everything else on disk | [`TensorFile`] |
 //! | orders and chunk lengths, measured | [`mod@order`] |
 //! | make one of a planted model, without either | [`split_planted()`], [`planted_bytes`] |
@@ -39,6 +39,7 @@ mod planted;
 mod precision;
 mod resident;
 mod sealed;
+mod sections;
 mod tensor_file;
 mod verify;
 
@@ -49,10 +50,10 @@ pub use error::{Error, Result};
 pub use flaw::{Flaw, FlawKind};
 pub use layer_encodings::LayerEncodings;
 pub use layer_file::{FileRange, LayerFile};
-pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, PlaneEntry, Source};
+pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, PlaneEntry, SectionEntry, Source};
 pub use open::{Split, StoredPredictor};
 pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
-pub use precision::Precision;
+pub use precision::{Planes, Precision};
 pub use resident::StoredMatrix;
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 use thermocline_datasets::ModelConfig;
 
-/// The version that is written and the newest that is read.
-pub const FORMAT_VERSION: u32 = 1;
+/// The newest version that is read. A split is written as the first that can say what is in it: 1, or 2 where layers have hot
+/// neurons in an encoding of their own.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +46,7 @@ pub struct Packing {
     pub active_share: f64,
 }
 
-/// One layer file.
+/// One layer: its files, those of the last section on top.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerEntry {
@@ -58,9 +59,31 @@ pub struct LayerEntry {
     /// The further planes of the same neurons: coarse, final.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub planes: Vec<PlaneEntry>,
+    /// The neurons in front of these, hottest first, where they have an encoding of their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hot: Vec<SectionEntry>,
 }
 
-/// One plane of a layer over its base.
+impl LayerEntry {
+    /// All files but the one on top.
+    pub fn others(&self) -> impl Iterator<Item = &PlaneEntry> {
+        self.planes.iter().chain(self.hot.iter().flat_map(|s| &s.planes))
+    }
+}
+
+/// Hot neurons of a layer in an encoding of their own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SectionEntry {
+    /// How many: those that follow the ones of the entry before.
+    pub neurons: usize,
+    /// Their encoding.
+    pub encoding: String,
+    /// The base and its further planes.
+    pub planes: Vec<PlaneEntry>,
+}
+
+/// One plane of a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlaneEntry {
@@ -88,7 +111,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// [`FORMAT_VERSION`].
+    /// 1, or 2 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -136,8 +159,14 @@ impl Manifest {
         parsed.map_err(|e: String| corrupt(&dir.join("manifest.json"), "packing.ffn_encoding", e))
     }
 
-    /// Fills in the checksum and writes `dir/manifest.json`.
+    /// The first version that has all that this manifest lists.
+    fn least_version(&self) -> u32 {
+        if self.layers.iter().all(|l| l.hot.is_empty()) { 1 } else { FORMAT_VERSION }
+    }
+
+    /// Fills in version and checksum and writes `dir/manifest.json`.
     pub(crate) fn write(mut self, dir: &Path) -> Result<Self> {
+        self.version = self.least_version();
         self.checksum = self.expected_checksum();
         let path = dir.join(Self::FILE);
         std::fs::write(&path, self.to_json()).map_err(io(&path))?;
@@ -158,7 +187,7 @@ impl Manifest {
         ]);
         let names = names
             .chain(manifest.resident_planes.iter().map(|f| &f.file))
-            .chain(manifest.layers.iter().flat_map(|l| l.planes.iter().map(|p| &p.file)));
+            .chain(manifest.layers.iter().flat_map(|l| l.others().map(|p| &p.file)));
         for name in names {
             let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
             if name.starts_with('/') || name.contains('\\') || !name.split('/').all(plain) {
@@ -166,6 +195,14 @@ impl Manifest {
             }
         }
         manifest.config.check(&path)?;
+        if manifest.version != manifest.least_version() {
+            let reason = format!("{}, but what it lists is version {}", manifest.version, manifest.least_version());
+            return Err(corrupt(&path, "version", reason));
+        }
+        let chunk = manifest.packing.chunk_neurons;
+        if chunk == 0 || chunk > manifest.config.intermediate_size {
+            return Err(corrupt(&path, "packing.chunk_neurons", format!("{chunk} is not 1 to the layers' width")));
+        }
         if manifest.layers.len() != manifest.config.n_layers {
             let got = manifest.layers.len();
             return Err(corrupt(&path, "layers", format!("{got} files for {} layers", manifest.config.n_layers)));

@@ -4,7 +4,7 @@ use crate::delta::Delta;
 use crate::error::{Result, corrupt, listed};
 use crate::planted::REPORT_FILE;
 use crate::resident::check_planes;
-use crate::{Error, LayerFile, Manifest, Precision, TensorEntry, TensorFile};
+use crate::{Error, LayerFile, Manifest, Planes, Precision, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thermocline_calibrate::predictor::LowRank;
@@ -31,7 +31,7 @@ pub struct Split {
     dir: PathBuf,
     manifest: Manifest,
     layers: Vec<LayerFile>,
-    precision: Precision,
+    planes: Planes,
     delta: Option<Arc<Delta>>,
     resident: TensorFile,
     resident_planes: Option<TensorFile>,
@@ -48,21 +48,22 @@ impl Split {
         Self::open_at(dir, Precision::Base)
     }
 
-    /// Opens a split directory with the planes that `precision` takes; those that it leaves are not looked at.
+    /// Opens a split directory with the planes that `planes` takes; files that it leaves are not looked at.
     ///
     /// # Errors
     /// If a file is missing, damaged, or does not belong to the others.
-    pub fn open_at(dir: &Path, precision: Precision) -> Result<Self> {
+    pub fn open_at(dir: &Path, planes: impl Into<Planes>) -> Result<Self> {
+        let planes = planes.into();
         let manifest = Manifest::read(dir)?;
         let encodings = manifest.ffn_encodings(dir)?;
         let mut layers = Vec::with_capacity(manifest.layers.len());
         for (l, entry) in manifest.layers.iter().enumerate() {
-            let file = LayerFile::open_planes(dir, entry, encodings.of(l), precision)?;
             let c = &manifest.config;
+            let sections = encodings.sections(l, c.intermediate_size, manifest.packing.chunk_neurons);
+            let file = LayerFile::open_planes(dir, entry, &sections, planes)?;
             let fits = file.layer() == l
                 && file.order().len() == c.intermediate_size
-                && file.layout().hidden_size() == c.hidden_size
-                && file.layout().encoding().base() == encodings.of(l).base();
+                && file.bundles().hidden_size() == c.hidden_size;
             if !fits {
                 let reason = "does not fit the manifest: files of two splits are mixed";
                 return Err(corrupt(file.path(), "header", reason));
@@ -71,15 +72,15 @@ impl Split {
         }
         check_planes(&manifest, dir)?;
         let resident = TensorFile::open(dir, &manifest.resident)?;
-        let planes = manifest.resident_planes.as_ref().filter(|_| precision > Precision::Base);
-        let resident_planes = planes.map(|entry| TensorFile::open(dir, entry)).transpose()?;
+        let further = manifest.resident_planes.as_ref().filter(|_| planes.of_matrices() > Precision::Base);
+        let resident_planes = further.map(|entry| TensorFile::open(dir, entry)).transpose()?;
         let predictors = TensorFile::open(dir, &manifest.predictors)?;
         let statistics = TensorFile::open(dir, &manifest.statistics)?;
         Ok(Self {
             dir: dir.to_owned(),
             manifest,
             layers,
-            precision,
+            planes,
             delta: None,
             resident,
             resident_planes,
@@ -93,7 +94,8 @@ impl Split {
     #[must_use]
     pub fn with_alike_bundles(mut self) -> Self {
         let encoding = self.layers[0].layout().encoding();
-        if encoding.has_stream() && self.layers.iter().all(|l| l.layout().encoding() == encoding) {
+        let alike = |l: &LayerFile| l.bundles().uniform().is_some_and(|l| l.encoding() == encoding);
+        if encoding.has_stream() && self.layers.iter().all(alike) {
             let longest = self.layers.iter().map(|l| l.layout().bundle_bytes()).max().unwrap_or(0);
             self.layers.iter_mut().for_each(|layer| layer.pad_to(longest));
         }
@@ -156,8 +158,8 @@ impl Split {
     }
 
     /// Which planes it was opened with.
-    pub fn precision(&self) -> Precision {
-        self.precision
+    pub fn planes(&self) -> Planes {
+        self.planes
     }
 
     /// The further planes of embedding, attention and head, if they are used.
@@ -249,7 +251,7 @@ impl Split {
 
     /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.
     pub fn dense_bytes(&self) -> u64 {
-        let bundles: usize = self.layers.iter().map(|l| l.order().len() * l.layout().bundle_bytes()).sum();
+        let bundles: usize = self.layers.iter().map(|l| l.trimmed_bytes(0..l.n_chunks())).sum();
         let vectors = self.resident.tensors().iter().filter(|t| t.format.encoding().is_none()).map(|t| t.bytes);
         let matrices = self.matrices().into_iter().flatten().map(|m| m.bytes());
         bundles as u64 + vectors.sum::<u64>() + matrices.sum::<u64>()

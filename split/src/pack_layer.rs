@@ -24,8 +24,8 @@ pub(crate) const FACTORS: Encoding = Encoding::Q4;
 pub(crate) struct PackedLayer {
     /// Checkpoint number of the neuron at each place.
     pub order: Vec<u32>,
-    /// `[ffn]` bundles in that order, plane by plane, the base first.
-    pub planes: Vec<Vec<u8>>,
+    /// The bundles in that order, by section: plane by plane, the base first.
+    pub sections: Vec<Vec<Vec<u8>>>,
     /// q8 rows `[rank, hidden]`.
     pub predictor_input: Vec<u8>,
     /// The same for the input of the layer before; empty if there are none.
@@ -70,12 +70,12 @@ impl PackedLayer {
     }
 }
 
-/// Encodes layer `l`.
+/// Encodes layer `l`, whose neurons have these encodings: how many, hottest first.
 pub(crate) fn pack_layer(
     checkpoint: &dyn Checkpoint,
     l: usize,
     statistics: &LayerStatistics,
-    encoding: Encoding,
+    sections: &[(usize, Encoding)],
     kind: OrderKind,
     options: &SplitOptions,
     packing: &Packing,
@@ -92,17 +92,22 @@ pub(crate) fn pack_layer(
     let (by_moments, plain) = (options.scales.fit(Some(&moments)), options.scales.fit(None));
     // A down column adds to every output alike: no channel of it counts more than another.
     let sources = [(&gate, by_moments, "gate"), (&up, by_moments, "up"), (&down, plain, "down")];
-    let rows = order.par_iter().flat_map_iter(|&id| {
-        let range = id as usize * hidden..(id as usize + 1) * hidden;
-        sources.iter().map(move |(matrix, fit, proj)| {
-            pack_row(encoding, &matrix[range.clone()], *fit).map_err(|source| Error::Pack {
-                tensor: name(proj),
-                row: id as usize,
-                source,
+    let (mut planes, mut rest) = (Vec::with_capacity(sections.len()), order.as_slice());
+    for &(n, encoding) in sections {
+        let (neurons, later) = rest.split_at(n);
+        rest = later;
+        let rows = neurons.par_iter().flat_map_iter(|&id| {
+            let range = id as usize * hidden..(id as usize + 1) * hidden;
+            sources.iter().map(move |(matrix, fit, proj)| {
+                pack_row(encoding, &matrix[range.clone()], *fit).map_err(|source| Error::Pack {
+                    tensor: name(proj),
+                    row: id as usize,
+                    source,
+                })
             })
-        })
-    });
-    let planes = lay_out(encoding, hidden, 3, &rows.collect::<Result<Vec<_>>>()?);
+        });
+        planes.push(lay_out(encoding, hidden, 3, &rows.collect::<Result<Vec<_>>>()?));
+    }
 
     let norms: Vec<f32> = down.chunks_exact(hidden).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
     let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
@@ -130,7 +135,7 @@ pub(crate) fn pack_layer(
         energy: floats(&|id| statistics.energy[id] as f32),
         trace: reorder_bits(statistics, &order),
         order,
-        planes,
+        sections: planes,
     })
 }
 

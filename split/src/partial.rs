@@ -4,11 +4,12 @@ use crate::error::{Result, corrupt, io};
 use crate::growing::Growing;
 use crate::pack_layer::PackedLayer;
 use crate::plane_file::PlaneFile;
-use crate::planes::Plane;
+use crate::planes::further_planes;
 use crate::{LayerFile, Precision};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use thermocline_kernels::Encoding;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// The directory, and what is finished in it.
@@ -46,33 +47,41 @@ impl Partial {
         self.growing.check_space(needed)
     }
 
-    /// Where the planes of layer `l` lie in the directory, the base first.
-    pub(crate) fn layer_files(l: usize, planes: &[Plane]) -> Vec<String> {
-        let further = planes.iter().map(|plane| format!("layers/{l:03}.{}.thm", plane.name()));
-        [format!("layers/{l:03}.thm")].into_iter().chain(further).collect()
+    /// Where the files of layer `l` lie in the directory: those of each section, the base first.
+    pub(crate) fn layer_files(l: usize, sections: &[(usize, Encoding)]) -> Vec<Vec<String>> {
+        let of_section = |(s, (_, encoding)): (usize, &(usize, Encoding))| {
+            let stem = match s {
+                _ if s + 1 == sections.len() => format!("layers/{l:03}"),
+                0 => format!("layers/{l:03}.hot"),
+                s => format!("layers/{l:03}.hot{}", s + 1),
+            };
+            let further = further_planes(*encoding).iter().map(|plane| format!("{stem}.{}.thm", plane.name()));
+            [format!("{stem}.thm")].into_iter().chain(further).collect()
+        };
+        sections.iter().enumerate().map(of_section).collect()
     }
 
     fn part_path(&self, l: usize) -> PathBuf {
         self.dir().join(format!("parts/{l:03}.part"))
     }
 
-    /// Where plane `p` of layer `l` grows.
-    pub(crate) fn temporary_layer(&self, l: usize, p: usize) -> PathBuf {
-        self.dir().join(format!("parts/{l:03}.{p}.thm.tmp"))
+    /// Where plane `p` of section `s` of layer `l` grows.
+    pub(crate) fn temporary_layer(&self, l: usize, s: usize, p: usize) -> PathBuf {
+        self.dir().join(format!("parts/{l:03}.{s}.{p}.thm.tmp"))
     }
 
-    /// Whether layer `l` was finished by an earlier run, and its planes are whole and belong together.
-    pub(crate) fn has_layer(&self, l: usize, planes: &[Plane]) -> bool {
-        let files = Self::layer_files(l, planes);
-        let opened = files.iter().map(|file| PlaneFile::open(&self.dir().join(file))).collect::<Result<Vec<_>>>();
+    /// Whether layer `l` was finished by an earlier run, and its files are whole and belong together.
+    pub(crate) fn has_layer(&self, l: usize, files: &[Vec<String>]) -> bool {
+        let open = |group: &Vec<String>| group.iter().map(|file| PlaneFile::open(&self.dir().join(file))).collect();
+        let opened = files.iter().map(open).collect::<Result<Vec<Vec<_>>>>();
         opened
-            .and_then(|planes| LayerFile::of_planes(planes, Precision::Exact))
+            .and_then(|groups| LayerFile::of_files(groups, Precision::Exact.into()))
             .is_ok_and(|layer| layer.layer() == l && layer.is_whole())
             && self.read_part(l).is_ok()
     }
 
-    /// Writes the part file, then moves the layer's files in place, the base last: it implies the others.
-    pub(crate) fn finish_layer(&self, l: usize, planes: &[Plane], packed: &PackedLayer) -> Result<()> {
+    /// Writes the part file, then moves the layer's files in place.
+    pub(crate) fn finish_layer(&self, l: usize, files: &[Vec<String>], packed: &PackedLayer) -> Result<()> {
         let path = self.part_path(l);
         let mut body = Vec::new();
         for field in packed.parts() {
@@ -86,9 +95,11 @@ impl Partial {
             file.sync_all()
         };
         write().map_err(io(&path))?;
-        for (p, file) in Self::layer_files(l, planes).iter().enumerate().rev() {
-            let to = self.dir().join(file);
-            fs::rename(self.temporary_layer(l, p), &to).map_err(io(&to))?;
+        for (s, group) in files.iter().enumerate() {
+            for (p, file) in group.iter().enumerate().rev() {
+                let to = self.dir().join(file);
+                fs::rename(self.temporary_layer(l, s, p), &to).map_err(io(&to))?;
+            }
         }
         Ok(())
     }

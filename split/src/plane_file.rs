@@ -6,14 +6,17 @@ use crate::error::{Result, corrupt, io, listed};
 use crate::{Error, chunk};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// First bytes of a layer file.
 const MAGIC: &[u8; 8] = b"THMLAYER";
-/// The version that is written and the newest that is read.
-const VERSION: u32 = 1;
+/// The version of a file with all neurons of its layer.
+const WHOLE: u32 = 1;
+/// That of a file with some of them; the newest that is read.
+const PART: u32 = 2;
 /// Bytes of the fixed header, its checksum included.
 const HEADER_BYTES: usize = 80;
 /// Bytes of an index entry.
@@ -23,6 +26,17 @@ const DATA_ALIGN: u64 = 4096;
 /// No real model comes near; keeps every size below 2^63.
 const MAX_NEURONS: u32 = 1 << 24;
 const MAX_HIDDEN: u32 = 1 << 20;
+
+/// Which neurons of which layer a file has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The layer's number.
+    pub layer: usize,
+    /// Places in split order.
+    pub neurons: Range<usize>,
+    /// Neurons of the layer.
+    pub layer_neurons: usize,
+}
 
 /// Where one chunk lies and how it is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +58,7 @@ pub(crate) struct ChunkEntry {
 pub(crate) struct PlaneFile {
     path: PathBuf,
     file: File,
-    layer: usize,
+    place: Place,
     content: Content,
     chunk_neurons: usize,
     order: Vec<u32>,
@@ -77,15 +91,24 @@ impl PlaneFile {
         let u32_at = |at: usize| header.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
         let u64_at = |at: usize| header.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
         let version = u32_at(8);
-        if version != VERSION {
-            return Err(Error::UnsupportedVersion { path: path.to_owned(), got: version.into(), max: VERSION.into() });
+        if version != WHOLE && version != PART {
+            return Err(Error::UnsupportedVersion { path: path.to_owned(), got: version.into(), max: PART.into() });
         }
         let (layer, n_neurons, hidden_size) = (u32_at(12), u32_at(16), u32_at(20));
         let (encoding, chunk_neurons, n_chunks) = (u32_at(24), u32_at(28), u32_at(32));
         if n_neurons == 0 || n_neurons > MAX_NEURONS || hidden_size == 0 || hidden_size > MAX_HIDDEN {
             return Err(corrupt(path, "n_neurons, hidden_size", format!("{n_neurons}, {hidden_size} out of range")));
         }
-        if chunk_neurons == 0 || chunk_neurons > n_neurons || n_chunks != n_neurons.div_ceil(chunk_neurons) {
+        let (first, layer_neurons) = if version == WHOLE { (0, n_neurons) } else { (u32_at(56), u32_at(60)) };
+        // A part is not all, and only the layer's last one may end within a chunk.
+        let inside = first.checked_add(n_neurons).is_some_and(|end| end <= layer_neurons);
+        let reserved = if version == WHOLE { 56 } else { 64 };
+        let zero = header.get(reserved..72).is_some_and(|rest| rest.iter().all(|b| *b == 0));
+        if !zero || !inside || layer_neurons > MAX_NEURONS || (version == PART && n_neurons == layer_neurons) {
+            let reason = format!("{n_neurons} from {first} on of a layer's {layer_neurons}");
+            return Err(corrupt(path, "neurons", reason));
+        }
+        if chunk_neurons == 0 || chunk_neurons > layer_neurons || n_chunks != n_neurons.div_ceil(chunk_neurons) {
             return Err(corrupt(
                 path,
                 "chunk_neurons",
@@ -114,12 +137,16 @@ impl PlaneFile {
             return Err(corrupt(path, "meta_checksum", "header, order or index are damaged"));
         }
         let (order, index) = meta.split_at(HEADER_BYTES - 8).1.split_at(n_neurons as usize * 4);
-        let order = read_order(path, order)?;
+        let order = read_order(path, order, layer_neurons)?;
         let index = read_index(path, index, data_offset, file_bytes, n_neurons, chunk_neurons, &content)?;
         Ok(Self {
             path: path.to_owned(),
             file,
-            layer: layer as usize,
+            place: Place {
+                layer: layer as usize,
+                neurons: first as usize..(first + n_neurons) as usize,
+                layer_neurons: layer_neurons as usize,
+            },
             content,
             chunk_neurons: chunk_neurons as usize,
             order,
@@ -134,9 +161,9 @@ impl PlaneFile {
         &self.path
     }
 
-    /// The layer's number.
-    pub fn layer(&self) -> usize {
-        self.layer
+    /// Which neurons these are.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// What the bundles are.
@@ -149,9 +176,14 @@ impl PlaneFile {
         self.chunk_neurons
     }
 
-    /// `order()[i]` is the checkpoint's number of the neuron at position i; hot first.
+    /// `order()[i]` is the checkpoint's number of the file's i-th neuron; hot first.
     pub fn order(&self) -> &[u32] {
         &self.order
+    }
+
+    /// The order, which the layer keeps for all its files.
+    pub fn take_order(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.order)
     }
 
     /// Every chunk, in order.
@@ -214,15 +246,15 @@ impl PlaneFile {
     }
 
     fn corrupt_chunk(&self, c: usize) -> Error {
-        let first = c * self.chunk_neurons;
-        let end = (first + self.chunk_neurons).min(self.order.len());
-        Error::CorruptChunk { path: self.path.clone(), layer: self.layer, first, end }
+        let first = self.place.neurons.start + c * self.chunk_neurons;
+        let end = (first + self.chunk_neurons).min(self.place.neurons.end);
+        Error::CorruptChunk { path: self.path.clone(), layer: self.place.layer, first, end }
     }
 }
 
-fn read_order(path: &Path, bytes: &[u8]) -> Result<Vec<u32>> {
+fn read_order(path: &Path, bytes: &[u8], layer_neurons: u32) -> Result<Vec<u32>> {
     let order: Vec<u32> = bytes.chunks_exact(4).map(|b| b.try_into().map_or(0, u32::from_le_bytes)).collect();
-    let mut seen = vec![false; order.len()];
+    let mut seen = vec![false; layer_neurons as usize];
     for (position, &id) in order.iter().enumerate() {
         match seen.get_mut(id as usize) {
             Some(s) if !*s => *s = true,
@@ -286,7 +318,7 @@ fn read_index(
 /// If the file cannot be written.
 pub(crate) fn write_plane(
     path: &Path,
-    layer: usize,
+    place: &Place,
     content: &Content,
     order: &[u32],
     bundles: &[u8],
@@ -298,7 +330,7 @@ pub(crate) fn write_plane(
         .par_chunks(chunk_neurons * content.bundle_bytes())
         .map(|raw| (raw.len() / content.bundle_bytes(), chunk::encode(compression, content, raw)))
         .collect();
-    let mut writer = PlaneWriter::create(path, layer, *content, order, chunk_neurons)?;
+    let mut writer = PlaneWriter::create(path, place.clone(), *content, order, chunk_neurons)?;
     for (n, (codec, stored)) in &chunks {
         writer.list(*n, *codec, stored);
         writer.append(stored)?;
@@ -309,7 +341,7 @@ pub(crate) fn write_plane(
 /// A file being written, chunk by chunk; what stands in front of the chunks comes last.
 pub(crate) struct PlaneWriter<'a> {
     path: &'a Path,
-    layer: usize,
+    place: Place,
     content: Content,
     order: &'a [u32],
     chunk_neurons: usize,
@@ -324,7 +356,7 @@ impl<'a> PlaneWriter<'a> {
     /// Starts a file for neurons in this order ([`PlaneFile::order`]).
     pub(crate) fn create(
         path: &'a Path,
-        layer: usize,
+        place: Place,
         content: Content,
         order: &'a [u32],
         chunk_neurons: usize,
@@ -335,7 +367,7 @@ impl<'a> PlaneWriter<'a> {
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io(path))?);
         file.seek(SeekFrom::Start(data_offset)).map_err(io(path))?;
         let index = Vec::with_capacity(n_chunks * ENTRY_BYTES);
-        Ok(Self { path, layer, content, order, chunk_neurons, file, index, data_offset, offset: data_offset })
+        Ok(Self { path, place, content, order, chunk_neurons, file, index, data_offset, offset: data_offset })
     }
 
     /// Appends bundles as they are: whole chunks, but perhaps for the layer's last.
@@ -365,9 +397,10 @@ impl<'a> PlaneWriter<'a> {
     pub(crate) fn finish(self) -> Result<u64> {
         let mut meta = Vec::with_capacity(HEADER_BYTES - 8 + self.order.len() * 4 + self.index.len());
         meta.extend_from_slice(MAGIC);
+        let is_whole = self.place.neurons.len() == self.place.layer_neurons;
         for v in [
-            VERSION,
-            self.layer as u32,
+            if is_whole { WHOLE } else { PART },
+            self.place.layer as u32,
             self.order.len() as u32,
             self.content.hidden_size() as u32,
             self.content.id(),
@@ -377,8 +410,12 @@ impl<'a> PlaneWriter<'a> {
         ] {
             meta.extend_from_slice(&v.to_le_bytes());
         }
-        for v in [self.data_offset, self.offset, 0, 0] {
+        for v in [self.data_offset, self.offset] {
             meta.extend_from_slice(&v.to_le_bytes());
+        }
+        let part = if is_whole { [0; 2] } else { [self.place.neurons.start, self.place.layer_neurons] };
+        for v in part.into_iter().chain([0; 2]) {
+            meta.extend_from_slice(&(v as u32).to_le_bytes());
         }
         debug_assert_eq!(meta.len(), HEADER_BYTES - 8);
         for id in self.order {

@@ -50,13 +50,14 @@ impl Split {
     pub fn matrix(&self, name: &str) -> Result<StoredMatrix<'_>> {
         let base = (self.resident(), self.resident().entry(name)?);
         let mut planes = vec![base];
+        let precision = self.planes().of_matrices();
         if let Some(file) = self.resident_planes() {
-            for plane in [Plane::Coarse, Plane::Final].into_iter().filter(|p| self.precision().takes(*p)) {
+            for plane in [Plane::Coarse, Plane::Final].into_iter().filter(|p| precision.takes(*p)) {
                 let name = format!("{name}.{}", plane.name());
                 planes.extend(file.tensors().iter().find(|t| t.name == name).map(|entry| (file, entry)));
             }
         }
-        StoredMatrix::new(planes, self.precision())?.with_delta(self.delta())
+        StoredMatrix::new(planes, precision)?.with_delta(self.delta())
     }
 
     /// All of them, in file order.

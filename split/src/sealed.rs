@@ -17,7 +17,7 @@ pub(crate) trait Sealed: Serialize + DeserializeOwned + Clone {
     const FILE: &'static str;
     /// Its field `format`.
     const FORMAT: &'static str;
-    /// The version that is written and the newest that is read.
+    /// The newest version that is read.
     const VERSION: u32;
     /// What the directory is called.
     const KIND: &'static str;
@@ -65,7 +65,7 @@ pub(crate) trait Sealed: Serialize + DeserializeOwned + Clone {
         if head.format != Self::FORMAT {
             return Err(corrupt(&path, "format", format!("{:?} is not a {}", head.format, Self::KIND)));
         }
-        if head.version != u64::from(Self::VERSION) {
+        if !(1..=u64::from(Self::VERSION)).contains(&head.version) {
             return Err(Error::UnsupportedVersion { path, got: head.version, max: Self::VERSION.into() });
         }
         let mut value: Self = serde_json::from_slice(&text).map_err(|e| corrupt(&path, "json", e.to_string()))?;

@@ -60,7 +60,7 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
         check_tensors(file)?;
     }
     check_plain_files(&split)?;
-    let n_chunks = split.layers().iter().map(|l| (l.n_chunks() * l.paths().count()) as u64).sum();
+    let n_chunks = split.layers().iter().map(|l| l.n_stored_chunks() as u64).sum();
     let stored = SplitCheckpoint::new(split);
     let names = in_layer_order(checkpoint.names());
     let mut report = VerifyReport { tensors: Vec::new(), violations: Vec::new(), n_weights: 0, n_chunks };

@@ -27,7 +27,7 @@ struct Output {
 
 pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let split = super::load::placed_split(&args.placement)?;
-    let layout = *split.layers()[0].layout();
+    let layout = *split.layers()[0].bundles().largest().bundles();
     let threads = args.placement.threads.checked()?;
     let bundles = probe_bundles(&split)?;
     let kernel = || {

@@ -168,7 +168,7 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
         model: split.to_owned(),
         mode,
         active: 0.3,
-        precision: Precision::Base,
+        precision: Precision::Base.into(),
         delta: None,
         ram_budget,
         // The demo shows budgets of RAM.
@@ -231,7 +231,7 @@ fn evaluate(
     let mut masks = vec![Mask::Dense];
     masks.extend(SHARES.map(Mask::Oracle));
     masks.extend(SHARES.map(Mask::Predicted));
-    let model = super::eval::Model::open(split, Precision::Base, None)?;
+    let model = super::eval::Model::open(split, Precision::Base.into(), None)?;
     let results = super::eval::batch(&model, &windows, &masks, false)?;
     let output = super::eval::Output::new(&model, split, text_name, &windows, &results, step)?;
     said("eval", step, &format!("{} tokens under {} masks", windows.tokens().len(), masks.len()));

@@ -11,7 +11,7 @@ use thermocline_analysis::Error;
 use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode, evaluate_planes};
 use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
-use thermocline_split::{Precision, Split, SplitCheckpoint};
+use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
 
 /// Where masks were applied, for people who compare figures.
 const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
@@ -77,9 +77,9 @@ pub enum Model {
 }
 
 impl Model {
-    pub fn open(path: &Path, precision: Precision, delta: Option<&Path>) -> anyhow::Result<Self> {
+    pub fn open(path: &Path, planes: Planes, delta: Option<&Path>) -> anyhow::Result<Self> {
         if path.join("manifest.json").exists() {
-            let split = super::load::open_split(path, precision, delta)?;
+            let split = super::load::open_split(path, planes, delta)?;
             return Ok(Model::Split(Box::new(SplitCheckpoint::new(split))));
         }
         if delta.is_some() {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use thermocline_calibrate::Profile;
 use thermocline_datasets::open_checkpoint;
+use thermocline_kernels::LayoutSection;
 use thermocline_split::delta::{Delta, MANIFEST_FILE};
 use thermocline_split::{Precision, Split};
 
@@ -35,11 +36,21 @@ fn split(path: &Path) -> anyhow::Result<Value> {
         .layers()
         .iter()
         .map(|l| {
-            json!({
+            let largest = l.bundles().largest().bundles();
+            let mut layer = json!({
                 "layer": l.layer(), "file_bytes": l.file_bytes(), "chunks": l.n_chunks(),
-                "encoding": l.layout().encoding().name(), "compressed_chunks": l.n_compressed(), "neurons": l.order().len(), "bundle_bytes": l.layout().bundle_bytes(),
+                "encoding": largest.encoding().name(), "compressed_chunks": l.n_compressed(),
+                "neurons": l.order().len(), "bundle_bytes": largest.bundle_bytes(),
                 "hottest_neurons": l.order().iter().take(4).collect::<Vec<_>>(),
-            })
+            });
+            if l.bundles().uniform().is_none() {
+                let section = |s: &LayoutSection| {
+                    let (neurons, of) = (s.neurons().len(), s.bundles());
+                    json!({"neurons": neurons, "encoding": of.encoding().name(), "bundle_bytes": of.bundle_bytes()})
+                };
+                layer["sections"] = l.bundles().sections().iter().map(section).collect();
+            }
+            layer
         })
         .collect();
     let mut value = json!({

@@ -5,7 +5,7 @@ use crate::output::Progress;
 use std::path::Path;
 use thermocline_runtime::{Decoder, Engine, Mode, Plan, PlanRequest};
 use thermocline_split::delta::Delta;
-use thermocline_split::{Precision, Split};
+use thermocline_split::{Planes, Precision, Split};
 
 #[cfg(feature = "cuda")]
 pub use gpu::{gpu_plan, host_threads, open_device};
@@ -27,10 +27,11 @@ impl Loaded {
     }
 }
 
-/// A split, with a delta on it, which needs all planes.
-pub fn open_split(path: &Path, precision: Precision, delta: Option<&Path>) -> anyhow::Result<Split> {
-    let Some(delta) = delta else { return Ok(Split::open_at(path, precision)?) };
-    Ok(Split::open_at(path, Precision::Exact)?.with_delta(Delta::open(delta)?)?)
+/// A split, with a delta on it, which needs all planes: of some neurons they will not do.
+pub fn open_split(path: &Path, planes: Planes, delta: Option<&Path>) -> anyhow::Result<Split> {
+    let Some(delta) = delta else { return Ok(Split::open_at(path, planes)?) };
+    let planes = if planes.is_whole() { Precision::Exact.into() } else { planes };
+    Ok(Split::open_at(path, planes)?.with_delta(Delta::open(delta)?)?)
 }
 
 /// The split that the flags name.

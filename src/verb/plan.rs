@@ -6,7 +6,7 @@ use serde::Serialize;
 use thermocline_runtime::budget::format_bytes;
 #[cfg(feature = "cuda")]
 use thermocline_runtime::{GpuSpeeds, Mode};
-use thermocline_runtime::{Hardware, Plan, Prediction};
+use thermocline_runtime::{Hardware, Plan, PlannedSection, Prediction};
 
 /// What `plan --json` prints.
 #[derive(Serialize)]
@@ -61,6 +61,7 @@ pub fn print(plan: &Plan) {
     row("matrices", plan.pinned_bytes, "embedding, attention, head".to_owned());
     let (hot, layers) = (plan.hot_neurons.iter().sum::<usize>(), plan.hot_neurons.len());
     row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
+    print_sections(&plan.sections);
     if plan.certificate_bytes > 0 {
         row("gate certificates", plan.certificate_bytes, "8-bit copies of the gates".to_owned());
     }
@@ -83,6 +84,26 @@ pub fn print(plan: &Plan) {
              chunks that it reads for others; with --mode exact this budget gives more",
             format_bytes(plan.disk_bytes_per_token),
             format_bytes(exact)
+        );
+    }
+}
+
+/// Sections that are alike in many layers take one line.
+fn print_sections(sections: &[PlannedSection]) {
+    let mut counts: Vec<(&PlannedSection, usize)> = Vec::new();
+    for s in sections {
+        let alike = |(first, _): &&mut (&PlannedSection, usize)| {
+            (first.neurons, first.encoding, first.bundle_bytes) == (s.neurons, s.encoding, s.bundle_bytes)
+        };
+        match counts.iter_mut().find(alike) {
+            Some((_, n)) => *n += 1,
+            None => counts.push((s, 1)),
+        }
+    }
+    for (s, layers) in counts {
+        println!(
+            "    {} neurons of a layer in {}, {} bytes each, in {layers} layers",
+            s.neurons, s.encoding, s.bundle_bytes
         );
     }
 }

@@ -123,6 +123,15 @@ pub fn plane(dir: &Path, layer: usize, plane: usize, file: &Layer) {
     });
 }
 
+/// The same for a file of hot neurons.
+pub fn hot(dir: &Path, layer: usize, section: usize, plane: usize, file: &Layer) {
+    manifest(dir, |m| {
+        let entry = &mut m.layers[layer].hot[section].planes[plane];
+        file.write(&dir.join(&entry.file));
+        (entry.file_bytes, entry.checksum) = (file.bytes.len() as u64, file.checksum());
+    });
+}
+
 /// Writes `bytes` over stored bytes of chunk `c`, `at` bytes into it; every checksum fits again.
 pub fn chunk(dir: &Path, layer: usize, c: usize, at: usize, bytes: &[u8]) {
     let path = dir.join(format!("layers/{layer:03}.thm"));

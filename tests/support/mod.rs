@@ -5,6 +5,7 @@
 //! they damage.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
+pub mod budgets;
 pub mod demo;
 pub mod forge;
 
@@ -17,7 +18,7 @@ use tempfile::TempDir;
 use thermocline_datasets::write::{TinyGgufType, TinyModel, write_tiny_gguf, write_tiny_safetensors};
 use thermocline_datasets::{Activation, Architecture};
 use thermocline_runtime::{Engine, Error, Logits, Mode, Plan, PlanRequest};
-use thermocline_split::{Precision, Split};
+use thermocline_split::{Planes, Precision, Split};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_thermocline");
 const SEED: u64 = 7;
@@ -57,6 +58,12 @@ pub fn run(args: &[&str]) -> Ran {
         command.env_remove("THERMOCLINE_VRAM_BUDGET");
     }
     command.args(args).output().unwrap().into()
+}
+
+/// Runs the binary where no file may grow beyond `blocks` of 1024 bytes.
+pub fn with_file_limit(blocks: u32, args: &[&str]) -> Ran {
+    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
+    Command::new("bash").args(["-c", &script, "bash", BINARY]).args(args).output().unwrap().into()
 }
 
 /// Runs the binary, which must succeed.
@@ -137,6 +144,12 @@ pub fn medium() -> Made {
         ..TinyModel::default()
     };
     Made { name: "medium", model, form: Form::Folder, tokens: 1024 }
+}
+
+/// A model of four small layers: their files are quickly made, cut and compared.
+pub fn four_layers() -> Made {
+    let Made { model, form, tokens, .. } = tiny("four", Architecture::Llama, Activation::Silu, Form::Folder);
+    Made { name: "four", model: TinyModel { n_layers: 4, ..model }, form, tokens }
 }
 
 fn root() -> &'static Path {
@@ -274,8 +287,8 @@ pub fn engine(dir: &Path, request: PlanRequest) -> Result<Engine, Error> {
     engine_at(dir, Precision::Base, request)
 }
 
-pub fn engine_at(dir: &Path, precision: Precision, request: PlanRequest) -> Result<Engine, Error> {
-    engine_of(Split::open_at(dir, precision)?, request)
+pub fn engine_at(dir: &Path, planes: impl Into<Planes>, request: PlanRequest) -> Result<Engine, Error> {
+    engine_of(Split::open_at(dir, planes)?, request)
 }
 
 pub fn engine_of(split: Split, request: PlanRequest) -> Result<Engine, Error> {

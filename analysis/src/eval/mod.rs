@@ -25,7 +25,7 @@ mod windows;
 pub use batch::evaluate;
 pub use decode::evaluate_decode;
 pub use mask::{Mask, active_count};
-pub use planes::{Planes, evaluate_planes};
+pub use planes::{bits_per_weight, evaluate_planes};
 pub use quality::LayerQuality;
 pub use windows::Windows;
 

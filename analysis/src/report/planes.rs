@@ -3,11 +3,11 @@
 use super::figures::short;
 use super::{EvalFile, Figure, Section, Table};
 use crate::Result;
-use crate::eval::{Evaluation, Planes};
+use crate::eval::{Evaluation, bits_per_weight};
 use crate::plots::{Axis, Body, Chart, Ink, N_SERIES, Series};
 use crate::{PlaneStudy, PlanesStudy};
 use polars::prelude::Column;
-use thermocline_split::Precision;
+use thermocline_split::{Planes, Precision};
 
 const MISSING: &str = "thermocline eval -m SPLIT --text FILE --planes base,plus,exact --json > planes.json";
 
@@ -21,7 +21,7 @@ struct Point<'a> {
 
 impl Point<'_> {
     fn bits(&self) -> f64 {
-        self.planes.bits_per_weight(self.study)
+        bits_per_weight(self.planes, self.study)
     }
 
     /// Perplexity over that with all planes, less 1.
@@ -63,10 +63,10 @@ fn cost(models: &[Vec<Point<'_>>]) -> Figure {
             line.sort_by(|a, b| a.0.total_cmp(&b.0));
             Series::new(name, line, ink).marked()
         };
-        series.push(line(short(label, 14), &|planes| matches!(planes, Planes::All(_))));
+        series.push(line(short(label, 14), &Planes::is_whole));
         for precision in [Precision::Plus, Precision::Exact] {
-            let ends = [Planes::All(Precision::Base), Planes::All(precision)];
-            let some = |planes| matches!(planes, Planes::Important(p, _) if p == precision);
+            let ends = [Precision::Base, precision].map(Planes::from);
+            let some = |planes: Planes| planes.precision() == precision && !planes.is_whole();
             if points.iter().any(|p| some(p.planes)) {
                 let name = format!("{}, {precision} for some", short(label, 5));
                 series.push(line(name, &|planes| ends.contains(&planes) || some(planes)).dashed());

@@ -188,6 +188,15 @@ fn n_splits(context: usize, n_blocks: usize, n_kv_heads: usize) -> usize {
     n.clamp(1, MAX_SPLITS)
 }
 
+/// Refuses layers with several layouts.
+fn check_sections(split: &Split) -> Result<()> {
+    let of_layer = |f: &thermocline_split::LayerFile| match f.bundles().encodings().collect::<Vec<_>>().as_slice() {
+        [first, other, ..] => Err(Error::Sections { layer: f.layer(), first: first.name(), other: other.name() }),
+        _ => Ok(()),
+    };
+    split.layers().iter().try_for_each(of_layer)
+}
+
 pub(super) fn aligned(bytes: u64) -> u64 {
     bytes.next_multiple_of(ALIGN)
 }
@@ -203,6 +212,7 @@ impl GpuPlan {
     /// `--ram-budget` cannot hold the rest.
     pub fn new(split: &Split, request: GpuRequest) -> Result<Self> {
         check_request(&request.base)?;
+        check_sections(split)?;
         let config = &split.manifest().config;
         let layout = *split.layers()[0].layout();
         let (bundle, n, n_layers) = (layout.bundle_bytes() as u64, config.intermediate_size, config.n_layers);

@@ -6,7 +6,7 @@ use crate::content::Content;
 use crate::error::Result;
 use crate::pack_layer::{FACTORS, PackedLayer};
 use crate::partial::Partial;
-use crate::plane_file::PlaneWriter;
+use crate::plane_file::{Place, PlaneWriter};
 use half::f16;
 use thermocline_datasets::Random;
 use thermocline_datasets::planted::{PlantedModel, PlantedNeuron};
@@ -31,8 +31,9 @@ pub(super) fn write(model: &PlantedModel, l: usize, layout: &BundleLayout, parti
     let (layer, n) = (model.layer(l), model.shape().intermediate_size);
     let order: Vec<u32> = (0..n as u32).collect();
     let mut rest = Rest::new(model, l);
-    let path = partial.temporary_layer(l, 0);
-    let mut file = PlaneWriter::create(&path, l, Content::Bundles(*layout), &order, CHUNK_NEURONS)?;
+    let path = partial.temporary_layer(l, 0, 0);
+    let place = Place { layer: l, neurons: 0..n, layer_neurons: n };
+    let mut file = PlaneWriter::create(&path, place, Content::Bundles(*layout), &order, CHUNK_NEURONS)?;
     let mut piece = vec![0u8; PIECE_NEURONS.min(n) * layout.bundle_bytes()];
     for first in (0..n).step_by(PIECE_NEURONS) {
         let end = (first + PIECE_NEURONS).min(n);

@@ -8,10 +8,10 @@ mod rows;
 use crate::Error;
 use crate::build::{assemble_parts, write_plain_file};
 use crate::error::Result;
-use crate::layer_file::layer_entry;
 use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, Source};
 use crate::pack_layer::FACTORS;
 use crate::partial::Partial;
+use crate::sections::layer_entry;
 use measure::Counts;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -203,17 +203,15 @@ fn build(
 }
 
 fn make_layer(model: &PlantedModel, l: usize, layout: &BundleLayout, partial: &Partial) -> Result<Done> {
-    let resumed = partial.has_layer(l, &[]);
+    let sections = [(model.shape().intermediate_size, Encoding::Q4)];
+    let files = Partial::layer_files(l, &sections);
+    let resumed = partial.has_layer(l, &files);
     let packed = if resumed {
         partial.read_part(l)?
     } else {
         let packed = layer::write(model, l, layout, partial)?;
-        partial.finish_layer(l, &[], &packed)?;
+        partial.finish_layer(l, &files, &packed)?;
         packed
     };
-    Ok(Done {
-        entry: layer_entry(partial.dir(), &Partial::layer_files(l, &[]))?,
-        counts: Counts::of(model, l, &packed),
-        resumed,
-    })
+    Ok(Done { entry: layer_entry(partial.dir(), &sections, &files)?, counts: Counts::of(model, l, &packed), resumed })
 }
