@@ -27,6 +27,8 @@ pub mod dequant;
 mod digest;
 mod error;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+pub mod files;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 pub mod gguf;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 pub mod huggingface;

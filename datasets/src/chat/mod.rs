@@ -15,7 +15,7 @@ use minijinja::{Environment, ErrorKind, Value};
 use std::sync::Arc;
 
 /// Longest template, in bytes.
-const MAX_TEMPLATE_BYTES: usize = 256 << 10;
+pub(crate) const MAX_TEMPLATE_BYTES: usize = 256 << 10;
 /// Longest prompt that a template may write beyond what the messages hold, in bytes.
 const MAX_OUTPUT_BYTES: usize = 1 << 20;
 /// Instructions that a template may run; one message takes about fifty.
