@@ -146,3 +146,16 @@ pub fn tensor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
     });
     fs::write(path, file).unwrap();
 }
+
+/// The same for a tensor of `predictors.safetensors`.
+pub fn predictor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
+    let path = dir.join("predictors.safetensors");
+    let mut file = fs::read(&path).unwrap();
+    manifest(dir, |m| {
+        let tensor = m.predictors.tensors.iter_mut().find(|t| t.name == name).unwrap();
+        let bytes = &mut file[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
+        change(bytes);
+        tensor.checksum = format!("{:016x}", xxh3_64(bytes));
+    });
+    fs::write(path, file).unwrap();
+}
