@@ -185,6 +185,9 @@ pub fn quiet_on_broken_pipe() {
         if text.contains("Broken pipe") {
             std::process::exit(0);
         }
-        default(info);
+        // Such a panic becomes an error.
+        if !thermocline_datasets::is_contained() {
+            default(info);
+        }
     }));
 }

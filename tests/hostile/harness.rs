@@ -13,7 +13,7 @@ use wait4::Wait4;
 /// allocator's arenas, where the system puts pages.
 const SLACK_BYTES: u64 = 8 << 20;
 /// What a refused input may take for each of its bytes: a header is read whole and becomes names, numbers and maps.
-pub const PER_BYTE: u64 = 8;
+const PER_BYTE: u64 = 8;
 
 /// No message is longer, whatever names a file has.
 const MESSAGE_BYTES: usize = 2600;
@@ -119,16 +119,16 @@ impl Table {
 
     /// Exit code 4, a message, and no more memory than the input's own bytes justify.
     pub fn refused(&mut self, case: u8, name: &str, input: &Path, args: &[&str]) {
-        self.ends(4, PER_BYTE, case, name, input, args);
+        self.ends(4, PER_BYTE * bytes_of(input), case, name, args);
     }
 
-    /// The same with another exit code, and more memory for each byte of the input.
-    pub fn ends(&mut self, code: i32, per_byte: u64, case: u8, name: &str, input: &Path, args: &[&str]) {
+    /// The same with another exit code, and other memory than the input's bytes justify.
+    pub fn ends(&mut self, code: i32, allowed_bytes: u64, case: u8, name: &str, args: &[&str]) {
         let ran = measured(args);
         assert_eq!(ran.code, Some(code), "{case:02} {name}: {} {}", ran.stdout, ran.stderr);
         assert!(!ran.stderr.contains("panicked"), "{case:02} {name}: {}", ran.stderr);
         assert!(code == 0 || ran.stderr.contains("error: "), "{case:02} {name}: {}", ran.stderr);
-        let bound = bare() + SLACK_BYTES + per_byte * bytes_of(input);
+        let bound = bare() + SLACK_BYTES + allowed_bytes;
         assert!(ran.peak_bytes <= bound, "{case:02} {name}: {} bytes of at most {bound}", ran.peak_bytes);
         let share = ran.peak_bytes as f64 / bound as f64;
         if share > self.worst.0 {

@@ -13,3 +13,4 @@ mod runtime;
 mod split;
 #[path = "../support/mod.rs"]
 mod support;
+mod text;

@@ -159,3 +159,12 @@ pub fn predictor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
     });
     fs::write(path, file).unwrap();
 }
+
+/// A small file of a split, with its checksum.
+pub fn plain_file(dir: &Path, name: &str, content: &str) {
+    fs::write(dir.join(name), content).unwrap();
+    manifest(dir, |m| {
+        let entry = m.files.iter_mut().find(|f| f.file == name).unwrap();
+        entry.checksum = format!("{:032x}", xxh3_128(content.as_bytes()));
+    });
+}
