@@ -16,13 +16,16 @@ temporary=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tm
 trap 'rm -rf "$temporary"' EXIT
 export TMPDIR=$temporary
 
+cargo +nightly fuzz build --target-dir "$target_dir"
+binaries=$target_dir/$(rustc +nightly -vV | sed -n 's/^host: //p')/release
+
 failed=0
 for target in "${targets[@]}"; do
     corpus=$cache/fuzz-corpus/$target
     mkdir -p "$corpus" "fuzz/artifacts/$target"
     log=$temporary/$target.log
     status=0
-    cargo +nightly fuzz run --target-dir "$target_dir" "$target" "$corpus" "fuzz/seeds/$target" -- \
+    ASAN_OPTIONS=detect_odr_violation=0 "$binaries/$target" "$corpus" "fuzz/seeds/$target" \
         -max_total_time="$seconds" -rss_limit_mb=2048 -malloc_limit_mb=512 -timeout=20 -max_len=32768 \
         -dict=fuzz/words.dict -print_final_stats=1 -artifact_prefix="fuzz/artifacts/$target/" \
         > "$log" 2>&1 || status=$?

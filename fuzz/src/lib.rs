@@ -41,8 +41,10 @@ pub fn exercise(checkpoint: &dyn Checkpoint) {
         let _ = checkpoint.load_rows(&name, 0..rows.min(3));
         let _ = checkpoint.load_rows(&name, rows - rows.min(1)..rows);
     }
-    let _ = checkpoint.digest();
-    if let Ok(text) = checkpoint.tokenizer_json() {
+    if let Ok(text) = checkpoint.tokenizer_json()
+        && text.len() % 4 == 0
+    {
+        // The slowest part by far, and a target of its own.
         exercise_tokenizer(&text);
     }
     if let Some(template) = checkpoint.chat_template() {
@@ -50,8 +52,22 @@ pub fn exercise(checkpoint: &dyn Checkpoint) {
     }
 }
 
+/// The fuzzer's hook ends the process at every panic; those that become errors are none of its business.
+pub fn contain_panics() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !thermocline_datasets::is_contained() {
+                hook(info);
+            }
+        }));
+    });
+}
+
 /// Builds a tokenizer and takes a text there and back.
 pub fn exercise_tokenizer(text: &str) {
+    contain_panics();
     let Ok(tokenizer) = Tokenizer::from_json(text) else { return };
     for text in ["", "the water <|im_start|> moves\n\u{e9}\u{1f41f}  "] {
         if let Ok(ids) = tokenizer.encode(text, true) {

@@ -21,7 +21,7 @@ pub fn shape() -> TinyModel {
         n_layers: 2,
         n_heads: 2,
         n_kv_heads: 1,
-        head_dim: 8,
+        head_dim: 16,
         ..TinyModel::default()
     }
 }
