@@ -47,7 +47,7 @@ impl Layer {
     pub fn chunk(&self, c: usize) -> std::ops::Range<usize> {
         let entry = self.tables()[1] + 32 * c;
         let offset = u64::from_le_bytes(self.bytes[entry..entry + 8].try_into().unwrap()) as usize;
-        offset..offset + self.u32_at(entry + 8) as usize
+        offset..offset.saturating_add(self.u32_at(entry + 8) as usize)
     }
 
     /// Recomputes the checksum of chunk `c`.
