@@ -9,6 +9,13 @@ use thermocline_kernels::cuda::CudaError;
 use thermocline_runtime::Error as RuntimeError;
 use thermocline_split::Error as SplitError;
 
+const MODEL_HELP: &str = "the model is damaged or incomplete; fetch it again, or save it again with what made it";
+const PROFILE_HELP: &str = "the profile is damaged; fetch it again, or run `thermocline calibrate` again";
+const SPLIT_HELP: &str = "the directory is damaged; fetch it again, or make it again";
+
+/// Longest message.
+const MESSAGE_BYTES: usize = 2000;
+
 /// An argument that clap cannot judge but that is wrong all the same.
 #[derive(Debug)]
 pub struct Usage(pub String);
@@ -34,8 +41,62 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
             text = format!("{text}: {cause}");
         }
     }
-    eprintln!("error: {text}");
+    eprintln!("error: {}", printable(&text));
+    if let Some(help) =
+        error.chain().find_map(help).filter(|_| !["again", "`thermocline"].iter().any(|said| text.contains(said)))
+    {
+        eprintln!("help: {help}");
+    }
     ExitCode::from(code(error))
+}
+
+/// Names in a message come from files: they neither drive the terminal nor fill it.
+pub fn printable(text: &str) -> String {
+    let plain = |c: char| if c.is_control() && c != '\n' { char::REPLACEMENT_CHARACTER } else { c };
+    if text.len() <= MESSAGE_BYTES {
+        return text.chars().map(plain).collect();
+    }
+    let (mut head, mut tail) = (MESSAGE_BYTES / 2, text.len().saturating_sub(MESSAGE_BYTES / 2));
+    while !text.is_char_boundary(head) {
+        head -= 1;
+    }
+    while !text.is_char_boundary(tail) {
+        tail += 1;
+    }
+    let parts = [&text[..head], " [...] ", &text[tail..]];
+    parts.into_iter().flat_map(str::chars).map(plain).collect()
+}
+
+/// What mends a damaged file, where its error does not say so itself.
+fn help(e: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    let model = |e: &DatasetsError| {
+        matches!(e, DatasetsError::Corrupt { .. } | DatasetsError::MissingTensor { .. }).then_some(MODEL_HELP)
+    };
+    let profile = |e: &CalibrateError| match e {
+        CalibrateError::Corrupt { .. } => Some(PROFILE_HELP),
+        CalibrateError::Model(e) => model(e),
+        _ => None,
+    };
+    let split = |e: &SplitError| match e {
+        SplitError::Corrupt { .. } => Some(SPLIT_HELP),
+        SplitError::Checkpoint(e) => model(e),
+        SplitError::Profile(e) => profile(e),
+        _ => None,
+    };
+    if let Some(e) = e.downcast_ref::<DatasetsError>() {
+        return model(e);
+    }
+    if let Some(e) = e.downcast_ref::<CalibrateError>() {
+        return profile(e);
+    }
+    if let Some(e) = e.downcast_ref::<SplitError>() {
+        return split(e);
+    }
+    match e.downcast_ref::<RuntimeError>()? {
+        RuntimeError::Split(e) => split(e),
+        RuntimeError::Text(e) => model(e),
+        _ => None,
+    }
 }
 
 fn code(error: &anyhow::Error) -> u8 {
@@ -124,6 +185,9 @@ pub fn quiet_on_broken_pipe() {
         if text.contains("Broken pipe") {
             std::process::exit(0);
         }
-        default(info);
+        // Such a panic becomes an error.
+        if !thermocline_datasets::is_contained() {
+            default(info);
+        }
     }));
 }

@@ -6,7 +6,8 @@ mod support;
 use proptest::test_runner::{Config as ProptestConfig, TestRunner};
 use serde_json::Value;
 use std::path::Path;
-use support::{budget_range, demo, json, llama, medium, qwen_relu, request, split, text};
+use support::{budget_range, demo, json, llama, medium, needed_bytes, qwen_relu, request, split, text};
+use thermocline_datasets::Random;
 use thermocline_runtime::{Mode, Plan};
 use thermocline_split::Split;
 
@@ -55,6 +56,24 @@ fn half_and_a_quarter_of_the_model_bound_the_process() {
                 let held = ["hot_bytes", "pinned_bytes"].map(|f| answer["plan"][f].as_u64().unwrap());
                 assert_eq!(disk, dense - held[0] - held[1] - norms(&answer), "1/{share}");
             }
+        }
+    }
+}
+
+/// Not only halves and quarters: budgets of any size from the least on, in both modes.
+#[test]
+fn any_budget_bounds_the_process() {
+    let dir = split(&medium(), "bf16", &["--chunk-neurons", "16"]);
+    let (bare, mut random) = (bare(), Random::new(11));
+    let dense = run(&dir, "auto", &[])["plan"]["dense_bytes"].as_u64().unwrap();
+    for mode in [&["--mode", "exact"][..], &["--mode", "sparse", "--active", "0.3"]] {
+        let given = ["run", "-m", text(&dir), "-p", "the cold engine", "-n", "12", "-t", "2"];
+        let least = needed_bytes(&[&given, mode].concat());
+        for _ in 0..8 {
+            let budget = least + ((dense * 9 / 8 - least) as f64 * f64::from(random.uniform())) as u64;
+            let answer = run(&dir, &format!("{budget}B"), mode);
+            let peak = peak(&answer);
+            assert!(peak <= budget + bare + SLACK_BYTES, "{mode:?}: {peak} of {budget} + {bare}");
         }
     }
 }

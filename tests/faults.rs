@@ -8,13 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::{
-    BINARY, budget_range, calibrating, engine, fails, files, llama, medium, model, ok, profile, request, split,
+    BINARY, budget_range, calibrating, demo, engine, fails, files, llama, medium, model, ok, profile, request, split,
     splitting, text, thermocline,
 };
 use thermocline_runtime::{Error, Logits, Mode};
 
-/// Spreads kills over the time that the whole run takes.
-const KILLS: u32 = 10;
+/// Kills, spread over the time that the whole run takes; `KILLS=200` for more than CI has time for.
+fn kills() -> u32 {
+    std::env::var("KILLS").map_or(10, |n| n.parse().unwrap())
+}
 
 /// Starts, kills and continues `args` until one attempt gets through; after each kill `out` must not exist unless it is
 /// whole. Every attempt is killed a little later than the one before, so that kills land at all stages.
@@ -24,8 +26,8 @@ fn kill_until_done(args: &[&str], out: &Path, expected: &dyn Fn(&Path)) {
     let whole = begin.elapsed();
     expected(out);
     fs::remove_dir_all(out).unwrap();
-    let mut kills = 0;
-    for i in 0..KILLS {
+    let (mut kills, attempts) = (0, self::kills());
+    for i in 0..attempts {
         let mut child = thermocline().args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         // A golden-ratio sequence is spread evenly and never in step with anything.
         let share = (f64::from(i) * 0.618_034).fract();
@@ -38,7 +40,8 @@ fn kill_until_done(args: &[&str], out: &Path, expected: &dyn Fn(&Path)) {
             fs::remove_dir_all(out).unwrap();
         }
     }
-    assert!(kills >= 3, "{kills} of {KILLS} attempts were still running when they were killed");
+    assert!(kills >= 3, "{kills} of {attempts} attempts were still running when they were killed");
+    println!("{kills} kills: {args:?}");
     if !out.exists() {
         ok(args);
     }
@@ -84,6 +87,16 @@ fn killed_calibrations_resume_to_the_same_bytes() {
             }
         }
     });
+}
+
+/// A delta starts again from the beginning.
+#[test]
+fn killed_deltas_end_in_the_same_bytes() {
+    let (base, tuned, folder) = (demo::model(), demo::tuned(), tempfile::TempDir::new().unwrap());
+    let whole = demo::delta();
+    let out = folder.path().join("delta");
+    let args = ["delta", text(&base), text(&tuned), "-o", text(&out)];
+    kill_until_done(&args, &out, &|dir| assert!(files(dir) == files(&whole)));
 }
 
 /// A process that writes `out`, stopped (SIGSTOP) once its work folder is there: the lock is held for certain.

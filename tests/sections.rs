@@ -41,7 +41,8 @@ fn planes_of_some_neurons_are_the_same_bits_from_every_budget() {
         use thermocline_runtime::{GpuPlan, GpuRequest};
         let base = request(Mode::Exact, None, 2);
         let vram_budget_bytes = 1 << 40;
-        let request = GpuRequest { base, vram_budget_bytes, context_bytes: 0, n_blocks: 8, cache_share: None };
+        let request =
+            GpuRequest { base, vram_budget_bytes, context_bytes: 0, n_blocks: 8, cache_share: None, lookahead: None };
         let refused = GpuPlan::new(&Split::open_at(&dir, planes("plus@0.5")).unwrap(), request).unwrap_err();
         assert!(matches!(refused, Error::Sections { layer: 0, first: "q4+plus", other: "q4" }), "{refused}");
         assert!(refused.to_string().contains("--vram-budget 0"), "{refused}");

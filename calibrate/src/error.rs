@@ -1,4 +1,5 @@
 use std::path::PathBuf;
+use thermocline_datasets::files;
 
 /// What can be wrong with a calibration or a profile.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +137,22 @@ pub enum Error {
         /// The cause.
         reason: String,
     },
+}
+
+impl Error {
+    /// A file of a profile that cannot be opened or read: damage, unless the system is at fault.
+    pub(crate) fn unreadable(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| match source.kind() {
+            _ if files::is_refusal(&source) => {
+                Error::Corrupt { path: path.to_owned(), field: "file".into(), reason: source.to_string() }
+            }
+            std::io::ErrorKind::NotFound => {
+                let reason = "missing; fetch the profile again, or calibrate again".to_owned();
+                Error::Corrupt { path: path.to_owned(), field: "file".into(), reason }
+            }
+            _ => Error::Io { path: path.to_owned(), source },
+        }
+    }
 }
 
 /// `Result` with this crate's [`enum@Error`].

@@ -15,13 +15,16 @@ use crate::{
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 use std::{
-    fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
 };
-use thermocline_datasets::{MAX_NAME_CHARS, ModelConfig};
+use thermocline_datasets::{MAX_NAME_CHARS, ModelConfig, files};
 
 const META: &str = "profile.json";
 const STATISTICS: &str = "statistics.safetensors";
+/// Longest `profile.json` that is read: it has no lists.
+const META_BYTES_MAX: u64 = 1 << 20;
+const MISSING: &str = "missing, so this is no profile; `thermocline calibrate` makes one";
 
 /// `profile.json`: what the statistics are of.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -89,11 +92,6 @@ impl ProfileMeta {
         if name.chars().count() > MAX_NAME_CHARS || name.chars().any(char::is_control) {
             return Err(("model_name", format!("more than {MAX_NAME_CHARS} characters, or control characters")));
         }
-        let c = &self.config;
-        let sizes = [c.hidden_size, c.intermediate_size, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim];
-        if sizes.iter().any(|&size| size == 0 || size > 1 << 20) {
-            return Err(("config", format!("sizes {sizes:?} are not all in 1..=1048576")));
-        }
         if self.n_samples > self.settings.n_samples {
             return Err(("n_samples", format!("{}, at most {}", self.n_samples, self.settings.n_samples)));
         }
@@ -116,8 +114,11 @@ impl Profile {
     /// If a file is missing, damaged or of a newer version.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(META);
-        let text = fs::read(&path).at(&path)?;
         let corrupt = |field: &str, reason: String| Error::Corrupt { path: path.clone(), field: field.into(), reason };
+        let text = files::read(&path, META_BYTES_MAX).map_err(|e| match e.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => corrupt("file", MISSING.to_owned()),
+            _ => Error::unreadable(&path)(e),
+        })?;
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| corrupt("JSON", e.to_string()))?;
         match value.get("format_version").and_then(serde_json::Value::as_u64) {
             Some(ProfileMeta::VERSION) => (),
@@ -126,6 +127,7 @@ impl Profile {
         }
         let meta: ProfileMeta = serde_json::from_value(value).map_err(|e| corrupt("fields", e.to_string()))?;
         meta.check().map_err(|(field, reason)| corrupt(field, reason))?;
+        meta.config.check(&path)?;
         let statistics = StatisticsFile::open(dir.join(STATISTICS), &meta.config, &meta.settings, meta.n_samples)?;
         Ok(Profile { dir: dir.to_owned(), meta, statistics })
     }

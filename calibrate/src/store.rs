@@ -15,7 +15,10 @@ use std::{
     io::{BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
-use thermocline_datasets::ModelConfig;
+use thermocline_datasets::{ModelConfig, files};
+
+/// No tensor's entry in a header is shorter: name, type, shape and place.
+const ENTRY_BYTES_MIN: u64 = 64;
 
 /// Where a tensor lies in the data part.
 struct Placed {
@@ -114,11 +117,17 @@ pub(crate) struct StatisticsFile {
 impl StatisticsFile {
     pub(crate) fn open(path: PathBuf, config: &ModelConfig, settings: &Settings, n_samples: usize) -> Result<Self> {
         let corrupt = |field: &str, reason: String| Error::Corrupt { path: path.clone(), field: field.into(), reason };
+        let mut file = files::open(&path).map_err(Error::unreadable(&path))?;
+        let got = file.metadata().at(&path)?.len();
+        // Nothing is laid out that the file cannot hold.
+        let least = config.n_layers as u64 * sections(config, settings, n_samples).len() as u64 * ENTRY_BYTES_MIN;
+        if got < least {
+            return Err(corrupt("length", format!("{got} bytes, {} layers take at least {least}", config.n_layers)));
+        }
         let layout = layout(config, settings, n_samples);
         let expected = header(&layout);
-        let mut file = File::open(&path).at(&path)?;
         let data_bytes = layout.last().map_or(0, |last| last.start + last.section.n_bytes() as u64);
-        let (got, len) = (file.metadata().at(&path)?.len(), expected.len() as u64 + data_bytes);
+        let len = expected.len() as u64 + data_bytes;
         if got != len {
             return Err(corrupt("length", format!("{got} bytes, expected {len}")));
         }

@@ -80,5 +80,15 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// The error of a file that could not be opened or read: damage if the file itself is at fault.
+    pub(crate) fn refused(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| match crate::files::is_refusal(&source) {
+            true => Error::Corrupt { path: path.to_owned(), field: "file".into(), reason: source.to_string() },
+            false => Error::Io { path: path.to_owned(), source },
+        }
+    }
+}
+
 /// `Result` with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -21,11 +21,14 @@ pub mod architectures;
 pub mod chat;
 mod checkpoint;
 mod config;
+mod contained;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 pub mod corpus;
 pub mod dequant;
 mod digest;
 mod error;
+#[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+pub mod files;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 pub mod gguf;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
@@ -43,6 +46,7 @@ pub mod write;
 pub use chat::{ChatMessage, ChatTemplate};
 pub use checkpoint::{Checkpoint, MAX_NAME_CHARS, SourceDtype, TensorInfo, open_checkpoint};
 pub use config::{Activation, Architecture, ModelConfig};
+pub use contained::is_contained;
 pub use corpus::Corpus;
 pub use error::{Error, Result};
 pub use random::Random;

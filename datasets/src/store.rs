@@ -3,7 +3,7 @@
 use crate::architectures::{self, TensorSpec};
 use crate::dequant::dequantize;
 use crate::gguf::GgmlType;
-use crate::{Checkpoint, Error, ModelConfig, Result, TensorInfo};
+use crate::{Checkpoint, Error, ModelConfig, Result, TensorInfo, files};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -20,13 +20,9 @@ pub struct SourceFile {
 
 impl SourceFile {
     pub fn open(path: &Path) -> Result<Self> {
-        let failed = |source| Error::Io { path: path.to_owned(), source };
-        let file = File::open(path).map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        if !metadata.is_file() {
-            return Err(failed(std::io::Error::other("not a regular file")));
-        }
-        Ok(Self { path: path.to_owned(), file, len: metadata.len() })
+        let file = files::open(path).map_err(Error::refused(path))?;
+        let len = file.metadata().map_err(|source| Error::Io { path: path.to_owned(), source })?.len();
+        Ok(Self { path: path.to_owned(), file, len })
     }
 
     /// Fills `out` from byte `offset` on; `field` says what is being read.

@@ -61,12 +61,21 @@ impl DirectFile {
             match self.file.read_at(&mut buf[got..span], first + got as u64) {
                 Ok(0) => break,
                 Ok(n) if got + n >= want => got += n,
-                // A short direct read continues at a block boundary; less than a block is the end of a cut file.
-                Ok(n) if n < BLOCK as usize => {
+                // The end of a cut file, not a short read.
+                Ok(n) if first + (got + n) as u64 >= self.file.metadata().map_or(0, |m| m.len()) => {
                     got += n;
                     break;
                 }
-                Ok(n) => got = (got + n) / BLOCK as usize * BLOCK as usize,
+                Ok(n) if !self.direct => got += n,
+                // A short direct read continues at a block's boundary.
+                Ok(n) if n >= BLOCK as usize => got = (got + n) / BLOCK as usize * BLOCK as usize,
+                Ok(n) => {
+                    attempts += 1;
+                    if attempts >= ATTEMPTS {
+                        let source = std::io::Error::other(format!("reads end after {n} bytes, again and again"));
+                        return Err(Error::Read { path: self.path.clone(), offset, attempts, source });
+                    }
+                }
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(source) => {
                     attempts += 1;

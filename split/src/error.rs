@@ -1,4 +1,5 @@
 use std::path::{Path, PathBuf};
+use thermocline_datasets::files;
 
 /// What can go wrong with a split directory.
 #[derive(Debug, thiserror::Error)]
@@ -163,6 +164,7 @@ pub(crate) fn corrupt(path: &Path, field: impl Into<String>, reason: impl Into<S
 pub(crate) fn listed(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
     move |source| match source.kind() {
         std::io::ErrorKind::NotFound => corrupt(path, "file", "missing; fetch or make the split again"),
+        _ if files::is_refusal(&source) => corrupt(path, "file", source.to_string()),
         _ => Error::Io { path: path.to_owned(), source },
     }
 }

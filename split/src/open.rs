@@ -8,9 +8,13 @@ use crate::{Error, LayerFile, Manifest, Planes, Precision, TensorEntry, TensorFi
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thermocline_calibrate::predictor::LowRank;
+use thermocline_datasets::files;
 use thermocline_datasets::planted::PlantedReport;
 use thermocline_kernels::{RowRef, unpack};
 use xxhash_rust::xxh3::xxh3_128;
+
+/// Longest tokenizer, template or report that is read.
+const PLAIN_BYTES_MAX: u64 = 256 << 20;
 
 /// A layer's predictor as it is stored (FORMAT.md).
 #[derive(Debug)]
@@ -268,7 +272,7 @@ impl Split {
         }
         let Some(entry) = self.manifest.files.iter().find(|f| f.file == name) else { return Ok(None) };
         let path = self.dir.join(name);
-        let bytes = std::fs::read(&path).map_err(listed(&path))?;
+        let bytes = files::read(&path, PLAIN_BYTES_MAX).map_err(listed(&path))?;
         let text = String::from_utf8(bytes).map_err(|e| corrupt(&path, "text", e.to_string()))?;
         if format!("{:032x}", xxh3_128(text.as_bytes())) != entry.checksum {
             return Err(corrupt(&path, "checksum", "not the file that this split was made with"));

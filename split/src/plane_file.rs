@@ -9,6 +9,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use thermocline_datasets::files;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// First bytes of a layer file.
@@ -74,7 +75,7 @@ impl PlaneFile {
     /// # Errors
     /// If the file cannot be read or any of that does not hold.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(listed(path))?;
+        let file = files::open(path).map_err(listed(path))?;
         let file_bytes = file.metadata().map_err(io(path))?.len();
         let mut header = [0u8; HEADER_BYTES];
         if file_bytes < HEADER_BYTES as u64 {

@@ -1,11 +1,12 @@
 //! JSON files that carry a checksum of themselves: one that is not byte for byte its own canonical form is damaged.
 
 use crate::Error;
-use crate::error::{Result, corrupt, io};
+use crate::error::{Result, corrupt, listed};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::Path;
+use thermocline_datasets::files;
 use xxhash_rust::xxh3::xxh3_128;
 
 /// No manifest is larger: a million tensors would not need it.
@@ -44,17 +45,10 @@ pub(crate) trait Sealed: Serialize + DeserializeOwned + Clone {
     /// Reads and checks the file in `dir`, as far as any such file can be.
     fn read_sealed(dir: &Path) -> Result<Self> {
         let path = dir.join(Self::FILE);
-        let bytes = match std::fs::metadata(&path) {
-            Ok(metadata) => metadata.len(),
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                return Err(corrupt(dir, Self::FILE, Self::MISSING));
-            }
-            Err(e) => return Err(io(&path)(e)),
-        };
-        if bytes > MAX_BYTES {
-            return Err(corrupt(&path, "size", format!("{bytes} bytes; at most {MAX_BYTES} are read")));
-        }
-        let text = std::fs::read(&path).map_err(io(&path))?;
+        let text = files::read(&path, MAX_BYTES).map_err(|e| match e.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => corrupt(dir, Self::FILE, Self::MISSING),
+            _ => listed(&path)(e),
+        })?;
         // The version is looked at first: a newer manifest may have fields that are unknown here.
         #[derive(Deserialize)]
         struct Head {

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use thermocline_datasets::files;
 use thermocline_kernels::Encoding;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
@@ -261,7 +262,7 @@ impl TensorFile {
     /// If the file is missing, or does not fit its entry.
     pub fn open(dir: &Path, entry: &TensorFileEntry) -> Result<Self> {
         let path = dir.join(&entry.file);
-        let file = File::open(&path).map_err(listed(&path))?;
+        let file = files::open(&path).map_err(listed(&path))?;
         let file_bytes = file.metadata().map_err(io(&path))?.len();
         if file_bytes != entry.file_bytes {
             return Err(corrupt(&path, "size", format!("{file_bytes} bytes, manifest says {}", entry.file_bytes)));

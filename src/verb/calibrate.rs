@@ -35,7 +35,7 @@ pub fn calibrate(args: &Calibrate) -> anyhow::Result<()> {
     };
     super::run::limit_threads(args.threads)?;
     let checkpoint = open_checkpoint(model).with_context(|| "cannot open the model")?;
-    let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
+    let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?).with_context(|| model.display().to_string())?;
     let corpus = Corpus::open(&args.corpus, args.column.as_deref())?;
     let tokens = corpus.token_windows(&tokenizer, args.window, args.tokens)?.concat();
     let held_before = thermocline_runtime::hardware::peak_rss_bytes();

@@ -109,7 +109,9 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let masks = masks(&args.mask, &args.active);
     let model = Model::open(&args.model, args.precision, args.delta.as_deref())?;
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
-    let tokens = Tokenizer::from_json(&model.dense().tokenizer_json()?)?.encode(&text, false)?;
+    let named = || args.model.display().to_string();
+    let tokenizer = Tokenizer::from_json(&model.dense().tokenizer_json()?).with_context(named)?;
+    let tokens = tokenizer.encode(&text, false).with_context(named)?;
     let windows = Windows::new(&tokens, args.ctx, args.windows).map_err(usage)?;
     if !args.planes.is_empty() {
         return planes(args, &model, &windows, begin);

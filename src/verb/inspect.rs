@@ -112,5 +112,6 @@ fn print(value: &Value, indent: usize) {
 }
 
 fn plain(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+    // Names come from files, and may be made to drive a terminal.
+    value.as_str().map_or_else(|| value.to_string(), crate::exit::printable)
 }

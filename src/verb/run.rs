@@ -35,12 +35,13 @@ struct Output<'a> {
 
 pub fn run(args: &Run) -> anyhow::Result<()> {
     let split = super::load::placed_split(&args.placement)?;
-    let tokenizer = Tokenizer::from_json(&split.tokenizer_json()?)?;
+    let named = || split.dir().display().to_string();
+    let tokenizer = Tokenizer::from_json(&split.tokenizer_json()?).with_context(named)?;
     let text = prompt(args)?;
-    let text = if args.chat { chat(args, &split, &tokenizer, &text)? } else { text };
+    let text = if args.chat { chat(args, &split, &tokenizer, &text).with_context(named)? } else { text };
     let config = &split.manifest().config;
     // The tokenizer adds what its model wants in front of a text; a chat template has written it already.
-    let prompt = tokenizer.encode(&text, !args.chat)?;
+    let prompt = tokenizer.encode(&text, !args.chat).with_context(named)?;
     let stop = if args.ignore_eos { Vec::new() } else { config.eos_token_ids.clone() };
     if args.check_tensors {
         check_tensors(&split, args.json)?;

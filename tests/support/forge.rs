@@ -47,7 +47,7 @@ impl Layer {
     pub fn chunk(&self, c: usize) -> std::ops::Range<usize> {
         let entry = self.tables()[1] + 32 * c;
         let offset = u64::from_le_bytes(self.bytes[entry..entry + 8].try_into().unwrap()) as usize;
-        offset..offset + self.u32_at(entry + 8) as usize
+        offset..offset.saturating_add(self.u32_at(entry + 8) as usize)
     }
 
     /// Recomputes the checksum of chunk `c`.
@@ -154,4 +154,26 @@ pub fn tensor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
         tensor.checksum = format!("{:016x}", xxh3_64(bytes));
     });
     fs::write(path, file).unwrap();
+}
+
+/// The same for a tensor of `predictors.safetensors`.
+pub fn predictor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
+    let path = dir.join("predictors.safetensors");
+    let mut file = fs::read(&path).unwrap();
+    manifest(dir, |m| {
+        let tensor = m.predictors.tensors.iter_mut().find(|t| t.name == name).unwrap();
+        let bytes = &mut file[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
+        change(bytes);
+        tensor.checksum = format!("{:016x}", xxh3_64(bytes));
+    });
+    fs::write(path, file).unwrap();
+}
+
+/// A small file of a split, with its checksum.
+pub fn plain_file(dir: &Path, name: &str, content: &str) {
+    fs::write(dir.join(name), content).unwrap();
+    manifest(dir, |m| {
+        let entry = m.files.iter_mut().find(|f| f.file == name).unwrap();
+        entry.checksum = format!("{:032x}", xxh3_128(content.as_bytes()));
+    });
 }

@@ -9,13 +9,14 @@ mod lexer;
 mod methods;
 mod operators;
 
+use crate::contained::contained;
 use crate::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, Value};
 use std::sync::Arc;
 
 /// Longest template, in bytes.
-const MAX_TEMPLATE_BYTES: usize = 256 << 10;
+pub(crate) const MAX_TEMPLATE_BYTES: usize = 256 << 10;
 /// Longest prompt that a template may write beyond what the messages hold, in bytes.
 const MAX_OUTPUT_BYTES: usize = 1 << 20;
 /// Instructions that a template may run; one message takes about fifty.
@@ -103,9 +104,11 @@ impl ChatTemplate {
         let failed = |reason: String| Error::Template { reason };
         std::thread::scope(|scope| {
             let builder = std::thread::Builder::new().name("chat template".into()).stack_size(STACK_BYTES);
-            let thread = builder.spawn_scoped(scope, || run(&environment(input_bytes)).map_err(|e| explain(&e)));
+            let render = || contained(|| run(&environment(input_bytes)).map_err(|e| explain(&e)));
+            let thread = builder.spawn_scoped(scope, render);
             let thread = thread.map_err(|e| failed(format!("no thread for it: {e}")))?;
-            thread.join().map_err(|_| failed("the template engine panicked".into()))?.map_err(failed)
+            let ended = thread.join().map_err(|_| failed("its thread failed".into()))?;
+            ended.map_err(|panic| failed(format!("it cannot be used: {panic}")))?.map_err(failed)
         })
     }
 }

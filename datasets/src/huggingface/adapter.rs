@@ -86,7 +86,7 @@ impl LoraAdapter {
     /// not fit the base model.
     pub fn open(folder: &Path, base: &dyn Checkpoint) -> Result<Self> {
         let path = folder.join(CONFIG);
-        let config: Config = json::parse(&json::read(&path)?, &path, "json")?;
+        let config: Config = json::parse(&json::read(&path, json::MAX_SETTINGS_BYTES)?, &path, "json")?;
         let scale = check_config(&config, &path)?;
         let pickle = folder.join("adapter_model.bin");
         let weights = folder.join(WEIGHTS);
@@ -164,7 +164,7 @@ impl LoraAdapter {
     /// If it is there and cannot be read.
     pub fn tokenizer_json(&self) -> Result<Option<String>> {
         let path = self.folder.join("tokenizer.json");
-        if path.exists() { json::read(&path).map(Some) } else { Ok(None) }
+        if path.exists() { json::read(&path, json::MAX_FILE_BYTES).map(Some) } else { Ok(None) }
     }
 }
 

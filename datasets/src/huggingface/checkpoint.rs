@@ -1,7 +1,10 @@
 use super::{SafetensorsEntry, config_json, json, parse_header, shards};
+use crate::chat::MAX_TEMPLATE_BYTES;
 use crate::checkpoint::file_name;
 use crate::store::{Beside, SourceFile, StoredCheckpoint, StoredTensor, TensorStore};
-use crate::{Error, ModelConfig, Result, digest};
+use crate::{Error, ModelConfig, Result, digest, files};
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, SeqAccess, Visitor};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -31,12 +34,16 @@ impl FolderCheckpoint {
     /// # Errors
     /// If a file is missing or damaged, the files disagree, or something is needed that is not supported.
     pub fn open(folder: &Path) -> Result<Self> {
-        let tokenizer_config = optional_json(&folder.join("tokenizer_config.json"))?;
-        let adds_bos = tokenizer_config.get("add_bos_token").and_then(Value::as_bool).unwrap_or(true);
         let config_path = folder.join("config.json");
         if config_path.symlink_metadata().is_err() {
             return Err(json::corrupt(folder, "config.json", "the file is missing"));
         }
+        for name in SIDE_FILES.iter().filter(|name| folder.join(name).symlink_metadata().is_ok()) {
+            shards::check_inside(folder, folder, name)?;
+        }
+        let tokenizer_config: TokenizerConfig =
+            optional_json(&folder.join("tokenizer_config.json"), json::MAX_TOKENIZER_SETTINGS_BYTES)?;
+        let adds_bos = tokenizer_config.add_bos_token.unwrap_or(true);
         let shards = shards::find(folder)?;
         let mut config = config_json::read(&config_path, adds_bos)?;
         add_generation_ends(folder, &mut config)?;
@@ -67,7 +74,7 @@ impl FolderCheckpoint {
         let tensors = needed_tensors(&config, &files, tensors)?;
         let mut store = TensorStore { path: folder.to_owned(), files, tensors };
         store.keep_needed(&config, &config_path.display().to_string())?;
-        let chat_template = chat_template(folder, &tokenizer_config)?;
+        let chat_template = chat_template(folder, tokenizer_config)?;
         Ok(Self { config, store, beside: FolderFiles { chat_template } })
     }
 }
@@ -75,7 +82,8 @@ impl FolderCheckpoint {
 /// Chat models list the tokens that end a turn in `generation_config.json` only.
 fn add_generation_ends(folder: &Path, config: &mut ModelConfig) -> Result<()> {
     let path = folder.join("generation_config.json");
-    let ids = config_json::token_ids(optional_json(&path)?.get("eos_token_id"), &path, "eos_token_id")?;
+    let given: GenerationConfig = optional_json(&path, json::MAX_SETTINGS_BYTES)?;
+    let ids = config_json::token_ids(given.eos_token_id.as_ref(), &path, "eos_token_id")?;
     if let Some(id) = ids.iter().find(|id| **id as usize >= config.vocab_size) {
         let reason = format!("{id} is not below the vocabulary's {}", config.vocab_size);
         return Err(json::corrupt(&path, "eos_token_id", reason));
@@ -117,28 +125,69 @@ fn needed_tensors(
     Ok(tensors)
 }
 
-fn optional_json(path: &Path) -> Result<Value> {
+/// What matters of `generation_config.json`.
+#[derive(Default, Deserialize)]
+struct GenerationConfig {
+    eos_token_id: Option<Value>,
+}
+
+/// What matters of `tokenizer_config.json`.
+#[derive(Default, Deserialize)]
+struct TokenizerConfig {
+    add_bos_token: Option<bool>,
+    chat_template: Option<Templates>,
+}
+
+fn optional_json<T: Default + DeserializeOwned>(path: &Path, max_bytes: u64) -> Result<T> {
     if !path.exists() {
-        return Ok(Value::Null);
+        return Ok(T::default());
     }
-    json::parse(&json::read(path)?, path, "json")
+    json::parse(&json::read(path, max_bytes)?, path, "json")
 }
 
 /// The template: a file of its own in newer folders, else a key of the tokenizer's settings, where it may be a list
 /// of named ones.
-fn chat_template(folder: &Path, tokenizer_config: &Value) -> Result<Option<String>> {
+fn chat_template(folder: &Path, tokenizer_config: TokenizerConfig) -> Result<Option<String>> {
     let own = folder.join("chat_template.jinja");
     if own.exists() {
-        return std::fs::read_to_string(&own).map(Some).map_err(|source| Error::Io { path: own, source });
+        let bytes = files::read(&own, MAX_TEMPLATE_BYTES as u64).map_err(Error::refused(&own))?;
+        return String::from_utf8(bytes).map(Some).map_err(|e| json::corrupt(&own, "text", e.to_string()));
     }
-    Ok(match tokenizer_config.get("chat_template") {
-        Some(Value::String(text)) => Some(text.clone()),
-        Some(Value::Array(named)) => named
-            .iter()
-            .find(|t| t.get("name").and_then(Value::as_str) == Some("default"))
-            .and_then(|t| t.get("template")?.as_str().map(str::to_owned)),
-        _ => None,
-    })
+    Ok(tokenizer_config.chat_template.and_then(|templates| templates.0))
+}
+
+/// The template to use, of one or of a list of named ones.
+struct Templates(Option<String>);
+
+impl<'de> Deserialize<'de> for Templates {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Named {
+            name: String,
+            template: String,
+        }
+        struct Collect;
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Templates;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a template, or a list of named ones")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Templates, E> {
+                Ok(Templates(Some(text.to_owned())))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut named: A) -> Result<Templates, A::Error> {
+                let mut found = None;
+                while let Some(Named { name, template }) = named.next_element()? {
+                    found = found.or(Some(template).filter(|_| name == "default"));
+                }
+                Ok(Templates(found))
+            }
+        }
+        deserializer.deserialize_any(Collect)
+    }
 }
 
 impl Beside for FolderFiles {
@@ -159,7 +208,7 @@ impl Beside for FolderFiles {
             let reason = format!("{} is missing; save the model's fast tokenizer there", path.display());
             return Err(Error::Tokenizer { reason });
         }
-        json::read(&path)
+        json::read(&path, json::MAX_FILE_BYTES)
     }
 
     fn chat_template(&self) -> Option<String> {

@@ -2,7 +2,9 @@ use super::json;
 use crate::architectures::FAMILIES;
 use crate::{Activation, Error, ModelConfig, Result, limits};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
+use std::collections::HashSet;
 use std::path::Path;
 
 /// The keys of `config.json` that matter here; everything else is ignored.
@@ -34,17 +36,13 @@ struct RawConfig {
 
 /// Reads the configuration. `adds_bos` is what the tokenizer's settings say about starting a text.
 pub fn read(path: &Path, adds_bos: bool) -> Result<ModelConfig> {
-    let text = json::read(path)?;
-    let json::Members(members) = json::parse::<json::Members<Value>>(&text, path, "json")?;
-    let mut object = serde_json::Map::new();
-    for (key, value) in members {
-        if object.insert(key.clone(), value).is_some() {
-            return Err(json::corrupt(path, &key, "the key occurs twice"));
-        }
+    let text = json::read(path, json::MAX_SETTINGS_BYTES)?;
+    let json::Members(members) = json::parse::<json::Members<IgnoredAny>>(&text, path, "config")?;
+    let mut seen = HashSet::new();
+    if let Some((key, _)) = members.iter().find(|(key, _)| !seen.insert(key)) {
+        return Err(json::corrupt(path, key, "the key occurs twice"));
     }
-    let raw: RawConfig =
-        serde_json::from_value(Value::Object(object)).map_err(|e| json::corrupt(path, "config", e.to_string()))?;
-    convert(raw, path, adds_bos)
+    convert(json::parse(&text, path, "config")?, path, adds_bos)
 }
 
 fn convert(raw: RawConfig, path: &Path, adds_bos: bool) -> Result<ModelConfig> {

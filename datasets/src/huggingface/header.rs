@@ -1,13 +1,17 @@
-use super::json::{self, Members};
+use super::json;
 use crate::gguf::GgmlType;
 use crate::{Error, Result};
 use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::collections::HashSet;
 use std::io::Read;
 use std::path::Path;
 
 /// Longest header that is read, in bytes, as in the format's own reader.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// The member that is no tensor.
+const METADATA: &str = "__metadata__";
 
 /// A tensor of a safetensors file, checked against the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,14 +28,75 @@ pub struct SafetensorsEntry {
     pub n_bytes: u64,
 }
 
+/// Most dimensions of a tensor.
+const MAX_DIMS: usize = 16;
+
 /// A tensor's description as the header has it. Integers are unsigned, so negative and fractional ones are refused
-/// by the parser, with their line and column.
+/// by the parser, with their line and column; nothing is kept that a description does not need.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawEntry {
     dtype: String,
-    shape: Vec<u64>,
+    shape: Dims,
     data_offsets: (u64, u64),
+}
+
+/// A shape of bounded length.
+struct Dims(Vec<u64>);
+
+impl<'de> Deserialize<'de> for Dims {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Collect;
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Dims;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "a shape of at most {MAX_DIMS} dimensions")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut dims: A) -> Result<Dims, A::Error> {
+                let mut out = Vec::new();
+                while let Some(dim) = dims.next_element()? {
+                    if out.len() == MAX_DIMS {
+                        return Err(serde::de::Error::custom(format!("more than {MAX_DIMS} dimensions")));
+                    }
+                    out.push(dim);
+                }
+                Ok(Dims(out))
+            }
+        }
+        deserializer.deserialize_seq(Collect)
+    }
+}
+
+/// The members of a header, in order, but for what people say of the file.
+struct Header(Vec<(String, Option<RawEntry>)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Collect;
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut members = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    let entry = match name.as_str() {
+                        METADATA => map.next_value::<IgnoredAny>().map(|_| None),
+                        _ => map.next_value().map(Some),
+                    };
+                    let entry = entry.map_err(|e| serde::de::Error::custom(format!("{name}: {e}")))?;
+                    members.push((name, entry));
+                }
+                Ok(Header(members))
+            }
+        }
+        deserializer.deserialize_map(Collect)
+    }
 }
 
 /// Reads and checks a header from the start of `input`, of a file that is `file_len` bytes long; entries come in the
@@ -56,16 +121,17 @@ pub fn parse_header(mut input: impl Read, path: &Path, file_len: u64) -> Result<
     input.read_exact(&mut text).map_err(failed)?;
     json::check_depth(&text, path, "header")?;
     let text = String::from_utf8(text).map_err(|e| corrupt("header", e.to_string()))?;
-    let Members(members) = json::parse::<Members<serde_json::Value>>(&text, path, "header")?;
-    let mut seen = HashSet::new();
+    let Header(members) = json::parse(&text, path, "header")?;
+    let mut seen = HashSet::with_capacity(members.len());
     let mut entries = Vec::new();
     let data_start = len.saturating_add(8);
-    for (name, value) in members {
-        if !seen.insert(name.clone()) {
-            return Err(corrupt(&name, "the tensor occurs twice".to_owned()));
-        }
-        if name != "__metadata__" {
-            entries.push(check_entry(path, name, value, data_start)?);
+    if let Some((name, _)) = members.iter().find(|(name, _)| !seen.insert(name)) {
+        return Err(corrupt(name, "the tensor occurs twice".to_owned()));
+    }
+    drop(text);
+    for (name, raw) in members {
+        if let Some(raw) = raw {
+            entries.push(check_entry(path, name, raw, data_start)?);
         }
     }
     entries.sort_by_key(|e| (e.offset, e.n_bytes));
@@ -88,20 +154,19 @@ pub fn parse_header(mut input: impl Read, path: &Path, file_len: u64) -> Result<
     Ok(entries)
 }
 
-fn check_entry(path: &Path, name: String, value: serde_json::Value, data_start: u64) -> Result<SafetensorsEntry> {
-    let raw: RawEntry = serde_json::from_value(value).map_err(|e| json::corrupt(path, &name, e.to_string()))?;
+fn check_entry(path: &Path, name: String, raw: RawEntry, data_start: u64) -> Result<SafetensorsEntry> {
     let corrupt = |reason: String| json::corrupt(path, &name, reason);
     let (start, end) = raw.data_offsets;
     let n_bytes = end.checked_sub(start).ok_or_else(|| corrupt(format!("data_offsets run from {start} to {end}")))?;
     let offset = data_start.checked_add(start).filter(|o| o.checked_add(n_bytes).is_some());
     let offset = offset.ok_or_else(|| corrupt(format!("data_offsets from {start} to {end} overflow")))?;
-    let overflow = || corrupt(format!("the shape {:?} overflows", raw.shape));
-    let n_elements = raw.shape.iter().try_fold(1u64, |n, d| n.checked_mul(*d)).ok_or_else(overflow)?;
-    let shape: Option<Vec<usize>> = raw.shape.iter().map(|d| usize::try_from(*d).ok()).collect();
+    let overflow = || corrupt(format!("the shape {:?} overflows", raw.shape.0));
+    let n_elements = raw.shape.0.iter().try_fold(1u64, |n, d| n.checked_mul(*d)).ok_or_else(overflow)?;
+    let shape: Option<Vec<usize>> = raw.shape.0.iter().map(|d| usize::try_from(*d).ok()).collect();
     let bits = dtype_bits(&raw.dtype).ok_or_else(|| corrupt(format!("unknown dtype {:?}", raw.dtype)))?;
     let expected = n_elements.checked_mul(bits).ok_or_else(overflow)?.div_ceil(8);
     if expected != n_bytes {
-        let reason = format!("{n_bytes} bytes, but {} of shape {:?} takes {expected}", raw.dtype, raw.shape);
+        let reason = format!("{n_bytes} bytes, but {} of shape {:?} takes {expected}", raw.dtype, raw.shape.0);
         return Err(corrupt(reason));
     }
     let dtype = match raw.dtype.as_str() {

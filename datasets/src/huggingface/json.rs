@@ -1,13 +1,17 @@
 //! JSON from files that are not trusted: nesting is bounded before a parser sees it, sizes are bounded before they
 //! are read, and objects keep every key, so that a repeated one can be refused.
 
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use std::path::Path;
 
 /// Objects and arrays may nest this deep.
 const MAX_DEPTH: usize = 64;
-/// Longest JSON file that is read whole (`config.json`, an index of shards, a tokenizer), in bytes.
+/// Longest file of settings: what is in them becomes values that take many times their text.
+pub const MAX_SETTINGS_BYTES: u64 = 1 << 20;
+/// Longest settings of a tokenizer, which may list its tokens.
+pub const MAX_TOKENIZER_SETTINGS_BYTES: u64 = 16 << 20;
+/// Longest index of shards and longest tokenizer.
 pub const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// Refuses text that nests deeper than [`MAX_DEPTH`], without recursion.
@@ -32,13 +36,8 @@ pub fn check_depth(text: &[u8], path: &Path, field: &str) -> Result<()> {
 }
 
 /// Reads a JSON file of bounded size and depth.
-pub fn read(path: &Path) -> Result<String> {
-    let failed = |source| Error::Io { path: path.to_owned(), source };
-    let len = std::fs::metadata(path).map_err(failed)?.len();
-    if len > MAX_FILE_BYTES {
-        return Err(corrupt(path, "length", format!("{len} bytes, at most {MAX_FILE_BYTES}")));
-    }
-    let bytes = std::fs::read(path).map_err(failed)?;
+pub fn read(path: &Path, max_bytes: u64) -> Result<String> {
+    let bytes = files::read(path, max_bytes).map_err(Error::refused(path))?;
     check_depth(&bytes, path, "json")?;
     String::from_utf8(bytes).map_err(|e| corrupt(path, "json", e.to_string()))
 }

@@ -2,7 +2,6 @@
 
 use super::{PICKLE_HELP, json};
 use crate::{Error, Result};
-use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
@@ -48,33 +47,22 @@ pub fn find(folder: &Path) -> Result<Shards> {
 
 fn read_index(folder: &Path, index: &Path) -> Result<BTreeMap<String, String>> {
     check_inside(folder, folder, INDEX)?;
-    let text = json::read(index)?;
-    let json::Members(members) = json::parse::<json::Members<Value>>(&text, index, "json")?;
-    let mut maps = members.iter().filter(|(key, _)| key == "weight_map");
-    if maps.next().is_none() || maps.next().is_some() {
-        return Err(json::corrupt(index, "weight_map", "expected exactly one"));
-    }
-    // Parsed again with the map's own type: only a typed map keeps a repeated tensor name visible.
-    let json::Members(typed) = json::parse::<json::Members<IndexMember>>(&text, index, "weight_map")?;
+    let text = json::read(index, json::MAX_FILE_BYTES)?;
+    // Everything but the map is passed over, and the map has a type of its own: a repeated name stays visible.
+    let Index { weight_map: json::Members(members) } = json::parse(&text, index, "weight_map")?;
     let mut placed = BTreeMap::new();
-    for (_, member) in typed {
-        let IndexMember::Map(json::Members(entries)) = member else { continue };
-        for (tensor, file) in entries {
-            let Value::String(file) = file else { continue };
-            if let Some(before) = placed.insert(tensor.clone(), file.clone()) {
-                return Err(json::corrupt(index, &tensor, format!("is placed twice, in {before} and in {file}")));
-            }
+    for (tensor, file) in members {
+        if let Some(before) = placed.insert(tensor.clone(), file.clone()) {
+            return Err(json::corrupt(index, &tensor, format!("is placed twice, in {before} and in {file}")));
         }
     }
     Ok(placed)
 }
 
-/// A member of the index file: an object, of which the weight map is the one with file names, or anything else.
+/// The index file.
 #[derive(serde::Deserialize)]
-#[serde(untagged)]
-enum IndexMember {
-    Map(json::Members<Value>),
-    Other(serde::de::IgnoredAny),
+struct Index {
+    weight_map: json::Members<String>,
 }
 
 /// Refuses file names that lead out of the folder. Links are followed, because the hub's cache consists of them;
@@ -90,6 +78,7 @@ pub fn check_inside(folder: &Path, named_in: &Path, file: &str) -> Result<()> {
     let target = match path.canonicalize() {
         Ok(target) => target,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(refuse("the file is missing".to_owned())),
+        Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => return Err(refuse(e.to_string())),
         Err(source) => return Err(Error::Io { path, source }),
     };
     let home = canonical(folder)?;

@@ -8,6 +8,7 @@ mod stream;
 pub(crate) use from_gguf::from_gguf;
 pub use stream::DecodeStream;
 
+use crate::contained::contained;
 use crate::huggingface::check_json_depth;
 use crate::{Error, Result};
 use std::path::Path;
@@ -29,9 +30,11 @@ impl Tokenizer {
     /// If the text is no tokenizer, or one of a kind that is not supported.
     pub fn from_json(text: &str) -> Result<Self> {
         check_json_depth(text.as_bytes(), Path::new("tokenizer.json"), "json")?;
-        let mut inner: tokenizers::Tokenizer = text.parse().map_err(failed)?;
-        inner.with_truncation(None).map_err(failed)?.with_padding(None);
-        Ok(Self { inner })
+        guarded(|| {
+            let mut inner: tokenizers::Tokenizer = text.parse()?;
+            inner.with_truncation(None)?.with_padding(None);
+            Ok(Self { inner })
+        })
     }
 
     /// Token ids of a text. `add_special` adds what the model expects around a text (its beginning token, if any);
@@ -40,7 +43,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer refuses the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        Ok(self.inner.encode_fast(text, add_special).map_err(failed)?.get_ids().to_vec())
+        guarded(|| Ok(self.inner.encode_fast(text, add_special)?.get_ids().to_vec()))
     }
 
     /// The text of token ids, without special tokens. Bytes that are no UTF-8 become U+FFFD.
@@ -48,7 +51,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(failed)
+        guarded(|| self.inner.decode(ids, true))
     }
 
     /// A decoder for tokens that come one at a time.
@@ -77,6 +80,11 @@ impl Tokenizer {
     }
 }
 
-fn failed(error: tokenizers::Error) -> Error {
-    Error::Tokenizer { reason: error.to_string() }
+/// The crate panics on some settings that it does not expect, when it reads them or only when it uses them.
+fn guarded<T>(run: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T> {
+    let failed = |reason: String| Error::Tokenizer { reason };
+    match contained(run) {
+        Ok(result) => result.map_err(|e| failed(e.to_string())),
+        Err(panic) => Err(failed(format!("its settings cannot be used: {panic}"))),
+    }
 }

@@ -142,7 +142,10 @@ fn sixteenth(code: u8, scale: f32, bits: u16) -> u8 {
     let holds = |c: &u8| Cell::q4(code, *c, scale).number(bits).is_some();
     // The quotient is rounded: one beside it may be the right one.
     let near = (16.0 * (value16(bits) / scale + 8.5 - f32::from(code))) as i32;
-    let guesses = [near, near - 1, near + 1].into_iter().filter_map(|c| u8::try_from(c).ok()).filter(|c| *c < 16);
+    let guesses = [near, near.saturating_sub(1), near.saturating_add(1)]
+        .into_iter()
+        .filter_map(|c| u8::try_from(c).ok())
+        .filter(|c| *c < 16);
     guesses.chain(0..16).find(holds).unwrap_or(0)
 }
 

@@ -11,12 +11,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use thermocline_datasets::architectures;
+use thermocline_datasets::{architectures, files};
 use thermocline_kernels::patch::Patcher;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 /// First bytes of `delta.bin`.
 pub(super) const MAGIC: &[u8; 8] = b"THMDELTA";
+/// Longest tokenizer or template that is read.
+const PLAIN_BYTES_MAX: u64 = 256 << 20;
 /// Bytes of the header of `delta.bin`: magic, version, zeros.
 pub(super) const HEADER_BYTES: usize = 64;
 
@@ -56,7 +58,7 @@ impl Delta {
         }
         let manifest = DeltaManifest::read(dir)?;
         let path = dir.join(DATA_FILE);
-        let file = File::open(&path).map_err(listed(&path))?;
+        let file = files::open(&path).map_err(listed(&path))?;
         let data_bytes = file.metadata().map_err(io(&path))?.len();
         if data_bytes != manifest.data_bytes {
             let reason = format!("{data_bytes} bytes, {MANIFEST_FILE} says {}", manifest.data_bytes);
@@ -137,7 +139,7 @@ impl Delta {
     pub fn plain_file(&self, name: &str) -> Result<Option<String>> {
         let Some(entry) = self.manifest.files.iter().find(|f| f.file == name) else { return Ok(None) };
         let path = self.dir.join(name);
-        let bytes = std::fs::read(&path).map_err(listed(&path))?;
+        let bytes = files::read(&path, PLAIN_BYTES_MAX).map_err(listed(&path))?;
         if format!("{:032x}", xxh3_128(&bytes)) != entry.checksum {
             return Err(corrupt(&path, "checksum", "not the file that this delta was made with"));
         }

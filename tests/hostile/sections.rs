@@ -1,12 +1,9 @@
 //! Damaged, mixed and forged sections: hot neurons in an encoding of their own. A typed error, never a panic.
-#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
-mod support;
-
+use crate::support::forge::{self, Layer};
+use crate::support::{copy, engine_at, fails, llama, ok, request, split, text};
 use std::fs;
 use std::path::{Path, PathBuf};
-use support::forge::{self, Layer};
-use support::{copy, engine_at, fails, llama, ok, request, split, text};
 use thermocline_runtime::Mode;
 use thermocline_split::{Error, Manifest, PlaneEntry, Precision, SectionEntry, Split};
 
@@ -233,7 +230,7 @@ fn files_of_sections_cut_flipped_or_mixed_are_found() {
 
 #[test]
 fn what_hot_neurons_take_is_planned() {
-    let report = support::json(&["plan", "-m", text(&whole()), "--json"]);
+    let report = crate::support::json(&["plan", "-m", text(&whole()), "--json"]);
     let sections = report["plan"]["sections"].as_array().unwrap();
     assert_eq!(sections.len(), 2 * Manifest::read(&whole()).unwrap().layers.len());
     let bytes: u64 =

@@ -1,13 +1,12 @@
 //! Damaged, mixed and forged split directories: a typed error with exit code 4 that names the file, never a panic,
 //! never an answer.
-#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
-mod support;
-
+use crate::support::forge::{self, Layer};
+use crate::support::{
+    copy, fails, json, llama, medium, model, needed_bytes, ok, profile, qwen_relu, request, split, text,
+};
 use std::fs;
 use std::path::{Path, PathBuf};
-use support::forge::{self, Layer};
-use support::{copy, fails, json, llama, medium, model, needed_bytes, ok, profile, qwen_relu, request, split, text};
 use thermocline_runtime::Mode;
 use thermocline_split::{Error, LayerFile, Split};
 
@@ -75,7 +74,7 @@ fn every_damaged_byte_of_header_order_and_index_is_found() {
 #[test]
 fn every_file_cut_longer_or_missing_is_found() {
     let (_guard, dir) = copy(&whole());
-    for (name, good) in support::files(&dir) {
+    for (name, good) in crate::support::files(&dir) {
         let path = dir.join(&name);
         for bad in [Some(&good[..good.len() - 1]), Some(&good[..good.len() / 2]), Some(&[]), None] {
             match bad {
@@ -255,7 +254,7 @@ fn forged_manifests_are_refused() {
         let (_guard, dir) = copy(&good);
         forge::manifest(&dir, change);
         let mode = Mode::Sparse { active: 0.5 };
-        let result = support::engine(&dir, request(mode, Some(800_000), 2));
+        let result = crate::support::engine(&dir, request(mode, Some(800_000), 2));
         assert!(result.is_err(), "{what}: loaded");
         let message = fails(
             4,
@@ -350,12 +349,12 @@ fn what_was_made_from_another_model_is_refused_by_digest() {
     assert!(message.contains("digest") && !out.exists(), "{message}");
     // One byte of the model's tokenizer is another model.
     let changed = folder.path().join("model");
-    support::copy_dir(&model(&llama()), &changed);
+    crate::support::copy_dir(&model(&llama()), &changed);
     let tokenizer = fs::read_to_string(changed.join("tokenizer.json")).unwrap();
     fs::write(changed.join("tokenizer.json"), tokenizer + " ").unwrap();
     assert!(fails(4, &["verify", text(&dir), "-m", text(&changed)]).contains("digest"));
     // And one bit of its weights.
-    support::copy_dir(&model(&llama()), &changed);
+    crate::support::copy_dir(&model(&llama()), &changed);
     let weights = changed.join("model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     let last = bytes.len() - 1;
@@ -417,7 +416,7 @@ fn matrices_of_zeros_are_named() {
 fn verify_names_what_is_not_finite_in_the_checkpoint_itself() {
     let (guard, dir) = copy(&whole());
     let source = guard.path().join("model");
-    support::copy_dir(&model(&llama()), &source);
+    crate::support::copy_dir(&model(&llama()), &source);
     let (name, row, column) = ("model.layers.0.self_attn.o_proj.weight", 3, 9);
     let infinite = 0x7f80u16.to_le_bytes();
     let path = source.join("model.safetensors");

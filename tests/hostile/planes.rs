@@ -1,14 +1,13 @@
 //! Damaged, mixed and forged planes: a typed error that names the file, never a panic; where every checksum was made to
 //! fit, any answer, but no panic and no memory beyond the model's.
-#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
-mod support;
-
+use crate::support::forge::{self, Layer};
+use crate::support::{
+    BINARY, Ran, answer, budget_range_of, copy, engine_at, fails, llama, model, request, split, text,
+};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use support::forge::{self, Layer};
-use support::{BINARY, Ran, answer, budget_range_of, copy, engine_at, fails, llama, model, request, split, text};
 use thermocline_datasets::{Checkpoint, Random};
 use thermocline_runtime::Mode;
 use thermocline_split::{Error, Format, Manifest, Precision, Split, SplitCheckpoint, TensorEntry};

@@ -1,0 +1,17 @@
+//! Hostile inputs and faults, by number: for each a typed error with the exit code promised, no panic, and memory bounded
+//! by the input's own size. What is made here is made by generators; what the program says is in `snapshots/`.
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod cases;
+mod disk;
+mod folder;
+mod gguf;
+mod harness;
+mod planes;
+mod profile;
+mod runtime;
+mod sections;
+mod split;
+#[path = "../support/mod.rs"]
+mod support;
+mod text;
