@@ -89,9 +89,8 @@ fn killed_calibrations_resume_to_the_same_bytes() {
     });
 }
 
-/// A delta starts again from the beginning.
 #[test]
-fn killed_deltas_end_in_the_same_bytes() {
+fn killed_deltas_resume_to_the_same_bytes() {
     let (base, tuned, folder) = (demo::model(), demo::tuned(), tempfile::TempDir::new().unwrap());
     let whole = demo::delta();
     let out = folder.path().join("delta");

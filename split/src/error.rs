@@ -27,9 +27,9 @@ pub enum Error {
         /// Bytes that are free there.
         available: u64,
     },
-    /// There is no room for the delta; nothing of it was kept.
+    /// There is no room for the delta; what is finished of it is kept.
     #[error(
-        "{path}: disk full after {written} bytes of the delta; make room and run the same command again",
+        "{path}: disk full after {written} bytes of the delta; make room and run the same command again, which goes on from there",
         path = .path.display()
     )]
     DeltaDiskFull {

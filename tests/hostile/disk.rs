@@ -129,7 +129,7 @@ fn a_disk_that_is_full_or_broken_loses_nothing() {
     assert!(statistics(&b) == statistics(&profile));
 }
 
-/// Deltas start again from the beginning; what a failed run left must not be taken for one.
+/// What a failed run left of a delta is no delta, but the next run goes on from there.
 #[test]
 fn a_delta_on_a_full_disk_is_never_half_there() {
     let folder = TempDir::new().unwrap();
@@ -142,6 +142,18 @@ fn a_delta_on_a_full_disk_is_never_half_there() {
         let left = support::run(&["inspect", text(&folder.path().join("delta.partial"))]);
         assert_ne!(left.code, Some(0), "{fault}: what is left is no delta");
     }
+    // A line that says what is being made, then one for each tensor; a forged one shows that it is not made again.
+    let journal = folder.path().join("delta.partial/journal");
+    let text_of_journal = std::fs::read_to_string(&journal).unwrap();
+    assert!(text_of_journal.lines().count() > 10, "{text_of_journal}");
+    let digest = "\"final_digest\":\"";
+    let at = text_of_journal.find(digest).unwrap() + digest.len();
+    let forged = format!("{}{}{}", &text_of_journal[..at], "0".repeat(32), &text_of_journal[at + 32..]);
+    std::fs::write(&journal, forged).unwrap();
+    support::ok(&args);
+    let manifest = std::fs::read_to_string(out.join("delta.json")).unwrap();
+    assert!(manifest.contains(&"0".repeat(32)), "the first tensor was made again");
+    std::fs::remove_dir_all(&out).unwrap();
     support::ok(&args);
     assert!(files(&out) == files(&demo::delta()));
 }

@@ -3,6 +3,7 @@
 use super::adapted::AdapterCheckpoint;
 use super::bits::{Shape, check_dtype};
 use super::index::BLOCK_WEIGHTS_MAX;
+use super::journal::{Finished, JOURNAL_FILE, Journal};
 use super::low_rank;
 use super::manifest::{DATA_FILE, DeltaKind, DeltaManifest, DeltaTensor, LowRankEntry, MANIFEST_FILE, Model};
 use super::matrix::{self, BlockCounts, Cut, DataFile};
@@ -31,7 +32,7 @@ pub enum Final<'a> {
 }
 
 /// How to make a delta.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize)]
 pub struct DeltaOptions {
     /// zstd level of the planes; 0 stores them as they are. Bitmaps and small numbers in no order hold little but their
     /// frequencies, so level 1 is as small as 9, and 19 a tenth smaller (`benches/delta.rs`).
@@ -83,8 +84,8 @@ pub struct DeltaReport {
 
 /// Writes what turns `base` into `final_model` to `out`, which must not exist. `progress(done, total)` counts tensors.
 ///
-/// The directory grows as `OUT.partial` and is renamed when it is complete and on disk; an interrupted run starts again
-/// from the beginning. Memory: a few blocks of rows for each thread, and the bits of both down matrices of one layer.
+/// The directory grows as `OUT.partial` and is renamed when it is complete and on disk; after an interruption the same call
+/// goes on with the tensor at which it was. Memory: a few blocks of rows for each thread, and the bits of both down matrices of one layer.
 ///
 /// # Errors
 /// If the models are not of one shape or not bf16, one cannot be read, the disk is full, or another process writes the
@@ -109,8 +110,8 @@ pub fn write(
     };
     let tensors = check_models(base, changed)?;
     let growing = Growing::open(out)?;
-    // What an interrupted run left.
-    for name in KEPT.iter().chain(&[MANIFEST_FILE, DATA_FILE]) {
+    // What an interrupted run wrote last.
+    for name in KEPT.iter().chain(&[MANIFEST_FILE]) {
         match std::fs::remove_file(growing.dir().join(name)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(growing.dir())(e)),
             _ => {}
@@ -121,12 +122,12 @@ pub fn write(
     let (manifest, blocks, bytes) = built.map_err(|error| match &error {
         Error::Io { source, .. } if disk::is_full(source) => {
             let written = std::fs::metadata(&data_path).map_or(0, |m| m.len());
-            // A full disk is nobody's friend, and the next run starts from the beginning anyway.
-            let _ = std::fs::remove_file(&data_path);
             Error::DeltaDiskFull { path: out.to_owned(), written }
         }
         _ => error,
     })?;
+    let journal = growing.dir().join(JOURNAL_FILE);
+    std::fs::remove_file(&journal).map_err(io(&journal))?;
     growing.publish(out, &[])?;
     Ok(report(out, changed, &manifest, blocks, bytes))
 }
@@ -192,14 +193,25 @@ fn build(
     progress(0, tensors.len());
     let describe = |m: &dyn Checkpoint| Ok::<_, Error>(Model { model: m.name(), digest: m.digest()? });
     let mut manifest = DeltaManifest::new(describe(base)?, describe(changed)?, changed.config().clone());
-    let mut data = DataFile::create(&dir.join(DATA_FILE))?;
-    data.write(&header())?;
+    let identity = serde_json::to_string(&(&manifest.base, &manifest.final_model, manifest.version, options))
+        .map_err(std::io::Error::other)
+        .map_err(io(dir))?;
+    let data_path = dir.join(DATA_FILE);
+    let names: Vec<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+    let written = std::fs::metadata(&data_path).map_or(0, |m| m.len());
+    let (mut journal, finished) = Journal::open(dir, &identity, &names, written)?;
+    let last = finished.last().map(|f| (f.data_bytes, f.blocks));
+    let mut data = DataFile::open(&data_path, last.map_or(0, |(at, _)| at))?;
+    if data.at == 0 {
+        data.write(&header())?;
+    }
     let cut = Cut { block_weights: options.block_weights.clamp(1, BLOCK_WEIGHTS_MAX), zstd_level: options.zstd_level };
-    let mut counts = BlockCounts::default();
-    for (i, (name, shape)) in tensors.iter().enumerate() {
+    let mut counts = last.map_or(BlockCounts::default(), |(_, blocks)| blocks);
+    manifest.tensors = finished.into_iter().map(|f| f.tensor).collect();
+    for (i, (name, shape)) in tensors.iter().enumerate().skip(manifest.tensors.len()) {
         progress(i, tensors.len());
         let factors = adapter.map(|a| a.factors(name)).transpose()?.flatten();
-        manifest.tensors.push(match (factors, adapter) {
+        let tensor = match (factors, adapter) {
             (Some(factors), Some(adapter)) => {
                 let bytes = low_rank::to_bytes(&factors);
                 let entry = LowRankEntry { rank: adapter.rank(), scale: adapter.scale(), bf16: factors.is_bf16 };
@@ -211,7 +223,10 @@ fn build(
             }
             _ if shape.is_vector => write_vector(models, name, *shape, &mut data)?,
             _ => matrix::write(&mut data, models, name, *shape, cut, &mut counts)?,
-        });
+        };
+        data.sync()?;
+        journal.add(&Finished { tensor: tensor.clone(), blocks: counts, data_bytes: data.at })?;
+        manifest.tensors.push(tensor);
     }
     manifest.data_bytes = data.finish()?;
     manifest.files = write_files(base, changed, dir)?;

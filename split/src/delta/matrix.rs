@@ -6,8 +6,8 @@ use super::index::{self, BlockEntry, BlockKind};
 use super::manifest::{DeltaKind, DeltaTensor};
 use crate::error::{Result, io};
 use rayon::prelude::*;
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use thermocline_datasets::Checkpoint;
@@ -25,9 +25,16 @@ pub(super) struct DataFile {
 }
 
 impl DataFile {
-    pub(super) fn create(path: &Path) -> Result<Self> {
-        let file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io(path))?);
-        Ok(Self { path: path.to_owned(), file, at: 0 })
+    /// Goes on behind the first `at` bytes of what may be there.
+    pub(super) fn open(path: &Path, at: u64) -> Result<Self> {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(io(path))?;
+        file.set_len(at).and_then(|()| file.seek(SeekFrom::Start(at))).map_err(io(path))?;
+        Ok(Self { path: path.to_owned(), file: BufWriter::with_capacity(1 << 20, file), at })
+    }
+
+    /// When this returns, all that was written is on disk.
+    pub(super) fn sync(&mut self) -> Result<()> {
+        self.file.flush().and_then(|()| self.file.get_ref().sync_data()).map_err(io(&self.path))
     }
 
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {

@@ -21,6 +21,7 @@ mod encode;
 mod fold;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod index;
+mod journal;
 #[deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod low_rank;
 mod manifest;
