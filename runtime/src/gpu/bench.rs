@@ -1,7 +1,8 @@
 //! Measured speed of the GPU engine, beside the planned one.
 
 use super::engine::GpuEngine;
-use super::plan::{GpuPlan, GpuPrediction, GpuSpeeds};
+use super::plan::GpuPlan;
+use super::predict::{GpuPrediction, GpuSpeeds};
 use crate::account::TierBytes;
 use crate::bench::{BenchSettings, Timing, bench_token};
 use crate::decoder::Decoder;

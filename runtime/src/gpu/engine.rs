@@ -2,7 +2,8 @@
 
 use super::host_share::HostShare;
 use super::load::Model;
-use super::plan::{GpuPlan, GpuPrediction, GpuSpeeds};
+use super::plan::GpuPlan;
+use super::predict::{GpuPrediction, GpuSpeeds};
 use super::prefill::Batch;
 use super::token::Parts;
 use super::{speeds, token};

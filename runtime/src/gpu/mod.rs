@@ -2,9 +2,11 @@
 //!
 //! | concept | where |
 //! | --- | --- |
-//! | what goes where in a VRAM budget, and the expected speed | `plan` |
+//! | what goes where in a VRAM budget | `plan` |
+//! | how fast that should be | `predict` |
 //! | cache policies and sizes, replayed on the split's trace | `replay` |
 //! | the split's bytes, on the device and pinned | `load` |
+//! | what else a token needs, and shares with the host | `buffers` |
 //! | one token as one CUDA graph | `token` |
 //! | prompts, by whole layers | `prefill` |
 //! | the threads that compute a share of the cold neurons | `host_share` |
@@ -12,10 +14,12 @@
 //! | tokens in, logits out | `engine` |
 
 mod bench;
+mod buffers;
 mod engine;
 mod host_share;
 mod load;
 mod plan;
+mod predict;
 mod prefill;
 mod replay;
 mod speeds;
@@ -23,5 +27,6 @@ mod token;
 
 pub use bench::GpuBenchReport;
 pub use engine::GpuEngine;
-pub use plan::{GpuBytes, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds};
+pub use plan::{GpuBytes, GpuPlan, GpuRequest};
+pub use predict::{GpuPrediction, GpuSpeeds};
 pub use speeds::measure_tiers;

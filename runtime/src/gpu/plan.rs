@@ -31,9 +31,8 @@ const CACHE_MUST_WIN: f64 = 0.9;
 /// Shares of the memory for neurons that are tried as cache.
 const CACHE_SHARES: [f64; 7] = [0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75];
 
-/// The link brings at most one byte while the device reads so many: what attention's matrices leave time for. Twice of what
-/// an H200 and its link (4.5 TB/s, 50 GB/s) and most smaller ones have, because kernels also take time that is not for
-/// bytes.
+/// Of the bytes that the device reads of attention's matrices there is room for one part in so many to be fetched meanwhile. An
+/// H200 fetches a 27th over its link; the slower the device's memory, the more.
 const LINK_IS_SLOWER: u64 = 16;
 
 /// Neurons that may be needed should not take much from those that surely are: of the memory left for neurons one part in
@@ -138,47 +137,6 @@ pub struct GpuPlan {
     pub host_bytes_per_token: u64,
     /// Share of the cold neurons that the cache is expected to hold.
     pub cache_hit_rate: f64,
-}
-
-/// Speeds that bound a token, in bytes a second.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct GpuSpeeds {
-    /// Device memory, read by the product kernel.
-    pub device: f64,
-    /// Pinned host memory, read in place by the fused kernel.
-    pub link: f64,
-    /// The same memory, read and computed with by the host's threads; 0 without them.
-    pub host: f64,
-}
-
-/// What a layer costs beyond its bytes: six kernels, each of which fetches its input before it can begin and brings its
-/// sums together at the end. Measured on an H200 (analysis/records/gpu-h200), as the next two.
-const LAYER_SECONDS: f64 = 20e-6;
-
-/// What the two kernels of the predictor and the choice add to it.
-const CHOICE_SECONDS: f64 = 11e-6;
-
-/// What either grows by for each column of the input, which every kernel reads, normalises and adds up.
-const COLUMN_SECONDS: f64 = 14e-6 / 8192.0;
-
-/// What it costs more if the host's threads take part: they must see the request, add up their sums, and be seen.
-const EXCHANGE_SECONDS: f64 = 12e-6;
-
-/// Share of the time between two layers' reads over the link that fetching early wins: it begins late and ends early,
-/// some of what it brings is not needed, and the kernels beside it become slower.
-const LOOKAHEAD_WINS: f64 = 0.45;
-
-/// A speed and where it comes from.
-#[derive(Debug, Clone, Serialize)]
-pub struct GpuPrediction {
-    /// Decode speed.
-    pub tok_s: f64,
-    /// Share of the cold neurons that are not cached which the host's threads compute.
-    pub host_share: f64,
-    /// `device`, `link` or `link + host`.
-    pub bottleneck: &'static str,
-    /// The formula, with its numbers.
-    pub formula: String,
 }
 
 /// Blocks of the attention kernel for each head of keys; `n_blocks` are two for each multiprocessor.
@@ -305,14 +263,14 @@ impl GpuPlan {
         let n_layers = self.hot_neurons.len();
         let meanwhile = || {
             let bytes = (self.fixed.matrices / n_layers as u64 / LINK_IS_SLOWER).min(left / LOOKAHEAD_IS_SMALLER);
-            bytes.saturating_sub(super::load::lookahead_bytes(split, 0)) / bundle
+            bytes.saturating_sub(super::buffers::lookahead_bytes(split, 0)) / bundle
         };
         let n = self.request.lookahead.unwrap_or_else(|| meanwhile() as usize).min(n_active);
         if n == 0 || n_layers == 1 {
             return Ok(left);
         }
         self.lookahead_neurons = n;
-        self.fixed.lookahead = super::load::lookahead_bytes(split, n);
+        self.fixed.lookahead = super::buffers::lookahead_bytes(split, n);
         left.checked_sub(self.fixed.lookahead).ok_or_else(|| Error::VramTooSmall {
             budget_bytes: self.request.vram_budget_bytes,
             needed_bytes: self.fixed.total(),
@@ -386,45 +344,6 @@ impl GpuPlan {
     /// Slots of the cache.
     pub fn cache_slots(&self) -> usize {
         self.cache_sets.iter().sum::<usize>() * self.cache_ways
-    }
-
-    /// Expected decode speed: device memory, then link and host side by side.
-    pub fn predict(&self, speeds: &GpuSpeeds) -> GpuPrediction {
-        let device = (self.device_bytes_per_token + self.cache_bytes_per_token) as f64;
-        let host = self.host_bytes_per_token as f64;
-        let n_layers = self.hot_neurons.len() as f64;
-        let device_seconds = device / speeds.device;
-        let exchange = if speeds.host > 0.0 && host > 0.0 { EXCHANGE_SECONDS } else { 0.0 };
-        let choice = if matches!(self.request.base.mode, Mode::Sparse { .. }) { CHOICE_SECONDS } else { 0.0 };
-        let between = n_layers * (LAYER_SECONDS + choice + COLUMN_SECONDS * self.hidden_size as f64 + exchange);
-        let early = (n_layers * self.lookahead_neurons as f64 * self.bundle_bytes as f64)
-            .min((device_seconds + between) * speeds.link * LOOKAHEAD_WINS)
-            .min(host);
-        let host_seconds = (host - early) / (speeds.link + speeds.host);
-        let bottleneck = match (device_seconds > host_seconds, speeds.host > 0.0) {
-            (true, _) => "device",
-            (false, true) => "link + host",
-            (false, false) => "link",
-        };
-        let gb = 1e9;
-        let pinned = if host > 0.0 {
-            let [host, link, threads] = [host, speeds.link, speeds.host].map(|v| v / gb);
-            let early = if early > 0.0 { format!(" - {:.3} fetched early", early / gb) } else { String::new() };
-            format!(" + ({host:.3}{early}) GB pinned / ({link:.1} GB/s link + {threads:.1} GB/s host)")
-        } else {
-            String::new()
-        };
-        GpuPrediction {
-            tok_s: 1.0 / (device_seconds + host_seconds + between),
-            host_share: speeds.host / (speeds.link + speeds.host),
-            bottleneck,
-            formula: format!(
-                "tok/s = 1 / ({:.2} GB device / {:.0} GB/s{pinned} + {:.1} ms between kernels)",
-                device / gb,
-                speeds.device / gb,
-                1e3 * between
-            ),
-        }
     }
 }
 
@@ -517,8 +436,8 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
         vectors: vectors + config.n_layers as u64 * ALIGN,
         predictors,
         kv_cache,
-        scratch: super::load::scratch_bytes(split, request, n_splits),
-        prefill: super::load::prefill_bytes(split, request.base.batch.min(context), prefill_neurons),
+        scratch: super::buffers::scratch_bytes(split, request, n_splits),
+        prefill: super::buffers::prefill_bytes(split, request.base.batch.min(context), prefill_neurons),
         lookahead: 0,
         context: request.context_bytes,
     }

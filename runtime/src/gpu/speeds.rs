@@ -1,7 +1,7 @@
 //! How fast the tiers of this machine are, each alone.
 
 use super::load::Model;
-use super::plan::GpuSpeeds;
+use super::predict::GpuSpeeds;
 use crate::Result;
 use crate::hardware::kernel_speed;
 use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, WorkList, ffn, ffn_blocks, host_item};
