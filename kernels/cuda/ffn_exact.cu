@@ -12,7 +12,7 @@
 //   fit, one after the other.
 // - If not even one fits, bundles are read in place: the `_wide` kernels.
 // - A team waits for nobody but itself: its barriers have their own numbers. The same work gives the same bits.
-#include "exact.cuh"
+#include "exact_team.cuh"
 
 // The lane's columns of each block of its segment, from the first neuron to the last.
 template <class E>

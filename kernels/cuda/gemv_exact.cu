@@ -9,7 +9,7 @@
 // - The next row is copied to shared memory while this one is decoded from there. The first is asked for before the
 //   kernel that writes the vector has ended. Rows that do not fit are read in place, by teams whose warps have several
 //   segments.
-#include "exact.cuh"
+#include "exact_team.cuh"
 #include "shares.cuh"
 
 // Arguments as for gemv_bf16, then bytes from row to row, a multiple of 16 as are their addresses, and the rows of a

@@ -17,6 +17,7 @@
 #include "prefill.cu"
 #include "attend_rows.cu"
 #include "exact.cuh"
+#include "exact_team.cuh"
 #include "ffn_exact.cu"
 #include "gemv_exact.cu"
 #include "prefill_exact.cu"

@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 21] = [
+const SOURCES: [&str; 22] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -33,6 +33,7 @@ const SOURCES: [&str; 21] = [
     include_str!("../../cuda/prefill.cu"),
     include_str!("../../cuda/attend_rows.cu"),
     include_str!("../../cuda/exact.cuh"),
+    include_str!("../../cuda/exact_team.cuh"),
     include_str!("../../cuda/ffn_exact.cu"),
     include_str!("../../cuda/gemv_exact.cu"),
     include_str!("../../cuda/prefill_exact.cu"),
