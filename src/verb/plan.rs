@@ -160,11 +160,6 @@ pub fn print_gpu(plan: &thermocline_runtime::GpuPlan) {
     for (policy, hits) in &plan.cache_policies {
         println!("    {policy}: {:.1} % of the cold neurons, replayed", 100.0 * hits);
     }
-    row(
-        "fetched early",
-        fixed.lookahead,
-        format!("room for {} neurons, while attention is computed", plan.lookahead_neurons),
-    );
     if plan.lookahead_neurons > 0 {
         let what = format!("room for {} neurons, while attention is computed", plan.lookahead_neurons);
         row("fetched early", fixed.lookahead, what);

@@ -36,7 +36,7 @@ const TESTS: &[(u8, &str, &str)] = &[
     (20, "tests/hostile/split.rs", "every_damaged_byte_of_header_order_and_index_is_found"),
     (21, "tests/hostile/split.rs", "every_damaged_chunk_is_named_by_layer_and_neurons"),
     (22, "tests/faults.rs", "killed_splits_resume_to_the_same_bytes"),
-    (22, "tests/faults.rs", "killed_deltas_end_in_the_same_bytes"),
+    (22, "tests/faults.rs", "killed_deltas_resume_to_the_same_bytes"),
     (23, "tests/hostile/disk.rs", "a_disk_that_is_full_or_broken_loses_nothing"),
     (23, "tests/hostile/disk.rs", "a_delta_on_a_full_disk_is_never_half_there"),
     (23, "tests/faults.rs", "a_full_disk_says_how_much_is_needed_and_is_resumed_when_there_is_room"),
