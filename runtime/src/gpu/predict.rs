@@ -57,11 +57,12 @@ impl GpuPlan {
         let exchange = if speeds.host > 0.0 && host > 0.0 { EXCHANGE_SECONDS } else { 0.0 };
         let choice = if matches!(self.request.base.mode, Mode::Sparse { .. }) { CHOICE_SECONDS } else { 0.0 };
         let between = n_layers * (LAYER_SECONDS + choice + COLUMN_SECONDS * self.hidden_size as f64 + exchange);
-        let early = match speeds.host > 0.0 {
-            true => 0.0,
-            false => (n_layers * self.lookahead_neurons as f64 * self.bundle_bytes as f64)
+        let early = if speeds.host > 0.0 {
+            0.0
+        } else {
+            (n_layers * self.lookahead_neurons as f64 * self.bundle_bytes as f64)
                 .min((device_seconds + between) * speeds.link * LOOKAHEAD_WINS)
-                .min(host),
+                .min(host)
         };
         let host_seconds = (host - early) / (speeds.link + speeds.host);
         let bottleneck = match (device_seconds > host_seconds, speeds.host > 0.0) {

@@ -7,10 +7,10 @@ use crate::Result;
 use crate::plan::Mode;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
-    Added, Ahead, Bundles, Choose, LayerInput, LowRankPredictor, Norm, RopeTables, Selection, attend, choose, embed,
-    fetch_bundles, ffn, finish, gemv, predict_inner, predict_scores,
+    Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, Selection, attend, choose,
+    embed, fetch_bundles, ffn, finish, gemv, predict_inner, predict_scores,
 };
-use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue};
+use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue, View};
 
 /// What takes part besides the device.
 #[derive(Debug, Clone, Copy)]
@@ -73,15 +73,12 @@ fn feed_forward(
 ) -> Result<(), CudaError> {
     let s = &model.scratch;
     let place = (l, config.n_layers);
-    let (mut host, mut fetched, mut next) = (None, None, None);
+    let mut host = None;
+    let [fetched, next] = [l, l + 1].map(|l| parts.lookahead.then(|| foreseen(config, model, l)).flatten());
     let work = match (&layer.predictor, &layer.every) {
         (Some(predictor), _) => {
             let own = predictor.of_layer(layer, s);
-            if parts.lookahead {
-                fetched = foreseen(config, model, l).is_some().then_some(l % 2);
-                next = foreseen(config, model, l + 1);
-            }
-            let predictors: Vec<_> = [own].into_iter().chain(next.map(|(_, predictor)| predictor)).collect();
+            let predictors: Vec<_> = [own].into_iter().chain(next.map(|next| next.predictor)).collect();
             predict_inner(device, &predictors, &s.x)?;
             let shared = (parts.host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
             let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
@@ -93,11 +90,11 @@ fn feed_forward(
                 host_x: shared.is_some().then_some(&host_x),
             };
             predict_scores(device, &predictors, input, model.activation)?;
-            let ahead = next.zip(model.lookahead.as_ref()).map(|((next, predictor), lookahead)| Ahead {
-                scores: predictor.scores,
-                n_hot: next.n_hot,
-                cache: &next.cache,
-                foreseen: &lookahead.foreseen[(l + 1) % 2],
+            let ahead = next.map(|next| Ahead {
+                scores: next.predictor.scores,
+                n_hot: next.layer.n_hot,
+                cache: &next.layer.cache,
+                foreseen: next.list,
             });
             choose(
                 device,
@@ -111,7 +108,7 @@ fn feed_forward(
                     layer: l,
                     n_layers: config.n_layers,
                     host: shared.as_ref(),
-                    fetched: fetched.zip(model.lookahead.as_ref()).map(|(i, lookahead)| &lookahead.foreseen[i]),
+                    fetched: fetched.map(|own| own.list),
                     ahead,
                     out: &s.work,
                 },
@@ -129,31 +126,40 @@ fn feed_forward(
         (None, None) => unreachable!("a layer has a predictor or a list of all neurons"),
     };
     let ahead = Some(model.layers.get(l + 1).map_or(&model.head.data, |next| &next.qkv.data));
-    let places = fetched.and(model.lookahead.as_ref()).map(|lookahead| &lookahead.places);
+    let places = fetched.map(|own| own.places);
     if places.is_some() {
         device.order(Queue::Copy, Queue::Compute)?;
     }
     let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots, fetched: places, ahead };
     ffn(device, model.layout, model.activation, work, bundles, &s.normed, model.n_blocks, &s.partial)?;
     // From when this layer does not need the link any more to when the next one does.
-    if let Some(((next, _), lookahead)) = next.zip(model.lookahead.as_ref()) {
+    if let Some(next) = next {
         device.order(Queue::Compute, Queue::Copy)?;
-        let (list, cold) = (&lookahead.foreseen[(l + 1) % 2], next.cold.view());
-        fetch_bundles(device, model.layout, list, &cold, &lookahead.places, &s.work.totals)?;
+        fetch_bundles(device, model.layout, next.list, &next.layer.cold.view(), next.places, &s.work.totals)?;
     }
     let hidden = config.hidden_size;
     finish(device, &s.partial, model.n_blocks, hidden, &work.counts, host.as_ref(), &s.step, place, &s.x)
 }
 
-/// Layer `l` and its predictor for the input of the layer before: if there is one, with neurons to fetch, whose predictor
-/// can be asked together with that layer's.
-fn foreseen<'a>(config: &ModelConfig, model: &'a Model, l: usize) -> Option<(&'a Layer, LowRankPredictor<'a>)> {
+/// A layer for which the link fetches while the attention before it is computed.
+#[derive(Clone, Copy)]
+struct NextLayer<'a> {
+    layer: &'a Layer,
+    /// For the input of the layer before.
+    predictor: LowRankPredictor<'a>,
+    list: &'a Foreseen,
+    places: &'a View,
+}
+
+/// Layer `l`: if there is one, with neurons to fetch, whose predictor can be asked together with that of the layer before.
+fn foreseen<'a>(config: &ModelConfig, model: &'a Model, l: usize) -> Option<NextLayer<'a>> {
     let (lookahead, before) = (model.lookahead.as_ref()?, model.layers.get(l.checked_sub(1)?)?);
     let layer = model.layers.get(l).filter(|layer| layer.n_hot < config.intermediate_size)?;
     let own = before.predictor.as_ref()?.of_layer(before, &model.scratch);
     let predictor = layer.predictor.as_ref()?.ahead(layer, lookahead);
     let shape = |p: &LowRankPredictor<'_>| [p.input, p.factors].map(|m| (m.encoding, m.rows, m.columns));
-    (shape(&predictor) == shape(&own)).then_some((layer, predictor))
+    let (list, places) = (&lookahead.foreseen[l % 2], &lookahead.places);
+    (shape(&predictor) == shape(&own)).then_some(NextLayer { layer, predictor, list, places })
 }
 
 fn selection(mode: Mode, config: &ModelConfig) -> Selection {
