@@ -481,8 +481,16 @@ pub enum MaskName {
     Oracle,
     /// The true top share by |h| alone, to compare with figures from elsewhere
     OracleH,
-    /// The predicted top share
+    /// The predicted top share, as sparse mode computes it
     Predicted,
+    /// The predicted top share of every layer alike, and nothing for the other neurons
+    PredictedAlike,
+    /// Peer: all gates, the share of neurons whose gate is largest
+    Cats,
+    /// Peer: the share of every matrix's inputs that are largest
+    Teal,
+    /// Peer: the same, times the lengths of the matrix's columns
+    Wina,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -503,16 +511,20 @@ pub struct Eval {
     /// Text, tokenised whole and without special tokens
     #[arg(long)]
     pub text: PathBuf,
-    /// Tokens in a window
-    #[arg(long, default_value_t = 1024)]
-    pub ctx: usize,
-    /// Windows, from the start of the text, not overlapping
-    #[arg(long, default_value_t = 8)]
-    pub windows: usize,
+    /// Tokens in a window [default: 1024; 256 with --fit-shares]
+    #[arg(long)]
+    pub ctx: Option<usize>,
+    /// Windows, from the start of the text, not overlapping [default: 8; 4 with --fit-shares]
+    #[arg(long)]
+    pub windows: Option<usize>,
+    /// Measure what each layer's share of the neurons costs on this text, and keep it in the split: sparse mode then divides
+    /// --active between the layers by it. Takes the time of about 2.5 dense passes over the text for each layer
+    #[arg(long, conflicts_with_all = ["mask", "active", "precision", "engine", "planes", "delta"])]
+    pub fit_shares: bool,
     /// Which neurons are computed, at every position; several, separated by commas, give a row each
     #[arg(long, value_enum, default_value = "dense", value_delimiter = ',')]
     pub mask: Vec<MaskName>,
-    /// Shares of the neurons that oracle, oracle-h and predicted keep: a row for each
+    /// Shares of the neurons that all masks but dense and exact keep: a row for each
     #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
     /// Planes of the weights, where the split has several: base, plus, exact, plus@SHARE or exact@SHARE, as for run

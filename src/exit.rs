@@ -11,6 +11,9 @@ use thermocline_split::Error as SplitError;
 
 const MODEL_HELP: &str = "the model is damaged or incomplete; fetch it again, or save it again with what made it";
 const PROFILE_HELP: &str = "the profile is damaged; fetch it again, or run `thermocline calibrate` again";
+#[cfg(feature = "cuda")]
+const GPU_HELP: &str =
+    "a GPU's error stays until the process ends: run the command again, or on the CPU with --vram-budget 0";
 const SPLIT_HELP: &str = "the directory is damaged; fetch it again, or make it again";
 
 /// Longest message.
@@ -95,6 +98,8 @@ fn help(e: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     match e.downcast_ref::<RuntimeError>()? {
         RuntimeError::Split(e) => split(e),
         RuntimeError::Text(e) => model(e),
+        #[cfg(feature = "cuda")]
+        RuntimeError::Cuda(CudaError::Driver { .. }) => Some(GPU_HELP),
         _ => None,
     }
 }

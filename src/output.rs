@@ -41,9 +41,10 @@ impl Progress {
         self.bar.finish_and_clear();
     }
 
-    /// A line that stays, above the bar.
+    /// A line that stays, above the bar if there is one. It is said even where progress is not: something is not as the
+    /// user expects.
     pub fn note(&self, line: &str) {
-        if self.plain {
+        if self.bar.is_hidden() {
             eprintln!("{}: {line}", self.what);
         } else {
             self.bar.println(line);

@@ -360,6 +360,25 @@ fn several_masks_and_shares_give_a_row_each() {
 }
 
 #[test]
+fn fitted_shares_are_shown_and_used() {
+    let (_guard, dir) = copy(&tiny_split());
+    let (dir, corpus) = (text(&dir), text(support::corpus()));
+    let run =
+        || ok(&["run", "-m", dir, "-p", "a", "-n", "12", "--mode", "sparse", "--temp", "0", "--ignore-eos"]).stdout;
+    let before = run();
+    let table = ok(&["eval", "-m", dir, "--text", corpus, "--ctx", "64", "--windows", "2", "--fit-shares"]).stdout;
+    assert!(table.contains("kept in") && table.contains("30 % of all"), "{table}");
+    let shares = json(&["inspect", dir, "--json"])["shares"].clone();
+    let layers: Vec<f64> = shares["layers_at_0.3"].as_array().unwrap().iter().filter_map(|s| s.as_f64()).collect();
+    assert!((layers.iter().sum::<f64>() / layers.len() as f64 - 0.3).abs() < 1e-3, "{shares}");
+    assert!(run() != before, "other neurons are computed");
+    ok(&["verify", dir, "-m", text(&model(&llama()))]);
+    let fitting = ["--text", corpus, "--ctx", "64", "--windows", "1", "--fit-shares"];
+    let message = fails(2, &[&["eval", "-m", text(&model(&llama()))][..], &fitting].concat());
+    assert!(message.contains("--fit-shares needs a split"), "{message}");
+}
+
+#[test]
 fn a_reader_that_leaves_early_ends_the_program_quietly() {
     let dir = tiny_split();
     for args in [

@@ -6,11 +6,16 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use support::{calibrating, engine, llama, ok, once, qwen_relu, request, split, splitting, text};
+use support::{
+    Made, calibrating, copy_dir, engine, engine_of, four_layers, llama, ok, once, qwen_relu, request, split, splitting,
+};
+use thermocline_datasets::write::TinyModel;
 use thermocline_kernels::cuda::launch::ffn_blocks;
 use thermocline_kernels::cuda::{Device, build_emulator};
-use thermocline_runtime::{Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode, Plan};
-use thermocline_split::{Precision, Split};
+use thermocline_runtime::{
+    Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode, Plan, PlanRequest, layer_active,
+};
+use thermocline_split::{LayerCost, LayerFile, Planes, Precision, Shares, Split};
 
 fn device() -> Device {
     if std::env::var("THERMOCLINE_TEST_DEVICE").is_ok_and(|d| d == "cuda") {
@@ -118,7 +123,7 @@ fn further_planes_give_the_logits_of_the_cpu_engine() {
         ("q8+exact", Precision::Exact, false, 0.5),
     ] {
         let dir = demo(encoding);
-        let open = || Split::open_at(&dir, precision).unwrap().with_alike_bundles();
+        let open = || Split::open_at(&dir, precision).unwrap();
         let (least, whole) = vram_range_of(&open(), &device(), Mode::Exact);
         let what = format!("{encoding} at {precision}");
         let plan = Plan::new(&open(), request(Mode::Exact, None, 2)).unwrap();
@@ -193,10 +198,206 @@ fn sparse_mode_computes_the_same_neurons_as_the_cpu_engine_with_any_cache_and_an
     }
 }
 
+/// Layers with shares of their own, one of them all of its neurons, and with something that stands for the others.
+#[test]
+fn neurons_are_divided_between_layers_as_by_the_cpu_engine() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&demo("q4"), dir.path());
+    let config = Split::open(dir.path()).unwrap().manifest().config.clone();
+    let cost = |l: usize| LayerCost {
+        loss: vec![1.0 / (1 + l * l) as f32, 0.5 / (1 + l * l) as f32],
+        left_out: (0..2 * config.hidden_size).map(|i| ((i * 7 + l) % 11) as f32 / 100.0 - 0.05).collect(),
+    };
+    let shares = Shares::new(vec![0.05, 0.3], (0..config.n_layers).map(cost).collect(), config.hidden_size).unwrap();
+    Split::put_shares(dir.path(), &shares).unwrap();
+    let open = || Split::open(dir.path()).unwrap();
+    for active in [0.1, 0.6] {
+        let mode = Mode::Sparse { active };
+        let counts: Vec<usize> = layer_active(&open(), active).unwrap().iter().map(|l| l.n_active).collect();
+        assert!(counts[0] > counts[config.n_layers - 1], "{counts:?}");
+        let (least, whole) = vram_range(dir.path(), &device(), mode);
+        for (vram, share, lookahead) in [(whole, 0.0, None), (least + (whole - least) / 3, 0.5, Some(8))] {
+            let request = GpuRequest { lookahead, ..gpu_request(&device(), mode, vram, Some(0.0)) };
+            let gpu = agree(&open, request, share, &format!("{active} active, {vram} bytes"));
+            assert_eq!(Some(gpu.last_active().unwrap().len()), counts.last().copied());
+            assert_eq!(gpu.account().neurons_computed, 8 * counts.iter().sum::<usize>() as u64);
+        }
+    }
+}
+
+fn greedy(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
+}
+
+/// Logits and greedy tokens of both engines: after a prompt in exact mode, then token by token; in sparse mode where both
+/// chose the same neurons, which they nearly always must.
+fn agree(open: &dyn Fn() -> Split, request: GpuRequest, share: f32, what: &str) -> GpuEngine {
+    let base = PlanRequest { ram_budget_bytes: None, ..request.base };
+    let (mut cpu, mut gpu) = (engine_of(open(), base).unwrap(), gpu_of(open(), request, share));
+    let prompt = tokens(20, cpu.split().manifest().config.vocab_size);
+    let (want, got) = (cpu.prefill(&prompt).unwrap(), gpu.prefill(&prompt).unwrap());
+    assert_close(&got, &want, &format!("{what}, after the prompt"));
+    let (mut token, mut same) = (greedy(&want), 0);
+    for i in 0..8 {
+        let want = cpu.forward(&[token], Logits::Last).unwrap();
+        let got = gpu.forward(token).unwrap();
+        token = greedy(&want);
+        if base.mode == Mode::Exact || gpu.last_active().unwrap() == cpu.last_active() {
+            assert_close(&got, &want, &format!("{what}, token {i}"));
+            assert_eq!(greedy(&got), token, "{what}, token {i}");
+            same += 1;
+        }
+    }
+    assert!(same >= 7, "{what}: {same} of 8 tokens with the same neurons");
+    gpu
+}
+
+/// Where hot neurons end in a layer, by its first section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum HotEnds {
+    Nowhere,
+    InTheFirst,
+    BehindTheFirst,
+    AtTheEnd,
+}
+
+/// Budgets with which hot neurons of some layer end there and there. Plans for these and others fill them, by bytes.
+fn budgets_by_hot_end(split: &Split, device: &Device, mode: Mode) -> Vec<(HotEnds, u64)> {
+    let ends = |plan: &GpuPlan| -> Vec<HotEnds> {
+        let of_layer = |(file, &hot): (&LayerFile, &usize)| {
+            let (first, n) = (file.bundles().sections()[0].neurons().end, file.order().len());
+            match hot {
+                0 => HotEnds::Nowhere,
+                _ if hot < first && first < n => HotEnds::InTheFirst,
+                _ if hot < n => HotEnds::BehindTheFirst,
+                _ => HotEnds::AtTheEnd,
+            }
+        };
+        split.layers().iter().zip(&plan.hot_neurons).map(of_layer).collect()
+    };
+    let (least, whole) = vram_range_of(split, device, mode);
+    // What rounding leaves: a chunk and a neuron of each layer, and the alignment of memory.
+    let chunk = |f: &LayerFile| (f.chunk_neurons() + 1) * f.bundles().longest(0..f.order().len()) + 512;
+    let rest = split.layers().iter().map(chunk).sum::<usize>() as u64;
+    let planned = (0..=16).map(|i| {
+        let vram = least + (whole - least) * i / 16;
+        let plan = GpuPlan::new(split, gpu_request(device, mode, vram, Some(0.0))).unwrap();
+        assert!(plan.total_bytes <= vram && plan.total_bytes + rest >= vram, "{} of {vram}", plan.total_bytes);
+        (ends(&plan), vram)
+    });
+    let planned: Vec<_> = planned.collect();
+    let with = |end: HotEnds| planned.iter().find(|(ends, _)| ends.contains(&end)).map(|(_, vram)| (end, *vram));
+    [HotEnds::Nowhere, HotEnds::InTheFirst, HotEnds::BehindTheFirst, HotEnds::AtTheEnd]
+        .into_iter()
+        .filter_map(with)
+        .collect()
+}
+
+/// Layers in encodings of their own; layers of several sections, in files of their own and by further planes of some neurons.
+#[test]
+fn layers_that_differ_and_layers_of_several_encodings_give_what_the_cpu_engine_gives() {
+    let chunks = &["--chunk-neurons", "8"][..];
+    let splits = [
+        ("q4,0=bf16x,2=q8", "base", false),
+        ("q4,hot@0.25=q8", "base", true),
+        ("q8+exact,1-2:hot@0.5=bf16,3=q4", "plus", true),
+        ("q4+exact", "plus@0.3", true),
+        ("q4,hot@0.6=q8+exact,hot@0.2=bf16x", "exact@0.4", true),
+    ];
+    for (encoding, planes, has_sections) in splits {
+        let dir = split(&four_layers(), encoding, chunks);
+        let open = || Split::open_at(&dir, planes.parse::<Planes>().unwrap()).unwrap();
+        for mode in [Mode::Exact, Mode::Sparse { active: 0.3 }] {
+            let budgets = budgets_by_hot_end(&open(), &device(), mode);
+            assert_eq!(budgets.len() == 4, has_sections, "{encoding} at {planes}: {budgets:?}");
+            for (i, (end, vram)) in budgets.into_iter().enumerate() {
+                let share = if mode == Mode::Exact { 0.0 } else { [0.5, 0.0, 1.0][i % 3] };
+                let what = format!("{encoding} at {planes}, {mode:?}, hot ends {end:?}, host {share}");
+                let request = GpuRequest { lookahead: Some(0), ..gpu_request(&device(), mode, vram, Some(0.0)) };
+                agree(&open, request, share, &what);
+            }
+        }
+    }
+}
+
+/// What lies in the last section is cached and fetched early, and nothing else is.
+#[test]
+fn layers_of_several_encodings_have_caches_and_early_fetching() {
+    let dir = split(&four_layers(), "q4,hot@0.1=q8,2=bf16x", &["--chunk-neurons", "8"]);
+    let (open, mode) = (|| Split::open(&dir).unwrap(), Mode::Sparse { active: 0.3 });
+    let (mut cached, mut left_out) = (0, 0);
+    let (least, whole) = vram_range_of(&open(), &device(), mode);
+    for eighths in [1, 4, 6] {
+        for (cache, ahead, share) in [(0.0, 20, 0.0), (0.5, 0, 0.0), (0.5, 20, 0.5)] {
+            let what = format!("{eighths} eighths in VRAM, cache {cache}, ahead {ahead}, host {share}");
+            // With room for what is fetched early.
+            let vram = least + (whole - least) * eighths / 8 + if ahead > 0 { 1 << 15 } else { 0 };
+            let request = GpuRequest { lookahead: Some(ahead), ..gpu_request(&device(), mode, vram, Some(cache)) };
+            let gpu = agree(&open, request, share, &what);
+            let (plan, account) = (gpu.plan(), gpu.account());
+            assert_eq!(account.foreseen > 0, plan.lookahead_neurons > 0, "{what}");
+            assert_eq!(account.cache_hits > 0, plan.cache_slots() > 0, "{what}");
+            let mut mixed = 0;
+            for ((file, &hot), &sets) in open().layers().iter().zip(&plan.hot_neurons).zip(&plan.cache_sets) {
+                let several_cold = file.bundles().within(hot..file.order().len()).count() > 1;
+                assert!(!several_cold || sets == 0, "{what}");
+                mixed += usize::from(several_cold);
+                cached += usize::from(sets > 0 && file.bundles().sections().len() > 1);
+                left_out += usize::from(several_cold && cache > 0.0);
+            }
+            assert_eq!(plan.mixed_cold_layers, mixed, "{what}");
+        }
+    }
+    assert!(cached > 0 && left_out > 0, "{cached} with a cache, {left_out} without");
+}
+
+/// With one layer the neurons of a token are known, and so are the bytes of each tier.
+#[test]
+fn bytes_are_those_of_the_sections() {
+    let four = four_layers();
+    let made = Made { name: "one", model: TinyModel { n_layers: 1, ..four.model }, ..four };
+    for (encoding, mode) in [
+        ("q4,hot@0.25=q8", Mode::Sparse { active: 0.3 }),
+        ("q4,hot@0.25=q8", Mode::Exact),
+        ("q8", Mode::Sparse { active: 0.3 }),
+    ] {
+        let dir = split(&made, encoding, &["--chunk-neurons", "8"]);
+        let opened = Split::open(&dir).unwrap();
+        let layout = opened.layers()[0].bundles();
+        for (end, vram) in budgets_by_hot_end(&opened, &device(), mode) {
+            for (cache, share) in [(0.0, 0.0), (0.0, 0.7), (0.5, 0.3)] {
+                let mut gpu = gpu(&dir, gpu_request(&device(), mode, vram, Some(cache)), share);
+                let (fixed, hot) = (gpu.plan().fixed, gpu.plan().hot_neurons[0]);
+                let config = gpu.split().manifest().config.clone();
+                for (i, token) in tokens(12, config.vocab_size).into_iter().enumerate() {
+                    let before = gpu.account().bytes;
+                    gpu.forward(token).unwrap();
+                    let read = gpu.account().bytes;
+                    let active = match mode {
+                        Mode::Exact => (0..layout.n_neurons() as u32).collect(),
+                        Mode::Sparse { .. } => gpu.last_active().unwrap(),
+                    };
+                    let (in_vram, cold): (Vec<u32>, Vec<u32>) = active.iter().partition(|&&n| (n as usize) < hot);
+                    let bytes =
+                        |ids: &[u32]| -> u64 { ids.iter().map(|&n| layout.of(n as usize).bundle_bytes() as u64).sum() };
+                    let kv = 4 * (config.n_kv_heads * config.head_dim * (i + 1)) as u64;
+                    let what =
+                        format!("{encoding}, {mode:?}, hot ends {end:?}, cache {cache}, host {share}, token {i}");
+                    let device = read.device - before.device;
+                    assert_eq!(device, fixed.matrices + fixed.predictors + kv + bytes(&in_vram), "{what}");
+                    let others = (read.host - before.host) + (read.cache - before.cache);
+                    assert_eq!(others, bytes(&cold), "{what}");
+                }
+            }
+        }
+    }
+}
+
 /// The records of a GPU, of the CPU and of a planted split, as the program writes them, in one report.
 #[cfg(feature = "analysis")]
 #[test]
 fn what_bench_and_run_print_is_reported() {
+    use support::text;
     let out = tempfile::tempdir().unwrap();
     let planted = out.path().join("planted");
     let record = |name: &str, on_gpu: bool, args: &[&str]| {

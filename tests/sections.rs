@@ -11,8 +11,6 @@ use support::{
 };
 use tempfile::TempDir;
 use thermocline_datasets::Checkpoint;
-#[cfg(feature = "cuda")]
-use thermocline_runtime::Error;
 use thermocline_runtime::Mode;
 use thermocline_split::delta::Delta;
 use thermocline_split::{Precision, Split, SplitCheckpoint};
@@ -34,18 +32,6 @@ fn planes_of_some_neurons_are_the_same_bits_from_every_budget() {
     for (share, whole) in [("plus@0", "base"), ("exact@0", "base"), ("plus@1", "plus"), ("exact@1", "exact")] {
         let expected = bits(&logits(&dir, planes(whole), Mode::Exact));
         assert!(bits(&logits(&dir, planes(share), Mode::Exact)) == expected, "{share} is {whole}");
-    }
-    // Neither the GPU engine nor a plan for one takes them.
-    #[cfg(feature = "cuda")]
-    {
-        use thermocline_runtime::{GpuPlan, GpuRequest};
-        let base = request(Mode::Exact, None, 2);
-        let vram_budget_bytes = 1 << 40;
-        let request =
-            GpuRequest { base, vram_budget_bytes, context_bytes: 0, n_blocks: 8, cache_share: None, lookahead: None };
-        let refused = GpuPlan::new(&Split::open_at(&dir, planes("plus@0.5")).unwrap(), request).unwrap_err();
-        assert!(matches!(refused, Error::Sections { layer: 0, first: "q4+plus", other: "q4" }), "{refused}");
-        assert!(refused.to_string().contains("--vram-budget 0"), "{refused}");
     }
 }
 

@@ -3,13 +3,13 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::path::Path;
-use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode};
+use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode, fit_shares};
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
 use thermocline_datasets::{Activation, Architecture, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::{Engine, Mode, Plan, PlanRequest};
-use thermocline_split::{Compression, Split, SplitCheckpoint, SplitOptions, split};
+use thermocline_split::{Compression, Shares, Split, SplitCheckpoint, SplitOptions, split};
 
 const CTX: usize = 48;
 const WINDOWS: usize = 3;
@@ -101,4 +101,82 @@ fn relu_q8_with_biases() {
         ..TinyModel::default()
     };
     check(&model, Encoding::Q8);
+}
+
+/// The costs of shares, kept in the split, change what both engines compute, in the same way.
+#[test]
+fn shares_are_measured_kept_and_used_by_both_engines() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = TinyModel { activation: Activation::Silu, ..TinyModel::default() };
+    let path = make(dir.path(), &model, Encoding::Bf16);
+    let tokens = tokens(CTX * WINDOWS);
+    let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
+    let masks = [Mask::Predicted(0.3), Mask::PredictedAlike(0.3)];
+    let both = || {
+        let model = SplitCheckpoint::open(&path).unwrap();
+        evaluate(&model, Some(model.split()), &windows, &masks, &|_, _| ()).unwrap()
+    };
+    let before = both();
+    assert_eq!(before[0].losses, before[1].losses, "nothing was measured yet");
+
+    let opened = SplitCheckpoint::open(&path).unwrap();
+    let steps = std::cell::Cell::new((0, 0));
+    let shares = fit_shares(&opened, opened.split(), &windows, &|done, total| steps.set((done, total))).unwrap();
+    assert_eq!(steps.get().0, steps.get().1);
+    for layer in shares.layers() {
+        assert!(layer.loss.windows(2).all(|w| w[0] > w[1]) && layer.loss[0] > 0.0, "{:?}", layer.loss);
+    }
+    Split::put_shares(&path, &shares).unwrap();
+    let split = Split::open(&path).unwrap();
+    assert_eq!((split.shares().unwrap().as_ref(), split.manifest().version), (Some(&shares), 3));
+
+    let after = both();
+    assert_eq!(after[1].losses, before[1].losses, "shares alike are as before");
+    assert!(after[0].losses != before[0].losses && after[0].kl < before[0].kl, "{:?} {:?}", after[0].kl, before[0].kl);
+    let engine = decode(&path, Mode::Sparse { active: 0.3 }, &windows);
+    let (largest, mean) = gaps(&after[0], &engine);
+    assert!(largest < 0.2 && mean < 1e-2, "predicted: largest gap {largest}, mean {mean}");
+    assert!((engine.computed_share.unwrap() - 0.3).abs() < 0.01);
+
+    // In place of those that are there, and another model's not at all.
+    let mut layers = shares.layers().to_vec();
+    layers[0].loss[0] *= 2.0;
+    let hidden = split.manifest().config.hidden_size;
+    let other = Shares::new(shares.grid().to_vec(), layers.clone(), hidden).unwrap();
+    Split::put_shares(&path, &other).unwrap();
+    assert_eq!(Split::open(&path).unwrap().shares().unwrap(), Some(other));
+    let files = std::fs::read_dir(&path).unwrap().filter_map(|f| f.unwrap().file_name().into_string().ok());
+    assert_eq!(files.filter(|f| f.contains("shares") || f.ends_with(".tmp")).count(), 1);
+    let fewer = Shares::new(shares.grid().to_vec(), layers.split_off(1), hidden).unwrap();
+    assert!(Split::put_shares(&path, &fewer).is_err());
+
+    // A damaged file is named.
+    let file = path.join(&Split::open(&path).unwrap().manifest().shares.as_ref().unwrap().file);
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let error = Split::open(&path).unwrap().shares().unwrap_err().to_string();
+    assert!(error.contains("shares") && error.contains("checksum"), "{error}");
+}
+
+/// A method that keeps everything is the dense model; what it reads, and what it costs, falls with its share.
+#[test]
+fn peers_keep_what_they_are_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = TinyModel { activation: Activation::Silu, ..TinyModel::default() };
+    let path = make(dir.path(), &model, Encoding::Bf16);
+    let tokens = tokens(CTX * WINDOWS);
+    let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
+    let opened = SplitCheckpoint::open(&path).unwrap();
+    for of in [Mask::Teal, Mask::Wina, Mask::Cats] {
+        let masks = [Mask::Dense, of(1.0), of(0.8), of(0.4)];
+        let results = evaluate(&opened, Some(opened.split()), &windows, &masks, &|_, _| ()).unwrap();
+        let [dense, whole, most, some] = results.as_slice() else { panic!("four results") };
+        let name = &whole.mask;
+        let largest = dense.losses.iter().zip(&whole.losses).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(largest < 1e-4, "{name}: {largest}");
+        assert!(whole.kl.unwrap() < 1e-6 && 1e-5 < most.kl.unwrap() && most.kl < some.kl, "{name}");
+        assert_eq!(whole.bytes_share, Some(1.0), "{name}");
+        assert!(most.bytes_share < Some(1.0) && some.bytes_share < most.bytes_share, "{name}");
+    }
 }

@@ -58,7 +58,7 @@ pub enum Error {
         what: &'static str,
     },
     /// Another process is writing to the same output.
-    #[error("{path}: locked by another process", path = .path.display())]
+    #[error("{path}: locked by another process; wait until that has ended, or choose another output", path = .path.display())]
     Locked {
         /// The lock file.
         path: PathBuf,
@@ -84,7 +84,10 @@ pub enum Error {
         path: PathBuf,
     },
     /// An interrupted run was made from something else than what is asked for now.
-    #[error("{path}: cannot resume: {what} was {was}, now {now}", path = .path.display())]
+    #[error(
+        "{path}: cannot resume: {what} was {was}, now {now}; ask for the same again, or start over without --resume",
+        path = .path.display()
+    )]
     ResumeMismatch {
         /// The interrupted run's folder, or the finished profile.
         path: PathBuf,

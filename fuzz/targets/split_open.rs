@@ -56,8 +56,10 @@ fn change(template: &Template, input: &mut Input<'_>) {
     if kind == 0 {
         let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
         edit_json(&mut value, input);
-        fs::write(&manifest, value.to_string()).unwrap();
-        if serde_json::from_value::<Manifest>(value).is_ok() {
+        let text = value.to_string();
+        fs::write(&manifest, &text).unwrap();
+        // The text, as the forge will read it: there are values that are a manifest while their text is none.
+        if serde_json::from_str::<Manifest>(&text).is_ok() {
             forge::manifest(dir, |_| ());
         }
         return;

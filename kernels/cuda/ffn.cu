@@ -410,13 +410,14 @@ DEVICE bool host_is_done(u32* passed_on, const HostPart& host, const u32* step, 
   return __shfl_sync(kAllLanes, flag, 0) != kNone;
 }
 
-// x [hidden] += the sum of partial [n_partials, hidden], and the CPU's sums once they are there.
+// x [hidden] += the sum of partial [n_partials, hidden], left_out [hidden] if it is given, and the CPU's sums once they are
+// there.
 // Floor: the partial sums from the second-level cache, the CPU's over the link, which nobody else needs then: adding them
 // up on the CPU takes longer than 32 KB a thread do. A block of 256 threads for every 32 columns: eight threads of
 // four columns each, 32 of these over the rows, then a fixed tree. hidden is a multiple of 32.
 extern "C" __global__ void __launch_bounds__(256)
-    finish(const float* partial, int n_partials, int hidden, u32* counts, HostPart host, const u32* step, int layer,
-           int n_layers, float* x) {
+    finish(const float* partial, int n_partials, int hidden, u32* counts, const float* left_out, HostPart host,
+           const u32* step, int layer, int n_layers, float* x) {
   // Of the CPU's sums.
   constexpr int kAtOnce = 16;
   __shared__ float4 sums[8][8];
@@ -445,7 +446,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if (warp_id() > 0) return;
 
   const int column = blockIdx.x * 32 + lane_id();
-  float total = 0.0f;
+  float total = left_out != nullptr ? left_out[column] : 0.0f;
 #pragma unroll
   for (int warp = 0; warp < 8; warp++) total += reinterpret_cast<const float*>(sums[warp])[lane_id()];
   if (host.n_threads > 0 && counts[4] > 0 && host_is_done(counts + 7, host, step, layer, n_layers)) {

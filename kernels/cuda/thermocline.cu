@@ -12,6 +12,7 @@
 #include "scores.cuh"
 #include "foresee.cuh"
 #include "choose.cu"
+#include "divide.cu"
 #include "ffn.cu"
 #include "fetch.cu"
 #include "prefill.cu"

@@ -218,6 +218,7 @@ impl Kernels {
         if self.isa == Isa::Avx512
             && encoding == Encoding::Bf16x
             && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("popcnt")
             && is_x86_feature_detected!("avx512vbmi")
             && is_x86_feature_detected!("avx512vbmi2")
         {
@@ -232,10 +233,10 @@ impl Kernels {
     /// One row, where rows together are no faster; it was checked.
     fn decode_row(&self, encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("bmi2") {
+        if is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("popcnt") {
             use crate::x86::{exact, exact_bmi2};
             match (self.isa, encoding) {
-                // SAFETY: BMI2 was just looked for, the rest is the set's; lengths were checked.
+                // SAFETY: BMI2 and POPCNT were just looked for, the rest is the set's; lengths were checked.
                 (Isa::Avx512, Encoding::Q4Exact) => return unsafe { exact::residual::<true>(row, out) },
                 // SAFETY: as above.
                 (Isa::Avx512, Encoding::Q8Exact) => return unsafe { exact::residual::<false>(row, out) },

@@ -95,6 +95,11 @@ impl LayerLayout {
         self.sections.iter().max_by_key(bytes).unwrap_or(&self.sections[0])
     }
 
+    /// The section of the coldest neurons.
+    pub fn coldest(&self) -> &LayoutSection {
+        &self.sections[self.sections.len() - 1]
+    }
+
     /// Columns of each row.
     pub fn hidden_size(&self) -> usize {
         self.sections[0].bundles.hidden_size()

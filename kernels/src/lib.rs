@@ -33,7 +33,10 @@ mod matmul;
 pub mod ops;
 mod pack;
 pub mod patch;
+mod pauses;
 mod pool;
+#[cfg(test)]
+mod pool_stress;
 pub mod reference;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -1,3 +1,4 @@
+use crate::pauses::pause;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -118,14 +119,18 @@ impl Pool {
         unsafe { *shared.job.get() = Some(job) };
         shared.done.store(0, Ordering::Relaxed);
         let next = epoch(shared.gate.load(Ordering::Relaxed)).wrapping_add(1) << 32;
+        pause();
         shared.gate.store(next | OPEN, Ordering::SeqCst);
+        pause();
         for (parked, thread) in shared.parked.iter().zip(&self.threads) {
             if parked.swap(false, Ordering::SeqCst) {
                 thread.unpark();
             }
         }
         let mine = catch_unwind(AssertUnwindSafe(f));
+        pause();
         let joined = shared.gate.fetch_and(!OPEN, Ordering::AcqRel) & (OPEN - 1);
+        pause();
         let mut spins = 0u32;
         while shared.done.load(Ordering::Acquire) < joined {
             spins += 1;
@@ -183,6 +188,7 @@ unsafe impl<T: Send> Sync for Base<T> {}
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
+        pause();
         self.shared.gate.fetch_add(1 << 32, Ordering::SeqCst);
         for thread in &self.threads {
             thread.unpark();
@@ -205,7 +211,9 @@ fn work(shared: &Shared, index: usize) {
                 std::hint::spin_loop();
             } else {
                 shared.parked[index].store(true, Ordering::SeqCst);
+                pause();
                 if epoch(shared.gate.load(Ordering::SeqCst)) == seen {
+                    pause();
                     thread::park();
                 }
                 shared.parked[index].store(false, Ordering::SeqCst);
@@ -213,12 +221,14 @@ fn work(shared: &Shared, index: usize) {
             gate = shared.gate.load(Ordering::Acquire);
         }
         seen = epoch(gate);
+        pause();
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
         if !join(&shared.gate, gate) {
             continue;
         }
+        pause();
         // SAFETY: this thread joined, so `job` was written before and stays valid until `done` is raised below.
         let job = unsafe { (*shared.job.get()).map(|job| &*job) };
         if let Some(job) = job
@@ -226,6 +236,7 @@ fn work(shared: &Shared, index: usize) {
         {
             shared.panicked.store(true, Ordering::Relaxed);
         }
+        pause();
         shared.done.fetch_add(1, Ordering::Release);
     }
 }

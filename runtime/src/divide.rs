@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::cache::NeuronCache;
 use crate::replay::{Replayed, Trace};
+use std::ops::Range;
 use thermocline_split::{LayerFile, Split};
 
 /// A prefix that ends between chunks.
@@ -27,14 +28,13 @@ pub(crate) fn slot_bytes(split: &Split, hot: &[usize]) -> usize {
     split.layers().iter().zip(hot).map(longest).max().unwrap_or(0)
 }
 
-/// The longest prefix, in whole chunks and the same for every layer, that `left` bytes hold.
-pub(crate) fn equal_prefixes(split: &Split, left: u64) -> Vec<usize> {
+/// The longest prefix, in whole chunks and the same for every layer, with which `fits` holds.
+pub(crate) fn equal_prefixes(split: &Split, fits: impl Fn(&[usize]) -> bool) -> Vec<usize> {
     let n = split.manifest().config.intermediate_size;
-    let fits = |each: usize| prefix_bytes(split, &vec![each; split.layers().len()]) <= left;
     let (mut low, mut high) = (0, n);
     while low < high {
         let middle = (low + high).div_ceil(2);
-        (low, high) = if fits(middle) { (middle, high) } else { (low, middle - 1) };
+        (low, high) = if fits(&vec![middle; split.layers().len()]) { (middle, high) } else { (low, middle - 1) };
     }
     split.layers().iter().map(|f| whole_chunks(low, f.chunk_neurons(), n)).collect()
 }
@@ -61,40 +61,37 @@ pub(crate) fn layers_by_rate(split: &Split) -> Result<Vec<u32>> {
     Ok(rates.into_iter().map(|(_, l)| l).collect())
 }
 
-/// The prefix of each layer, in whole chunks, that holds its part of the first `n` of `layers_by_rate`.
-pub(crate) fn hot_prefixes(split: &Split, layers_by_rate: &[u32], n: usize) -> Vec<usize> {
-    let mut hot = vec![0usize; split.layers().len()];
-    layers_by_rate.iter().take(n).for_each(|&l| hot[l as usize] += 1);
+/// The prefix of each layer, in whole chunks, that holds its part of as many of `layers_by_rate` as fit in `budget` bytes:
+/// the next neuron of each of these layers in turn.
+pub(crate) fn hot_prefixes(split: &Split, layers_by_rate: &[u32], budget: u64) -> Vec<usize> {
+    let (mut hot, mut used) = (vec![0usize; split.layers().len()], 0);
+    for &l in layers_by_rate {
+        let (hot, file) = (&mut hot[l as usize], &split.layers()[l as usize]);
+        used += file.bundles().of(*hot).bundle_bytes() as u64;
+        if used > budget {
+            break;
+        }
+        *hot += 1;
+    }
     let n_neurons = split.manifest().config.intermediate_size;
     hot.iter().zip(split.layers()).map(|(&h, file)| whole_chunks(h, file.chunk_neurons(), n_neurons)).collect()
 }
 
-/// How many of `layers_by_rate` fit in `budget` bytes: the next neuron of each of these layers in turn.
-fn n_within(split: &Split, layers_by_rate: &[u32], budget: u64) -> usize {
-    let (mut hot, mut used) = (vec![0usize; split.layers().len()], 0);
-    let fits = |&&l: &&u32| {
-        let l = l as usize;
-        used += split.layers()[l].bundles().of(hot[l]).bundle_bytes() as u64;
-        hot[l] += 1;
-        used <= budget
-    };
-    layers_by_rate.iter().take_while(fits).count()
-}
-
-/// Bytes of the bundle of a neuron that fires, in the mean of the profile's tokens.
-pub(crate) fn active_bundle(split: &Split) -> Result<f64> {
-    let (mut bytes, mut fires) = (0.0, 0.0);
+/// Bytes of the bundle of a neuron that fires, in the mean of the profile's tokens, among the neurons `part(l)` of each
+/// layer l; 0 if there are none.
+pub(crate) fn active_bundle(split: &Split, part: impl Fn(usize) -> Range<usize>) -> Result<f64> {
+    let (mut bytes, mut fires, mut all, mut n) = (0.0, 0.0, 0, 0);
     for (l, file) in split.layers().iter().enumerate() {
         let rates = activation_rates(split, l)?;
-        for (neurons, section) in file.bundles().within(0..rates.len()) {
-            let sum: f64 = rates[neurons].iter().map(|&r| f64::from(r)).sum();
+        for (neurons, section) in file.bundles().within(part(l)) {
+            let sum: f64 = rates[neurons.clone()].iter().map(|&r| f64::from(r)).sum();
             bytes += sum * section.bundles().bundle_bytes() as f64;
             fires += sum;
+            all += neurons.len() * section.bundles().bundle_bytes();
+            n += neurons.len();
         }
     }
-    let n = split.manifest().config.intermediate_size;
-    let all: usize = split.layers().iter().map(|f| f.bundles().offset(n)).sum();
-    Ok(if fires > 0.0 { bytes / fires } else { all as f64 / (n * split.layers().len()) as f64 })
+    Ok(if fires > 0.0 { bytes / fires } else { all as f64 / n.max(1) as f64 })
 }
 
 /// Divides `left` bytes between hot prefix and cache: the division whose replay reads the fewest bytes from disk.
@@ -105,7 +102,7 @@ pub(crate) fn divide(split: &Split, trace: &Trace, left: u64) -> Result<(Vec<usi
     let mut best: Option<(Vec<usize>, usize, Replayed)> = None;
     for quarters in 0..=4u64 {
         let hot_budget = left / 4 * quarters;
-        let hot = hot_prefixes(split, &hottest, n_within(split, &hottest, hot_budget));
+        let hot = hot_prefixes(split, &hottest, hot_budget);
         let (used, bundle) = (prefix_bytes(split, &hot), slot_bytes(split, &hot) as u64);
         let tables = NeuronCache::bytes(1, bundle as usize, config.n_layers, n);
         let cold = config.n_layers * n - hot.iter().sum::<usize>();

@@ -7,10 +7,11 @@ use crate::divide::slot_bytes;
 use crate::fetch::{DirectFile, Fetcher};
 use crate::ffn::FfnSums;
 use crate::kv::KvCache;
+use crate::layer_active::{LayerActive, layer_active};
 use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
 use crate::plan::{Mode, Plan, decoded_bytes, n_parts};
-use crate::predictor::{Predictor, n_active, top_k};
+use crate::predictor::{Predictor, top_k};
 use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
@@ -42,7 +43,10 @@ pub struct Engine {
     /// q, k, v, o of each layer.
     attention: Vec<[Matrix; 4]>,
     ffn: Vec<LayerFfn>,
+    /// In sparse mode.
     predictors: Vec<Predictor>,
+    /// In sparse mode: what is computed of each layer.
+    layers_active: Vec<LayerActive>,
     cache: NeuronCache,
     /// `None` if everything is in memory.
     streams: Option<Streams>,
@@ -132,6 +136,10 @@ impl Engine {
                 predictors.push(Predictor::load(&split, l)?);
             }
         }
+        let layers_active = match plan.request.mode {
+            Mode::Exact => Vec::new(),
+            Mode::Sparse { active } => layer_active(&split, active)?,
+        };
         let vocab = (config.vocab_size, hidden);
         let embedding = matrix("model.embed_tokens.weight", vocab)?;
         let lm_head = if config.tie_word_embeddings { None } else { Some(matrix("lm_head.weight", vocab)?) };
@@ -170,6 +178,7 @@ impl Engine {
             attention,
             ffn,
             predictors,
+            layers_active,
             cache: NeuronCache::new(plan.cache_slots, bundle, config.n_layers, n)?,
             streams,
             kv: KvCache::new(&config, plan.request.context),
@@ -281,7 +290,7 @@ impl Engine {
     pub fn prefill(&mut self, prompt: &[u32]) -> Result<Vec<f32>> {
         let mut logits = Vec::new();
         for batch in prompt.chunks(self.plan.request.batch.max(1)) {
-            logits = self.checked_pass(batch, Logits::Last, None)?;
+            logits = self.checked_pass(batch, Logits::Last, false)?;
         }
         Ok(logits)
     }
@@ -292,19 +301,16 @@ impl Engine {
     /// # Errors
     /// If the context is full, a token is not in the vocabulary, or the disk fails; the sequence is then as before.
     pub fn forward(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<f32>> {
-        let active_share = match self.plan.request.mode {
-            Mode::Sparse { active } if tokens.len() == 1 => Some(active),
-            _ => None,
-        };
-        self.checked_pass(tokens, logits, active_share)
+        let is_sparse = tokens.len() == 1 && self.plan.request.mode != Mode::Exact;
+        self.checked_pass(tokens, logits, is_sparse)
     }
 
-    fn checked_pass(&mut self, tokens: &[u32], logits: Logits, active_share: Option<f32>) -> Result<Vec<f32>> {
+    fn checked_pass(&mut self, tokens: &[u32], logits: Logits, is_sparse: bool) -> Result<Vec<f32>> {
         if tokens.len() > self.kv.capacity() - self.kv.len() {
             let prompt_tokens = self.kv.len() + tokens.len();
             return Err(Error::PromptTooLong { prompt_tokens, context: self.kv.capacity() });
         }
-        let result = self.pass(tokens, logits, active_share);
+        let result = self.pass(tokens, logits, is_sparse);
         if result.is_err() {
             if let Some(streams) = &mut self.streams {
                 streams.rewind();
@@ -314,16 +320,15 @@ impl Engine {
         result
     }
 
-    fn pass(&mut self, tokens: &[u32], logits: Logits, active_share: Option<f32>) -> Result<Vec<f32>> {
+    fn pass(&mut self, tokens: &[u32], logits: Logits, is_sparse: bool) -> Result<Vec<f32>> {
         let (n, hidden, past) = (tokens.len(), self.config.hidden_size, self.kv.len());
         if let Some(streams) = &mut self.streams {
-            streams.begin_pass(active_share.is_some());
+            streams.begin_pass(is_sparse);
         }
         let mut x = vec![0.0; n * hidden];
         for (&token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
             self.embed(token, x)?;
         }
-        let k = active_share.map_or(0, |s| n_active(s, self.config.intermediate_size));
         let mut foreseen = Foreseen::default();
         let mut scores = vec![0.0; self.config.intermediate_size];
         let mut active = std::mem::take(&mut self.active);
@@ -342,13 +347,13 @@ impl Engine {
                 self.ffn[l].batch(compute, disk.as_mut(), account, &mut self.batch, &normed, &mut x)?;
                 continue;
             }
-            if active_share.is_none() {
+            if !is_sparse {
                 let (sums, quantised) = (&mut self.sums, &mut self.quantised);
                 self.ffn[l].exact(compute, disk.as_mut(), account, sums, quantised, &normed)?;
             } else {
                 self.predictors[l].scores(&compute.kernels, &mut compute.pool, &normed, &mut scores);
                 account.bytes.host += self.predictors[l].bytes();
-                top_k(&scores, k, &mut active);
+                top_k(&scores, self.layers_active[l].n_active, &mut active);
                 let fetcher = disk.map(|disk| disk.fetcher);
                 let current = std::mem::take(&mut foreseen);
                 if let (Some(fetcher), Some(next)) = (fetcher, self.predictors.get(l + 1)) {
@@ -356,6 +361,7 @@ impl Engine {
                     // this layer's input, tells most of what it will ask for while there is time to read it.
                     let mut ahead = vec![0.0; hidden];
                     ops::rms_norm(&x, &self.vectors[l + 1].ffn_norm, self.config.rms_norm_eps, &mut ahead);
+                    let k = self.layers_active[l + 1].n_active;
                     let mut guess = Vec::with_capacity(k);
                     next.foresee(&compute.kernels, &mut compute.pool, &ahead, &mut scores);
                     account.bytes.host += next.bytes();
@@ -372,6 +378,9 @@ impl Engine {
                 }
             }
             self.sums.finish(&mut x);
+            if is_sparse {
+                x.iter_mut().zip(&self.layers_active[l].left_out).for_each(|(x, mean)| *x += mean);
+            }
         }
         self.active = active;
         let out = self.head(&x, logits)?;

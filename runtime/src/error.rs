@@ -4,30 +4,6 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A split whose layers have different encodings, on a GPU.
-    #[error(
-        "layers in {first} and in {other}: the GPU engine takes one encoding for all; \
-         run on the CPU with --vram-budget 0, or split again"
-    )]
-    MixedLayers {
-        /// The first layer's encoding.
-        first: &'static str,
-        /// Another layer's.
-        other: &'static str,
-    },
-    /// A layer whose neurons are not all laid out alike, on a GPU.
-    #[error(
-        "layer {layer} has neurons in {first} and in {other}: the GPU engine takes one encoding for all; run on the CPU with \
-         --vram-budget 0, or give --precision without a share, of a split without hot neurons in another encoding"
-    )]
-    Sections {
-        /// The layer.
-        layer: usize,
-        /// The encoding of its first neurons.
-        first: &'static str,
-        /// That of the next ones.
-        other: &'static str,
-    },
     /// The budget is too small for what must be in memory.
     #[error(
         "--ram-budget {budget_bytes} bytes is too small: {needed_bytes} bytes are needed for {what}; \

@@ -4,6 +4,7 @@
 //! where the file system allows (the budget would be a fiction otherwise), and checks and decodes chunks, so that the
 //! computing threads only ever see good bundles. Memory is the buffers and nothing else.
 
+use crate::pauses::pause;
 use crate::{Error, Result};
 use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
@@ -267,12 +268,14 @@ impl Fetcher {
     pub(crate) fn try_submit(&self, run: &Run) -> Option<Ticket> {
         let blocks = (2 * run.parts.len() - 1) * BLOCK as usize;
         assert!(run.len() + blocks <= self.raw_bytes, "a run of {} bytes", run.len());
+        pause();
         let mut state = self.lock();
         let buffer = state.free.pop()?;
         let ticket = state.next_ticket;
         state.next_ticket += 1;
         state.queue.push_back((ticket, run.clone(), buffer));
         drop(state);
+        pause();
         self.shared.work.notify_one();
         Some(ticket)
     }
@@ -282,6 +285,7 @@ impl Fetcher {
     /// # Errors
     /// If the read failed or the bytes are damaged.
     pub(crate) fn wait(&self, ticket: Ticket) -> Result<Staged> {
+        pause();
         let mut state = self.lock();
         loop {
             if let Some(result) = state.done.remove(&ticket) {
@@ -293,6 +297,7 @@ impl Fetcher {
 
     /// Gives a buffer back.
     pub(crate) fn release(&self, staged: Staged) {
+        pause();
         self.lock().free.push(staged.buffer);
     }
 
@@ -307,6 +312,7 @@ impl Fetcher {
 impl Drop for Fetcher {
     fn drop(&mut self) {
         self.lock().stop = true;
+        pause();
         self.shared.work.notify_all();
         for reader in self.readers.drain(..) {
             // A reader only ends in this way.
@@ -329,7 +335,9 @@ fn read_loop(shared: &Shared) {
             }
         };
         drop(state);
+        pause();
         let result = fill(&run, &mut buffer);
+        pause();
         let mut state = lock();
         let staged = match result {
             Ok((range, decoded)) => Ok(Staged { buffer, range, decoded }),
@@ -340,6 +348,7 @@ fn read_loop(shared: &Shared) {
         };
         state.done.insert(ticket, staged);
         drop(state);
+        pause();
         shared.ready.notify_all();
     }
 }

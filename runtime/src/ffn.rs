@@ -63,9 +63,7 @@ impl FfnSums {
 
     /// Starts a new layer, whose bundles are laid out so and whose input is `x`.
     pub(crate) fn start(&mut self, kernels: &Kernels, layout: &LayerLayout, x: &[f32]) {
-        // An input for q4 serves all.
-        let encoding = layout.encodings().find(|e| *e == Encoding::Q4).unwrap_or(layout.of(0).encoding());
-        kernels.prepare(encoding, x, &mut self.input);
+        kernels.prepare(input_encoding(layout), x, &mut self.input);
         self.partials.fill(0.0);
     }
 
@@ -125,21 +123,48 @@ impl FfnSums {
     }
 }
 
-/// Adds `n` neurons, given by their bundles, to `sums` `[hidden]`, as [`FfnSums::add`] does within a block; returns the
-/// rows that were read, of three a neuron. Most of them should fire: whole bundles are read ahead.
+/// The encoding for which a layer's input is prepared: one for q4 serves all.
+pub(crate) fn input_encoding(layout: &LayerLayout) -> Encoding {
+    layout.encodings().find(|e| *e == Encoding::Q4).unwrap_or(layout.of(0).encoding())
+}
+
+/// The bundles of a layer's neurons from `first` on.
 #[cfg(feature = "cuda")]
-pub(crate) fn add_bundles<'a>(
+#[derive(Clone, Copy)]
+pub(crate) struct ColdBundles<'a> {
+    pub layout: &'a LayerLayout,
+    pub first: usize,
+    pub bytes: &'a [u8],
+}
+
+/// Adds the neurons of `list`, ascending and counted from the first of `cold`, to `sums` `[hidden]`, as [`FfnSums::add`] does
+/// within a block; returns the bytes of the rows that were read. Most of them should fire: whole bundles are read ahead.
+#[cfg(feature = "cuda")]
+pub(crate) fn add_bundles(
     kernels: &Kernels,
-    layout: BundleLayout,
+    cold: ColdBundles<'_>,
     activation: Activation,
     x: &PreparedInput,
     sums: &mut [f32],
-    n: usize,
-    bundle: impl Fn(usize) -> &'a [u8],
+    list: &[std::sync::atomic::AtomicU32],
 ) -> u64 {
-    let mut block = Block::new(kernels, layout, activation, true, x, sums);
-    block.add_whole(0..n, bundle);
-    block.finish() / layout.bundle_bytes() as u64
+    let ColdBundles { layout, first, bytes } = cold;
+    let from = layout.offset(first);
+    let neuron = |at: &std::sync::atomic::AtomicU32| first + at.load(Ordering::Relaxed) as usize;
+    let mut block = Block::new(kernels, *layout.coldest().bundles(), activation, true, x, sums);
+    let mut rest = list;
+    for (neurons, section) in layout.within(first..layout.n_neurons()) {
+        let n = if neurons.end == layout.n_neurons() {
+            rest.len()
+        } else {
+            rest.partition_point(|at| neuron(at) < neurons.end)
+        };
+        let (mine, others) = rest.split_at(n);
+        block.begin(section.bundles());
+        block.add_whole(0..n, |i| section.bundle(bytes, from, neuron(&mine[i])));
+        rest = others;
+    }
+    block.finish() / 3
 }
 
 /// One block of one span, on one thread.

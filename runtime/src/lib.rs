@@ -29,14 +29,19 @@ mod generate;
 mod gpu;
 pub mod hardware;
 mod kv;
+mod layer_active;
 mod layer_ffn;
 mod matrix;
+#[path = "../../kernels/src/pauses.rs"]
+mod pauses;
 mod plan;
 mod predictor;
 mod prefill;
 mod replay;
 mod sampler;
 mod stream;
+#[cfg(test)]
+mod stress;
 
 pub use account::{Account, TierBytes};
 pub use bench::{BenchReport, BenchSettings, Timing, bench};
@@ -47,6 +52,7 @@ pub use generate::{FinishReason, GenerateSettings, RunReport, generate};
 #[cfg(feature = "cuda")]
 pub use gpu::{GpuBenchReport, GpuBytes, GpuEngine, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds, measure_tiers};
 pub use hardware::{Hardware, StagingShape};
+pub use layer_active::{LayerActive, layer_active};
 pub use plan::{FixedBytes, Mode, Plan, PlanRequest, PlannedSection, Prediction};
-pub use predictor::top_k;
+pub use predictor::{n_active, top_k};
 pub use sampler::{Sampler, SamplerSettings};

@@ -4,7 +4,6 @@ use crate::attention::{Rope, batch_scratch_bytes};
 use crate::budget::format_bytes;
 use crate::cache::NeuronCache;
 use crate::divide::{activation_rates, active_bundle, divide, equal_prefixes, prefix_bytes, slot_bytes};
-pub(crate) use crate::divide::{hot_prefixes, layers_by_rate, whole_chunks};
 use crate::fetch::Fetcher;
 use crate::ffn::FfnSums;
 use crate::hardware::{Hardware, StagingShape};
@@ -171,7 +170,7 @@ impl Plan {
             let head = if tied { 0 } else { matrices.len() - 1 };
             pinned_rows[head] = take_rows(&matrices[head], &mut left);
             match request.mode {
-                Mode::Exact => hot = equal_prefixes(split, left),
+                Mode::Exact => hot = equal_prefixes(split, |hot| prefix_bytes(split, hot) <= left),
                 Mode::Sparse { .. } => {
                     let trace = Trace::load(split)?;
                     let best = divide(split, &trace, left)?;
@@ -241,7 +240,10 @@ impl Plan {
                     disk += file.stored_bytes(hot.div_ceil(file.chunk_neurons())..file.n_chunks()) as f64;
                 }
             }
-            (Mode::Sparse { active }, None) => ram += f64::from(active) * total * used * active_bundle(split)?,
+            (Mode::Sparse { active }, None) => {
+                let bundle = active_bundle(split, |_| 0..config.intermediate_size)?;
+                ram += f64::from(active) * total * used * bundle;
+            }
             (Mode::Sparse { active }, Some(r)) => {
                 // The trace holds the profile's active share; another share is scaled.
                 let scale = if r.active > 0.0 { f64::from(active) * total / r.active } else { 0.0 };
@@ -304,7 +306,10 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     let vectors = split.resident().tensors().iter().filter(|t| t.format == Format::F32).map(|t| t.bytes).sum();
     let predictors = match request.mode {
         Mode::Exact => 0,
-        Mode::Sparse { .. } => split.predictors().tensors().iter().map(|t| t.bytes).sum(),
+        Mode::Sparse { .. } => {
+            let shares = split.manifest().shares.as_ref().map_or(0, |file| file.file_bytes);
+            split.predictors().tensors().iter().map(|t| t.bytes).sum::<u64>() + shares
+        }
     };
     let width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.n_heads * config.head_dim;
     let widest = hidden.max(config.n_heads * config.head_dim);
@@ -395,7 +400,7 @@ pub(crate) fn n_parts(split: &Split) -> usize {
 }
 
 /// Layers with several sections.
-fn sections(split: &Split) -> Vec<PlannedSection> {
+pub(crate) fn sections(split: &Split) -> Vec<PlannedSection> {
     let several = split.layers().iter().filter(|f| f.bundles().uniform().is_none());
     let of_layer = |f: &LayerFile| {
         let layer = f.layer();

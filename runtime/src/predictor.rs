@@ -91,9 +91,9 @@ impl Predictor {
     }
 }
 
-/// Neurons that make up a share of a layer, at least one.
-pub(crate) fn n_active(share: f32, n_neurons: usize) -> usize {
-    ((share * n_neurons as f32).round() as usize).max(1)
+/// Neurons that make up a share of a layer, at least one, at most all.
+pub fn n_active(share: f32, n_neurons: usize) -> usize {
+    ((share * n_neurons as f32).round() as usize).clamp(1, n_neurons.max(1))
 }
 
 /// The numbers of the `k` highest scores, ascending, into `out`; ties go to the lower number.

@@ -242,6 +242,7 @@ fn build(
         resident_planes,
         predictors,
         statistics,
+        shares: None,
         files,
         checksum: String::new(),
     };

@@ -102,7 +102,10 @@ pub enum Error {
         max: u64,
     },
     /// Something was made from another model than the one given.
-    #[error("{path}: made from a model with digest {got}, but the one given has {expected}", path = .path.display())]
+    #[error(
+        "{path}: made from a model with digest {got}, but the one given has {expected}; give the one that it was made from",
+        path = .path.display()
+    )]
     WrongSource {
         /// The profile or split.
         path: PathBuf,
@@ -118,7 +121,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// Another process is writing the same output.
-    #[error("{path}: another process is writing this split", path = .path.display())]
+    #[error("{path}: another process writes it; wait until that has ended, or choose another output", path = .path.display())]
     Locked {
         /// The output.
         path: PathBuf,

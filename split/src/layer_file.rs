@@ -98,16 +98,6 @@ impl LayerFile {
         self.files.iter().all(PlaneFile::is_whole)
     }
 
-    /// Leaves as much room behind streams as the layer with the longest needs: bundles of all layers are then alike. Layers
-    /// with sections stay as they are.
-    pub(crate) fn pad_to(&mut self, bundle_bytes: usize) {
-        let padded = |l: &BundleLayout| BundleLayout::of_bundle_bytes(l.encoding(), l.hidden_size(), bundle_bytes);
-        let padded = self.stored.uniform().and_then(padded);
-        if let Some(layout) = padded.and_then(|layout| LayerLayout::new([(self.order.len(), layout)])) {
-            self.layout = layout;
-        }
-    }
-
     /// Puts a delta on the bundles, which then come as bf16.
     ///
     /// # Errors

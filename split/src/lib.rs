@@ -7,6 +7,7 @@
 //! | one layer's bundles on disk | [`LayerFile`] |
 //! | which planes of them are used | [`Planes`], [`Precision`] |
 //! | everything else on disk | [`TensorFile`] |
+//! | what each layer's share of the neurons costs | [`Shares`] |
 //! | orders and chunk lengths, measured | [`mod@order`] |
 //! | make one of a planted model, without either | [`split_planted()`], [`planted_bytes`] |
 //! | a split seen as the dense model that it encodes | [`SplitCheckpoint`] |
@@ -40,6 +41,7 @@ mod precision;
 mod resident;
 mod sealed;
 mod sections;
+mod shares;
 mod tensor_file;
 mod verify;
 
@@ -55,5 +57,6 @@ pub use open::{Split, StoredPredictor};
 pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use precision::{Planes, Precision};
 pub use resident::StoredMatrix;
+pub use shares::{LayerCost, Shares};
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

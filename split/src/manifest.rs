@@ -5,12 +5,13 @@ use crate::error::{Result, corrupt, io};
 use crate::sealed::Sealed;
 use crate::tensor_file::TensorFileEntry;
 use serde::{Deserialize, Serialize};
+use std::fs::File;
 use std::path::Path;
 use thermocline_datasets::ModelConfig;
 
-/// The newest version that is read. A split is written as the first that can say what is in it: 1, or 2 where layers have hot
-/// neurons in an encoding of their own.
-pub const FORMAT_VERSION: u32 = 2;
+/// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
+/// neurons in an encoding of their own, 3 where it says what each layer's share costs.
+pub const FORMAT_VERSION: u32 = 3;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,7 +112,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// 1, or 2 (see [`FORMAT_VERSION`]).
+    /// 1 to 3 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -130,6 +131,9 @@ pub struct Manifest {
     pub predictors: TensorFileEntry,
     /// Per-neuron statistics and the trace that `plan` replays.
     pub statistics: TensorFileEntry,
+    /// What each layer's share of the neurons costs ([`crate::Shares`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shares: Option<TensorFileEntry>,
     /// Tokenizer, chat template.
     pub files: Vec<PlainFile>,
     /// XXH3-128 of the manifest with this field empty, in hexadecimal.
@@ -161,15 +165,31 @@ impl Manifest {
 
     /// The first version that has all that this manifest lists.
     fn least_version(&self) -> u32 {
-        if self.layers.iter().all(|l| l.hot.is_empty()) { 1 } else { FORMAT_VERSION }
+        match &self.shares {
+            Some(_) => 3,
+            None if self.layers.iter().any(|l| !l.hot.is_empty()) => 2,
+            None => 1,
+        }
     }
 
     /// Fills in version and checksum and writes `dir/manifest.json`.
-    pub(crate) fn write(mut self, dir: &Path) -> Result<Self> {
+    pub(crate) fn write(self, dir: &Path) -> Result<Self> {
+        self.write_as(&dir.join(Self::FILE))
+    }
+
+    /// The same for a split that is in use: readers see the old manifest or the new one.
+    pub(crate) fn replace(self, dir: &Path) -> Result<Self> {
+        let (path, temporary) = (dir.join(Self::FILE), dir.join("manifest.json.tmp"));
+        let manifest = self.write_as(&temporary)?;
+        File::open(&temporary).and_then(|file| file.sync_all()).map_err(io(&temporary))?;
+        std::fs::rename(&temporary, &path).map_err(io(&path))?;
+        Ok(manifest)
+    }
+
+    fn write_as(mut self, path: &Path) -> Result<Self> {
         self.version = self.least_version();
         self.checksum = self.expected_checksum();
-        let path = dir.join(Self::FILE);
-        std::fs::write(&path, self.to_json()).map_err(io(&path))?;
+        std::fs::write(path, self.to_json()).map_err(io(path))?;
         Ok(self)
     }
 
@@ -186,7 +206,7 @@ impl Manifest {
             &manifest.statistics.file,
         ]);
         let names = names
-            .chain(manifest.resident_planes.iter().map(|f| &f.file))
+            .chain(manifest.resident_planes.iter().chain(&manifest.shares).map(|f| &f.file))
             .chain(manifest.layers.iter().flat_map(|l| l.others().map(|p| &p.file)));
         for name in names {
             let plain = |part: &str| !part.is_empty() && part != "." && part != "..";

@@ -4,7 +4,7 @@ use crate::delta::Delta;
 use crate::error::{Result, corrupt, listed};
 use crate::planted::REPORT_FILE;
 use crate::resident::check_planes;
-use crate::{Error, LayerFile, Manifest, Planes, Precision, TensorEntry, TensorFile};
+use crate::{Error, LayerFile, Manifest, Planes, Precision, Shares, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thermocline_calibrate::predictor::LowRank;
@@ -41,6 +41,7 @@ pub struct Split {
     resident_planes: Option<TensorFile>,
     predictors: TensorFile,
     statistics: TensorFile,
+    shares: Option<TensorFile>,
 }
 
 impl Split {
@@ -80,6 +81,7 @@ impl Split {
         let resident_planes = further.map(|entry| TensorFile::open(dir, entry)).transpose()?;
         let predictors = TensorFile::open(dir, &manifest.predictors)?;
         let statistics = TensorFile::open(dir, &manifest.statistics)?;
+        let shares = manifest.shares.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
         Ok(Self {
             dir: dir.to_owned(),
             manifest,
@@ -90,20 +92,8 @@ impl Split {
             resident_planes,
             predictors,
             statistics,
+            shares,
         })
-    }
-
-    /// Gives bundles of all layers the same length, where only the room behind their streams differs: a GPU's kernels take
-    /// one layout for all.
-    #[must_use]
-    pub fn with_alike_bundles(mut self) -> Self {
-        let encoding = self.layers[0].layout().encoding();
-        let alike = |l: &LayerFile| l.bundles().uniform().is_some_and(|l| l.encoding() == encoding);
-        if encoding.has_stream() && self.layers.iter().all(alike) {
-            let longest = self.layers.iter().map(|l| l.layout().bundle_bytes()).max().unwrap_or(0);
-            self.layers.iter_mut().for_each(|layer| layer.pad_to(longest));
-        }
-        self
     }
 
     /// Puts a delta on the weights: they then are the final model's, bit for bit, and come as bf16. Predictors and
@@ -189,6 +179,14 @@ impl Split {
     /// Per-neuron statistics and the trace.
     pub fn statistics(&self) -> &TensorFile {
         &self.statistics
+    }
+
+    /// What each layer's share of the neurons costs, if it was measured.
+    ///
+    /// # Errors
+    /// If the file is damaged or does not fit the model.
+    pub fn shares(&self) -> Result<Option<Shares>> {
+        self.shares.as_ref().map(|file| Shares::read(file, &self.manifest.config)).transpose()
     }
 
     /// The predictor of one layer as it is stored, its shapes checked.

@@ -13,6 +13,8 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// The data of a tensor file start at a multiple of this: direct reads of whole layers waste nothing.
 const DATA_ALIGN: usize = 4096;
+/// No row of a model is longer; sums of lengths stay far from what a number holds.
+const COLUMNS_MAX: usize = 1 << 32;
 /// What is read at a time to check a tensor that is not kept.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -65,6 +67,9 @@ impl Format {
 
     /// Bytes of one row of `columns`; `None` if rows of that length cannot be stored. With streams: the least.
     pub fn row_bytes(self, columns: usize) -> Option<usize> {
+        if columns > COLUMNS_MAX {
+            return None;
+        }
         let groups = |bytes: usize| Encoding::Q4.accepts(columns).then_some(bytes);
         match self {
             Format::Coarse => groups(Encoding::Q4Plus.coarse_bytes(columns).next_multiple_of(16)),

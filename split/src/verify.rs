@@ -55,10 +55,12 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
     if got != expected {
         return Err(Error::WrongSource { path: split.dir().to_owned(), got, expected });
     }
-    // Everything that the comparison of weights below does not read: predictors, statistics, tokenizer.
+    // Everything that the comparison of weights below does not read: predictors, statistics, costs of
+    // shares, tokenizer.
     for file in [split.predictors(), split.statistics(), split.resident()].into_iter().chain(split.resident_planes()) {
         check_tensors(file)?;
     }
+    split.shares()?;
     check_plain_files(&split)?;
     let n_chunks = split.layers().iter().map(|l| l.n_stored_chunks() as u64).sum();
     let stored = SplitCheckpoint::new(split);

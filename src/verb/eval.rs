@@ -8,7 +8,7 @@ use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
 use thermocline_analysis::Error;
-use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode, evaluate_planes};
+use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_shares};
 use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
@@ -112,7 +112,11 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let named = || args.model.display().to_string();
     let tokenizer = Tokenizer::from_json(&model.dense().tokenizer_json()?).with_context(named)?;
     let tokens = tokenizer.encode(&text, false).with_context(named)?;
-    let windows = Windows::new(&tokens, args.ctx, args.windows).map_err(usage)?;
+    let (ctx, n_windows) = if args.fit_shares { (256, 4) } else { (1024, 8) };
+    let windows = Windows::new(&tokens, args.ctx.unwrap_or(ctx), args.windows.unwrap_or(n_windows)).map_err(usage)?;
+    if args.fit_shares {
+        return fit(args, &model, &windows, begin);
+    }
     if !args.planes.is_empty() {
         return planes(args, &model, &windows, begin);
     }
@@ -126,7 +130,76 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let (model_name, text) = (model_name(&args.model), name(&args.text));
     println!("{model_name} ({}), {text}: {} windows of {}", encoding(&model), windows.len(), windows.ctx());
     table(&results);
-    println!("masks at {POSITIONS}; +- is the 95 % interval: {INTERVAL}");
+    println!(
+        "masks at {POSITIONS}; bytes: of the layers' weights, predictor included; +- is the 95 % interval: {INTERVAL}"
+    );
+    Ok(())
+}
+
+/// What `eval --fit-shares --json` prints.
+#[derive(Serialize)]
+struct Fitted<'a> {
+    model: String,
+    text: String,
+    ctx: usize,
+    windows: usize,
+    /// Shares of a layer's neurons.
+    grid: &'a [f32],
+    /// KL divergence from the dense model where one layer computes that share, in nats a token, `[n_layers, n_shares]`.
+    loss: Vec<&'a [f32]>,
+    /// How 0.3 and 0.5 of all neurons are divided.
+    divided: Vec<Divided>,
+    seconds: f64,
+    version: &'static str,
+    command: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Divided {
+    active: f32,
+    layers: Vec<f32>,
+}
+
+/// `--fit-shares`: measures and keeps what each layer's share costs.
+fn fit(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> anyhow::Result<()> {
+    let Model::Split(checkpoint) = model else {
+        return Err(Usage("--fit-shares needs a split; -m names a checkpoint".to_owned()).into());
+    };
+    let split = checkpoint.split();
+    let progress = Progress::new("eval", args.json);
+    let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
+    let shares = fit_shares(checkpoint.as_ref(), split, windows, &on_step);
+    progress.finish();
+    let shares = shares.map_err(usage)?;
+    Split::put_shares(split.dir(), &shares)?;
+    let divided = [0.3, 0.5].map(|active| Divided { active, layers: shares.allocate(active) });
+    if args.json {
+        return output::json(&Fitted {
+            model: model_name(&args.model),
+            text: name(&args.text),
+            ctx: windows.ctx(),
+            windows: windows.len(),
+            grid: shares.grid(),
+            loss: shares.layers().iter().map(|l| l.loss.as_slice()).collect(),
+            divided: divided.into(),
+            seconds: begin.elapsed().as_secs_f64(),
+            version: env!("CARGO_PKG_VERSION"),
+            command: std::env::args().skip(1).collect(),
+        });
+    }
+    let (model, text) = (model_name(&args.model), name(&args.text));
+    println!("{model}, {text}: {} windows of {}; what a share of one layer costs, KL", windows.len(), windows.ctx());
+    print!("{:>6}", "layer");
+    shares.grid().iter().for_each(|share| print!("{:>9}", format!("{:.0} %", 100.0 * share)));
+    divided.iter().for_each(|d| print!("{:>13}", format!("{:.0} % of all", 100.0 * d.active)));
+    println!();
+    for (l, layer) in shares.layers().iter().enumerate() {
+        print!("{l:>6}");
+        layer.loss.iter().for_each(|loss| print!("{loss:>9.4}"));
+        divided.iter().for_each(|d| print!("{:>13}", format!("{:.1} %", 100.0 * d.layers[l])));
+        println!();
+    }
+    println!("kept in {}: sparse mode divides --active by it", args.model.display());
     Ok(())
 }
 
@@ -201,8 +274,8 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
         let (mode, active) = match mask {
             Mask::Dense | Mask::Exact => (ModeName::Exact, 1.0),
             Mask::Predicted(active) => (ModeName::Sparse, *active as f32),
-            Mask::Oracle(_) | Mask::OracleH(_) => {
-                let text = "--engine decode runs dense, exact and predicted; an oracle needs --engine batch";
+            _ => {
+                let text = "--engine decode runs dense, exact and predicted; other masks need --engine batch";
                 return Err(Usage(text.to_owned()).into());
             }
         };
@@ -241,6 +314,10 @@ fn masks(names: &[MaskName], active: &[f64]) -> Vec<Mask> {
         MaskName::Oracle => each(Mask::Oracle),
         MaskName::OracleH => each(Mask::OracleH),
         MaskName::Predicted => each(Mask::Predicted),
+        MaskName::PredictedAlike => each(Mask::PredictedAlike),
+        MaskName::Cats => each(Mask::Cats),
+        MaskName::Teal => each(Mask::Teal),
+        MaskName::Wina => each(Mask::Wina),
     };
     names.iter().flat_map(of_name).collect()
 }
@@ -271,16 +348,29 @@ fn encoding(model: &Model) -> String {
 /// A line a result.
 pub fn table(results: &[Evaluation]) {
     println!(
-        "{:>10} {:>7} {:>11} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
-        "mask", "active", "perplexity", "+-", "ratio", "+-", "KL", "top-1", "recall", "energy", "of oracle", "tokens"
+        "{:>15} {:>7} {:>7} {:>11} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
+        "mask",
+        "active",
+        "bytes",
+        "perplexity",
+        "+-",
+        "ratio",
+        "+-",
+        "KL",
+        "top-1",
+        "recall",
+        "energy",
+        "of oracle",
+        "tokens"
     );
     for r in results {
         let range = |r: [f64; 2]| format!("{:.2}..{:.2}", r[0], r[1]);
         let or_dash = |v: Option<f64>, digits: usize| v.map_or("-".to_owned(), |v| format!("{v:.digits$}"));
         println!(
-            "{:>10} {:>7} {:>11.3} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
+            "{:>15} {:>7} {:>7} {:>11.3} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
             r.mask,
             or_dash(r.active, 2),
+            or_dash(r.bytes_share, 3),
             r.perplexity,
             range(r.perplexity_ci95),
             or_dash(r.perplexity_ratio, 3),

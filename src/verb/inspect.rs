@@ -58,6 +58,12 @@ fn split(path: &Path) -> anyhow::Result<Value> {
         "packing": m.packing, "dense_bytes": split.dense_bytes(), "resident_bytes": m.resident.file_bytes,
         "predictor_bytes": m.predictors.file_bytes, "statistics_bytes": m.statistics.file_bytes, "layers": layers,
     });
+    if let Some(shares) = split.shares()? {
+        let rounded = |share: f32| (f64::from(share) * 1e3).round() / 1e3;
+        let each = |shares: &[f32]| shares.iter().map(|&s| rounded(s)).collect::<Vec<_>>();
+        let divided = each(&shares.allocate(0.3));
+        value["shares"] = json!({"measured_at": each(shares.grid()), "layers_at_0.3": divided});
+    }
     if let Some(report) = split.planted()? {
         value["planted"] = serde_json::to_value(report)?;
     }

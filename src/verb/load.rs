@@ -44,7 +44,7 @@ pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: 
     let request = request(args, wanted, batch);
     #[cfg(feature = "cuda")]
     if let Some(device) = open_device(args, quiet)? {
-        return gpu::load(split.with_alike_bundles(), args, request, device, quiet);
+        return gpu::load(split, args, request, device, quiet);
     }
     #[cfg(not(feature = "cuda"))]
     if matches!(args.vram_budget, crate::cli::VramBudget::Bytes(_)) {
@@ -82,15 +82,19 @@ pub fn request(args: &Placement, wanted: usize, batch: usize) -> PlanRequest {
 mod gpu {
     use super::Loaded;
     use crate::cli::{Placement, VramBudget};
+    use crate::exit::Usage;
     use crate::output::Progress;
     use thermocline_kernels::cuda::launch::ffn_blocks;
-    use thermocline_kernels::cuda::{CudaError, Device};
+    use thermocline_kernels::cuda::{CudaError, Device, EmulatedFault};
     use thermocline_runtime::budget::format_bytes;
     use thermocline_runtime::{Error, GpuEngine, GpuPlan, GpuRequest, PlanRequest};
     use thermocline_split::Split;
 
     /// Names the emulator's library, in place of a GPU: for tests and debugging.
     const EMULATOR: &str = "THERMOCLINE_CUDA_EMULATOR";
+
+    /// What is wrong with the emulated device ([`EmulatedFault`]): for tests.
+    const FAULT: &str = "THERMOCLINE_CUDA_FAULT";
 
     /// Free memory that `auto` leaves to others.
     const LEFT_BYTES: usize = 256 << 20;
@@ -102,16 +106,16 @@ mod gpu {
     /// Prompt tokens that are computed at once.
     const PROMPT_BATCH: usize = 512;
 
-    /// Share of the budget by which the hot neurons shrink if the device refuses the first plan.
-    const SHRINK: f64 = 0.9;
-
     /// The GPU that the flags ask for; `None` if they, or the machine, have none.
     pub fn open_device(args: &Placement, quiet: bool) -> anyhow::Result<Option<Device>> {
         if args.vram_budget == VramBudget::None {
             return Ok(None);
         }
         let opened = match std::env::var_os(EMULATOR) {
-            Some(library) => Device::emulated(library.as_ref()),
+            Some(library) => match fault()? {
+                Some(fault) => Device::faulty(library.as_ref(), fault),
+                None => Device::emulated(library.as_ref()),
+            },
             None => Device::open(0),
         };
         match (opened, args.vram_budget) {
@@ -130,6 +134,11 @@ mod gpu {
         }
     }
 
+    fn fault() -> anyhow::Result<Option<EmulatedFault>> {
+        let Ok(text) = std::env::var(FAULT) else { return Ok(None) };
+        Ok(Some(text.parse().map_err(|e| Usage(format!("{FAULT}: {e}")))?))
+    }
+
     /// Threads that compute beside a GPU: one core is left to the thread that waits for the device.
     pub fn host_threads(args: &Placement) -> usize {
         args.threads.threads.unwrap_or_else(|| args.threads.count().saturating_sub(1).max(1))
@@ -137,7 +146,7 @@ mod gpu {
 
     /// The plan for a device and a budget.
     pub fn gpu_plan(split: &Split, args: &Placement, base: PlanRequest, device: &Device) -> anyhow::Result<GpuPlan> {
-        let (free, total) = device.memory()?;
+        let (free, total) = device.memory().map_err(Error::from)?;
         let vram_budget_bytes = match args.vram_budget {
             VramBudget::Bytes(bytes) => bytes,
             _ => total.saturating_sub(LEFT_BYTES) as u64,
@@ -178,12 +187,10 @@ mod gpu {
             |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
         let share = args.cpu_share.map(|s| s as f32);
         let mut engine = GpuEngine::load(split, plan.clone(), device.clone(), share, &on_layer);
-        if let Err(e @ Error::VramRefused { .. }) = &engine {
+        if let (Err(e @ Error::VramRefused { .. }), Some(smaller)) = (&engine, plan.smaller()) {
             // Others may have taken memory since it was counted: once, with less.
-            let mut smaller = plan.request;
-            smaller.vram_budget_bytes = (plan.total_bytes as f64 * SHRINK) as u64;
             progress.note(&format!("{e}; trying with {}", format_bytes(smaller.vram_budget_bytes)));
-            let split = super::placed_split(args)?.with_alike_bundles();
+            let split = super::placed_split(args)?;
             let plan = GpuPlan::new(&split, smaller)?;
             engine = GpuEngine::load(split, plan, device, share, &on_layer);
         }

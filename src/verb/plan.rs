@@ -21,10 +21,10 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let request = super::load::request(&args.placement, 512, 128);
     #[cfg(feature = "cuda")]
     if let Some(device) = super::load::open_device(&args.placement, args.json)? {
-        let split = split.with_alike_bundles();
         let plan = super::load::gpu_plan(&split, &args.placement, request, &device)?;
         let n_threads = super::load::host_threads(&args.placement);
-        let hardware = thermocline_runtime::measure_tiers(&device, *split.layers()[0].layout(), n_threads)?;
+        let hardware =
+            thermocline_runtime::measure_tiers(&device, *split.layers()[0].bundles().largest().bundles(), n_threads)?;
         // What `--cpu-share 0` and exact mode leave to the link.
         let on_host = plan.request.base.mode != Mode::Exact && args.placement.cpu_share != Some(0.0);
         let predicted = plan.predict(&GpuSpeeds { host: if on_host { hardware.host } else { 0.0 }, ..hardware });
@@ -149,6 +149,7 @@ pub fn print_gpu(plan: &thermocline_runtime::GpuPlan) {
     row("matrices", fixed.matrices, "attention, head".to_owned());
     let (hot, layers) = (plan.hot_neurons.iter().sum::<usize>(), plan.hot_neurons.len());
     row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
+    print_sections(&plan.sections);
     let expected = match plan.cache_slots() {
         0 => String::new(),
         n => format!(
@@ -163,6 +164,10 @@ pub fn print_gpu(plan: &thermocline_runtime::GpuPlan) {
     if plan.lookahead_neurons > 0 {
         let what = format!("room for {} neurons, while attention is computed", plan.lookahead_neurons);
         row("fetched early", fixed.lookahead, what);
+    }
+    if plan.mixed_cold_layers > 0 && plan.request.base.mode != Mode::Exact {
+        let layers = plan.mixed_cold_layers;
+        println!("    several encodings in RAM in {layers} layers: no cache, and only the last is fetched early");
     }
     row("predictors", fixed.predictors, String::new());
     row("keys and values", fixed.kv_cache, format!("{} tokens", plan.request.base.context));

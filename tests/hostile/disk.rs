@@ -1,6 +1,7 @@
-//! A disk that misbehaves (cases 23, 29 to 31, 36): a library in front of the C library's reads and writes, preloaded into
+//! A disk that misbehaves (cases 23, 29 to 31 and 36): a library in front of the C library's reads and writes, preloaded into
 //! the program (`tests/support/faults.c`).
 
+use crate::harness::{Table, bytes_of};
 use crate::support::{
     self, Ran, calibrating, demo, files, json, llama, medium, model, needed_bytes, once, profile, split, splitting,
     text, thermocline,
@@ -8,7 +9,6 @@ use crate::support::{
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use tempfile::TempDir;
 
 /// The library; compiled once.
 fn library() -> PathBuf {
@@ -22,13 +22,32 @@ fn library() -> PathBuf {
     })
 }
 
+/// Variables that give a program `fault` at files whose path contains `chosen`.
+fn variables(fault: &str, at: u64, chosen: &str) -> [(&'static str, String); 4] {
+    let library = text(&library()).to_owned();
+    [
+        ("LD_PRELOAD", library),
+        ("FAULT", fault.to_owned()),
+        ("FAULT_AT", at.to_string()),
+        ("FAULT_PATH", chosen.to_owned()),
+    ]
+}
+
 /// Runs the program with `fault` at files whose path contains `chosen`.
 fn with(fault: &str, at: u64, chosen: &str, args: &[&str]) -> Ran {
-    let mut command = thermocline();
-    command.env("LD_PRELOAD", library()).env("FAULT", fault).env("FAULT_AT", at.to_string()).env("FAULT_PATH", chosen);
-    let ran: Ran = command.args(args).output().unwrap().into();
+    let ran: Ran = thermocline().envs(variables(fault, at, chosen)).args(args).output().unwrap().into();
     assert!(!ran.stderr.contains("panicked"), "{fault}: {}", ran.stderr);
     ran
+}
+
+/// A fault, its number, and the files that have it.
+type Fault<'a> = (&'a str, u64, &'a str);
+
+/// What the program says with `fault`, as part of `table`: exit code 1, and no more memory than `allowed_bytes`.
+fn fails_with(table: &mut Table, fault: Fault<'_>, allowed_bytes: u64, case: u8, name: &str, args: &[&str]) -> String {
+    let given = variables(fault.0, fault.1, fault.2);
+    let given = given.each_ref().map(|(name, value)| (*name, value.as_str()));
+    table.ends_with(&given, 1, allowed_bytes, case, name, args)
 }
 
 fn answered(ran: Ran) -> Value {
@@ -78,72 +97,99 @@ fn a_disk_ten_times_slower_gives_the_same_answer_and_shows() {
     let args = streaming(&dir, &[], 0);
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let expected = json(&args);
-    let slow = answered(with("slow", 1500, "/layers/", &args));
+    let slow = answered(with("slow", 5000, "/layers/", &args));
     assert_eq!(slow["tokens"], expected["tokens"]);
     let speed = |answer: &Value| answer["decode_tok_s"].as_f64().unwrap();
     assert!(speed(&slow) < 0.5 * speed(&expected), "{} of {}", speed(&slow), speed(&expected));
 }
 
+/// Every layer is one chunk, so that a pass reads a file once, at one place.
+fn whole_layers() -> PathBuf {
+    split(&medium(), "q4", &["--chunk-neurons", "2048", "--order", "random"])
+}
+
 #[test]
 fn a_disk_that_fails_is_named_and_given_up_on() {
-    let dir = split(&medium(), "bf16", &["--chunk-neurons", "16"]);
+    let mut table = Table::new("disk-reads");
+    let dir = table.folder().join("SPLIT");
+    std::os::unix::fs::symlink(whole_layers(), &dir).unwrap();
+    let allowed = bytes_of(&whole_layers());
     let streamed = streaming(&dir, &[], 0);
     let streamed: Vec<&str> = streamed.iter().map(String::as_str).collect();
-    // Late enough that the model is loaded and runs.
-    let ran = with("eio-later", 400, "/layers/", &streamed);
-    assert_eq!(ran.code, Some(1), "{}", ran.stderr);
-    for said in ["layers/", ".thm", "Input/output error", "attempts"] {
-        assert!(ran.stderr.contains(said), "{said}: {}", ran.stderr);
+    // The model is loaded and runs when its third pass over this layer fails.
+    let said = fails_with(&mut table, ("eio-later", 2, "layers/005.thm"), allowed, 30, "while-it-runs", &streamed);
+    for part in ["layers/005.thm", "Input/output error", "attempts"] {
+        assert!(said.contains(part), "{part}: {said}");
     }
-    let whole = ["run", "-m", text(&dir), "-p", "a", "-n", "2"];
+    let whole = ["run", "-m", text(&dir), "-p", "a", "-n", "2", "-t", "1"];
     for chosen in ["manifest.json", "layers/003.thm", "resident.safetensors", "tokenizer.json"] {
-        let ran = with("eio", 0, chosen, &whole);
-        assert_eq!(ran.code, Some(1), "{chosen}: {}", ran.stderr);
-        assert!(ran.stderr.contains(chosen) && ran.stderr.contains("Input/output error"), "{chosen}: {}", ran.stderr);
+        let said = fails_with(&mut table, ("eio", 0, chosen), allowed, 30, chosen, &whole);
+        assert!(said.contains(chosen) && said.contains("Input/output error"), "{chosen}: {said}");
     }
-    let made = model(&llama());
-    let ran = with("eio", 0, "model.safetensors", &["inspect", text(&made)]);
-    assert!(ran.code == Some(1) && ran.stderr.contains("model.safetensors"), "{}", ran.stderr);
+    let checkpoint = model(&llama());
+    let inspect = ["inspect", text(&checkpoint)];
+    let said = fails_with(&mut table, ("eio", 0, "model.safetensors"), 0, 30, "checkpoint", &inspect);
+    assert!(said.contains("model.safetensors"), "{said}");
+    table.check();
+}
+
+/// The file is cut by whoever has it open when its third pass begins: the model runs.
+#[test]
+fn a_file_cut_under_a_running_program_is_named() {
+    let mut table = Table::new("model-changed");
+    let dir = table.folder().join("SPLIT");
+    support::copy_dir(&whole_layers(), &dir);
+    let allowed = bytes_of(&dir);
+    let streamed = streaming(&dir, &[], 0);
+    let streamed: Vec<&str> = streamed.iter().map(String::as_str).collect();
+    let said = fails_with(&mut table, ("cut", 2, "layers/005.thm"), allowed, 29, "cut", &streamed);
+    assert!(said.contains("layers/005.thm") && said.contains("changed while it was in use"), "{said}");
+    table.check();
 }
 
 /// Writes that fail half way: the output's name is absent, and the next run without the fault gives the same bytes.
 #[test]
 fn a_disk_that_is_full_or_broken_loses_nothing() {
-    let (made, profile, folder) = (model(&medium()), profile(&medium()), TempDir::new().unwrap());
-    let (a, b) = (folder.path().join("split"), folder.path().join("profile"));
-    let splitting = splitting(&made, &profile, &["--encoding", "bf16"], &a);
-    let calibrating = [&calibrating(&made, "1024", "128", &b)[..], &["--resume"]].concat();
-    let chosen = text(folder.path());
+    let mut table = Table::new("disk-writes");
+    let (made, profile, folder) = (model(&medium()), profile(&medium()), table.folder().to_owned());
+    let (a, b) = (folder.join("split"), folder.join("profile"));
+    let splitting = splitting(&made, &profile, &["--encoding", "bf16", "-t", "1"], &a);
+    let calibrating = [&calibrating(&made, "1024", "128", &b)[..], &["--resume", "-t", "1"]].concat();
+    let (chosen, allowed) = (text(&folder), bytes_of(&made) + bytes_of(&profile));
     for (args, out) in [(&splitting[..], &a), (&calibrating, &b)] {
         for (fault, at) in [("full", 100_000), ("full", 3_000_000), ("write-eio", 2_000_000), ("sync-eio", 0)] {
-            let ran = with(fault, at, chosen, args);
-            assert_eq!(ran.code, Some(1), "{fault} at {at}: {} {}", ran.stdout, ran.stderr);
-            assert!(ran.stderr.contains(chosen) && !out.exists(), "{fault}: {}", ran.stderr);
-            let full = ran.stderr.contains("disk full") && ran.stderr.contains("bytes");
-            assert!(full == (fault == "full"), "{fault}: {}", ran.stderr);
+            let name = format!("{}-{fault}-at-{at}", args[0]);
+            let said = fails_with(&mut table, (fault, at, chosen), allowed, 23, &name, args);
+            assert!(said.contains(chosen) && !out.exists(), "{name}: {said}");
+            let full = said.contains("disk full") && said.contains("bytes");
+            assert!(full == (fault == "full"), "{name}: {said}");
         }
         support::ok(args);
     }
     assert!(files(&a) == files(&split(&medium(), "bf16", &[])));
     let statistics = |dir: &Path| std::fs::read(dir.join("statistics.safetensors")).unwrap();
     assert!(statistics(&b) == statistics(&profile));
+    table.check();
 }
 
 /// What a failed run left of a delta is no delta, but the next run goes on from there.
 #[test]
 fn a_delta_on_a_full_disk_is_never_half_there() {
-    let folder = TempDir::new().unwrap();
-    let out = folder.path().join("delta");
+    let mut table = Table::new("disk-writes-delta");
+    let folder = table.folder().to_owned();
+    let out = folder.join("delta");
     let (base, tuned) = (demo::model(), demo::tuned());
     let args = ["delta", text(&base), text(&tuned), "-o", text(&out)];
+    let allowed = bytes_of(&base) + bytes_of(&tuned);
     for (fault, at) in [("full", 1000), ("full", 500_000), ("write-eio", 300_000), ("sync-eio", 0)] {
-        let ran = with(fault, at, text(folder.path()), &args);
-        assert!(ran.code == Some(1) && !out.exists(), "{fault}: {} {}", ran.stdout, ran.stderr);
-        let left = support::run(&["inspect", text(&folder.path().join("delta.partial"))]);
+        let name = format!("delta-{fault}-at-{at}");
+        fails_with(&mut table, (fault, at, text(&folder)), allowed, 23, &name, &args);
+        assert!(!out.exists(), "{name}");
+        let left = support::run(&["inspect", text(&folder.join("delta.partial"))]);
         assert_ne!(left.code, Some(0), "{fault}: what is left is no delta");
     }
     // A line that says what is being made, then one for each tensor; a forged one shows that it is not made again.
-    let journal = folder.path().join("delta.partial/journal");
+    let journal = folder.join("delta.partial/journal");
     let text_of_journal = std::fs::read_to_string(&journal).unwrap();
     assert!(text_of_journal.lines().count() > 10, "{text_of_journal}");
     let digest = "\"final_digest\":\"";
@@ -156,4 +202,5 @@ fn a_delta_on_a_full_disk_is_never_half_there() {
     std::fs::remove_dir_all(&out).unwrap();
     support::ok(&args);
     assert!(files(&out) == files(&demo::delta()));
+    table.check();
 }

@@ -3,9 +3,12 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod cases;
+mod damaged;
 mod disk;
 mod folder;
 mod gguf;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod harness;
 mod planes;
 mod profile;
@@ -15,3 +18,4 @@ mod split;
 #[path = "../support/mod.rs"]
 mod support;
 mod text;
+mod writers;

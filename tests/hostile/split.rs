@@ -8,7 +8,7 @@ use crate::support::{
 use std::fs;
 use std::path::{Path, PathBuf};
 use thermocline_runtime::Mode;
-use thermocline_split::{Error, LayerFile, Split};
+use thermocline_split::{Error, FORMAT_VERSION, LayerFile, Split};
 
 fn whole() -> PathBuf {
     split(&llama(), "bf16", &["--chunk-neurons", "8"])
@@ -174,6 +174,26 @@ fn forged_orders_are_no_permutations() {
     }
 }
 
+/// Lengths that wrap around where they are multiplied.
+#[test]
+fn tensors_wider_than_any_model_are_refused() {
+    let (_guard, dir) = copy(&split(&llama(), "q4", &[]));
+    let good = fs::read(dir.join("manifest.json")).unwrap();
+    for columns in [usize::MAX, usize::MAX - 31, usize::MAX / 4 + 1, 1 << 33] {
+        for file in 0..3 {
+            let mut name = String::new();
+            forge::manifest(&dir, |m| {
+                let file = [&mut m.resident, &mut m.predictors, &mut m.statistics].into_iter().nth(file).unwrap();
+                name.clone_from(&file.file);
+                file.tensors[0].columns = columns;
+            });
+            refused(&dir, &dir.join(&name), &format!("{columns} columns"));
+            fs::write(dir.join("manifest.json"), &good).unwrap();
+        }
+    }
+    Split::open(&dir).unwrap();
+}
+
 #[test]
 fn forged_headers_and_indices_are_refused_before_anything_is_allocated() {
     let (_guard, dir) = copy(&whole());
@@ -311,13 +331,13 @@ fn forged_manifests_are_refused() {
 #[test]
 fn a_newer_version_is_told_apart_from_damage() {
     let (_guard, dir) = copy(&whole());
-    forge::manifest(&dir, |m| m.version = 3);
+    forge::manifest(&dir, |m| m.version = FORMAT_VERSION + 1);
     let path = dir.join("manifest.json");
-    assert!(matches!(refused(&dir, &path, "version 3"), Error::UnsupportedVersion { got: 3, max: 2, .. }));
+    assert!(matches!(refused(&dir, &path, "a newer version"), Error::UnsupportedVersion { got: 4, max: 3, .. }));
     // With fields that this version does not know.
     let text_of = fs::read_to_string(&path).unwrap().replace("\"packing\": {", "\"planes\": 3, \"packing\": {");
     fs::write(&path, text_of).unwrap();
-    assert!(matches!(refused(&dir, &path, "version 3"), Error::UnsupportedVersion { got: 3, max: 2, .. }));
+    assert!(matches!(refused(&dir, &path, "a newer version"), Error::UnsupportedVersion { got: 4, max: 3, .. }));
     assert!(fails(4, &["inspect", text(&dir)]).contains("update thermocline"));
 }
 

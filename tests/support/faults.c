@@ -51,6 +51,13 @@ static int is_direct(int fd) {
     return flags != -1 && (flags & O_DIRECT);
 }
 
+// Somebody else empties the file.
+static void cut(int fd) {
+    char link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (truncate(link, 0)) abort();
+}
+
 // What happens before a read: -1 if it fails, with errno set.
 static int before_read(int fd) {
     if (is("eio")) { errno = EIO; return -1; }
@@ -60,6 +67,7 @@ static int before_read(int fd) {
         if (is("interrupted") && own_calls % 3 == 0) { errno = EAGAIN; return -1; }
         if (is("eio-at-first") && call < at()) { errno = EIO; return -1; }
         if (is("eio-later") && call >= at()) { errno = EIO; return -1; }
+        if (is("cut") && call == at()) cut(fd);
     }
     if (is("slow")) usleep((useconds_t)at());
     if (is("jitter")) usleep((useconds_t)random_below(at()));

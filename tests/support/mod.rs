@@ -152,7 +152,13 @@ pub fn four_layers() -> Made {
     Made { name: "four", model: TinyModel { n_layers: 4, ..model }, form, tokens }
 }
 
-fn root() -> &'static Path {
+/// Where this workspace lies.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Where what the tests share lies.
+pub fn root() -> &'static Path {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     ROOT.get_or_init(|| {
         let key = xxhash_rust::xxh3::xxh3_64(&fs::read(BINARY).unwrap());

@@ -1,22 +1,39 @@
 //! All masks in one pass over the layers, through calibrate's dense forward.
 
-use super::likelihood::{TokenScores, add};
+use super::bytes::LayerBytes;
+use super::inputs::{self, InputMethod};
+use super::likelihood::{TokenScores, add, positions_at_once};
 use super::quality::Tally;
-use super::{Evaluation, Mask, Windows};
+use super::{Evaluation, Mask, Windows, active_count};
 use crate::{Error, Result};
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head};
 use thermocline_calibrate::predictor::LowRank;
 use thermocline_datasets::Checkpoint;
+use thermocline_runtime::{LayerActive, layer_active};
 use thermocline_split::Split;
-
-/// Bytes of one stream's logits that are held at once.
-const LOGIT_BYTES: usize = 32 << 20;
 
 /// Hidden states of all positions under one mask, `[n_tokens, hidden_size]`, and what it lost, per layer.
 struct Stream {
     mask: Mask,
     x: Vec<f32>,
     tally: Vec<Tally>,
+    /// What of each layer is predicted; empty for other masks.
+    active: Vec<LayerActive>,
+}
+
+impl Stream {
+    fn new(mask: Mask, x: Vec<f32>, split: Option<&Split>) -> Result<Self> {
+        let active = match (mask, split) {
+            (Mask::Predicted(share), Some(split)) => layer_active(split, share as f32)?,
+            (Mask::PredictedAlike(share), Some(split)) => {
+                let config = &split.manifest().config;
+                let n_active = active_count(share, config.intermediate_size);
+                vec![LayerActive { n_active, left_out: Vec::new() }; config.n_layers]
+            }
+            _ => Vec::new(),
+        };
+        Ok(Stream { mask, x, tally: Vec::new(), active })
+    }
 }
 
 /// Runs `model` over `windows` once densely and once under each of `masks`, layer by layer, and compares.
@@ -37,43 +54,56 @@ pub fn evaluate(
     progress: &dyn Fn(usize, usize),
 ) -> Result<Vec<Evaluation>> {
     masks.iter().try_for_each(|mask| mask.check())?;
-    if split.is_none() && masks.iter().any(|m| matches!(m, Mask::Predicted(_))) {
+    if split.is_none() && masks.iter().any(|m| m.is_predicted()) {
         let reason = "predicted needs a split, which has the predictors; -m names a checkpoint".to_owned();
         return Err(Error::Setting { flag: "--mask", reason });
     }
     let config = model.config();
     let x = Embedding::load(model)?.rows(windows.tokens())?;
-    let mut dense = Stream { mask: Mask::Dense, x, tally: Vec::new() };
+    let mut dense = Stream::new(Mask::Dense, x, split)?;
     // The dense mask is the reference itself; every other one gets its own stream.
     let own = masks.iter().filter(|m| **m != Mask::Dense);
-    let mut masked: Vec<Stream> = own.map(|&mask| Stream { mask, x: dense.x.clone(), tally: Vec::new() }).collect();
+    let mut masked: Vec<Stream> = own.map(|&mask| Stream::new(mask, dense.x.clone(), split)).collect::<Result<_>>()?;
     let total = config.n_layers * (1 + masked.len());
     for index in 0..config.n_layers {
         let layer = DenseLayer::load(model, index)?;
-        let predictor = split.filter(|_| masks.iter().any(|m| matches!(m, Mask::Predicted(_))));
+        let predictor = split.filter(|_| masks.iter().any(|m| m.is_predicted()));
         let predictor = predictor.map(|s| s.predictor(index)).transpose()?;
         let down_norm = layer.down_norms()?;
         let before = index * (1 + masked.len());
         for (i, stream) in std::iter::once(&mut dense).chain(&mut masked).enumerate() {
             progress(before + i, total);
-            stream.advance(&layer, &down_norm, predictor.as_ref(), windows.ctx())?;
+            stream.advance((index, &layer), &down_norm, predictor.as_ref(), windows.ctx())?;
         }
     }
     progress(total, total);
-    compare(model, windows, masks, dense, masked)
+    let mut evaluations = compare(model, windows, masks, dense, masked)?;
+    let bytes = LayerBytes::of(model, split)?;
+    for (evaluation, mask) in evaluations.iter_mut().zip(masks) {
+        evaluation.bytes_share = bytes.share(*mask);
+    }
+    Ok(evaluations)
 }
 
 impl Stream {
     /// One layer, window by window.
     fn advance(
         &mut self,
-        layer: &DenseLayer,
+        (index, layer): (usize, &DenseLayer),
         down_norm: &[f32],
         predictor: Option<&(LowRank, Vec<f32>)>,
         ctx: usize,
     ) -> Result<()> {
         let mut tally = Tally::default();
+        let active = self.active.get(index);
+        let (n_predicted, left_out) = active.map_or((0, &[][..]), |a| (a.n_active, &a.left_out));
+        let peer = self.mask.inputs().map(|choice| InputMethod::new(layer, choice)).transpose()?;
         for window in self.x.chunks_exact_mut(ctx * layer.hidden_size()) {
+            if let Some(peer) = &peer {
+                let next = peer.forward(window)?;
+                window.copy_from_slice(&next);
+                continue;
+            }
             let mut next = layer.attention(window, 1, ctx)?;
             let input = layer.ffn_input(&next)?;
             let mut neurons = layer.neurons(&input)?;
@@ -81,17 +111,29 @@ impl Stream {
                 tally = tally + Tally::whole(ctx, layer.intermediate_size());
             } else {
                 let scores = match (self.mask, predictor) {
-                    (Mask::Predicted(_), Some((low_rank, norms))) => {
+                    (Mask::Cats(share), _) => {
+                        let mut gates = layer.gates(&input)?;
+                        inputs::above_threshold(&mut gates, share);
+                        Some(gates)
+                    }
+                    (mask, Some((low_rank, norms))) if mask.is_predicted() => {
                         Some(low_rank.scores(&input, layer.activation(), norms)?)
                     }
                     _ => None,
                 };
-                tally = tally + self.mask.apply(&mut neurons.h, down_norm, scores.as_deref());
+                tally = tally + self.mask.apply(&mut neurons.h, down_norm, scores.as_deref(), n_predicted);
             }
             layer.ffn_output(&mut next, neurons.h)?;
+            if !left_out.is_empty() {
+                let rows = next.chunks_exact_mut(left_out.len());
+                rows.for_each(|x| x.iter_mut().zip(left_out).for_each(|(x, mean)| *x += mean));
+            }
             window.copy_from_slice(&next);
         }
-        self.tally.push(tally);
+        // Who leaves out inputs computes all neurons, somehow: recall says nothing of it.
+        if self.mask.inputs().is_none() {
+            self.tally.push(tally);
+        }
         Ok(())
     }
 }
@@ -105,7 +147,7 @@ fn compare(
     masked: Vec<Stream>,
 ) -> Result<Vec<Evaluation>> {
     let (head, hidden) = (Head::load(model)?, model.config().hidden_size);
-    let positions = (LOGIT_BYTES / 4 / head.vocab_size().max(1)).clamp(1, 256);
+    let positions = positions_at_once(head.vocab_size());
     let mut of_dense = TokenScores::default();
     let mut scores = vec![TokenScores::default(); masked.len()];
     for start in (0..windows.tokens().len()).step_by(positions) {

@@ -2,6 +2,14 @@
 
 use rayon::prelude::*;
 
+/// Bytes of one stream's logits that are held at once.
+const LOGIT_BYTES: usize = 32 << 20;
+
+/// Positions whose logits are held at once.
+pub(crate) fn positions_at_once(vocab_size: usize) -> usize {
+    (LOGIT_BYTES / 4 / vocab_size.max(1)).clamp(1, 256)
+}
+
 /// Scores of the tokens of a text under one mask.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct TokenScores {

@@ -1,7 +1,8 @@
+use super::inputs::InputChoice;
 use super::quality::{Tally, compare};
 use crate::{Error, Result};
 use rayon::prelude::*;
-use thermocline_runtime::top_k;
+use thermocline_runtime::{n_active, top_k};
 
 /// Which neurons of every layer are computed, at every position.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,14 +16,23 @@ pub enum Mask {
     Oracle(f64),
     /// The given share with the largest |h|, whatever the length of the down column.
     OracleH(f64),
-    /// The given share that the split's predictor scores highest: what the runtime's sparse mode computes.
+    /// The given share that the split's predictor scores highest, divided between the layers as the runtime's sparse mode
+    /// divides it, with what the split has to stand for the others.
     Predicted(f64),
+    /// The given share of each layer that the predictor scores highest, and nothing for the others.
+    PredictedAlike(f64),
+    /// CATS (arXiv 2404.08763): all gates, and of up and down the given share of neurons, those whose gate reaches a
+    /// threshold of the window.
+    Cats(f64),
+    /// TEAL: the given share of the inputs of all matrices, those of attention too.
+    Teal(f64),
+    /// WINA: as TEAL, by the lengths of the columns.
+    Wina(f64),
 }
 
-/// Neurons in a share of a layer: rounded, at least one (the runtime's rule).
+/// Neurons in a share of a layer, by the runtime's rule.
 pub fn active_count(share: f64, intermediate_size: usize) -> usize {
-    // In f32, as the runtime does it, so that both round alike.
-    ((share as f32 * intermediate_size as f32).round() as usize).clamp(1, intermediate_size.max(1))
+    n_active(share as f32, intermediate_size)
 }
 
 impl Mask {
@@ -34,6 +44,10 @@ impl Mask {
             Mask::Oracle(_) => "oracle",
             Mask::OracleH(_) => "oracle-h",
             Mask::Predicted(_) => "predicted",
+            Mask::PredictedAlike(_) => "predicted-alike",
+            Mask::Cats(_) => "cats",
+            Mask::Teal(_) => "teal",
+            Mask::Wina(_) => "wina",
         }
     }
 
@@ -41,7 +55,13 @@ impl Mask {
     pub fn active(self) -> Option<f64> {
         match self {
             Mask::Dense | Mask::Exact => None,
-            Mask::Oracle(share) | Mask::OracleH(share) | Mask::Predicted(share) => Some(share),
+            Mask::Oracle(share)
+            | Mask::OracleH(share)
+            | Mask::Predicted(share)
+            | Mask::PredictedAlike(share)
+            | Mask::Cats(share)
+            | Mask::Teal(share)
+            | Mask::Wina(share) => Some(share),
         }
     }
 
@@ -54,9 +74,24 @@ impl Mask {
         }
     }
 
+    /// The choice, if inputs are left out instead of neurons.
+    pub(crate) fn inputs(self) -> Option<InputChoice> {
+        match self {
+            Mask::Teal(share) => Some(InputChoice::Teal(share)),
+            Mask::Wina(share) => Some(InputChoice::Wina(share)),
+            _ => None,
+        }
+    }
+
+    /// Whether it asks the predictor.
+    pub(crate) fn is_predicted(self) -> bool {
+        matches!(self, Mask::Predicted(_) | Mask::PredictedAlike(_))
+    }
+
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost.
-    /// `scores`, of the same shape, are the predictor's; `down_norm [intermediate_size]`.
-    pub(crate) fn apply(self, h: &mut [f32], down_norm: &[f32], scores: Option<&[f32]>) -> Tally {
+    /// `scores`, of the same shape, are the predictor's, which is asked for `n_predicted` neurons, or the gates' for
+    /// [`Mask::Cats`]; `down_norm [intermediate_size]`.
+    pub(crate) fn apply(self, h: &mut [f32], down_norm: &[f32], scores: Option<&[f32]>, n_predicted: usize) -> Tally {
         let ffn = down_norm.len();
         let rows = h.par_chunks_mut(ffn).enumerate();
         let tallies: Vec<Tally> = rows
@@ -64,9 +99,9 @@ impl Mask {
                 let weight: Vec<f32> = h.iter().zip(down_norm).map(|(h, d)| h.abs() * d).collect();
                 let scores = scores.map(|s| &s[token * ffn..(token + 1) * ffn]);
                 let mut kept = Vec::new();
-                self.choose(h, &weight, scores, &mut kept);
+                self.choose(h, &weight, scores, n_predicted, &mut kept);
                 let tally = compare(&weight, &kept);
-                zero_others(h, &kept);
+                keep(h, &kept);
                 tally
             })
             .collect();
@@ -75,7 +110,7 @@ impl Mask {
     }
 
     /// The neurons that are kept of one token, ascending.
-    fn choose(self, h: &[f32], weight: &[f32], scores: Option<&[f32]>, kept: &mut Vec<u32>) {
+    fn choose(self, h: &[f32], weight: &[f32], scores: Option<&[f32]>, n_predicted: usize, kept: &mut Vec<u32>) {
         let n = h.len();
         match self {
             Mask::Dense => kept.extend(0..n as u32),
@@ -85,18 +120,23 @@ impl Mask {
                 let magnitude: Vec<f32> = h.iter().map(|h| h.abs()).collect();
                 top_k(&magnitude, active_count(share, n), kept);
             }
-            Mask::Predicted(share) => {
+            Mask::Predicted(_) | Mask::PredictedAlike(_) => {
                 // As in the runtime: a score that is not a number counts as zero.
                 let clean = |s: &f32| if s.is_nan() { 0.0 } else { *s };
                 let scores: Vec<f32> = scores.unwrap_or(weight).iter().map(clean).collect();
-                top_k(&scores, active_count(share, n), kept);
+                top_k(&scores, n_predicted, kept);
             }
+            Mask::Cats(_) => {
+                // Gates that are kept; the others were set to zero.
+                kept.extend(scores.unwrap_or(h).iter().zip(0..).filter(|(gate, _)| **gate != 0.0).map(|(_, i)| i));
+            }
+            Mask::Teal(_) | Mask::Wina(_) => kept.extend(0..n as u32),
         }
     }
 }
 
-/// `kept` is ascending.
-fn zero_others(h: &mut [f32], kept: &[u32]) {
+/// Sets all to zero but `kept`, which is ascending.
+pub(crate) fn keep(h: &mut [f32], kept: &[u32]) {
     let mut from = 0;
     for &i in kept {
         h[from..i as usize].fill(0.0);
@@ -112,7 +152,7 @@ mod tests {
     #[test]
     fn oracle_keeps_the_largest_products() {
         let mut h = [1.0, -3.0, 0.0, 2.0, -2.0, 0.5, 0.0, 4.0];
-        let tally = Mask::Oracle(0.5).apply(&mut h, &[1.0, 1.0, 1.0, 10.0], None);
+        let tally = Mask::Oracle(0.5).apply(&mut h, &[1.0, 1.0, 1.0, 10.0], None, 0);
         assert_eq!(h, [0.0, -3.0, 0.0, 2.0, -2.0, 0.0, 0.0, 4.0]);
         let quality = tally.quality(0);
         assert_eq!((quality.recall, quality.computed_share, quality.energy_recall_of_oracle), (1.0, 0.5, 1.0));
@@ -123,14 +163,14 @@ mod tests {
     #[test]
     fn magnitude_alone_ignores_the_norms() {
         let mut h = [1.0, -3.0, 2.0, 0.5];
-        Mask::OracleH(0.25).apply(&mut h, &[1.0, 1.0, 1.0, 100.0], None);
+        Mask::OracleH(0.25).apply(&mut h, &[1.0, 1.0, 1.0, 100.0], None, 0);
         assert_eq!(h, [0.0, -3.0, 0.0, 0.0]);
     }
 
     #[test]
     fn exact_changes_nothing_and_counts_zeros() {
         let mut h = [0.0, -0.0, 2.0, -1.0];
-        let quality = Mask::Exact.apply(&mut h, &[1.0; 4], None).quality(0);
+        let quality = Mask::Exact.apply(&mut h, &[1.0; 4], None, 0).quality(0);
         assert_eq!(h, [0.0, 0.0, 2.0, -1.0]);
         assert_eq!((quality.recall, quality.precision, quality.computed_share), (1.0, 1.0, 0.5));
     }
@@ -139,7 +179,7 @@ mod tests {
     fn predicted_follows_its_scores() {
         let mut h = [5.0, 1.0, 0.0, 0.0];
         let scores = [f32::NAN, 2.0, 3.0, 0.0];
-        let quality = Mask::Predicted(0.5).apply(&mut h, &[1.0; 4], Some(&scores)).quality(0);
+        let quality = Mask::Predicted(0.5).apply(&mut h, &[1.0; 4], Some(&scores), 2).quality(0);
         assert_eq!(h, [0.0, 1.0, 0.0, 0.0]);
         // Of the two neurons that are not zero one was found, and one of the two computed was needed.
         assert_eq!((quality.recall, quality.precision), (0.5, 0.5));

@@ -7,6 +7,7 @@
 //! | all masks at once, through the dense forward | [`evaluate`] |
 //! | the same figure through the token engine, one token at a time | [`evaluate_decode`] |
 //! | what planes of the weights buy | [`evaluate_planes`] |
+//! | what each layer's share of the neurons costs | [`fit_shares`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
 //!
 //! Masks apply at **every** position, as if each had been decoded; a run computes its prompt densely, so it is at
@@ -15,11 +16,14 @@
 
 mod batch;
 mod bootstrap;
+mod bytes;
 mod decode;
+mod inputs;
 mod likelihood;
 mod mask;
 mod planes;
 mod quality;
+mod shares;
 mod windows;
 
 pub use batch::evaluate;
@@ -27,6 +31,7 @@ pub use decode::evaluate_decode;
 pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
 pub use quality::LayerQuality;
+pub use shares::fit_shares;
 pub use windows::Windows;
 
 use crate::{Error, Result};
@@ -37,7 +42,7 @@ use serde::{Deserialize, Serialize};
 /// What one mask did to a model on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// `dense`, `exact`, `oracle`, `oracle-h` or `predicted`.
+    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `cats`, `teal` or `wina`.
     pub mask: String,
     /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -70,6 +75,10 @@ pub struct Evaluation {
     pub energy_recall_of_oracle: Option<f64>,
     /// Share of all neurons that were computed.
     pub computed_share: Option<f64>,
+    /// Bytes of the layers' weights and predictors that a token reads, relative to all of the layers' weights. Of an oracle:
+    /// as if it cost nothing to ask. `None` where it depends on what is zero, or is not counted here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_share: Option<f64>,
     /// Tokens whose probability was taken: windows * (ctx - 1).
     pub tokens: usize,
     /// Layer by layer; empty if the engine does not tell.
@@ -114,6 +123,7 @@ impl Evaluation {
             energy_recall: mean(|l| l.energy_recall),
             energy_recall_of_oracle: mean(|l| l.energy_recall_of_oracle),
             computed_share: mean(|l| l.computed_share),
+            bytes_share: None,
             tokens: scores.losses.len(),
             layers,
             losses: scores.losses,

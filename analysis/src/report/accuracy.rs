@@ -56,15 +56,20 @@ pub(crate) fn accuracy(evals: &[EvalFile]) -> Result<Section> {
     };
     section.figures.push(perplexity(&families, lowest));
     section.figures.extend(divergence(&families));
+    section.figures.extend(divergence_by_bytes(&families));
     section.tables.push(results_table(evals)?);
     Ok(section)
 }
 
-/// Lines over the computed share; masks without a share are level lines.
-fn over_share(families: &[Family<'_>], of: impl Fn(&Evaluation) -> Option<f64>) -> Vec<Series> {
+/// Lines over a share of each result; masks without one are level lines.
+fn over(
+    families: &[Family<'_>],
+    share: impl Fn(&Evaluation) -> Option<f64>,
+    of: impl Fn(&Evaluation) -> Option<f64>,
+) -> Vec<Series> {
     let mut series = Vec::new();
     for (i, family) in families.iter().enumerate() {
-        let point = |(_, r): &(&EvalFile, &Evaluation)| Some((100.0 * r.active?, of(r)?));
+        let point = |(_, r): &(&EvalFile, &Evaluation)| Some((100.0 * share(r)?, of(r)?));
         let points: Vec<(f64, f64)> = family.results.iter().filter_map(point).collect();
         if !points.is_empty() {
             series.push(Series::new(family.label.clone(), points, Ink::Series(i % N_SERIES)).marked());
@@ -93,7 +98,7 @@ fn perplexity(families: &[Family<'_>], lowest: f64) -> Figure {
     } else {
         format!("Over the dense perplexity, {}; masks apply at every position.", costs.join(" and "))
     };
-    let series = over_share(families, |r| Some(r.perplexity));
+    let series = over(families, |r| r.active, |r| Some(r.perplexity));
     Figure::new(
         Chart {
             title: "Perplexity against active share".to_owned(),
@@ -105,9 +110,45 @@ fn perplexity(families: &[Family<'_>], lowest: f64) -> Figure {
     )
 }
 
+/// What a token reads against what it costs: the lower left is where to be.
+fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
+    let of = |r: &Evaluation| Some((r.bytes_share?, r.kl.filter(|kl| *kl > 0.0)?));
+    let series = over(families, |r| of(r).map(|p| p.0), |r| of(r).map(|p| p.1));
+    let all = families.iter().flat_map(|f| f.results.iter().map(|(file, r)| (f.label.as_str(), *file, *r)));
+    let runnable: Vec<_> = all.filter(|(_, _, r)| !r.mask.starts_with("oracle") && of(r).is_some()).collect();
+    // Figures of one model on one text are compared.
+    let subject = |f: &EvalFile| (f.model.clone(), f.encoding.clone(), f.text.clone(), f.ctx, f.windows);
+    let is_beaten = |file: &EvalFile, point: Option<(f64, f64)>| {
+        let same = runnable.iter().filter(|(_, other, _)| subject(other) == subject(file));
+        let mut points = same.map(|(_, _, r)| of(r));
+        points.any(|other| {
+            other.zip(point).is_some_and(|((b, k), (bytes, kl))| b <= bytes && k <= kl && (b, k) != (bytes, kl))
+        })
+    };
+    let front = runnable.iter().filter(|(_, file, r)| !is_beaten(file, of(r)));
+    let front: Vec<String> =
+        front.map(|(label, _, r)| format!("{label} at {}", percent(r.active.unwrap_or(1.0)))).collect();
+    (!front.is_empty()).then(|| {
+        let reading = format!(
+            "Of what can be run nothing else is both closer and smaller than {}. Bytes are those of the layers' weights and \
+             of predictors, as they are stored; an oracle is counted as if it cost nothing to ask.",
+            front.join(", ")
+        );
+        Figure::new(
+            Chart {
+                title: "Distance from the dense model against bytes".to_owned(),
+                x: Axis::new("bytes that a token reads (% of the layers)").from_to(0.0, 100.0),
+                y: Axis::new("KL(dense || masked), nats per token").log(),
+                body: Body::Lines(series),
+            },
+            reading,
+        )
+    })
+}
+
 fn divergence(families: &[Family<'_>]) -> Option<Figure> {
     let sparse = |r: &Evaluation| r.kl.filter(|kl| r.active.is_some() && *kl > 0.0);
-    let series = over_share(families, sparse);
+    let series = over(families, |r| r.active, sparse);
     let best = families.iter().flat_map(|f| &f.results).filter(|(_, r)| sparse(r).is_some());
     let best = best.min_by(|a, b| a.1.kl.unwrap_or(0.0).total_cmp(&b.1.kl.unwrap_or(0.0)))?.1;
     let closest = format!(
@@ -151,6 +192,7 @@ fn results_table(evals: &[EvalFile]) -> Result<Table> {
         text("text", &|f, _| format!("{}, {} x {}", f.text, f.windows, f.ctx)),
         text("mask", &|_, r| if r.engine == "decode" { format!("{}, decoded", r.mask) } else { r.mask.clone() }),
         text("active", &|_, r| r.active.map_or("\u{2013}".to_owned(), percent)),
+        text("bytes", &|_, r| r.bytes_share.map_or("\u{2013}".to_owned(), percent)),
         number("perplexity", &|r| Some(r.perplexity)),
         text("95 %", &|_, r| format!("{:.1}\u{2013}{:.1}", r.perplexity_ci95[0], r.perplexity_ci95[1])),
         number("of dense", &|r| r.perplexity_ratio),

@@ -57,9 +57,9 @@ impl Attention {
         })
     }
 
-    /// Input of the output projection, `[n_windows * window_len, n_heads * head_dim]`.
-    pub(crate) fn mix(&self, normed: &Tensor, n_windows: usize, window_len: usize) -> Result<Tensor> {
-        let (query, key, value) = (self.query.forward(normed)?, self.key.forward(normed)?, self.value.forward(normed)?);
+    /// Input of the output projection, `[n_windows * window_len, n_heads * head_dim]`, from those of query, key and value.
+    pub(crate) fn mix(&self, [q, k, v]: [&Tensor; 3], n_windows: usize, window_len: usize) -> Result<Tensor> {
+        let (query, key, value) = (self.query.forward(q)?, self.key.forward(k)?, self.value.forward(v)?);
         let rope = Rope::new(window_len, self.head_dim, self.rope_theta);
         let width = self.output.n_in();
         let mut mixed = vec![0.0f32; n_windows * window_len * width];
@@ -75,6 +75,11 @@ impl Attention {
             }
         }
         tensor(mixed, &[n_windows * window_len, width])
+    }
+
+    /// Query, key, value and output.
+    pub(crate) fn projections(&self) -> [&Linear; 4] {
+        [&self.query, &self.key, &self.value, &self.output]
     }
 
     /// The output projection, `[n_tokens, hidden_size]`.

@@ -7,6 +7,7 @@ use crate::{
     },
     error::check_len,
 };
+use candle_core::Tensor;
 use rayon::prelude::*;
 use thermocline_datasets::{Activation, Checkpoint, ModelConfig};
 
@@ -19,6 +20,30 @@ pub struct Activations {
     pub n_tokens: usize,
     /// Neurons.
     pub intermediate_size: usize,
+}
+
+/// A matrix of a layer, for those who change what it reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Projection {
+    /// `q_proj`.
+    Query,
+    /// `k_proj`.
+    Key,
+    /// `v_proj`.
+    Value,
+    /// `o_proj`.
+    Output,
+    /// `gate_proj`.
+    Gate,
+    /// `up_proj`.
+    Up,
+    /// `down_proj`.
+    Down,
+}
+
+impl Projection {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 7] = [Self::Query, Self::Key, Self::Value, Self::Output, Self::Gate, Self::Up, Self::Down];
 }
 
 /// One decoder layer's weights as f32, about
@@ -80,11 +105,56 @@ impl DenseLayer {
         let (n, hidden) = (n_windows * window_len, self.hidden_size());
         check_len("attention input", x.len(), n * hidden)?;
         let normed = tensor(rms_norm(x, &self.attention_norm, self.eps), &[n, hidden])?;
-        let mixed = self.attention.mix(&normed, n_windows, window_len)?;
+        let mixed = self.attention.mix([&normed; 3], n_windows, window_len)?;
         with_values(&normed, |qkv| with_values(&mixed, |output| observe(AttentionInputs { qkv, output })))??;
         let mut out = x.to_vec();
         with_values(&self.attention.project(&mixed)?, |delta| add(&mut out, delta))?;
         Ok(out)
+    }
+
+    /// The whole layer for one window `x [window_len, hidden_size]`; every projection reads its input as `change` leaves it,
+    /// `[window_len, n_in]`.
+    ///
+    /// # Errors
+    /// If `x` is not a whole number of rows.
+    pub fn changed(&self, x: &[f32], change: impl Fn(Projection, &mut [f32])) -> Result<Vec<f32>> {
+        let (hidden, n) = (self.hidden_size(), x.len() / self.hidden_size());
+        check_len("layer's input", x.len(), n * hidden)?;
+        let of = |projection, mut values: Vec<f32>| {
+            change(projection, &mut values);
+            let n_in = values.len() / n.max(1);
+            tensor(values, &[n, n_in])
+        };
+        let normed = rms_norm(x, &self.attention_norm, self.eps);
+        let [q, k, v] = [Projection::Query, Projection::Key, Projection::Value].map(|p| of(p, normed.clone()));
+        let mixed = with_values(&self.attention.mix([&q?, &k?, &v?], 1, n)?, <[f32]>::to_vec)?;
+        let mut out = x.to_vec();
+        with_values(&self.attention.project(&of(Projection::Output, mixed)?)?, |delta| add(&mut out, delta))?;
+        let input = self.ffn_input(&out)?;
+        let (gate, up) = (of(Projection::Gate, input.clone())?, of(Projection::Up, input)?);
+        let (gate, up) = (self.gate.forward(&gate)?, self.up.forward(&up)?);
+        let mut h = self.activate(&gate, &up, n)?;
+        change(Projection::Down, &mut h);
+        self.ffn_output(&mut out, h)?;
+        Ok(out)
+    }
+
+    /// Lengths of the columns of a matrix, `[n_in]`.
+    ///
+    /// # Errors
+    /// None in practice; candle's accessors are fallible.
+    pub fn column_norms(&self, projection: Projection) -> Result<Vec<f32>> {
+        let [query, key, value, output] = self.attention.projections();
+        match projection {
+            Projection::Query => query,
+            Projection::Key => key,
+            Projection::Value => value,
+            Projection::Output => output,
+            Projection::Gate => &self.gate,
+            Projection::Up => &self.up,
+            Projection::Down => &self.down,
+        }
+        .column_norms()
     }
 
     /// The normalised input of the feed-forward half, `[n_tokens, hidden_size]`.
@@ -106,10 +176,15 @@ impl DenseLayer {
         let n_tokens = input.len() / hidden;
         check_len("neurons' input", input.len(), n_tokens * hidden)?;
         let input = tensor(input.to_vec(), &[n_tokens, hidden])?;
-        let (gate, up) = (self.gate.forward(&input)?, self.up.forward(&input)?);
+        let h = self.activate(&self.gate.forward(&input)?, &self.up.forward(&input)?, n_tokens)?;
+        Ok(Activations { h, n_tokens, intermediate_size: ffn })
+    }
+
+    fn activate(&self, gate: &Tensor, up: &Tensor, n_tokens: usize) -> Result<Vec<f32>> {
+        let ffn = self.intermediate_size();
         let mut h = vec![0.0f32; n_tokens * ffn];
-        with_values(&gate, |gate| {
-            with_values(&up, |up| {
+        with_values(gate, |gate| {
+            with_values(up, |up| {
                 let rows = gate.par_chunks(ffn).zip(up.par_chunks(ffn));
                 h.par_chunks_mut(ffn).zip(rows).for_each(|(h, (gate, up))| {
                     for ((h, &gate), &up) in h.iter_mut().zip(gate).zip(up) {
@@ -118,7 +193,18 @@ impl DenseLayer {
                 });
             })
         })??;
-        Ok(Activations { h, n_tokens, intermediate_size: ffn })
+        Ok(h)
+    }
+
+    /// What the gates let through, `act(g . x)`, for `input` of [`DenseLayer::ffn_input`]: `[n_tokens, intermediate_size]`.
+    ///
+    /// # Errors
+    /// If `input` is not a whole number of rows.
+    pub fn gates(&self, input: &[f32]) -> Result<Vec<f32>> {
+        let (hidden, n) = (self.hidden_size(), input.len() / self.hidden_size());
+        check_len("gates' input", input.len(), n * hidden)?;
+        let gate = self.gate.forward(&tensor(input.to_vec(), &[n, hidden])?)?;
+        with_values(&gate, |gate| gate.par_iter().map(|&g| self.activation.apply(g, 1.0)).collect())
     }
 
     /// Adds the feed-forward output `h [n_tokens, intermediate_size]` times `down_proj` to `x [n_tokens, hidden_size]`.
@@ -137,14 +223,7 @@ impl DenseLayer {
     /// # Errors
     /// None in practice; candle's accessors are fallible.
     pub fn down_norms(&self) -> Result<Vec<f32>> {
-        let ffn = self.intermediate_size();
-        self.down.with_weight(|weight| {
-            let mut squares = vec![0.0f64; ffn];
-            for row in weight.chunks_exact(ffn) {
-                squares.iter_mut().zip(row).for_each(|(sum, &w)| *sum += f64::from(w) * f64::from(w));
-            }
-            squares.into_iter().map(|sum| sum.sqrt() as f32).collect()
-        })
+        self.down.column_norms()
     }
 
     /// `gate_proj` and `up_proj`, row-major `[intermediate_size, hidden_size]` each.

@@ -26,6 +26,17 @@ impl Linear {
         with_values(&self.weight, read)
     }
 
+    /// Lengths of the weight's columns, `[n_in]`.
+    pub(crate) fn column_norms(&self) -> Result<Vec<f32>> {
+        self.with_weight(|weight| {
+            let mut squares = vec![0.0f64; self.n_in];
+            for row in weight.chunks_exact(self.n_in) {
+                squares.iter_mut().zip(row).for_each(|(sum, &w)| *sum += f64::from(w) * f64::from(w));
+            }
+            squares.into_iter().map(|sum| sum.sqrt() as f32).collect()
+        })
+    }
+
     /// `x [n, n_in]` to `[n, n_out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.matmul(&self.weight.t()?)?)

@@ -35,5 +35,5 @@ pub use attention::AttentionInputs;
 pub use embedding::Embedding;
 pub(crate) use embedding::WHOLE_TABLE_BYTES_MAX;
 pub use head::Head;
-pub use layer::{Activations, DenseLayer};
+pub use layer::{Activations, DenseLayer, Projection};
 pub(crate) use linear::{tensor, with_values};

@@ -2,6 +2,7 @@ use super::backend::{Backend, BackendEvent, BackendGraph, Launch, Queue};
 use super::driver::Driver;
 use super::emulator::Emulator;
 use super::error::Result;
+use super::fault::EmulatedFault;
 use super::memory::{Memory, View};
 use crate::AlignedBuf;
 use std::path::Path;
@@ -37,7 +38,15 @@ impl Device {
     /// # Errors
     /// If it cannot be loaded.
     pub fn emulated(library: &Path) -> Result<Self> {
-        Ok(Self { backend: Arc::new(Emulator::load(library)?), shared: Arc::default() })
+        Ok(Self { backend: Arc::new(Emulator::load(library, None)?), shared: Arc::default() })
+    }
+
+    /// The emulator as a device with a fault: for tests of what becomes of it.
+    ///
+    /// # Errors
+    /// As [`Device::emulated`].
+    pub fn faulty(library: &Path, fault: EmulatedFault) -> Result<Self> {
+        Ok(Self { backend: Arc::new(Emulator::load(library, Some(fault))?), shared: Arc::default() })
     }
 
     /// What the device calls itself.
@@ -184,8 +193,8 @@ impl Device {
     /// # Errors
     /// If `work` or the driver fails.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        *self.captured() = Some(Vec::new());
         self.backend.begin_capture()?;
+        *self.captured() = Some(Vec::new());
         let worked = work();
         let graph = self.backend.end_capture();
         let kept = self.captured().take().unwrap_or_default();

@@ -3,6 +3,7 @@
 
 use super::backend::{Arg, Backend, BackendEvent, BackendGraph, Launch, Queue};
 use super::error::{CudaError, Result};
+use super::fault::{EmulatedFault, Faults};
 use crate::AlignedBuf;
 use libloading::Library;
 use std::any::Any;
@@ -37,6 +38,7 @@ pub(super) struct Emulator {
 struct Kernels {
     emulate: Emulate,
     _library: Library,
+    faults: Faults,
     /// The emulator has one set of fibers.
     busy: Mutex<()>,
 }
@@ -51,7 +53,7 @@ enum Task {
 }
 
 impl Emulator {
-    pub(super) fn load(path: &Path) -> Result<Self> {
+    pub(super) fn load(path: &Path, fault: Option<EmulatedFault>) -> Result<Self> {
         let refused = |e: libloading::Error| CudaError::Emulator { path: path.to_owned(), reason: e.to_string() };
         // SAFETY: the library is the one that `build_emulator` makes; it has no constructors but a table of functions.
         let library = unsafe { Library::new(path) }.map_err(refused)?;
@@ -64,11 +66,17 @@ impl Emulator {
             let reason = format!("interface {abi}, expected {ABI}; build it again");
             return Err(CudaError::Emulator { path: path.to_owned(), reason });
         }
-        let kernels = Arc::new(Kernels { emulate, _library: library, busy: Mutex::new(()) });
+        let faults = Faults::new(fault);
+        let kernels = Arc::new(Kernels { emulate, _library: library, faults, busy: Mutex::new(()) });
         Ok(Self { kernels, blocks: Mutex::default(), taken: AtomicUsize::new(0), recorded: Mutex::new(None) })
     }
 
-    fn give(&self, task: Task) -> Result<()> {
+    fn check(&self, call: &'static str) -> Result<()> {
+        self.kernels.faults.check(call)
+    }
+
+    fn give(&self, call: &'static str, task: Task) -> Result<()> {
+        self.check(call)?;
         match &mut *lock(&self.recorded) {
             Some(recorded) => recorded.push(task),
             None => self.kernels.run(&task, false)?,
@@ -84,6 +92,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Kernels {
     fn run(&self, task: &Task, in_graph: bool) -> Result<()> {
         match task {
+            // As on a GPU, the calls after this one say so.
+            _ if self.faults.is_broken() => {}
+            Task::Launch(_) if self.faults.breaks_at_kernel() => {}
             Task::Launch(launch) => self.launch(launch, in_graph)?,
             // SAFETY: `Device` has checked that both ends are inside live blocks; kernels have ended.
             Task::Copy { to, from, bytes } => unsafe {
@@ -161,12 +172,14 @@ impl Backend for Emulator {
     }
 
     fn memory(&self) -> Result<(usize, usize)> {
+        self.check("cuMemGetInfo")?;
         Ok((MEMORY_BYTES - self.taken.load(Ordering::Relaxed), MEMORY_BYTES))
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         let free_bytes = MEMORY_BYTES - self.taken.load(Ordering::Relaxed);
-        if bytes > free_bytes {
+        self.check("cuMemAlloc")?;
+        if bytes > free_bytes || self.kernels.faults.refuses_memory() {
             return Err(CudaError::OutOfMemory { bytes, free_bytes });
         }
         let mut block = AlignedBuf::zeroed(bytes)?;
@@ -184,55 +197,61 @@ impl Backend for Emulator {
     }
 
     fn pin(&self, host: *mut u8, _: usize) -> Result<u64> {
+        self.check("cuMemHostRegister")?;
         Ok(host as u64)
     }
 
     fn unpin(&self, _: *mut u8) {}
 
     fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
+        self.check("cuMemcpyHtoDAsync")?;
         self.kernels.run(&Task::Copy { to, from: from.as_ptr() as u64, bytes: from.len() }, false)
     }
 
     fn download(&self, to: &mut [u8], from: u64) -> Result<()> {
+        self.check("cuMemcpyDtoH")?;
         self.kernels.run(&Task::Copy { to: to.as_mut_ptr() as u64, from, bytes: to.len() }, false)
     }
 
     fn copy(&self, _: Queue, to: u64, from: u64, bytes: usize) -> Result<()> {
-        self.give(Task::Copy { to, from, bytes })
+        self.give("cuMemcpyAsync", Task::Copy { to, from, bytes })
     }
 
     fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<()> {
-        self.give(Task::Fill { to, value, bytes })
+        self.give("cuMemsetD8Async", Task::Fill { to, value, bytes })
     }
 
     fn launch(&self, _: Queue, launch: Launch) -> Result<()> {
-        self.give(Task::Launch(launch))
+        self.give("cuLaunchKernelEx", Task::Launch(launch))
     }
 
     fn order(&self, _: Queue, _: Queue) -> Result<()> {
-        Ok(())
+        self.check("cuStreamWaitEvent")
     }
 
     fn begin_capture(&self) -> Result<()> {
+        self.check("cuStreamBeginCapture")?;
         *lock(&self.recorded) = Some(Vec::new());
         Ok(())
     }
 
     fn end_capture(&self) -> Result<Box<dyn BackendGraph>> {
         let tasks = lock(&self.recorded).take().unwrap_or_default();
+        self.check("cuStreamEndCapture")?;
         Ok(Box::new(EmulatedGraph { kernels: Arc::clone(&self.kernels), tasks }))
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(())
+        self.check("cuStreamSynchronize")
     }
 
     fn record(&self) -> Result<Box<dyn BackendEvent>> {
+        self.check("cuEventRecord")?;
         Ok(Box::new(EmulatedEvent(Instant::now())))
     }
 
     fn gemm(&self, shape: [usize; 4], a: u64, b: u64, b_is_transposed: bool, c: u64, add: bool) -> Result<()> {
-        self.give(Task::Gemm { shape, a, b, b_is_transposed, c, add })
+        self.give("cublasLtMatmul", Task::Gemm { shape, a, b, b_is_transposed, c, add })
     }
 }
 
@@ -244,6 +263,7 @@ struct EmulatedGraph {
 
 impl BackendGraph for EmulatedGraph {
     fn start(&self) -> Result<()> {
+        self.kernels.faults.check("cuGraphLaunch")?;
         self.tasks.iter().try_for_each(|task| self.kernels.run(task, true))
     }
 }

@@ -232,14 +232,17 @@ proptest! {
         }
         let result = HostResult { n_threads, y: pinned(&y).view(), flags: pinned(&flags).view() };
         let sum = upload(&x);
+        let left_out = (seed % 3 == 0).then(|| random.values(hidden));
+        let stands = left_out.as_ref().map(|v| upload(v).view());
         finish(
-            device(), &upload(&partial).view(), n_partials, hidden, &counts.view(), (host > 0).then_some(&result),
+            device(), &upload(&partial).view(), n_partials, hidden, &counts.view(), stands.as_ref(), (host > 0).then_some(&result),
             &step.view(), (layer, 3), &sum.view(),
         ).unwrap();
         let gave_up = flag == u32::MAX;
         for (c, got) in read::<f32>(&sum).into_iter().enumerate() {
             let mut terms: Vec<f64> = partial.iter().skip(c).step_by(hidden).map(|v| f64::from(*v)).collect();
             terms.push(x[c].into());
+            terms.extend(left_out.iter().map(|v| f64::from(v[c])));
             if host == 2 && !gave_up {
                 terms.extend(y.iter().skip(c).step_by(hidden).map(|v| f64::from(*v)));
             }
@@ -281,7 +284,7 @@ fn finish_waits_for_every_thread_of_the_host() {
     let counts = upload(&[0u32, 0, 0, 0, 1, 0, 0, 0]);
     let result = HostResult { n_threads: N, y: y.view(), flags: flags.view() };
     let step = upload(&[0u32, 0, 9, 0]);
-    finish(device(), &partial.view(), 1, hidden, &counts.view(), Some(&result), &step.view(), (1, 2), &x.view())
+    finish(device(), &partial.view(), 1, hidden, &counts.view(), None, Some(&result), &step.view(), (1, 2), &x.view())
         .unwrap();
     assert_eq!(read::<f32>(&x), vec![112.5; hidden]);
     host.join().unwrap();

@@ -7,6 +7,7 @@
 
 mod attention;
 mod choose;
+mod divide;
 mod exact;
 mod fatbin;
 mod fetch;

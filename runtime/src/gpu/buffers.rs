@@ -2,9 +2,9 @@
 //! device talk.
 
 use super::load::Loader;
-use super::plan::{ALIGN, GpuRequest, aligned, device_matrices, heads};
+use super::plan::{GpuRequest, aligned, device_matrices, heads, largest_coldest_bundle};
+use super::sections::{COUNTS_BYTES, TOTALS_BYTES, lists_bytes, most_sections, totals_rows};
 use crate::Result;
-use crate::plan::Mode;
 use std::sync::Mutex;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::AlignedBuf;
@@ -12,7 +12,7 @@ use thermocline_kernels::cuda::launch::{
     Foreseen, HostResult, HostWork, INPUT_FLAG, RESULT_FLAG, Step, WorkList, inner_values,
 };
 use thermocline_kernels::cuda::{Device, Memory, View};
-use thermocline_split::Split;
+use thermocline_split::{LayerFile, Split};
 
 /// Neurons of the next layer that are fetched while attention is computed.
 #[derive(Debug)]
@@ -38,7 +38,11 @@ pub(super) struct Scratch {
     pub attention: View,
     pub inner: View,
     pub scores: View,
+    /// Of the layer in progress, with the totals of all ([`super::sections::totals_rows`]).
     pub work: WorkList,
+    /// Of the sections of a layer that has several.
+    pub sections: Vec<WorkList>,
+    /// Rows for each block, section by section.
     pub partial: View,
     pub logits: View,
 }
@@ -86,11 +90,10 @@ fn rank(split: &Split) -> usize {
     split.predictors().entry("predictors.0.input").map_or(0, |t| t.rows)
 }
 
-/// Bytes of each part of [`Scratch`], in order; the last is the lists of exact mode.
-fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 16] {
+/// Bytes of each part of [`Scratch`], in order.
+fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 15] {
     let config = &split.manifest().config;
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
-    let every = if request.base.mode == Mode::Exact { config.n_layers * aligned(8 * ffn as u64) as usize } else { 0 };
     [
         Step::BYTES,
         4 * hidden,
@@ -103,11 +106,10 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * ffn.next_multiple_of(4),
         4 * ffn,
         8 * ffn,
-        32,
-        64,
-        4 * request.n_blocks * hidden,
+        COUNTS_BYTES,
+        TOTALS_BYTES * totals_rows(split),
+        4 * request.n_blocks * hidden * most_sections(split),
         4 * config.vocab_size,
-        every,
     ]
 }
 
@@ -119,7 +121,7 @@ fn lookahead_parts(split: &Split, n_places: usize) -> [usize; 6] {
         8 * ffn.div_ceil(32),
         4 * n_places,
         4,
-        n_places * split.layers()[0].layout().bundle_bytes(),
+        n_places * largest_coldest_bundle(split),
         4 * inner_values(hidden, rank(split)),
         4 * ffn.next_multiple_of(4),
     ]
@@ -132,7 +134,7 @@ pub(super) fn lookahead_bytes(split: &Split, n_places: usize) -> u64 {
 
 pub(super) fn scratch_bytes(split: &Split, request: &GpuRequest, n_splits: usize) -> u64 {
     scratch_parts(split, request, n_splits).iter().map(|&b| aligned(b as u64)).sum::<u64>()
-        + if request.base.mode == Mode::Exact { split.layers().len() as u64 * ALIGN } else { 0 }
+        + lists_bytes(split, request.base.mode)
 }
 
 /// Bytes of each part of [`PrefillBuffers`]: tokens, x, input (twice), q/k/v, gate, up, h (twice), stored (twice), rows
@@ -142,7 +144,8 @@ fn prefill_parts(split: &Split, batch: usize, piece: usize) -> [usize; 8] {
     let hidden = config.hidden_size;
     let widest = hidden.max(config.n_heads * config.head_dim);
     let row = device_matrices(split).map(|m| m.row_bytes()).max().unwrap_or(0);
-    let stored = piece * split.layers()[0].layout().bundle_bytes().max(row);
+    let longest = |file: &LayerFile| file.bundles().longest(0..file.order().len());
+    let stored = piece * split.layers().iter().map(longest).max().unwrap_or(0).max(row);
     [
         4 * batch,
         4 * batch * hidden,
@@ -192,7 +195,7 @@ impl Loader<'_> {
         let mut views = parts.iter().map(|&bytes| self.arena.take(bytes));
         let mut part = || views.next().expect("a part for each view");
         // In the order of `scratch_parts`.
-        let scratch = Scratch {
+        let mut scratch = Scratch {
             step: part(),
             x: part(),
             normed: part(),
@@ -203,10 +206,12 @@ impl Loader<'_> {
             inner: part(),
             scores: part(),
             work: WorkList { ids: part(), items: part(), counts: part(), totals: part() },
+            sections: Vec::new(),
             partial: part(),
             logits: part(),
         };
-        self.device.write(&scratch.work.totals, &[0; 64])?;
+        scratch.sections = self.shared_lists(&scratch.work);
+        self.device.write(&scratch.work.totals, &vec![0; scratch.work.totals.len()])?;
         self.device.write(&scratch.attention_arrived, &vec![0; scratch.attention_arrived.len()])?;
         Ok(scratch)
     }
@@ -245,7 +250,7 @@ impl Loader<'_> {
         Ok(Mapped {
             step: pin(Step::BYTES)?,
             logits: pin(4 * config.vocab_size)?,
-            totals: pin(64)?,
+            totals: pin(TOTALS_BYTES * totals_rows(self.split))?,
             request_flag: pin(4 * (INPUT_FLAG + 1))?,
             result_flags: pin(4 * RESULT_FLAG * n_threads)?,
             count: pin(4)?,

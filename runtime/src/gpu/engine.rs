@@ -5,6 +5,7 @@ use super::load::Model;
 use super::plan::GpuPlan;
 use super::predict::{GpuPrediction, GpuSpeeds};
 use super::prefill::Batch;
+use super::sections::TOTALS_BYTES;
 use super::token::Parts;
 use super::{speeds, token};
 use crate::account::{Account, TierBytes};
@@ -13,9 +14,9 @@ use crate::plan::Mode;
 use crate::sampler::greedy;
 use crate::{Error, Result};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use thermocline_kernels::cuda::{Device, Graph};
+use thermocline_kernels::cuda::{Device, Graph, Memory};
 use thermocline_split::{Flaw, Split};
 
 /// A model loaded onto a GPU, with one sequence's state.
@@ -36,11 +37,13 @@ pub struct GpuEngine {
     /// Tokens that were ever computed; the caches' clock.
     serial: u32,
     speeds: GpuSpeeds,
-    /// The kernels' own counters when they were last read: over the link, cached, hot, host, active, fetched beforehand
-    /// and used, fetched beforehand.
-    totals: [u64; 7],
+    /// The kernels' own counters when they were last read: row by row, as [`Totals`].
+    totals: Vec<Totals>,
     account: Account,
 }
+
+/// A row of the kernels' counters ([`thermocline_kernels::cuda::launch::WorkList::totals`]).
+type Totals = [u64; TOTALS_BYTES / 8];
 
 impl GpuEngine {
     /// Loads what `plan` says. `host_share`, from 0 to 1, is the host threads' share of the cold neurons that are not
@@ -70,13 +73,14 @@ impl GpuEngine {
         let host =
             wanted.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
         let mut serial = 0;
-        let mut speeds = speeds::of_model(&device, &model, config.intermediate_size)?;
+        let mut speeds = speeds::of_model(&device, &model)?;
         if let Some(host) = &host {
             speeds.host = host.measure(speeds::PROBE_NEURONS, &mut serial);
         }
         let parts = Parts { host: host.is_some(), lookahead: plan.lookahead_neurons > 0 };
         let token = token::record(&device, &config, &plan, &model, parts)?;
         let expected = if host.is_some() { plan.predict(&speeds).host_share as f32 } else { 0.0 };
+        let totals = vec![[0; 8]; model.scratch.work.totals.len() / TOTALS_BYTES];
         let (split, account) = (Arc::new(split), Account::default());
         let mut engine = Self {
             split,
@@ -91,7 +95,7 @@ impl GpuEngine {
             len: 0,
             serial,
             speeds,
-            totals: [0; 7],
+            totals,
             account,
         };
         engine.tune()?;
@@ -297,44 +301,57 @@ impl GpuEngine {
     /// Adds a token to the account. `host_bytes`: what the host's threads have read.
     fn count(&mut self, host_bytes: u64) {
         let config = &self.split.manifest().config;
-        let bundle = self.model.layout.bundle_bytes() as u64;
         let fixed = &self.plan.fixed;
         let n = (config.n_layers * config.intermediate_size) as u64;
         let kv = 2 * 2 * (config.n_layers * config.n_kv_heads * config.head_dim * self.len) as u64;
         let mut bytes = TierBytes { device: fixed.matrices + fixed.predictors + kv, ..TierBytes::default() };
         let a = &mut self.account;
         if self.plan.request.base.mode == Mode::Exact {
-            let hot = self.plan.hot_neurons.iter().sum::<usize>() as u64;
-            bytes.device += hot * bundle;
-            bytes.host += (n - hot) * bundle;
+            for layer in &self.model.layers {
+                bytes.device += layer.layout.bytes(0..layer.n_hot) as u64;
+                bytes.host += layer.cold_bytes();
+            }
             a.neurons_computed += n;
         } else {
-            // The kernels add up since the model was loaded.
-            let words = self.model.mapped.totals.words();
-            let total = |i: usize| {
-                let half = |w: usize| u64::from(words[w].load(Ordering::Relaxed));
-                half(2 * i) | half(2 * i + 1) << 32
-            };
-            let now = [1, 2, 3, 4, 5, 6, 7].map(total);
-            let [link, cached, hot, host, active, used, fetched] = std::array::from_fn(|i| now[i] - self.totals[i]);
-            self.totals = now;
-            bytes.device += hot * bundle;
-            bytes.cache += cached * bundle;
-            let link_bytes = (link + fetched) * bundle;
-            bytes.host += link_bytes + host_bytes;
-            a.link_bytes += link_bytes;
-            a.early_link_bytes += fetched * bundle;
-            a.cache_hits += cached;
-            a.cache_misses += link + host + used;
-            a.foreseen += fetched;
-            a.foreseen_used += used;
-            a.neurons_computed += active;
+            let since = added(&self.model.mapped.totals, &mut self.totals);
+            let before = a.link_bytes;
+            for layer in &self.model.layers {
+                for section in &layer.sections {
+                    let bundle = section.layout.bundle_bytes() as u64;
+                    let [_, link, cached, hot, ..] = since[section.totals];
+                    bytes.device += hot * bundle;
+                    bytes.cache += cached * bundle;
+                    a.link_bytes += link * bundle;
+                }
+                let [_, link, cached, _, host, active, used, fetched] = since[layer.totals];
+                let early_bytes = fetched * layer.last_section().layout.bundle_bytes() as u64;
+                a.link_bytes += early_bytes;
+                a.early_link_bytes += early_bytes;
+                a.cache_hits += cached;
+                a.cache_misses += link + host + used;
+                a.foreseen += fetched;
+                a.foreseen_used += used;
+                a.neurons_computed += active;
+            }
+            bytes.host += a.link_bytes - before + host_bytes;
         }
         a.neurons_total += n;
         a.bytes.device += bytes.device;
         a.bytes.cache += bytes.cache;
         a.bytes.host += bytes.host;
     }
+}
+
+/// What the kernels have counted since `before`, which is moved on: they add up since the model was loaded.
+fn added(counters: &Memory, before: &mut [Totals]) -> Vec<Totals> {
+    let half = |word: &AtomicU32| u64::from(word.load(Ordering::Relaxed));
+    let of_row = |(row, before): (&[AtomicU32], &mut Totals)| {
+        let now = std::array::from_fn(|i| half(&row[2 * i]) | half(&row[2 * i + 1]) << 32);
+        let since = std::array::from_fn(|i| now[i] - before[i]);
+        *before = now;
+        since
+    };
+    counters.words().chunks_exact(TOTALS_BYTES / 4).zip(before).map(of_row).collect()
 }
 
 impl Decoder for GpuEngine {

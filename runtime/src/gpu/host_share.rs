@@ -4,8 +4,8 @@
 //! threads watch the flag; each adds up its part of the list, leaves the sums in mapped memory, and raises a flag of its
 //! own. They never wait for each other: the device adds up what they leave.
 
-use super::load::Model;
-use crate::ffn::add_bundles;
+use super::load::{Layer, Model};
+use crate::ffn::{ColdBundles, add_bundles, input_encoding};
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
 use thermocline_kernels::cuda::launch::{INPUT_FLAG, RESULT_FLAG, flag_value};
-use thermocline_kernels::{BundleLayout, Kernels, PreparedInput};
+use thermocline_kernels::{Kernels, LayerLayout, PreparedInput};
 
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
@@ -39,9 +39,9 @@ pub(super) struct HostShare {
 
 #[derive(Debug)]
 struct Shared {
-    layout: BundleLayout,
     activation: Activation,
-    cold: Vec<Memory>,
+    hidden_size: usize,
+    layers: Vec<ColdNeurons>,
     request_flag: Memory,
     result_flags: Memory,
     count: Memory,
@@ -56,6 +56,20 @@ struct Shared {
     n_threads: usize,
 }
 
+/// A layer's neurons that are not hot.
+#[derive(Debug)]
+struct ColdNeurons {
+    layout: LayerLayout,
+    n_hot: usize,
+    memory: Memory,
+}
+
+impl ColdNeurons {
+    fn bundles(&self) -> ColdBundles<'_> {
+        ColdBundles { layout: &self.layout, first: self.n_hot, bytes: self.memory.host_bytes() }
+    }
+}
+
 impl Shared {
     /// The flag of thread `t`.
     fn result_flag(&self, t: usize) -> &AtomicU32 {
@@ -66,10 +80,11 @@ impl Shared {
 impl HostShare {
     pub(super) fn start(model: &Model, activation: Activation, n_threads: usize) -> Result<Self> {
         let m = &model.mapped;
+        let cold = |l: &Layer| ColdNeurons { layout: l.layout.clone(), n_hot: l.n_hot, memory: l.cold.clone() };
         let shared = Arc::new(Shared {
-            layout: model.layout,
             activation,
-            cold: model.layers.iter().map(|l| l.cold.clone()).collect(),
+            hidden_size: model.layers.first().map_or(0, |l| l.layout.hidden_size()),
+            layers: model.layers.iter().map(cold).collect(),
             request_flag: m.request_flag.clone(),
             result_flags: m.result_flags.clone(),
             count: m.count.clone(),
@@ -120,9 +135,8 @@ impl HostShare {
     /// has. The device must be idle. Takes numbers of tokens after `serial`, which is moved on: flags never go back.
     pub(super) fn measure(&self, n: usize, serial: &mut u32) -> f64 {
         let shared = &self.shared;
-        let bundle = shared.layout.bundle_bytes();
-        let Some(layer) = (0..shared.cold.len()).max_by_key(|&l| shared.cold[l].len()) else { return 0.0 };
-        let available = shared.cold[layer].host_bytes().len() / bundle;
+        let Some(layer) = (0..shared.layers.len()).max_by_key(|&l| shared.layers[l].memory.len()) else { return 0.0 };
+        let available = shared.layers[layer].layout.n_neurons() - shared.layers[layer].n_hot;
         let n = n.min(available).min(shared.list.words().len());
         if n == 0 {
             return 0.0;
@@ -130,7 +144,7 @@ impl HostShare {
         for (i, word) in shared.list.words()[..n].iter().enumerate() {
             word.store((i * available / n) as u32, Ordering::Relaxed);
         }
-        for (i, word) in shared.x.words()[..shared.layout.hidden_size()].iter().enumerate() {
+        for (i, word) in shared.x.words()[..shared.hidden_size].iter().enumerate() {
             word.store(((i % 7) as f32 - 3.0).to_bits(), Ordering::Relaxed);
         }
         shared.count.words()[0].store(n as u32, Ordering::Relaxed);
@@ -138,7 +152,7 @@ impl HostShare {
         let mut best = 0.0f64;
         for _ in 0..6 {
             *serial += 1;
-            let flag = flag_value(*serial, layer, shared.cold.len());
+            let flag = flag_value(*serial, layer, shared.layers.len());
             let (before, begin) = (self.bytes(), Instant::now());
             shared.request_flag.words()[0].store(flag, Ordering::Release);
             while (0..shared.n_threads).any(|t| shared.result_flag(t).load(Ordering::Acquire) != flag) {
@@ -177,34 +191,29 @@ enum Request {
 /// starts late must not take the first one for an old one.
 fn work(shared: &Shared, t: usize, mut seen: u32, mut prepared: u32) {
     let kernels = Kernels::detect();
-    let (n_threads, hidden) = (shared.n_threads, shared.layout.hidden_size());
+    let (n_threads, hidden) = (shared.n_threads, shared.hidden_size);
     let (mut x, mut input) = (vec![0.0f32; hidden], PreparedInput::default());
     let mut sums = vec![0.0f32; hidden];
     while let Some(request) = next_request(shared, seen, prepared) {
         let (Request::Input(flag) | Request::Work(flag)) = request;
+        let layer = &shared.layers[(flag.wrapping_sub(1) % shared.layers.len() as u32) as usize];
         if prepared != flag {
             // The device does not write the next layer's before this one is done, if the host has work in it.
             prepared = flag;
             shared.x.copy_to(&mut x);
-            kernels.prepare(shared.layout.encoding(), &x, &mut input);
+            kernels.prepare(input_encoding(&layer.layout), &x, &mut input);
         }
         if matches!(request, Request::Input(_)) {
             continue;
         }
         seen = flag;
-        let layer = (flag.wrapping_sub(1) % shared.cold.len() as u32) as usize;
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
         let mine = &shared.list.words()[n * t / n_threads..n * (t + 1) / n_threads];
-        let (cold, size) = (shared.cold[layer].host_bytes(), shared.layout.bundle_bytes());
-        let bundle = |i: usize| {
-            let at = mine[i].load(Ordering::Relaxed) as usize * size;
-            &cold[at..at + size]
-        };
-        let rows = add_bundles(&kernels, shared.layout, shared.activation, &input, &mut sums, mine.len(), bundle);
+        let bytes = add_bundles(&kernels, layer.bundles(), shared.activation, &input, &mut sums, mine);
         shared.y.copy_from(t * hidden, &sums);
         shared.result_flag(t).store(flag, Ordering::Release);
         // While the device is busy with other things.
-        shared.bytes.fetch_add(rows * (size as u64 / 3), Ordering::Relaxed);
+        shared.bytes.fetch_add(bytes, Ordering::Relaxed);
         sums.fill(0.0);
     }
 }

@@ -2,16 +2,18 @@
 
 use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch};
 use super::plan::{GpuPlan, heads, pinned_embedding};
+use super::sections::{Section, first_totals_row};
+use crate::layer_active::{LayerActive, layer_active};
 use crate::plan::Mode;
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::cuda::launch::{
-    CacheTables, DeviceMatrix, LowRankPredictor, Nonlinearity, WorkList, ffn_blocks, host_item, hot_item,
+    CacheTables, DeviceMatrix, LowRankPredictor, Nonlinearity, Selection, WorkList, ffn_blocks,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
-use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding};
+use thermocline_kernels::{AlignedBuf, Encoding, LayerLayout};
 use thermocline_split::{Flaw, LayerFile, Split, StoredPredictor, TensorEntry};
 
 /// Neurons, or rows of a matrix, of a prompt batch's piece: large enough for the tensor cores, small in memory.
@@ -28,15 +30,36 @@ pub(super) struct Layer {
     pub o: DeviceMatrix,
     pub keys: View,
     pub values: View,
+    pub layout: LayerLayout,
     pub n_hot: usize,
-    pub hot: View,
-    /// Pinned: the other neurons' bundles.
+    /// Pinned: the bundles of neurons that are not hot.
     pub cold: Memory,
+    pub sections: Vec<Section>,
+    /// Of the last section.
     pub cache: CacheTables,
     pub slots: View,
+    /// Sparse mode.
     pub predictor: Option<DevicePredictor>,
-    /// Exact mode: all neurons, listed once.
-    pub every: Option<WorkList>,
+    /// Neurons that a token computes.
+    pub selection: Selection,
+    /// Sparse mode: stands for the others.
+    pub left_out: Option<View>,
+    /// What a token of sparse mode computes, all sections together.
+    pub work: WorkList,
+    /// Its row of the totals.
+    pub totals: usize,
+}
+
+impl Layer {
+    /// Bytes of the bundles that are not hot.
+    pub(super) fn cold_bytes(&self) -> u64 {
+        self.layout.bytes(self.n_hot..self.layout.n_neurons()) as u64
+    }
+
+    /// The section of the last neurons, the only ones that are cached or fetched early.
+    pub(super) fn last_section(&self) -> &Section {
+        &self.sections[self.sections.len() - 1]
+    }
 }
 
 #[derive(Debug)]
@@ -51,7 +74,6 @@ pub(super) struct DevicePredictor {
 /// A model where a token can use it.
 #[derive(Debug)]
 pub(super) struct Model {
-    pub layout: BundleLayout,
     pub activation: Nonlinearity,
     pub layers: Vec<Layer>,
     pub embedding: DeviceMatrix,
@@ -88,30 +110,33 @@ impl Model {
     ) -> Result<Self> {
         let config = &split.manifest().config;
         let (hidden, n_layers) = (config.hidden_size, config.n_layers);
-        let layout = *split.layers()[0].layout();
-        if !hidden.is_multiple_of(32) || layout.hidden_size() != hidden {
+        if !hidden.is_multiple_of(32) {
             let reason = format!("the GPU engine needs a hidden size that is a multiple of 32, not {hidden}");
             return Err(misfit(split, "config.hidden_size", reason));
         }
-        check_encodings(split)?;
         let bytes = plan.total_bytes - plan.fixed.context;
         let memory = device.allocate(bytes as usize).map_err(|e| match e {
             CudaError::OutOfMemory { .. } => Error::VramRefused { needed_bytes: bytes, source: e },
             other => other.into(),
         })?;
         let arena = Arena::new(memory);
-        let loader = Loader { split, plan, device, arena: &arena };
+        let active = match plan.request.base.mode {
+            Mode::Exact => Vec::new(),
+            Mode::Sparse { active } => layer_active(split, active)?,
+        };
+        let loader = Loader { split, plan, device, arena: &arena, active: &active };
+        let scratch = loader.scratch()?;
         let n_threads = plan.request.base.n_threads.min(n_layers);
         let next = AtomicUsize::new(0);
         let mut loaded: Vec<Option<(Layer, Option<Flaw>)>> = (0..n_layers).map(|_| None).collect();
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::channel();
             for _ in 0..n_threads {
-                let (sender, next, loader) = (sender.clone(), &next, &loader);
+                let (sender, next, loader, scratch) = (sender.clone(), &next, &loader, &scratch);
                 scope.spawn(move || {
                     loop {
                         let l = next.fetch_add(1, Ordering::Relaxed);
-                        if l >= n_layers || sender.send((l, loader.layer(l))).is_err() {
+                        if l >= n_layers || sender.send((l, loader.layer(l, scratch))).is_err() {
                             return;
                         }
                     }
@@ -124,7 +149,7 @@ impl Model {
             }
             Ok::<(), Error>(())
         })?;
-        let (mut layers, flaws): (Vec<Layer>, Vec<Option<Flaw>>) = loaded.into_iter().flatten().unzip();
+        let (layers, flaws): (Vec<Layer>, Vec<Option<Flaw>>) = loaded.into_iter().flatten().unzip();
         let mut flaws: Vec<Flaw> = flaws.into_iter().flatten().collect();
         progress(n_layers, n_layers);
 
@@ -146,18 +171,11 @@ impl Model {
                 (loader.matrix(&["lm_head.weight"], &[vocab], &mut flaws)?, table)
             }
         };
-        let scratch = loader.scratch()?;
         let lookahead = (plan.lookahead_neurons > 0).then(|| loader.lookahead());
-        if plan.request.base.mode == Mode::Exact {
-            for layer in &mut layers {
-                layer.every = Some(loader.list_all(layer.n_hot, &scratch.work)?);
-            }
-        }
         let final_norm = loader.vector("model.norm.weight", hidden)?;
         let (cos, sin) = crate::attention::Rope::new(config, plan.request.base.context).into_tables();
         let rope = [arena.put(device, bytemuck::cast_slice(&cos))?, arena.put(device, bytemuck::cast_slice(&sin))?];
         Ok(Self {
-            layout,
             activation: kernel_activation(config.activation),
             layers,
             embedding,
@@ -180,6 +198,8 @@ pub(super) struct Loader<'a> {
     pub plan: &'a GpuPlan,
     pub device: &'a Device,
     pub arena: &'a Arena,
+    /// Sparse mode: what is computed of each layer.
+    pub active: &'a [LayerActive],
 }
 
 impl Loader<'_> {
@@ -225,7 +245,7 @@ impl Loader<'_> {
         self.arena.put(self.device, bytemuck::cast_slice(&values))
     }
 
-    fn layer(&self, l: usize) -> Result<(Layer, Option<Flaw>)> {
+    fn layer(&self, l: usize, scratch: &Scratch) -> Result<(Layer, Option<Flaw>)> {
         let config = &self.split.manifest().config;
         let (hidden, ffn, head) = (config.hidden_size, config.intermediate_size, config.head_dim);
         let (q, kv) = (config.n_heads * head, config.n_kv_heads * head);
@@ -257,6 +277,7 @@ impl Loader<'_> {
         let n_hot = self.plan.hot_neurons[l];
         let (hot, hot_flaw) = self.hot(file, n_hot)?;
         let (cold, cold_flaw) = self.cold(file, n_hot)?;
+        let (work, sections) = self.sections(l, n_hot, [&hot, &cold.view()], scratch)?;
         let values = heads(config, self.plan.request.base.context).cache_values();
         let n_sets = self.plan.cache_sets[l];
         let (n_cold, slots) = (ffn - n_hot, n_sets * self.plan.cache_ways);
@@ -271,6 +292,9 @@ impl Loader<'_> {
             used: table(slots),
             lambda: self.plan.cache_lambda,
         };
+        let active = self.active.get(l);
+        let measured = active.map(|a| a.left_out.as_slice()).filter(|mean| !mean.is_empty());
+        let left_out = measured.map(|mean| self.arena.put(self.device, bytemuck::cast_slice(mean)));
         let layer = Layer {
             input_norm: self.vector(&name("input_layernorm.weight"), hidden)?,
             ffn_norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,
@@ -279,13 +303,17 @@ impl Loader<'_> {
             o,
             keys: self.arena.take(2 * values),
             values: self.arena.take(2 * values),
+            layout: file.bundles().clone(),
             n_hot,
-            hot,
             cold,
+            sections,
             cache,
-            slots: self.arena.take(slots * file.layout().bundle_bytes()),
+            slots: self.arena.take(slots * file.bundles().coldest().bundles().bundle_bytes()),
             predictor,
-            every: None,
+            selection: active.map_or(Selection::Every, |a| Selection::Top(a.n_active)),
+            left_out: left_out.transpose()?,
+            work,
+            totals: first_totals_row(self.split, l),
         };
         Ok((layer, flaws.into_iter().next().or(hot_flaw).or(cold_flaw)))
     }
@@ -304,32 +332,17 @@ impl Loader<'_> {
     }
 
     fn hot(&self, file: &LayerFile, n_hot: usize) -> Result<(View, Option<Flaw>)> {
-        let mut bytes = vec![0; n_hot * file.layout().bundle_bytes()];
+        let mut bytes = vec![0; file.bundles().bytes(0..n_hot)];
         file.read_chunks(0..n_hot.div_ceil(file.chunk_neurons()), &mut bytes)?;
         Ok((self.arena.put(self.device, &bytes)?, file.flaw(0, &bytes)))
     }
 
     fn cold(&self, file: &LayerFile, n_hot: usize) -> Result<(Memory, Option<Flaw>)> {
-        let len = (file.order().len() - n_hot) * file.layout().bundle_bytes();
+        let len = file.bundles().bytes(n_hot..file.order().len());
         let mut host = AlignedBuf::zeroed(len)?;
         file.read_chunks(n_hot.div_ceil(file.chunk_neurons())..file.n_chunks(), &mut host[..len])?;
         let flaw = file.flaw(n_hot, &host[..len]);
         Ok((self.device.pin(host)?, flaw))
-    }
-
-    /// A list of all neurons of a layer, those in pinned memory first: the kernel's blocks take turns, and so each has
-    /// its part of the slow ones.
-    fn list_all(&self, n_hot: usize, shared: &WorkList) -> Result<WorkList> {
-        let n = self.split.manifest().config.intermediate_size;
-        let cold = (0..n - n_hot).map(host_item);
-        let items: Vec<[u32; 2]> = cold.chain((0..n_hot).map(hot_item)).collect();
-        let counts = [n, n - n_hot, 0, n_hot, 0, n, 0, 0].map(|v| v as u32);
-        Ok(WorkList {
-            ids: shared.ids.clone(),
-            items: self.arena.put(self.device, bytemuck::cast_slice(&items))?,
-            counts: self.arena.put(self.device, bytemuck::cast_slice(&counts))?,
-            totals: shared.totals.clone(),
-        })
     }
 }
 
@@ -353,15 +366,6 @@ impl DevicePredictor {
     ) -> LowRankPredictor<'a> {
         let (norm_weight, factors, neurons) = (&layer.ffn_norm, &self.factors, &self.neurons);
         LowRankPredictor { input, norm_weight, factors, neurons, inner, scores }
-    }
-}
-
-/// Refuses layers that are not alike: kernels take one layout for all.
-fn check_encodings(split: &Split) -> Result<()> {
-    let first = split.layers()[0].layout();
-    match split.layers().iter().map(LayerFile::layout).find(|l| *l != first) {
-        Some(other) => Err(Error::MixedLayers { first: first.encoding().name(), other: other.encoding().name() }),
-        None => Ok(()),
     }
 }
 

@@ -6,6 +6,7 @@
 //! | how fast that should be | `predict` |
 //! | cache policies and sizes, replayed on the split's trace | `replay` |
 //! | the split's bytes, on the device and pinned | `load` |
+//! | a layer's sections, each with its list | `sections` |
 //! | what else a token needs, and shares with the host | `buffers` |
 //! | one token as one CUDA graph | `token` |
 //! | prompts, by whole layers | `prefill` |
@@ -22,6 +23,7 @@ mod plan;
 mod predict;
 mod prefill;
 mod replay;
+mod sections;
 mod speeds;
 mod token;
 

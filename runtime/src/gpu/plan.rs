@@ -3,11 +3,13 @@
 use super::replay::{LayerTrace, Policy, Replayed, WAYS};
 use crate::attention::Rope;
 use crate::budget::format_bytes;
+use crate::divide::{active_bundle, equal_prefixes, hot_prefixes, layers_by_rate};
 use crate::kv::KvCache;
-use crate::plan::{Mode, check_request, hot_prefixes, layers_by_rate, whole_chunks};
-use crate::{Error, PlanRequest, Result};
+use crate::plan::{Mode, check_request, sections};
+use crate::{Error, PlanRequest, PlannedSection, Result};
 use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use thermocline_kernels::LayerLayout;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
 use thermocline_split::{Format, Split, StoredMatrix, TensorEntry};
 
@@ -39,6 +41,9 @@ const LINK_IS_SLOWER: u64 = 16;
 /// so many.
 const LOOKAHEAD_IS_SMALLER: u64 = 32;
 
+/// A plan that the device refuses shrinks by one part in so many.
+const REFUSED_SHRINKS: u64 = 10;
+
 /// What is to be planned.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct GpuRequest {
@@ -62,7 +67,7 @@ pub struct GpuRequest {
 pub struct GpuBytes {
     /// Attention matrices and the head.
     pub matrices: u64,
-    /// Norms and biases.
+    /// Norms, biases, what stands for neurons that are left out.
     pub vectors: u64,
     /// Predictors, in sparse mode.
     pub predictors: u64,
@@ -102,6 +107,11 @@ pub struct GpuPlan {
     pub hot_neurons: Vec<usize>,
     /// Bytes of them.
     pub hot_bytes: u64,
+    /// Layers whose neurons are not all laid out alike: what each of their sections is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sections: Vec<PlannedSection>,
+    /// Layers whose cold neurons are in several sections: they have no cache, and fetch early from the last section alone.
+    pub mixed_cold_layers: usize,
     /// Sets of the cache of each layer, [`GpuPlan::cache_ways`] slots each.
     pub cache_sets: Vec<usize>,
     /// Slots of a set.
@@ -113,16 +123,16 @@ pub struct GpuPlan {
     /// What the replay of the split's trace saw for each policy with this division: name, share of the cold neurons that
     /// were in the cache.
     pub cache_policies: Vec<(String, f64)>,
-    /// Neurons of each layer for which there is room to fetch them while attention is computed.
+    /// Neurons of each layer for which there is room to fetch them while attention is computed: of its last section.
     pub lookahead_neurons: usize,
+    /// Bytes that a token can fetch so.
+    pub lookahead_bytes_per_token: u64,
     /// Pinned host memory.
     pub pinned_bytes: u64,
     /// Device memory in all.
     pub total_bytes: u64,
     /// All weights of the model as encoded here.
     pub dense_bytes: u64,
-    /// Bytes of a neuron.
-    pub bundle_bytes: u64,
     /// Columns of a layer's input.
     pub hidden_size: usize,
     /// Ranges of positions that attention is divided into.
@@ -146,17 +156,39 @@ fn n_splits(context: usize, n_blocks: usize, n_kv_heads: usize) -> usize {
     n.clamp(1, MAX_SPLITS)
 }
 
-/// Refuses layers with several layouts.
-fn check_sections(split: &Split) -> Result<()> {
-    let of_layer = |f: &thermocline_split::LayerFile| match f.bundles().encodings().collect::<Vec<_>>().as_slice() {
-        [first, other, ..] => Err(Error::Sections { layer: f.layer(), first: first.name(), other: other.name() }),
-        _ => Ok(()),
-    };
-    split.layers().iter().try_for_each(of_layer)
-}
-
 pub(super) fn aligned(bytes: u64) -> u64 {
     bytes.next_multiple_of(ALIGN)
+}
+
+/// Bytes that the first `hot[l]` bundles of each layer take on the device.
+fn prefix_bytes(split: &Split, hot: &[usize]) -> u64 {
+    let of_layer = |(layout, &h): (&LayerLayout, &usize)| aligned(layout.bytes(0..h) as u64);
+    layouts(split).zip(hot).map(of_layer).sum()
+}
+
+/// Bytes of the other bundles.
+fn cold_bytes(split: &Split, hot: &[usize]) -> u64 {
+    layouts(split).zip(hot).map(|(layout, &h)| layout.bytes(h..layout.n_neurons()) as u64).sum()
+}
+
+fn layouts(split: &Split) -> impl Iterator<Item = &LayerLayout> {
+    split.layers().iter().map(thermocline_split::LayerFile::bundles)
+}
+
+/// Whether the neurons behind the first `n_hot` are all of the last section.
+fn is_cold_alike(layout: &LayerLayout, n_hot: usize) -> bool {
+    layout.coldest().neurons().start <= n_hot
+}
+
+/// Bytes of a bundle of a layer's last section. Only these are cached and fetched early: slots and places are all of one
+/// size, and few layers have cold neurons in another.
+fn coldest_bundle(layout: &LayerLayout) -> u64 {
+    layout.coldest().bundles().bundle_bytes() as u64
+}
+
+/// Bytes of the largest of these.
+pub(super) fn largest_coldest_bundle(split: &Split) -> usize {
+    layouts(split).map(coldest_bundle).max().unwrap_or(0) as usize
 }
 
 impl GpuPlan {
@@ -170,10 +202,8 @@ impl GpuPlan {
     /// `--ram-budget` cannot hold the rest.
     pub fn new(split: &Split, request: GpuRequest) -> Result<Self> {
         check_request(&request.base)?;
-        check_sections(split)?;
         let config = &split.manifest().config;
-        let layout = *split.layers()[0].layout();
-        let (bundle, n, n_layers) = (layout.bundle_bytes() as u64, config.intermediate_size, config.n_layers);
+        let (n, n_layers) = (config.intermediate_size, config.n_layers);
         let context = request.base.context;
         let n_splits = n_splits(context, request.n_blocks, config.n_kv_heads);
         let prefill_neurons = super::load::prefill_piece(config);
@@ -186,22 +216,23 @@ impl GpuPlan {
                 what: describe(&fixed),
             });
         };
-        let all = aligned(n as u64 * bundle) * n_layers as u64;
         let mut plan = Self {
             request,
             fixed,
             hot_neurons: vec![n; n_layers],
             hot_bytes: 0,
+            sections: sections(split),
+            mixed_cold_layers: 0,
             cache_sets: vec![0; n_layers],
             cache_ways: WAYS,
             cache_bytes: 0,
             cache_lambda: 1.0,
             cache_policies: Vec::new(),
             lookahead_neurons: 0,
+            lookahead_bytes_per_token: 0,
             pinned_bytes: 0,
             total_bytes: 0,
             dense_bytes: split.dense_bytes(),
-            bundle_bytes: bundle,
             hidden_size: config.hidden_size,
             n_splits,
             prefill_neurons,
@@ -210,29 +241,22 @@ impl GpuPlan {
             host_bytes_per_token: 0,
             cache_hit_rate: 0.0,
         };
-        let active = match request.base.mode {
-            Mode::Exact => 1.0,
-            Mode::Sparse { active } => f64::from(active),
-        };
         let mut replayed = None;
-        if all > left {
+        if prefix_bytes(split, &plan.hot_neurons) > left {
             match request.base.mode {
-                Mode::Exact => {
-                    let each = (left / n_layers as u64 / bundle) as usize;
-                    let prefix = |f: &thermocline_split::LayerFile| whole_chunks(each.min(n), f.chunk_neurons(), n);
-                    plan.hot_neurons = split.layers().iter().map(prefix).collect();
-                }
+                Mode::Exact => plan.hot_neurons = equal_prefixes(split, |hot| prefix_bytes(split, hot) <= left),
                 Mode::Sparse { active } => {
                     let left = plan.look_ahead(split, left, crate::predictor::n_active(active, n))?;
                     replayed = Some(plan.divide(split, left)?);
                 }
             }
         }
-        plan.hot_bytes = plan.hot_neurons.iter().map(|&h| aligned(h as u64 * bundle)).sum();
-        plan.cache_bytes =
-            plan.hot_neurons.iter().zip(&plan.cache_sets).map(|(&h, &s)| cache_bytes(n - h, s, bundle)).sum();
+        plan.hot_bytes = prefix_bytes(split, &plan.hot_neurons);
+        plan.mixed_cold_layers = layouts(split).zip(&plan.hot_neurons).filter(|(l, h)| !is_cold_alike(l, **h)).count();
+        let caches = layouts(split).zip(&plan.hot_neurons).zip(&plan.cache_sets);
+        plan.cache_bytes = caches.map(|((layout, &h), &s)| cache_bytes(n - h, s, coldest_bundle(layout))).sum();
         plan.total_bytes = plan.fixed.total() + plan.hot_bytes + plan.cache_bytes;
-        let cold = plan.hot_neurons.iter().map(|&h| (n - h) as u64 * bundle).sum::<u64>();
+        let cold = cold_bytes(split, &plan.hot_neurons);
         plan.pinned_bytes = cold + pinned_embedding(split).map_or(0, |m| m.bytes());
         if let Some(ram) = request.base.ram_budget_bytes
             && plan.pinned_bytes > ram
@@ -240,29 +264,40 @@ impl GpuPlan {
             let what = format!("the neurons that are not in VRAM ({}), pinned", format_bytes(cold));
             return Err(Error::DoesNotFit { budget_bytes: ram, needed_bytes: plan.pinned_bytes, what });
         }
-        let total = (n_layers * n) as f64 * active;
-        let r = replayed.unwrap_or(Replayed {
-            active: n as f64,
-            hot: plan.hot_neurons.iter().sum::<usize>() as f64 / n_layers as f64,
-            cached: 0.0,
-        });
-        // The trace has the profile's active share; another share is scaled.
-        let bytes_of = |neurons: f64| (total * neurons / r.active.max(1.0) * bundle as f64) as u64;
-        let fixed_reads = plan.fixed.matrices + plan.fixed.predictors + KvCache::bytes(config, context);
-        plan.device_bytes_per_token = fixed_reads + bytes_of(r.hot);
-        plan.cache_bytes_per_token = bytes_of(r.cached);
-        plan.host_bytes_per_token = bytes_of(r.active - r.hot - r.cached);
-        plan.cache_hit_rate = if r.active > r.hot { r.cached / (r.active - r.hot) } else { 0.0 };
+        plan.device_bytes_per_token = plan.fixed.matrices + plan.fixed.predictors + KvCache::bytes(config, context);
+        match request.base.mode {
+            Mode::Exact => {
+                plan.host_bytes_per_token = cold;
+                plan.device_bytes_per_token += cold_bytes(split, &vec![0; n_layers]) - cold;
+            }
+            Mode::Sparse { active } => plan.expect_bytes(split, f64::from(active), replayed)?,
+        }
         Ok(plan)
+    }
+
+    /// Adds the bytes of the neurons that a token of sparse mode is expected to read.
+    fn expect_bytes(&mut self, split: &Split, active: f64, replayed: Option<Replayed>) -> Result<()> {
+        let (n, hot) = (split.manifest().config.intermediate_size, &self.hot_neurons);
+        let all_hot = Replayed { active: n as f64, hot: n as f64, ..Replayed::default() };
+        let r = replayed.unwrap_or(all_hot);
+        // The trace has the profile's active share; another share is scaled.
+        let scale = (hot.len() * n) as f64 * active / r.active.max(1.0);
+        let hot_bundle = active_bundle(split, |l| 0..hot[l])?;
+        let cold_bundle = active_bundle(split, |l| hot[l]..n)?;
+        self.device_bytes_per_token += (scale * r.hot * hot_bundle) as u64;
+        self.cache_bytes_per_token = (scale * r.cached * cold_bundle) as u64;
+        self.host_bytes_per_token = (scale * (r.active - r.hot - r.cached) * cold_bundle) as u64;
+        self.cache_hit_rate = if r.active > r.hot { r.cached / (r.active - r.hot) } else { 0.0 };
+        Ok(())
     }
 
     /// Makes room for neurons that are fetched while attention is computed, `n_active` of each layer at most; returns what
     /// is left.
     fn look_ahead(&mut self, split: &Split, left: u64, n_active: usize) -> Result<u64> {
-        let bundle = split.layers()[0].layout().bundle_bytes() as u64;
         let n_layers = self.hot_neurons.len();
         let meanwhile = || {
             let bytes = (self.fixed.matrices / n_layers as u64 / LINK_IS_SLOWER).min(left / LOOKAHEAD_IS_SMALLER);
+            let bundle = largest_coldest_bundle(split) as u64;
             bytes.saturating_sub(super::buffers::lookahead_bytes(split, 0)) / bundle
         };
         let n = self.request.lookahead.unwrap_or_else(|| meanwhile() as usize).min(n_active);
@@ -270,6 +305,7 @@ impl GpuPlan {
             return Ok(left);
         }
         self.lookahead_neurons = n;
+        self.lookahead_bytes_per_token = layouts(split).map(|layout| n as u64 * coldest_bundle(layout)).sum();
         self.fixed.lookahead = super::buffers::lookahead_bytes(split, n);
         left.checked_sub(self.fixed.lookahead).ok_or_else(|| Error::VramTooSmall {
             budget_bytes: self.request.vram_budget_bytes,
@@ -283,14 +319,10 @@ impl GpuPlan {
     fn divide(&mut self, split: &Split, left: u64) -> Result<Replayed> {
         let config = &split.manifest().config;
         let (n, n_layers) = (config.intermediate_size, config.n_layers);
-        let bundle = split.layers()[0].layout().bundle_bytes() as u64;
         let hottest = layers_by_rate(split)?;
         let step = n_layers.div_ceil(REPLAYED_LAYERS);
         let sampled: Vec<usize> = (0..n_layers).step_by(step).collect();
         let traces = sampled.iter().map(|&l| LayerTrace::load(split, l)).collect::<Result<Vec<_>>>()?;
-        // Rounding to chunks and to the alignment of device memory.
-        let slack = n_layers as u64 * 2 * ALIGN;
-        let tables = cache_bytes(n, 0, bundle).max(8 * n as u64) * n_layers as u64;
         let shares: Vec<f64> = self.request.cache_share.map_or(CACHE_SHARES.to_vec(), |share| vec![share]);
         let mut divisions = Vec::new();
         // What is not enough for a set is left to the prefix.
@@ -298,12 +330,7 @@ impl GpuPlan {
             if share == 0.0 && !divisions.is_empty() {
                 continue;
             }
-            let cache_budget =
-                if share > 0.0 { ((left as f64 * share) as u64).saturating_sub(tables + slack) } else { 0 };
-            let hot_budget = (left as f64 * (1.0 - share)) as u64;
-            let hot = hot_prefixes(split, &hottest, (hot_budget.saturating_sub(slack) / bundle) as usize);
-            let each = (cache_budget / n_layers as u64 / (WAYS as u64 * (bundle + 8))) as usize;
-            let sets: Vec<usize> = hot.iter().map(|h| each.min((n - h) / WAYS)).collect();
+            let (hot, sets) = division(split, &hottest, left, share);
             if share == 0.0 || sets.iter().any(|&s| s > 0) {
                 divisions.push((hot, sets));
             }
@@ -317,9 +344,9 @@ impl GpuPlan {
             .collect();
         let replays = in_parallel(self.request.base.n_threads, jobs.len(), |job| {
             let (d, policy) = jobs[job];
-            replay_all(&traces, &sampled, n, &divisions[d].0, &divisions[d].1, policy)
+            replay_all(split, &traces, &sampled, &divisions[d], policy)
         });
-        let misses = |job: &usize| replays[*job].active - replays[*job].hot - replays[*job].cached;
+        let misses = |job: &usize| replays[*job].missed_bytes;
         let on_device = (0..jobs.len()).filter(|&job| matches!(jobs[job].1, Policy::Lrfu { .. }));
         let Some(mut best) = on_device.min_by(|a, b| misses(a).total_cmp(&misses(b))) else {
             return Ok(Replayed { active: n as f64, ..Replayed::default() });
@@ -339,6 +366,15 @@ impl GpuPlan {
             self.cache_policies = hits.collect();
         }
         Ok(replays[best])
+    }
+
+    /// What to ask for if the device refuses this plan: a tenth less, but never more than half of the neurons' memory
+    /// less. `None` if no neuron is on the device: there is nothing to shrink.
+    pub fn smaller(&self) -> Option<GpuRequest> {
+        let neurons = self.hot_bytes + self.cache_bytes;
+        let less = (self.total_bytes / REFUSED_SHRINKS).min(neurons / 2);
+        let vram_budget_bytes = self.total_bytes - less;
+        (neurons > 0).then_some(GpuRequest { vram_budget_bytes, ..self.request })
     }
 
     /// Slots of the cache.
@@ -362,23 +398,45 @@ fn in_parallel<T: Send>(n_threads: usize, n: usize, f: impl Fn(usize) -> T + Syn
     results.into_iter().map(|(_, t)| t).collect()
 }
 
+/// Hot prefixes, and sets of the cache, where the cache takes `share` of `left` bytes.
+fn division(split: &Split, hottest: &[u32], left: u64, share: f64) -> (Vec<usize>, Vec<usize>) {
+    let config = &split.manifest().config;
+    let (n, n_layers) = (config.intermediate_size, config.n_layers as u64);
+    // Rounding to chunks and to the alignment of device memory.
+    let slack = n_layers * 2 * ALIGN;
+    let tables = 8 * n as u64 * n_layers;
+    let cache_budget = if share > 0.0 { ((left as f64 * share) as u64).saturating_sub(tables + slack) } else { 0 };
+    let hot_budget = (left as f64 * (1.0 - share)) as u64;
+    let prefixes = |bytes: u64| hot_prefixes(split, hottest, bytes.saturating_sub(slack));
+    let hot = prefixes(hot_budget);
+    let cached: Vec<bool> = layouts(split).zip(&hot).map(|(layout, &h)| is_cold_alike(layout, h)).collect();
+    // The part of layers that have no cache is for the prefix.
+    let without = cached.iter().filter(|&&cached| !cached).count() as u64;
+    let unused = cache_budget * without / n_layers;
+    let hot = if unused > 0 { prefixes(hot_budget + unused) } else { hot };
+    // As many sets for each of the others.
+    let of_set = |(layout, &cached): (&LayerLayout, &bool)| {
+        if cached { WAYS as u64 * (coldest_bundle(layout) + 8) } else { 0 }
+    };
+    let sets_bytes: u64 = layouts(split).zip(&cached).map(of_set).sum();
+    let each = ((cache_budget - unused) / sets_bytes.max(1)) as usize;
+    let n_sets = |(&h, &cached): (&usize, &bool)| if cached { each.min((n - h) / WAYS) } else { 0 };
+    let sets = hot.iter().zip(&cached).map(n_sets).collect();
+    (hot, sets)
+}
+
+/// The mean layer's replay with the hot neurons and sets of each.
 fn replay_all(
+    split: &Split,
     traces: &[LayerTrace],
     layers: &[usize],
-    n: usize,
-    hot: &[usize],
-    sets: &[usize],
+    (hot, sets): &(Vec<usize>, Vec<usize>),
     policy: Policy,
 ) -> Replayed {
-    let mut sum = Replayed::default();
-    for (trace, &l) in traces.iter().zip(layers) {
-        let r = trace.replay(n, hot[l], sets[l], WAYS, policy);
-        sum.active += r.active;
-        sum.hot += r.hot;
-        sum.cached += r.cached;
-    }
-    let count = traces.len().max(1) as f64;
-    Replayed { active: sum.active / count, hot: sum.hot / count, cached: sum.cached / count }
+    let of_layer =
+        |(trace, &l): (&LayerTrace, &usize)| trace.replay(split.layers()[l].bundles(), hot[l], sets[l], WAYS, policy);
+    let sum = traces.iter().zip(layers).map(of_layer).fold(Replayed::default(), Replayed::plus);
+    sum.over(traces.len())
 }
 
 /// Slots, and what the kernels keep about them and about `n_cold` neurons.
@@ -426,6 +484,8 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
         Mode::Exact => 0,
         Mode::Sparse { .. } => sum(&mut split.predictors().tensors().iter()),
     };
+    let has_left_out = predictors > 0 && split.manifest().shares.is_some();
+    let left_out = if has_left_out { config.n_layers as u64 * aligned(4 * config.hidden_size as u64) } else { 0 };
     let context = request.base.context;
     let kv_cache = KvCache::bytes(config, context)
         + 2 * config.n_layers as u64 * ALIGN
@@ -433,7 +493,7 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
     GpuBytes {
         matrices: device_matrix_bytes(split),
         // q, k and v biases become one vector.
-        vectors: vectors + config.n_layers as u64 * ALIGN,
+        vectors: vectors + config.n_layers as u64 * ALIGN + left_out,
         predictors,
         kv_cache,
         scratch: super::buffers::scratch_bytes(split, request, n_splits),

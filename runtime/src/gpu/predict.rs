@@ -60,7 +60,7 @@ impl GpuPlan {
         let early = if speeds.host > 0.0 {
             0.0
         } else {
-            (n_layers * self.lookahead_neurons as f64 * self.bundle_bytes as f64)
+            (self.lookahead_bytes_per_token as f64)
                 .min((device_seconds + between) * speeds.link * LOOKAHEAD_WINS)
                 .min(host)
         };

@@ -5,6 +5,7 @@
 
 use super::load::{Layer, Model};
 use super::plan::{GpuPlan, heads};
+use super::sections::Section;
 use crate::Result;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::Encoding;
@@ -26,10 +27,11 @@ pub(super) struct Batch<'a> {
     pub past: usize,
 }
 
-/// Cold neurons `first .. first + n` (counted from the first cold one) of a layer.
+/// Cold neurons `first .. first + n` (counted from the first cold one) of a section of a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Piece {
     layer: usize,
+    section: usize,
     first: usize,
     n: usize,
 }
@@ -58,9 +60,7 @@ impl Batch<'_> {
 
     /// Bytes of cold neurons that a batch reads over the link.
     pub(super) fn link_bytes(&self) -> u64 {
-        let bundle = self.model.layout.bundle_bytes() as u64;
-        let cold = self.model.layers.iter().map(|l| (self.config.intermediate_size - l.n_hot) as u64);
-        cold.sum::<u64>() * bundle
+        self.model.layers.iter().map(Layer::cold_bytes).sum()
     }
 
     fn attention(&self, layer: &Layer) -> Result<()> {
@@ -102,10 +102,11 @@ impl Batch<'_> {
         let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: None };
         let input = [&buffers.input[0], &buffers.input[1]];
         norm_rows(device, &buffers.x, norm, self.n, config.hidden_size, input)?;
-        let bundle = self.model.layout.bundle_bytes();
-        for first in (0..layer.n_hot).step_by(self.plan.prefill_neurons) {
-            let n = self.plan.prefill_neurons.min(layer.n_hot - first);
-            self.neurons(&layer.hot.slice(first * bundle, n * bundle), n)?;
+        for section in &layer.sections {
+            let bundle = section.layout.bundle_bytes();
+            for (first, n) in self.parts(section.hot.len() / bundle) {
+                self.neurons(section, &section.hot.slice(first * bundle, n * bundle), n)?;
+            }
         }
         while let Some(piece) = pieces.get(*next).filter(|p| p.layer == l) {
             // This piece is there; the next one's buffer was last used by the piece before this one.
@@ -114,19 +115,21 @@ impl Batch<'_> {
             if let Some(&ahead) = pieces.get(*next + 1) {
                 self.fetch(ahead, *next + 1)?;
             }
-            self.neurons(&buffers.stored[*next % 2].slice(0, piece.n * bundle), piece.n)?;
+            let section = &layer.sections[piece.section];
+            let stored = buffers.stored[*next % 2].slice(0, piece.n * section.layout.bundle_bytes());
+            self.neurons(section, &stored, piece.n)?;
             *next += 1;
         }
         Ok(())
     }
 
-    /// `x += FFN(input)` for the `n` neurons of `bundles`.
-    fn neurons(&self, bundles: &View, n: usize) -> Result<()> {
+    /// `x += FFN(input)` for the `n` neurons of `bundles`, of one section.
+    fn neurons(&self, section: &Section, bundles: &View, n: usize) -> Result<()> {
         let (device, buffers, model) = (self.device, &self.model.prefill, self.model);
         let (m, hidden) = (self.n, self.config.hidden_size);
         let rows = &buffers.rows;
-        unpack_bundles(device, model.layout, bundles, n, std::array::from_fn(|i| [&rows[i][0], &rows[i][1]]))?;
-        let weights: [Split; 3] = std::array::from_fn(|i| pair(&rows[i][0], &rows[i][1], model.layout.encoding()));
+        unpack_bundles(device, section.layout, bundles, n, std::array::from_fn(|i| [&rows[i][0], &rows[i][1]]))?;
+        let weights: [Split; 3] = std::array::from_fn(|i| pair(&rows[i][0], &rows[i][1], section.layout.encoding()));
         let a = self.input();
         for (b, c) in [(&weights[0], &buffers.gate), (&weights[1], &buffers.up)] {
             gemm(device, &Gemm { m, n, k: hidden, a: &a, b, b_is_transposed: true, c, c_stride: n, add: false })?;
@@ -145,17 +148,26 @@ impl Batch<'_> {
     }
 
     fn cold_pieces(&self) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for (layer, l) in self.model.layers.iter().enumerate() {
+            for (section, s) in l.sections.iter().enumerate() {
+                let parts = self.parts(s.cold.len() / s.layout.bundle_bytes());
+                pieces.extend(parts.map(|(first, n)| Piece { layer, section, first, n }));
+            }
+        }
+        pieces
+    }
+
+    /// `n` neurons in parts that the buffers hold: the first of each, and how many.
+    fn parts(&self, n: usize) -> impl Iterator<Item = (usize, usize)> {
         let step = self.plan.prefill_neurons;
-        let of_layer = |(layer, l): (usize, &Layer)| {
-            let n_cold = self.config.intermediate_size - l.n_hot;
-            (0..n_cold).step_by(step).map(move |first| Piece { layer, first, n: step.min(n_cold - first) })
-        };
-        self.model.layers.iter().enumerate().flat_map(of_layer).collect()
+        (0..n).step_by(step).map(move |first| (first, step.min(n - first)))
     }
 
     fn fetch(&self, piece: Piece, nth: usize) -> Result<()> {
-        let bundle = self.model.layout.bundle_bytes();
-        let from = self.model.layers[piece.layer].cold.slice(piece.first * bundle, piece.n * bundle);
+        let section = &self.model.layers[piece.layer].sections[piece.section];
+        let bundle = section.layout.bundle_bytes();
+        let from = section.cold.slice(piece.first * bundle, piece.n * bundle);
         let to = self.model.prefill.stored[nth % 2].slice(0, piece.n * bundle);
         Ok(self.device.copy(Queue::Copy, &to, &from)?)
     }

@@ -6,6 +6,7 @@
 //! small one LFU. A neuron that is read over the link takes the slot of the lowest key in its set if its own is higher.
 
 use crate::Result;
+use thermocline_kernels::LayerLayout;
 use thermocline_split::Split;
 
 /// Slots in a set of the device cache.
@@ -59,6 +60,26 @@ pub(super) struct Replayed {
     pub active: f64,
     pub hot: f64,
     pub cached: f64,
+    /// Bytes of those that are neither.
+    pub missed_bytes: f64,
+}
+
+impl Replayed {
+    pub(super) fn plus(self, other: Self) -> Self {
+        Self {
+            active: self.active + other.active,
+            hot: self.hot + other.hot,
+            cached: self.cached + other.cached,
+            missed_bytes: self.missed_bytes + other.missed_bytes,
+        }
+    }
+
+    /// Each divided by `n`, which is taken for 1 if it is 0.
+    pub(super) fn over(self, n: usize) -> Self {
+        let n = n.max(1) as f64;
+        let Self { active, hot, cached, missed_bytes } = self;
+        Self { active: active / n, hot: hot / n, cached: cached / n, missed_bytes: missed_bytes / n }
+    }
 }
 
 impl LayerTrace {
@@ -73,30 +94,33 @@ impl LayerTrace {
         Ok(Self { tokens: bits.chunks_exact(width.max(1)).map(ones).collect() })
     }
 
-    /// Replays with the first `n_hot` of `n_neurons` in device memory and `n_sets` sets of `n_ways` slots. The first
-    /// quarter of the tokens warms the cache and is not counted.
+    /// Replays with the first `n_hot` neurons in device memory and `n_sets` sets of `n_ways` slots, if the other neurons
+    /// are all of the last section. The first quarter of the tokens warms the cache and is not counted.
     pub(super) fn replay(
         &self,
-        n_neurons: usize,
+        layout: &LayerLayout,
         n_hot: usize,
         n_sets: usize,
         n_ways: usize,
         policy: Policy,
     ) -> Replayed {
-        let mut cache = SetCache::new(n_neurons - n_hot, n_sets, n_ways, policy);
+        let mut cache = SetCache::new(layout.n_neurons() - n_hot, n_sets, n_ways, policy);
         let warm_up = self.tokens.len() / 4;
         let mut sum = Replayed::default();
         for (t, active) in self.tokens.iter().enumerate() {
-            let n_cold_from = active.partition_point(|&n| (n as usize) < n_hot);
-            let hits = cache.token(t as u32 + 1, active[n_cold_from..].iter().map(|n| n - n_hot as u32));
+            let before = |place: usize| active.partition_point(|&n| (n as usize) < place);
+            let hot = before(n_hot);
+            let hits = cache.token(t as u32 + 1, active[hot..].iter().map(|n| n - n_hot as u32));
+            let cold = layout.within(n_hot..layout.n_neurons());
+            let cold_bytes: usize =
+                cold.map(|(part, s)| (before(part.end) - before(part.start)) * s.bundles().bundle_bytes()).sum();
+            let missed_bytes = (cold_bytes - hits * layout.coldest().bundles().bundle_bytes()) as f64;
             if t >= warm_up {
-                sum.active += active.len() as f64;
-                sum.hot += n_cold_from as f64;
-                sum.cached += hits as f64;
+                let (active, hot, cached) = (active.len() as f64, hot as f64, hits as f64);
+                sum = sum.plus(Replayed { active, hot, cached, missed_bytes });
             }
         }
-        let n = (self.tokens.len() - warm_up).max(1) as f64;
-        Replayed { active: sum.active / n, hot: sum.hot / n, cached: sum.cached / n }
+        sum.over(self.tokens.len() - warm_up)
     }
 }
 
@@ -187,6 +211,7 @@ impl SetCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use thermocline_kernels::{BundleLayout, Encoding};
 
     /// Neurons that fire in bursts: a hot one always, a few for a while.
     fn bursts(n_tokens: usize) -> LayerTrace {
@@ -205,16 +230,34 @@ mod tests {
     #[test]
     fn every_policy_finds_what_comes_again() {
         let trace = bursts(400);
+        let q4 = BundleLayout::new(Encoding::Q4, 32).expect("whole groups");
+        let layout = LayerLayout::new([(500, q4)]).expect("neurons");
         for policy in Policy::CANDIDATES {
-            let r = trace.replay(500, 0, 4, 16, policy);
+            let r = trace.replay(&layout, 0, 4, 16, policy);
             // What forgets slowly keeps the neurons of old bursts, and always the one that never rests.
             let forgets = !matches!(policy, Policy::Lrfu { lambda } if lambda < 0.1);
             let least = if forgets { 0.8 } else { 0.11 };
             assert!(r.cached > least * r.active && r.cached < r.active, "{policy}: {r:?}");
-            let none = trace.replay(500, 0, 0, 16, policy);
+            let none = trace.replay(&layout, 0, 0, 16, policy);
             assert!(none.cached == 0.0 && none.active == r.active);
-            let hot = trace.replay(500, 500, 0, 16, policy);
-            assert_eq!(hot.hot, hot.active);
+            let hot = trace.replay(&layout, 500, 0, 16, policy);
+            assert_eq!((hot.hot, hot.missed_bytes), (hot.active, 0.0));
+            let bytes = (r.active - r.cached) * q4.bundle_bytes() as f64;
+            assert!((r.missed_bytes - bytes).abs() < 1e-6 * bytes, "{policy}: {r:?}");
+        }
+    }
+
+    /// Without a cache what is missed is what lies behind the prefix, each neuron in its section's bytes.
+    #[test]
+    fn missed_bytes_are_those_of_the_sections() {
+        let [q8, q4] = [Encoding::Q8, Encoding::Q4].map(|e| BundleLayout::new(e, 32).expect("whole groups"));
+        let layout = LayerLayout::new([(100, q8), (400, q4)]).expect("neurons");
+        let trace = bursts(100);
+        for n_hot in [0, 60, 100, 300] {
+            let bytes = |&n: &u32| if (n as usize) < n_hot { 0 } else { layout.of(n as usize).bundle_bytes() };
+            let expected: usize = trace.tokens[25..].iter().flatten().map(bytes).sum();
+            let r = trace.replay(&layout, n_hot, 0, 16, Policy::CANDIDATES[0]);
+            assert!((r.missed_bytes * 75.0 - expected as f64).abs() < 1e-3, "{n_hot}: {r:?}, {expected}");
         }
     }
 }

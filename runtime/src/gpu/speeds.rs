@@ -45,19 +45,20 @@ pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize) ->
 
 /// The speeds of device memory and link where a model is loaded, in buffers that are free then; infinite over the link if
 /// no neuron is cold. The host's is left at 0.
-pub(super) fn of_model(device: &Device, model: &Model, n_neurons: usize) -> Result<GpuSpeeds> {
+pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     // Pieces of prompt batches.
     let [to, from] = &model.prefill.rows[0];
     let memory = copy_speed(device, to, from)?;
-    let layer = model.layers.iter().max_by_key(|l| l.cold.len());
-    let Some(layer) = layer.filter(|l| l.n_hot < n_neurons) else {
+    let sections = model.layers.iter().flat_map(|l| l.sections.iter().map(move |section| (l, section)));
+    let largest = sections.max_by_key(|(_, section)| section.cold.len());
+    let Some((layer, section)) = largest.filter(|(_, section)| !section.cold.is_empty()) else {
         return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0 });
     };
-    let (s, n_cold) = (&model.scratch, n_neurons - layer.n_hot);
-    let (layout, activation, n_blocks) = (model.layout, model.activation, model.n_blocks);
+    let (s, layout) = (&model.scratch, section.layout);
+    let n_cold = section.cold.len() / layout.bundle_bytes();
+    let (activation, n_blocks) = (model.activation, model.n_blocks);
     let probe = Probe { device, layout, activation, work: &s.work, x: &s.normed, n_blocks, partial: &s.partial };
-    let bundles =
-        Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots, fetched: None, ahead: None };
+    let bundles = Bundles { hot: &section.hot, cold: &section.cold, cache: &layer.slots, fetched: None, ahead: None };
     Ok(GpuSpeeds { device: memory, link: probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold))?, host: 0.0 })
 }
 

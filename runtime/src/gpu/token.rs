@@ -4,11 +4,10 @@
 use super::load::{Layer, Model};
 use super::plan::{GpuPlan, heads};
 use crate::Result;
-use crate::plan::Mode;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
-    Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, Selection, attend, choose,
-    embed, fetch_bundles, ffn, finish, gemv, predict_inner, predict_scores,
+    Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, attend, choose,
+    divide_work, embed, fetch_bundles, ffn, finish, gemv, predict_inner, predict_scores,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue, View};
 
@@ -34,7 +33,7 @@ pub(super) fn record(
         embed(device, &model.embedding, &mapped.step.view(), &s.step, &s.x)?;
         for (l, layer) in model.layers.iter().enumerate() {
             attention(device, config, plan, model, layer)?;
-            feed_forward(device, config, plan, model, (l, layer), parts)?;
+            feed_forward(device, config, model, (l, layer), parts)?;
         }
         let norm = Norm { weight: &model.final_norm, eps: config.rms_norm_eps, out: None };
         gemv(device, &model.head, &s.x, Some(norm), Added::default(), &s.logits)?;
@@ -66,7 +65,6 @@ fn attention(
 fn feed_forward(
     device: &Device,
     config: &ModelConfig,
-    plan: &GpuPlan,
     model: &Model,
     (l, layer): (usize, &Layer),
     parts: Parts,
@@ -75,8 +73,8 @@ fn feed_forward(
     let place = (l, config.n_layers);
     let mut host = None;
     let [fetched, next] = [l, l + 1].map(|l| parts.lookahead.then(|| foreseen(config, model, l)).flatten());
-    let work = match (&layer.predictor, &layer.every) {
-        (Some(predictor), _) => {
+    match &layer.predictor {
+        Some(predictor) => {
             let own = predictor.of_layer(layer, s);
             let predictors: Vec<_> = [own].into_iter().chain(next.map(|next| next.predictor)).collect();
             predict_inner(device, &predictors, &s.x)?;
@@ -92,7 +90,7 @@ fn feed_forward(
             predict_scores(device, &predictors, input, model.activation)?;
             let ahead = next.map(|next| Ahead {
                 scores: next.predictor.scores,
-                n_hot: next.layer.n_hot,
+                n_hot: next.layer.last_section().first_cold(),
                 cache: &next.layer.cache,
                 foreseen: next.list,
             });
@@ -102,7 +100,7 @@ fn feed_forward(
                     scores: &s.scores,
                     ffn: config.intermediate_size,
                     n_hot: layer.n_hot,
-                    selection: selection(plan.request.base.mode, config),
+                    selection: layer.selection,
                     cache: &layer.cache,
                     step: &s.step,
                     layer: l,
@@ -110,35 +108,44 @@ fn feed_forward(
                     host: shared.as_ref(),
                     fetched: fetched.map(|own| own.list),
                     ahead,
-                    out: &s.work,
+                    out: &layer.work,
                 },
             )?;
             host = shared.is_some().then(|| model.mapped.result());
-            &s.work
+            if layer.sections.len() > 1 {
+                let parts: Vec<_> = layer.sections.iter().map(|s| (s.neurons.clone(), &s.work)).collect();
+                divide_work(device, &layer.work, layer.n_hot, config.intermediate_size, &parts)?;
+            }
         }
-        (None, Some(every)) => {
+        None => {
             // No rows: only the normalised input is wanted.
             let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: Some(&s.normed) };
             let none = thermocline_kernels::cuda::launch::DeviceMatrix { rows: 0, ..layer.qkv.clone() };
             gemv(device, &none, &s.x, Some(norm), Added::default(), &s.qkv)?;
-            every
         }
-        (None, None) => unreachable!("a layer has a predictor or a list of all neurons"),
-    };
+    }
     let ahead = Some(model.layers.get(l + 1).map_or(&model.head.data, |next| &next.qkv.data));
     let places = fetched.map(|own| own.places);
     if places.is_some() {
         device.order(Queue::Copy, Queue::Compute)?;
     }
-    let bundles = Bundles { hot: &layer.hot, cold: &layer.cold.view(), cache: &layer.slots, fetched: places, ahead };
-    ffn(device, model.layout, model.activation, work, bundles, &s.normed, model.n_blocks, &s.partial)?;
+    // Each section leaves a row for every block; the last brings what comes next into the second-level cache.
+    let rows = 4 * model.n_blocks * config.hidden_size;
+    for (i, section) in layer.sections.iter().enumerate() {
+        let ahead = ahead.filter(|_| i + 1 == layer.sections.len());
+        let bundles = Bundles { hot: &section.hot, cold: &section.cold, cache: &layer.slots, fetched: places, ahead };
+        let (work, partial) = (&section.work, s.partial.slice(i * rows, rows));
+        ffn(device, section.layout, model.activation, work, bundles, &s.normed, model.n_blocks, &partial)?;
+    }
     // From when this layer does not need the link any more to when the next one does.
     if let Some(next) = next {
         device.order(Queue::Compute, Queue::Copy)?;
-        fetch_bundles(device, model.layout, next.list, &next.layer.cold.view(), next.places, &s.work.totals)?;
+        let section = next.layer.last_section();
+        fetch_bundles(device, section.layout, next.list, &section.cold, next.places, &next.layer.work.totals)?;
     }
-    let hidden = config.hidden_size;
-    finish(device, &s.partial, model.n_blocks, hidden, &work.counts, host.as_ref(), &s.step, place, &s.x)
+    let (n_rows, hidden) = (layer.sections.len() * model.n_blocks, config.hidden_size);
+    let (counts, left_out) = (&layer.work.counts, layer.left_out.as_ref());
+    finish(device, &s.partial, n_rows, hidden, counts, left_out, host.as_ref(), &s.step, place, &s.x)
 }
 
 /// A layer for which the link fetches while the attention before it is computed.
@@ -160,11 +167,4 @@ fn foreseen<'a>(config: &ModelConfig, model: &'a Model, l: usize) -> Option<Next
     let shape = |p: &LowRankPredictor<'_>| [p.input, p.factors].map(|m| (m.encoding, m.rows, m.columns));
     let (list, places) = (&lookahead.foreseen[l % 2], &lookahead.places);
     (shape(&predictor) == shape(&own)).then_some(NextLayer { layer, predictor, list, places })
-}
-
-fn selection(mode: Mode, config: &ModelConfig) -> Selection {
-    match mode {
-        Mode::Exact => Selection::Every,
-        Mode::Sparse { active } => Selection::Top(crate::predictor::n_active(active, config.intermediate_size)),
-    }
 }

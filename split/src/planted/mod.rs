@@ -193,6 +193,7 @@ fn build(
         resident_planes: None,
         predictors,
         statistics,
+        shares: None,
         files,
         checksum: String::new(),
     };

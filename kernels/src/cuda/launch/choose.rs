@@ -91,7 +91,7 @@ pub struct WorkList {
     pub items: View,
     /// u32 `[8]`: items, over the link, cached, hot, host, active, fetched beforehand, 0.
     pub counts: View,
-    /// u64 `[8]`: the same, added up over all layers and tokens; the last is what [`super::fetch_bundles`] has fetched.
+    /// u64 `[8]`: the same, added up over tokens; the last is what [`super::fetch_bundles`] has fetched.
     pub totals: View,
 }
 

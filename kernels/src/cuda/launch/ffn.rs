@@ -105,7 +105,8 @@ pub struct HostResult {
 /// Words from a thread's flag to the next one's: a line each.
 pub const RESULT_FLAG: usize = 32;
 
-/// `x += sum over blocks of partial (+ sum over the host's threads)`, in a fixed order.
+/// `x += left_out + sum over blocks of partial (+ sum over the host's threads)`, in a fixed order. `left_out`, `[hidden]`,
+/// stands for neurons that are not computed.
 ///
 /// # Errors
 /// See the module.
@@ -116,6 +117,7 @@ pub fn finish(
     n_blocks: usize,
     hidden: usize,
     counts: &View,
+    left_out: Option<&View>,
     host: Option<&HostResult>,
     step: &View,
     (layer, n_layers): (usize, usize),
@@ -123,6 +125,7 @@ pub fn finish(
 ) -> Result<()> {
     floats(partial, n_blocks * hidden);
     floats(x, hidden);
+    left_out.iter().for_each(|v| floats(v, hidden));
     if let Some(host) = host {
         floats(&host.y, host.n_threads * hidden);
         assert!(host.flags.len() >= 4 * RESULT_FLAG * host.n_threads, "flags");
@@ -137,6 +140,7 @@ pub fn finish(
             u32_of(n_blocks),
             u32_of(hidden),
             address(counts),
+            optional(left_out),
             // The fields of `struct HostPart` in kernels/cuda/ffn.cu.
             Arg::Struct(host.map_or(vec![0; 3], |h| vec![h.y.address(), h.flags.address(), h.n_threads as u64])),
             address(step),
@@ -146,6 +150,7 @@ pub fn finish(
         ],
     };
     let mut uses = vec![partial, counts, step, x];
+    uses.extend(left_out);
     uses.extend(host.iter().flat_map(|h| [&h.y, &h.flags]));
     device.launch(launch, &uses)
 }

@@ -11,6 +11,7 @@
 
 mod attention;
 mod choose;
+mod divide;
 mod exact;
 mod fetch;
 mod ffn;
@@ -23,6 +24,7 @@ pub use choose::{
     Ahead, CacheTables, Choose, Foreseen, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value, host_item,
     hot_item,
 };
+pub use divide::divide_work;
 pub use fetch::fetch_bundles;
 pub use ffn::{Bundles, HostResult, RESULT_FLAG, ffn, ffn_blocks, finish};
 pub use predict::{LayerInput, LowRankPredictor, inner_values, predict_inner, predict_scores};

@@ -1,0 +1,49 @@
+//! What a token reads of a model's layers under a mask.
+
+use super::Mask;
+use crate::Result;
+use thermocline_datasets::Checkpoint;
+use thermocline_split::Split;
+
+/// Bytes of all layers' weights. Embedding and head are left out: every method reads the same of them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LayerBytes {
+    attention: f64,
+    neurons: f64,
+    predictors: f64,
+}
+
+impl LayerBytes {
+    /// As `split` stores them; without one, 16 bits a weight.
+    pub(crate) fn of(model: &dyn Checkpoint, split: Option<&Split>) -> Result<Self> {
+        let Some(split) = split else {
+            let c = model.config();
+            let attention = c.hidden_size * c.head_dim * 2 * (c.n_heads + c.n_kv_heads);
+            let bytes = |weights: usize| 2.0 * (c.n_layers * weights) as f64;
+            let neurons = bytes(3 * c.hidden_size * c.intermediate_size);
+            return Ok(Self { attention: bytes(attention), neurons, predictors: 0.0 });
+        };
+        let of_layers = |m: &&thermocline_split::StoredMatrix<'_>| m.entry().name.starts_with("model.layers.");
+        let matrices = split.matrices()?;
+        let attention = matrices.iter().filter(of_layers).map(|m| m.bytes()).sum::<u64>() as f64;
+        let neurons = split.layers().iter().map(|l| l.trimmed_bytes(0..l.n_chunks())).sum::<usize>() as f64;
+        let used = |name: &str| !name.ends_with(".ahead");
+        let predictors = split.predictors().tensors().iter().filter(|t| used(&t.name)).map(|t| t.bytes).sum::<u64>();
+        Ok(Self { attention, neurons, predictors: predictors as f64 })
+    }
+
+    /// What `mask` reads, relative to everything.
+    pub(crate) fn share(&self, mask: Mask) -> Option<f64> {
+        let read = match mask {
+            Mask::Dense => self.attention + self.neurons,
+            Mask::Exact => return None,
+            Mask::Oracle(share) | Mask::OracleH(share) => self.attention + share * self.neurons,
+            Mask::Predicted(share) | Mask::PredictedAlike(share) => {
+                self.attention + self.predictors + share * self.neurons
+            }
+            Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
+            Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
+        };
+        Some(read / (self.attention + self.neurons))
+    }
+}

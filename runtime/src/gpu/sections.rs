@@ -1,0 +1,149 @@
+//! A layer's sections: neighbouring neurons whose bundles have one layout. Each is a launch of the fused kernel, with a list
+//! of its own. A layer of one section takes the list that `choose` makes; of several, the lists are made from it.
+
+use super::buffers::Scratch;
+use super::load::Loader;
+use super::plan::aligned;
+use crate::Result;
+use crate::plan::Mode;
+use std::ops::Range;
+use thermocline_kernels::cuda::View;
+use thermocline_kernels::cuda::launch::{WorkList, host_item, hot_item};
+use thermocline_kernels::{BundleLayout, LayerLayout};
+use thermocline_split::Split;
+
+/// Bytes of [`WorkList::counts`] and of [`WorkList::totals`].
+pub(super) const COUNTS_BYTES: usize = 32;
+pub(super) const TOTALS_BYTES: usize = 64;
+
+/// One of them.
+#[derive(Debug)]
+pub(super) struct Section {
+    pub layout: BundleLayout,
+    /// In split order.
+    pub neurons: Range<usize>,
+    /// The bundles of its first neurons, in device memory.
+    pub hot: View,
+    /// Those of the others, pinned.
+    pub cold: View,
+    /// What a token computes; in exact mode all of it, listed once.
+    pub work: WorkList,
+    /// Its row of the totals.
+    pub totals: usize,
+}
+
+impl Section {
+    /// Its first cold neuron.
+    pub fn first_cold(&self) -> usize {
+        self.neurons.start + self.hot.len() / self.layout.bundle_bytes()
+    }
+}
+
+/// Rows of totals: for what `choose` counts of each layer, and for each section of layers that have several.
+pub(super) fn totals_rows(split: &Split) -> usize {
+    split.layers().iter().map(|file| rows_of(file.bundles())).sum()
+}
+
+fn rows_of(layout: &LayerLayout) -> usize {
+    match layout.sections().len() {
+        1 => 1,
+        n => 1 + n,
+    }
+}
+
+/// The row of layer `l`; its sections' follow, if it has several.
+pub(super) fn first_totals_row(split: &Split, l: usize) -> usize {
+    split.layers()[..l].iter().map(|file| rows_of(file.bundles())).sum()
+}
+
+/// The most sections that a layer has.
+pub(super) fn most_sections(split: &Split) -> usize {
+    split.layers().iter().map(|file| file.bundles().sections().len()).max().unwrap_or(1)
+}
+
+/// Lists, beside the one that `choose` makes, which layers share: one for each section of the layer that has most.
+fn n_shared_lists(split: &Split, mode: Mode) -> usize {
+    match (mode, most_sections(split)) {
+        (Mode::Exact, _) | (_, 1) => 0,
+        (Mode::Sparse { .. }, n) => n,
+    }
+}
+
+fn list_bytes(n_neurons: usize) -> u64 {
+    aligned(8 * n_neurons as u64) + aligned(COUNTS_BYTES as u64)
+}
+
+/// Device bytes of the sections' lists.
+pub(super) fn lists_bytes(split: &Split, mode: Mode) -> u64 {
+    let sections = split.layers().iter().flat_map(|file| file.bundles().sections());
+    let own = match mode {
+        Mode::Exact => sections.map(|s| list_bytes(s.neurons().len())).sum(),
+        Mode::Sparse { .. } => 0,
+    };
+    own + n_shared_lists(split, mode) as u64 * list_bytes(split.manifest().config.intermediate_size)
+}
+
+impl Scratch {
+    /// A list with a row of the totals.
+    fn with_totals(&self, list: &WorkList, row: usize) -> WorkList {
+        WorkList { totals: self.work.totals.slice(TOTALS_BYTES * row, TOTALS_BYTES), ..list.clone() }
+    }
+}
+
+impl Loader<'_> {
+    /// The lists that layers with several sections share.
+    pub(super) fn shared_lists(&self, work: &WorkList) -> Vec<WorkList> {
+        let n = self.split.manifest().config.intermediate_size;
+        let list =
+            |_| WorkList { items: self.arena.take(8 * n), counts: self.arena.take(COUNTS_BYTES), ..work.clone() };
+        (0..n_shared_lists(self.split, self.plan.request.base.mode)).map(list).collect()
+    }
+
+    /// What `choose` makes for layer `l`, and the layer's sections; `hot` holds the first `n_hot` bundles, `cold` the others.
+    pub(super) fn sections(
+        &self,
+        l: usize,
+        n_hot: usize,
+        [hot, cold]: [&View; 2],
+        scratch: &Scratch,
+    ) -> Result<(WorkList, Vec<Section>)> {
+        let layout = self.split.layers()[l].bundles();
+        let (row, several) = (first_totals_row(self.split, l), layout.sections().len() > 1);
+        let chosen = scratch.with_totals(&scratch.work, row);
+        let mut sections = Vec::with_capacity(layout.sections().len());
+        for (i, section) in layout.sections().iter().enumerate() {
+            let neurons = section.neurons();
+            let border = n_hot.clamp(neurons.start, neurons.end);
+            let (n_section_hot, n_cold) = (border - neurons.start, neurons.end - border);
+            let totals = if several { row + 1 + i } else { row };
+            let work = match self.plan.request.base.mode {
+                Mode::Exact => self.list_all(n_cold, n_section_hot, &chosen)?,
+                Mode::Sparse { .. } if several => scratch.with_totals(&scratch.sections[i], totals),
+                Mode::Sparse { .. } => chosen.clone(),
+            };
+            let (hot_at, cold_at) = (neurons.start.min(n_hot), border.max(n_hot));
+            sections.push(Section {
+                layout: *section.bundles(),
+                hot: hot.slice(layout.offset(hot_at), layout.bytes(neurons.start..border)),
+                cold: cold.slice(layout.bytes(n_hot..cold_at), layout.bytes(border..neurons.end)),
+                neurons,
+                work,
+                totals,
+            });
+        }
+        Ok((chosen, sections))
+    }
+
+    /// A list of all neurons of a section, those in pinned memory first: the kernel's blocks take turns, and so each has
+    /// its part of the slow ones.
+    fn list_all(&self, n_cold: usize, n_hot: usize, chosen: &WorkList) -> Result<WorkList> {
+        let n = n_cold + n_hot;
+        let items: Vec<[u32; 2]> = (0..n_cold).map(host_item).chain((0..n_hot).map(hot_item)).collect();
+        let counts = [n, n_cold, 0, n_hot, 0, n, 0, 0].map(|v| v as u32);
+        Ok(WorkList {
+            items: self.arena.put(self.device, bytemuck::cast_slice(&items))?,
+            counts: self.arena.put(self.device, bytemuck::cast_slice(&counts))?,
+            ..chosen.clone()
+        })
+    }
+}
