@@ -13,8 +13,9 @@ use thermocline_split::Split;
 
 /// What a process takes besides what the budget counts: the program's own pages, tokenizer, stacks, allocator. The
 /// first is measured, with a model of a few hundred kilobytes; this comes on top, for buffers that grow with the model
-/// but not with the budget (manifest, indices, the disk measurement's own buffers).
-const SLACK_BYTES: u64 = 6 << 20;
+/// but not with the budget (manifest, indices, the disk measurement's own buffers, what matrix products of the prompt pack).
+/// In 48 runs it was 0.8 to 4.9 MB, and one run differs from the next by up to 1.5.
+const SLACK_BYTES: u64 = 8 << 20;
 
 fn run(dir: &Path, budget: &str, more: &[&str]) -> Value {
     let given = ["run", "-m", text(dir), "-p", "the cold engine sinks below the warm layer", "-n", "12", "--temp", "0"];

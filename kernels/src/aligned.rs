@@ -14,8 +14,7 @@ const HUGE_PAGE: usize = 2 << 20;
 /// A zeroed, page-aligned block of bytes whose length is a whole number of pages.
 ///
 /// The zeros are written, so its pages are in RAM, each one its own: no later write can find that there is none left,
-/// and what is measured on it is RAM. (A mapping of its own would spare the zeros, but not use again what was freed:
-/// 7 MB more for SmolLM2, whose tokenizer leaves that behind.)
+/// and what is measured on it is RAM.
 #[derive(Debug)]
 pub struct AlignedBuf {
     ptr: *mut u8,

@@ -14,10 +14,12 @@
 //! | threads that wait for work without sleeping | [`Pool`] |
 //! | the GPU: device, memory, graphs, kernels | `cuda` (feature) |
 //! | memory aligned for O_DIRECT and for vectors | [`AlignedBuf`] |
+//! | memory that goes back to the system when it is freed | [`return_freed_blocks`] |
 //!
 //! This is the only crate of the workspace with `unsafe` code.
 
 mod aligned;
+mod allocator;
 mod bundle;
 mod certificate;
 #[cfg(feature = "cuda")]
@@ -42,6 +44,7 @@ pub mod reference;
 mod x86;
 
 pub use aligned::{AlignedBuf, AllocError};
+pub use allocator::{keep_freed_blocks, return_freed_blocks};
 pub use bundle::BundleLayout;
 pub use certificate::{CERTIFIED_ROWS, Certificate, QuantisedInput};
 pub use dispatch::{Isa, Kernels, prefetch};

@@ -36,6 +36,8 @@ pub fn open_split(path: &Path, planes: Planes, delta: Option<&Path>) -> anyhow::
 
 /// The split that the flags name.
 pub fn placed_split(args: &Placement) -> anyhow::Result<Split> {
+    // From here on until everything is loaded: tokenizers leave more behind than some models' layers take.
+    thermocline_kernels::return_freed_blocks();
     open_split(&args.model, args.precision, args.delta.as_deref())
 }
 
@@ -44,7 +46,9 @@ pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: 
     let request = request(args, wanted, batch);
     #[cfg(feature = "cuda")]
     if let Some(device) = open_device(args, quiet)? {
-        return gpu::load(split, args, request, device, quiet);
+        let loaded = gpu::load(split, args, request, device, quiet);
+        thermocline_kernels::keep_freed_blocks();
+        return loaded;
     }
     #[cfg(not(feature = "cuda"))]
     if matches!(args.vram_budget, crate::cli::VramBudget::Bytes(_)) {
@@ -61,6 +65,7 @@ fn load_on_cpu(split: Split, request: PlanRequest, quiet: bool) -> anyhow::Resul
     let on_layer = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("layer {done}/{total}"));
     let engine = Engine::load(split, plan, &on_layer);
     progress.finish();
+    thermocline_kernels::keep_freed_blocks();
     Ok(Loaded::Cpu(Box::new(engine?)))
 }
 
