@@ -491,6 +491,9 @@ pub enum MaskName {
     Teal,
     /// Peer: the same, times the lengths of the matrix's columns
     Wina,
+    /// The inputs of all matrices that lower the divergence most for their bytes, the others replaced by their means; needs
+    /// --fit-text
+    Inputs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -527,6 +530,10 @@ pub struct Eval {
     /// Shares of the neurons that all masks but dense and exact keep: a row for each
     #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
+    /// Text on which --mask inputs measures what inputs cost (its first 1024 tokens; takes the time of about 2 dense passes over
+    /// them for each layer)
+    #[arg(long, value_name = "FILE")]
+    pub fit_text: Option<PathBuf>,
     /// Planes of the weights, where the split has several: base, plus, exact, plus@SHARE or exact@SHARE, as for run
     #[arg(long, default_value = "base", value_name = "PLANES")]
     pub precision: Planes,

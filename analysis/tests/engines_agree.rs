@@ -61,7 +61,7 @@ fn check(model: &TinyModel, encoding: Encoding) {
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let dense_model = SplitCheckpoint::open(&path).unwrap();
     let masks = [Mask::Dense, Mask::Exact, Mask::Predicted(0.3), Mask::Oracle(0.3)];
-    let by_mask = evaluate(&dense_model, Some(dense_model.split()), &windows, &masks, &|_, _| ()).unwrap();
+    let by_mask = evaluate(&dense_model, Some(dense_model.split()), &windows, &masks, None, &|_, _| ()).unwrap();
 
     assert_eq!(by_mask[0].losses, by_mask[1].losses, "leaving out zeros changes nothing");
     assert!(by_mask[0].kl.unwrap() < 1e-9 && by_mask[0].top1_agreement == Some(1.0));
@@ -114,7 +114,7 @@ fn shares_are_measured_kept_and_used_by_both_engines() {
     let masks = [Mask::Predicted(0.3), Mask::PredictedAlike(0.3)];
     let both = || {
         let model = SplitCheckpoint::open(&path).unwrap();
-        evaluate(&model, Some(model.split()), &windows, &masks, &|_, _| ()).unwrap()
+        evaluate(&model, Some(model.split()), &windows, &masks, None, &|_, _| ()).unwrap()
     };
     let before = both();
     assert_eq!(before[0].losses, before[1].losses, "nothing was measured yet");
@@ -170,7 +170,7 @@ fn peers_keep_what_they_are_told_to() {
     let opened = SplitCheckpoint::open(&path).unwrap();
     for of in [Mask::Teal, Mask::Wina, Mask::Cats] {
         let masks = [Mask::Dense, of(1.0), of(0.8), of(0.4)];
-        let results = evaluate(&opened, Some(opened.split()), &windows, &masks, &|_, _| ()).unwrap();
+        let results = evaluate(&opened, Some(opened.split()), &windows, &masks, None, &|_, _| ()).unwrap();
         let [dense, whole, most, some] = results.as_slice() else { panic!("four results") };
         let name = &whole.mask;
         let largest = dense.losses.iter().zip(&whole.losses).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

@@ -8,7 +8,9 @@ use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
 use thermocline_analysis::Error;
-use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_shares};
+use thermocline_analysis::eval::{
+    Evaluation, InputCosts, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_input_costs, fit_shares,
+};
 use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
@@ -121,7 +123,11 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
         return planes(args, &model, &windows, begin);
     }
     let results = match args.engine {
-        EngineName::Batch => batch(&model, &windows, &masks, args.json)?,
+        EngineName::Batch => {
+            let costs =
+                args.fit_text.as_deref().map(|text| input_costs(&model, &tokenizer, text, args.json)).transpose()?;
+            batch(&model, &windows, &masks, costs.as_ref(), args.json)?
+        }
         EngineName::Decode => decode(args, &windows, &masks)?,
     };
     if args.json {
@@ -258,11 +264,39 @@ fn planes(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> 
     Ok(())
 }
 
+/// Windows, and tokens in each, on which `--fit-text` measures.
+const FIT_WINDOWS: usize = 4;
+const FIT_CTX: usize = 256;
+
+/// What inputs cost on `text`.
+fn input_costs(model: &Model, tokenizer: &Tokenizer, text: &Path, quiet: bool) -> anyhow::Result<InputCosts> {
+    let read = std::fs::read_to_string(text).with_context(|| format!("--fit-text {}", text.display()))?;
+    let tokens = tokenizer.encode(&read, false).with_context(|| format!("--fit-text {}", text.display()))?;
+    if tokens.len() < FIT_WINDOWS * FIT_CTX {
+        let text = text.display();
+        return Err(
+            Usage(format!("--fit-text {text}: {} tokens, needs {}", tokens.len(), FIT_WINDOWS * FIT_CTX)).into()
+        );
+    }
+    let windows = Windows::new(&tokens, FIT_CTX, FIT_WINDOWS).map_err(usage)?;
+    let progress = Progress::new("fit", quiet);
+    let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
+    let costs = fit_input_costs(model.dense(), &windows, &on_step);
+    progress.finish();
+    costs.map_err(usage)
+}
+
 /// Evaluates with a progress bar.
-pub fn batch(model: &Model, windows: &Windows<'_>, masks: &[Mask], quiet: bool) -> anyhow::Result<Vec<Evaluation>> {
+pub fn batch(
+    model: &Model,
+    windows: &Windows<'_>,
+    masks: &[Mask],
+    costs: Option<&InputCosts>,
+    quiet: bool,
+) -> anyhow::Result<Vec<Evaluation>> {
     let progress = Progress::new("eval", quiet);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let results = evaluate(model.dense(), model.split(), windows, masks, &on_step);
+    let results = evaluate(model.dense(), model.split(), windows, masks, costs, &on_step);
     progress.finish();
     results.map_err(usage)
 }
@@ -318,6 +352,7 @@ fn masks(names: &[MaskName], active: &[f64]) -> Vec<Mask> {
         MaskName::Cats => each(Mask::Cats),
         MaskName::Teal => each(Mask::Teal),
         MaskName::Wina => each(Mask::Wina),
+        MaskName::Inputs => each(Mask::Inputs),
     };
     names.iter().flat_map(of_name).collect()
 }

@@ -1,7 +1,8 @@
 //! All masks in one pass over the layers, through calibrate's dense forward.
 
 use super::bytes::LayerBytes;
-use super::inputs::{self, InputMethod};
+use super::input_costs::InputCosts;
+use super::inputs::{self, InputChoice, InputMethod};
 use super::likelihood::{TokenScores, add, positions_at_once};
 use super::quality::Tally;
 use super::{Evaluation, Mask, Windows, active_count};
@@ -19,6 +20,10 @@ struct Stream {
     tally: Vec<Tally>,
     /// What of each layer is predicted; empty for other masks.
     active: Vec<LayerActive>,
+    /// For [`Mask::Inputs`]: energies from which inputs are read, layer by layer.
+    thresholds: Vec<[f32; 4]>,
+    /// Inputs that were read, by group.
+    kept: [u64; 4],
 }
 
 impl Stream {
@@ -32,14 +37,14 @@ impl Stream {
             }
             _ => Vec::new(),
         };
-        Ok(Stream { mask, x, tally: Vec::new(), active })
+        Ok(Stream { mask, x, tally: Vec::new(), active, thresholds: Vec::new(), kept: [0; 4] })
     }
 }
 
 /// Runs `model` over `windows` once densely and once under each of `masks`, layer by layer, and compares.
 ///
 /// `split` has the predictors for [`Mask::Predicted`]; its neurons must be in `model`'s order, as they are if `model`
-/// is the [`thermocline_split::SplitCheckpoint`] of the same split. Memory: one layer as f32, one window's activations,
+/// is the [`thermocline_split::SplitCheckpoint`] of the same split. `costs`, of another text, are for [`Mask::Inputs`]. Memory: one layer as f32, one window's activations,
 /// and `4 * n_tokens * hidden_size` bytes for each mask and the dense reference. `progress(done, total)` counts layers
 /// times streams.
 ///
@@ -51,6 +56,7 @@ pub fn evaluate(
     split: Option<&Split>,
     windows: &Windows<'_>,
     masks: &[Mask],
+    costs: Option<&InputCosts>,
     progress: &dyn Fn(usize, usize),
 ) -> Result<Vec<Evaluation>> {
     masks.iter().try_for_each(|mask| mask.check())?;
@@ -58,12 +64,23 @@ pub fn evaluate(
         let reason = "predicted needs a split, which has the predictors; -m names a checkpoint".to_owned();
         return Err(Error::Setting { flag: "--mask", reason });
     }
+    if costs.is_none() && masks.iter().any(|m| matches!(m, Mask::Inputs(_))) {
+        let reason =
+            "inputs needs to know what they cost: give --fit-text a text, better not the one of --text".to_owned();
+        return Err(Error::Setting { flag: "--mask", reason });
+    }
     let config = model.config();
+    let bytes = LayerBytes::of(model, split)?;
     let x = Embedding::load(model)?.rows(windows.tokens())?;
     let mut dense = Stream::new(Mask::Dense, x, split)?;
     // The dense mask is the reference itself; every other one gets its own stream.
     let own = masks.iter().filter(|m| **m != Mask::Dense);
     let mut masked: Vec<Stream> = own.map(|&mask| Stream::new(mask, dense.x.clone(), split)).collect::<Result<_>>()?;
+    for stream in &mut masked {
+        if let (Mask::Inputs(share), Some(costs)) = (stream.mask, costs) {
+            stream.thresholds = costs.thresholds(bytes.of_inputs(config), share);
+        }
+    }
     let total = config.n_layers * (1 + masked.len());
     for index in 0..config.n_layers {
         let layer = DenseLayer::load(model, index)?;
@@ -73,14 +90,20 @@ pub fn evaluate(
         let before = index * (1 + masked.len());
         for (i, stream) in std::iter::once(&mut dense).chain(&mut masked).enumerate() {
             progress(before + i, total);
-            stream.advance((index, &layer), &down_norm, predictor.as_ref(), windows.ctx())?;
+            stream.advance((index, &layer), &down_norm, predictor.as_ref(), costs, windows.ctx())?;
         }
     }
     progress(total, total);
+    let of_inputs = bytes.of_inputs(config);
+    let read = |kept: [u64; 4]| {
+        let each = kept.iter().zip(of_inputs).map(|(&kept, bytes)| kept as f64 * bytes);
+        bytes.share_of(each.sum::<f64>() / windows.tokens().len() as f64)
+    };
+    let read: Vec<(Mask, f64)> = masked.iter().map(|s| (s.mask, read(s.kept))).collect();
     let mut evaluations = compare(model, windows, masks, dense, masked)?;
-    let bytes = LayerBytes::of(model, split)?;
     for (evaluation, mask) in evaluations.iter_mut().zip(masks) {
-        evaluation.bytes_share = bytes.share(*mask);
+        let counted = read.iter().find(|(m, _)| m == mask && matches!(m, Mask::Inputs(_)));
+        evaluation.bytes_share = counted.map(|(_, read)| *read).or_else(|| bytes.share(*mask));
     }
     Ok(evaluations)
 }
@@ -92,15 +115,24 @@ impl Stream {
         (index, layer): (usize, &DenseLayer),
         down_norm: &[f32],
         predictor: Option<&(LowRank, Vec<f32>)>,
+        costs: Option<&InputCosts>,
         ctx: usize,
     ) -> Result<()> {
         let mut tally = Tally::default();
         let active = self.active.get(index);
         let (n_predicted, left_out) = active.map_or((0, &[][..]), |a| (a.n_active, &a.left_out));
-        let peer = self.mask.inputs().map(|choice| InputMethod::new(layer, choice)).transpose()?;
+        let choice = match self.mask {
+            Mask::Teal(share) => Some(InputChoice::Teal(share)),
+            Mask::Wina(share) => Some(InputChoice::Wina(share)),
+            _ => costs
+                .and_then(|c| c.layer(index))
+                .zip(self.thresholds.get(index))
+                .map(|(c, t)| InputChoice::Priced(c, *t)),
+        };
+        let of_inputs = choice.map(|choice| InputMethod::new(layer, choice)).transpose()?;
         for window in self.x.chunks_exact_mut(ctx * layer.hidden_size()) {
-            if let Some(peer) = &peer {
-                let next = peer.forward(window)?;
+            if let Some(method) = &of_inputs {
+                let next = method.forward(window)?;
                 window.copy_from_slice(&next);
                 continue;
             }
@@ -131,8 +163,9 @@ impl Stream {
             window.copy_from_slice(&next);
         }
         // Who leaves out inputs computes all neurons, somehow: recall says nothing of it.
-        if self.mask.inputs().is_none() {
-            self.tally.push(tally);
+        match of_inputs {
+            Some(method) => self.kept.iter_mut().zip(method.kept()).for_each(|(sum, kept)| *sum += kept),
+            None => self.tally.push(tally),
         }
         Ok(())
     }

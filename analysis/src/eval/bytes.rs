@@ -1,8 +1,9 @@
 //! What a token reads of a model's layers under a mask.
 
 use super::Mask;
+use super::input_costs::{InputBytes, weights_of_input};
 use crate::Result;
-use thermocline_datasets::Checkpoint;
+use thermocline_datasets::{Checkpoint, ModelConfig};
 use thermocline_split::Split;
 
 /// Bytes of all layers' weights. Embedding and head are left out: every method reads the same of them.
@@ -32,6 +33,21 @@ impl LayerBytes {
         Ok(Self { attention, neurons, predictors: predictors as f64 })
     }
 
+    /// What one input of each group of matrices makes a token read.
+    pub(crate) fn of_inputs(&self, config: &ModelConfig) -> InputBytes {
+        let c = config;
+        let attention = c.n_layers * c.hidden_size * c.head_dim * 2 * (c.n_heads + c.n_kv_heads);
+        let neurons = c.n_layers * 3 * c.hidden_size * c.intermediate_size;
+        let (attention, neurons) = (self.attention / attention as f64, self.neurons / neurons as f64);
+        let [qkv, output, gate_up, down] = weights_of_input(config).map(|n| n as f64);
+        [qkv * attention, output * attention, gate_up * neurons, down * neurons]
+    }
+
+    /// The share of everything that `read` bytes are.
+    pub(crate) fn share_of(&self, read: f64) -> f64 {
+        read / (self.attention + self.neurons)
+    }
+
     /// What `mask` reads, relative to everything.
     pub(crate) fn share(&self, mask: Mask) -> Option<f64> {
         let read = match mask {
@@ -43,7 +59,9 @@ impl LayerBytes {
             }
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
+            // It depends on the text.
+            Mask::Inputs(_) => return None,
         };
-        Some(read / (self.attention + self.neurons))
+        Some(self.share_of(read))
     }
 }

@@ -1,43 +1,49 @@
-//! Methods from the literature that leave out inputs of matrices, column by column, instead of neurons: what ours is
-//! compared with.
+//! Methods that leave out inputs of matrices, column by column, instead of neurons: two from the literature, and that of
+//! [`super::input_costs`].
 //!
 //! - TEAL (arXiv 2408.14690): of each matrix's inputs those whose magnitude is below a threshold, which leaves the same
 //!   share in the mean over tokens. Its greedy division between the matrices of a block is left out. The threshold is of the
 //!   window's own inputs, which favours it.
 //! - WINA (arXiv 2505.19427): for each token the share with the largest `|x_j| * ||W_j||`, by the lengths of the columns.
 
+use super::input_costs::{GROUPS, GroupCost, group_of};
 use crate::Result;
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_calibrate::dense::{DenseLayer, Projection};
 use thermocline_runtime::top_k;
 
 /// Which share of the inputs is kept.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum InputChoice {
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum InputChoice<'a> {
     /// Those above a threshold of the window.
     Teal(f64),
     /// Of each token those that weigh most.
     Wina(f64),
+    /// Those whose energy reaches their group's threshold; ours.
+    Priced(&'a [GroupCost; 4], [f32; 4]),
 }
 
 /// A choice with what it needs to know of a layer.
 pub(crate) struct InputMethod<'a> {
     layer: &'a DenseLayer,
-    choice: InputChoice,
+    choice: InputChoice<'a>,
     /// Lengths of the columns of each of [`Projection::ALL`], if they are asked for.
     norms: Vec<Vec<f32>>,
+    /// Inputs of each group that were kept so far, if thresholds decide.
+    kept: [AtomicU64; 4],
 }
 
 impl<'a> InputMethod<'a> {
-    pub(crate) fn new(layer: &'a DenseLayer, choice: InputChoice) -> Result<Self> {
+    pub(crate) fn new(layer: &'a DenseLayer, choice: InputChoice<'a>) -> Result<Self> {
         let norms = match choice {
-            InputChoice::Teal(_) => Vec::new(),
+            InputChoice::Teal(_) | InputChoice::Priced(..) => Vec::new(),
             InputChoice::Wina(_) => {
                 let norms = Projection::ALL.into_iter().map(|p| Ok(layer.column_norms(p)?));
                 norms.collect::<Result<_>>()?
             }
         };
-        Ok(Self { layer, choice, norms })
+        Ok(Self { layer, choice, norms, kept: Default::default() })
     }
 
     /// The layer's output for one window `x`.
@@ -48,7 +54,19 @@ impl<'a> InputMethod<'a> {
                 let norms = &self.norms[projection as usize];
                 heaviest(inputs, norms, super::active_count(share, norms.len()));
             }
+            InputChoice::Priced(costs, thresholds) => {
+                let group = group_of(projection);
+                let kept = costs[group].leave_out(inputs, thresholds[group]);
+                if GROUPS[group][0] == projection {
+                    self.kept[group].fetch_add(kept, Ordering::Relaxed);
+                }
+            }
         })?)
+    }
+
+    /// Inputs of each group that were kept.
+    pub(crate) fn kept(self) -> [u64; 4] {
+        self.kept.map(AtomicU64::into_inner)
     }
 }
 

@@ -1,4 +1,3 @@
-use super::inputs::InputChoice;
 use super::quality::{Tally, compare};
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -28,6 +27,9 @@ pub enum Mask {
     Teal(f64),
     /// WINA: as TEAL, by the lengths of the columns.
     Wina(f64),
+    /// The inputs of all matrices that lower the divergence most for their bytes, of which the given share is read; the others
+    /// are replaced by their means ([`super::InputCosts`]).
+    Inputs(f64),
 }
 
 /// Neurons in a share of a layer, by the runtime's rule.
@@ -48,6 +50,7 @@ impl Mask {
             Mask::Cats(_) => "cats",
             Mask::Teal(_) => "teal",
             Mask::Wina(_) => "wina",
+            Mask::Inputs(_) => "inputs",
         }
     }
 
@@ -61,7 +64,8 @@ impl Mask {
             | Mask::PredictedAlike(share)
             | Mask::Cats(share)
             | Mask::Teal(share)
-            | Mask::Wina(share) => Some(share),
+            | Mask::Wina(share)
+            | Mask::Inputs(share) => Some(share),
         }
     }
 
@@ -71,15 +75,6 @@ impl Mask {
                 Err(Error::Setting { flag: "--active", reason: format!("{share} is not above 0 and at most 1") })
             }
             _ => Ok(()),
-        }
-    }
-
-    /// The choice, if inputs are left out instead of neurons.
-    pub(crate) fn inputs(self) -> Option<InputChoice> {
-        match self {
-            Mask::Teal(share) => Some(InputChoice::Teal(share)),
-            Mask::Wina(share) => Some(InputChoice::Wina(share)),
-            _ => None,
         }
     }
 
@@ -130,7 +125,7 @@ impl Mask {
                 // Gates that are kept; the others were set to zero.
                 kept.extend(scores.unwrap_or(h).iter().zip(0..).filter(|(gate, _)| **gate != 0.0).map(|(_, i)| i));
             }
-            Mask::Teal(_) | Mask::Wina(_) => kept.extend(0..n as u32),
+            Mask::Teal(_) | Mask::Wina(_) | Mask::Inputs(_) => kept.extend(0..n as u32),
         }
     }
 }

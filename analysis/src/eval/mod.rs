@@ -8,6 +8,7 @@
 //! | the same figure through the token engine, one token at a time | [`evaluate_decode`] |
 //! | what planes of the weights buy | [`evaluate_planes`] |
 //! | what each layer's share of the neurons costs | [`fit_shares`] |
+//! | what each input of a matrix costs | [`fit_input_costs`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
 //!
 //! Masks apply at **every** position, as if each had been decoded; a run computes its prompt densely, so it is at
@@ -18,6 +19,7 @@ mod batch;
 mod bootstrap;
 mod bytes;
 mod decode;
+mod input_costs;
 mod inputs;
 mod likelihood;
 mod mask;
@@ -28,6 +30,7 @@ mod windows;
 
 pub use batch::evaluate;
 pub use decode::evaluate_decode;
+pub use input_costs::{InputCosts, fit_input_costs};
 pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
 pub use quality::LayerQuality;
@@ -42,7 +45,7 @@ use serde::{Deserialize, Serialize};
 /// What one mask did to a model on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `cats`, `teal` or `wina`.
+    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `cats`, `teal`, `wina` or `inputs`.
     pub mask: String,
     /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -57,15 +57,16 @@ pub fn fit_shares(
         })?);
     }
     progress(total, total);
-    let losses = losses(model, windows, &dense, &streams)?;
+    let computed: Vec<&[f32]> = streams.iter().map(|s| s.x.as_slice()).collect();
+    let losses = divergences(model, windows, &dense, &computed)?;
     let layers = streams.chunks_exact(GRID.len()).zip(losses.chunks_exact(GRID.len())).map(|(streams, losses)| {
         LayerCost { loss: losses.to_vec(), left_out: streams.iter().flat_map(|s| s.left_out.iter().copied()).collect() }
     });
     Ok(Shares::new(GRID.to_vec(), layers.collect(), config.hidden_size)?)
 }
 
-/// All neurons.
-fn advance(layer: &DenseLayer, x: &mut [f32], ctx: usize) -> Result<()> {
+/// Takes `x` through `layer`, with all neurons.
+pub(super) fn advance(layer: &DenseLayer, x: &mut [f32], ctx: usize) -> Result<()> {
     for window in x.chunks_exact_mut(ctx * layer.hidden_size()) {
         let mut next = layer.attention(window, 1, ctx)?;
         let h = layer.neurons(&layer.ffn_input(&next)?)?.h;
@@ -118,8 +119,13 @@ fn one_layer(
     outputs.into_iter().zip(left_out).map(stream).collect()
 }
 
-/// Mean KL divergence of each stream from `dense`, in nats a token.
-fn losses(model: &dyn Checkpoint, windows: &Windows<'_>, dense: &[f32], streams: &[Stream]) -> Result<Vec<f32>> {
+/// Mean KL divergence of each stream `[n_tokens, hidden_size]` from `dense`, in nats a token.
+pub(super) fn divergences(
+    model: &dyn Checkpoint,
+    windows: &Windows<'_>,
+    dense: &[f32],
+    streams: &[&[f32]],
+) -> Result<Vec<f32>> {
     let (head, hidden) = (Head::load(model)?, model.config().hidden_size);
     let positions: Vec<usize> = (0..windows.tokens().len()).step_by(EVERY).collect();
     let mut scores = vec![TokenScores::default(); streams.len()];
@@ -128,7 +134,7 @@ fn losses(model: &dyn Checkpoint, windows: &Windows<'_>, dense: &[f32], streams:
         let targets: Vec<Option<u32>> = positions.iter().map(|&p| windows.next(p)).collect();
         let reference = head.logits(&rows(dense))?;
         for (stream, scores) in streams.iter().zip(&mut scores) {
-            add(scores, &reference, &head.logits(&rows(&stream.x))?, head.vocab_size(), &targets);
+            add(scores, &reference, &head.logits(&rows(stream))?, head.vocab_size(), &targets);
         }
     }
     Ok(scores.iter().map(|s| (s.kl_sum / s.losses.len().max(1) as f64) as f32).collect())
