@@ -22,7 +22,6 @@ mod inputs;
 mod likelihood;
 mod mask;
 mod planes;
-mod quality;
 mod shares;
 mod windows;
 
@@ -30,14 +29,14 @@ pub use batch::evaluate;
 pub use decode::evaluate_decode;
 pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
-pub use quality::LayerQuality;
 pub use shares::fit_shares;
+pub use thermocline_runtime::quality::LayerQuality;
 pub use windows::Windows;
 
 use crate::{Error, Result};
 use likelihood::TokenScores;
-use quality::Tally;
 use serde::{Deserialize, Serialize};
+use thermocline_runtime::quality::Tally;
 
 /// What one mask did to a model on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
