@@ -264,11 +264,12 @@ fn an_audit_that_fails_leaves_the_sequence_alone() {
         engine.start_audit(every).unwrap();
         engine
     };
-    let decode =
-        |engine: &mut Engine| tokens[PROMPT..].iter().try_for_each(|t| Ok(drop(engine.forward(&[*t], Logits::Last)?)));
+    let decode = |engine: &mut Engine| -> Result<(), Error> {
+        tokens[PROMPT..].iter().try_for_each(|t| engine.forward(&[*t], Logits::Last).map(drop))
+    };
     let last = |engine: &mut Engine| bits(&engine.forward(&[5], Logits::Last).unwrap());
     let mut plain = begun(0);
-    decode(&mut plain).unwrap_or_else(|e: Error| panic!("{e}"));
+    decode(&mut plain).unwrap();
     let expected = last(&mut plain);
     let path = dir.join("layers/001.thm");
     let good = fs::read(&path).unwrap();
@@ -278,7 +279,7 @@ fn an_audit_that_fails_leaves_the_sequence_alone() {
         let mut bad = good.clone();
         bad[good.len() * part / 8] ^= 16;
         fs::write(&path, &bad).unwrap();
-        let (without, with): (Result<(), Error>, Result<(), Error>) = (decode(&mut plain), decode(&mut audited));
+        let (without, with) = (decode(&mut plain), decode(&mut audited));
         fs::write(&path, &good).unwrap();
         // Chunks that the choice needs, and hot ones, are no audit's alone.
         if without.is_err() || with.is_ok() {
@@ -287,7 +288,7 @@ fn an_audit_that_fails_leaves_the_sequence_alone() {
         let message = with.unwrap_err().to_string();
         assert!(message.contains("001.thm"), "{message}");
         assert_eq!((audited.len(), found(&audited).tokens), (PROMPT, 0), "the first token fails, and counts nowhere");
-        decode(&mut audited).unwrap_or_else(|e: Error| panic!("{e}"));
+        decode(&mut audited).unwrap();
         assert!(last(&mut audited) == expected);
         assert_eq!(found(&audited).tokens, 2);
         audits_failed += 1;

@@ -117,7 +117,7 @@ impl Audit {
         }
     }
 
-    /// Memory that this takes while it works: itself, two lists of a layer's neurons, and a down row for each thread.
+    /// Memory that this takes while it works: itself, lists of a layer's neurons, and a down row for each thread.
     pub(crate) fn bytes(config: &ModelConfig, n_threads: usize) -> u64 {
         let (layers, hidden, ffn) = (config.n_layers, config.hidden_size, config.intermediate_size);
         // Sums, and what one token adds to them.
