@@ -7,8 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use support::budgets::planes;
 use support::{
-    bits, budget_range_of, copy, corpus, demo, engine_at, engine_of, fails, json, llama, medium, needed_bytes, ok,
-    prompt, qwen_relu, request, split, text, thermocline,
+    bits, budget_range_of, copy, demo, engine_at, engine_of, fails, json, llama, medium, needed_bytes, ok, prompt,
+    qwen_relu, request, split, text,
 };
 use thermocline_calibrate::dense::{DenseLayer, Embedding};
 use thermocline_runtime::{Account, AuditReport, Engine, Error, Logits, Mode, layer_active};
@@ -42,6 +42,7 @@ fn budgets(dir: &Path, given: &str, mode: Mode) -> [Option<u64>; 3] {
 }
 
 /// A split that was made to divide neurons between its layers, and knows what stands for those that are left out.
+#[cfg(feature = "analysis")]
 fn with_shares() -> PathBuf {
     support::once("llama.audited-shares", |path| {
         support::copy_dir(&split(&llama(), "q4", &["--chunk-neurons", "8"]), path);
@@ -50,7 +51,7 @@ fn with_shares() -> PathBuf {
             "-m",
             text(path),
             "--text",
-            text(corpus()),
+            text(support::corpus()),
             "--fit-shares",
             "--ctx",
             "64",
@@ -69,6 +70,7 @@ fn cases() -> Vec<(PathBuf, &'static str, f32)> {
     vec![
         (split(&llama(), "bf16", &["--chunk-neurons", "8"]), "base", 0.3),
         (split(&llama(), "q4", &["--chunk-neurons", "16", "--order", "random"]), "base", 0.1),
+        #[cfg(feature = "analysis")]
         (with_shares(), "base", 0.3),
         (split(&qwen_relu(), "bf16", &["--chunk-neurons", "24", "--zstd-level", "3"]), "base", 0.2),
         (demo::split("bf16", &[]), "base", 0.02),
@@ -352,12 +354,13 @@ fn exact_mode_has_nothing_to_audit() {
 }
 
 /// With a GPU (the emulated one) the refusal comes before the model is loaded.
+#[cfg(feature = "cuda")]
 #[test]
 fn a_gpu_has_no_audits() {
     let emulator = thermocline_kernels::cuda::build_emulator(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
     let dir = split(&llama(), "q4", &["--chunk-neurons", "16", "--order", "random"]);
     for budget in ["auto", "1GiB"] {
-        let mut command = thermocline();
+        let mut command = support::thermocline();
         command.env("THERMOCLINE_CUDA_EMULATOR", &emulator).env("THERMOCLINE_VRAM_BUDGET", budget);
         let more = ["--mode", "sparse", "-n", "2", "--audit-every", "2"];
         let ran: support::Ran = command.args(given(&dir, &more)).output().unwrap().into();
