@@ -226,6 +226,10 @@ pub struct Run {
     /// Penalty on tokens that came up lately; 1 is off
     #[arg(long, default_value_t = 1.0, env = "THERMOCLINE_REPEAT_PENALTY")]
     pub repeat_penalty: f32,
+    /// In sparse mode: tell how good the choice of neurons is. Of the first decoded token, and of every N-th after it, all
+    /// neurons are computed as well, and compared; what comes out stays the same. 0: never
+    #[arg(long, default_value_t = 0, value_name = "N", env = "THERMOCLINE_AUDIT_EVERY")]
+    pub audit_every: usize,
     /// Read all weights first, and refuse a model with a wrong checksum, a weight that is not finite, or a tensor of zeros
     #[arg(long)]
     pub check_tensors: bool,

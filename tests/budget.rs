@@ -67,7 +67,8 @@ fn any_budget_bounds_the_process() {
     let dir = split(&medium(), "bf16", &["--chunk-neurons", "16"]);
     let (bare, mut random) = (bare(), Random::new(11));
     let dense = run(&dir, "auto", &[])["plan"]["dense_bytes"].as_u64().unwrap();
-    for mode in [&["--mode", "exact"][..], &["--mode", "sparse", "--active", "0.3"]] {
+    let sparse = ["--mode", "sparse", "--active", "0.3", "--audit-every", "3"];
+    for mode in [&["--mode", "exact"][..], &sparse[..4], &sparse] {
         let given = ["run", "-m", text(&dir), "-p", "the cold engine", "-n", "12", "-t", "2"];
         let least = needed_bytes(&[&given, mode].concat());
         for _ in 0..8 {

@@ -3,12 +3,12 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::path::Path;
-use thermocline_analysis::eval::{Evaluation, Mask, Windows, evaluate, evaluate_decode, fit_shares};
+use thermocline_analysis::eval::{Evaluation, LayerQuality, Mask, Windows, evaluate, evaluate_decode, fit_shares};
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
 use thermocline_datasets::{Activation, Architecture, open_checkpoint};
 use thermocline_kernels::Encoding;
-use thermocline_runtime::{Engine, Mode, Plan, PlanRequest};
+use thermocline_runtime::{AuditReport, Engine, Mode, Plan, PlanRequest};
 use thermocline_split::{Compression, Shares, Split, SplitCheckpoint, SplitOptions, split};
 
 const CTX: usize = 48;
@@ -38,12 +38,28 @@ fn make(dir: &Path, model: &TinyModel, encoding: Encoding) -> std::path::PathBuf
     dir.join("split")
 }
 
-fn decode(dir: &Path, mode: Mode, windows: &Windows<'_>) -> Evaluation {
+/// With what audits of every token found, in sparse mode.
+fn decode(dir: &Path, mode: Mode, windows: &Windows<'_>) -> (Evaluation, Option<AuditReport>) {
     let split = Split::open(dir).unwrap();
     let request = PlanRequest { mode, ram_budget_bytes: None, context: CTX, batch: 1, n_threads: 2 };
     let plan = Plan::new(&split, request).unwrap();
     let mut engine = Engine::load(split, plan, &|_, _| ()).unwrap();
-    evaluate_decode(&mut engine, windows, &|_, _| ()).unwrap()
+    engine.start_audit(usize::from(mode != Mode::Exact)).unwrap();
+    (evaluate_decode(&mut engine, windows, &|_, _| ()).unwrap(), engine.audit())
+}
+
+/// Audits of decoding say what the dense forward says of the same mask on the same tokens. It also counts the last token of
+/// each window, which is not decoded.
+fn audits_agree(batch: &Evaluation, audit: &AuditReport) {
+    assert_eq!((audit.tokens, audit.layers.len()), ((WINDOWS * (CTX - 1)) as u64, batch.layers.len()));
+    for (want, got) in batch.layers.iter().zip(&audit.layers) {
+        let figures =
+            |q: &LayerQuality| [q.recall, q.precision, q.energy_recall, q.energy_recall_of_oracle, q.computed_share];
+        for (want, got) in figures(want).into_iter().zip(figures(&got.quality)) {
+            assert!((want - got).abs() < 0.01, "{want:?} {got:?}");
+        }
+        assert!(got.quality.recall < 0.99 && got.output_error > 0.01, "{got:?}");
+    }
 }
 
 /// Largest and mean difference of the tokens' cross-entropies.
@@ -68,12 +84,13 @@ fn check(model: &TinyModel, encoding: Encoding) {
     assert!(by_mask[3].energy_recall > by_mask[2].energy_recall && by_mask[3].recall == Some(1.0));
 
     // The engine keeps keys and values as f16 and sums in another order: a few 1e-3 nats at most.
-    let (largest, mean) = gaps(&by_mask[0], &decode(&path, Mode::Exact, &windows));
+    let (largest, mean) = gaps(&by_mask[0], &decode(&path, Mode::Exact, &windows).0);
     assert!(largest < 1e-2 && mean < 1e-3, "dense: largest gap {largest}, mean {mean}");
 
     // Two scores that differ in the last digits can choose different neurons at the edge of the set; those weigh
     // little, so single tokens may differ more and the mean hardly.
-    let sparse = decode(&path, Mode::Sparse { active: 0.3 }, &windows);
+    let (sparse, audit) = decode(&path, Mode::Sparse { active: 0.3 }, &windows);
+    audits_agree(&by_mask[2], &audit.unwrap());
     let (largest, mean) = gaps(&by_mask[2], &sparse);
     assert!(largest < 0.2 && mean < 1e-2, "predicted: largest gap {largest}, mean {mean}");
     let share = sparse.computed_share.unwrap();
@@ -133,7 +150,8 @@ fn shares_are_measured_kept_and_used_by_both_engines() {
     let after = both();
     assert_eq!(after[1].losses, before[1].losses, "shares alike are as before");
     assert!(after[0].losses != before[0].losses && after[0].kl < before[0].kl, "{:?} {:?}", after[0].kl, before[0].kl);
-    let engine = decode(&path, Mode::Sparse { active: 0.3 }, &windows);
+    let (engine, audit) = decode(&path, Mode::Sparse { active: 0.3 }, &windows);
+    audits_agree(&after[0], &audit.unwrap());
     let (largest, mean) = gaps(&after[0], &engine);
     assert!(largest < 0.2 && mean < 1e-2, "predicted: largest gap {largest}, mean {mean}");
     assert!((engine.computed_share.unwrap() - 0.3).abs() < 0.01);

@@ -1,10 +1,12 @@
 //! Tokens in, logits out, on whatever computes: what generation, evaluation and measurement need of an engine.
 
 use crate::account::{Account, TierBytes};
+use crate::audit::{AuditReport, check_audit};
 use crate::engine::{Engine, Logits};
 use crate::plan::Mode;
 use crate::{Error, Result};
 use serde::Serialize;
+use std::time::Duration;
 use thermocline_split::{Flaw, Split};
 
 /// An engine with one sequence's state.
@@ -35,6 +37,21 @@ pub trait Decoder {
     fn decode(&mut self, token: u32) -> Result<Vec<f32>>;
     /// What it cost so far.
     fn account(&self) -> Account;
+    /// Starts audits of the first token that is decoded and of every one `every` tokens after it; none if `every` is 0.
+    ///
+    /// # Errors
+    /// If this engine has no audits, or its mode nothing to audit.
+    fn start_audit(&mut self, every: usize) -> Result<()> {
+        check_audit(every, self.mode(), true)
+    }
+    /// What audits found since they were started; `None` if there are none.
+    fn audit(&self) -> Option<AuditReport> {
+        None
+    }
+    /// What audits took since they were started: part of the time that decoding took.
+    fn audit_time(&self) -> Duration {
+        Duration::ZERO
+    }
     /// The speeds of what it reads from, measured now or when it was loaded.
     ///
     /// # Errors
@@ -115,6 +132,18 @@ impl Decoder for Engine {
 
     fn account(&self) -> Account {
         self.account()
+    }
+
+    fn start_audit(&mut self, every: usize) -> Result<()> {
+        self.start_audit(every)
+    }
+
+    fn audit(&self) -> Option<AuditReport> {
+        self.audit()
+    }
+
+    fn audit_time(&self) -> Duration {
+        self.audit_time()
     }
 
     fn speeds(&mut self) -> Result<Speeds> {

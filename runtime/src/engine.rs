@@ -2,6 +2,7 @@
 
 use crate::account::Account;
 use crate::attention::{Rope, attend_batch, attend_one};
+use crate::audit::{Audit, AuditReport, check_audit};
 use crate::cache::NeuronCache;
 use crate::divide::slot_bytes;
 use crate::fetch::{DirectFile, Fetcher};
@@ -16,6 +17,7 @@ use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
 use std::sync::Arc;
+use std::time::Duration;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::{Kernels, Pool, QuantisedInput, ops};
 use thermocline_split::{Flaw, Split};
@@ -58,6 +60,8 @@ pub struct Engine {
     /// The neurons that the last layer computed for the last decoded token, ascending.
     active: Vec<u32>,
     account: Account,
+    /// In sparse mode, if asked for.
+    audit: Option<Audit>,
     flaws: Vec<Flaw>,
 }
 
@@ -188,6 +192,7 @@ impl Engine {
             batch: FfnBatch::new(hidden, config.activation, n),
             active: Vec::new(),
             account: Account::default(),
+            audit: None,
             flaws,
             plan,
             config,
@@ -220,6 +225,27 @@ impl Engine {
     /// another engine.
     pub fn last_active(&self) -> &[u32] {
         &self.active
+    }
+
+    /// From now on audits the first token that is decoded and every one `every` tokens after it; never if `every` is 0. What
+    /// earlier audits found is forgotten. Audits change no bit of what is computed, and nothing of the account.
+    ///
+    /// # Errors
+    /// If the plan is not for sparse mode: exact mode chooses nothing.
+    pub fn start_audit(&mut self, every: usize) -> Result<()> {
+        check_audit(every, self.plan.request.mode, false)?;
+        self.audit = (every > 0).then(|| Audit::new(&self.config, every));
+        Ok(())
+    }
+
+    /// What audits found since they were started; `None` if they were not.
+    pub fn audit(&self) -> Option<AuditReport> {
+        self.audit.as_ref().map(Audit::report)
+    }
+
+    /// What audits took since they were started.
+    pub fn audit_time(&self) -> Duration {
+        self.audit.as_ref().map_or(Duration::ZERO, Audit::time)
     }
 
     /// Tokens in the context.
@@ -329,6 +355,7 @@ impl Engine {
         for (&token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
             self.embed(token, x)?;
         }
+        let is_audited = is_sparse && self.audit.as_ref().is_some_and(Audit::is_due);
         let mut foreseen = Foreseen::default();
         let mut scores = vec![0.0; self.config.intermediate_size];
         let mut active = std::mem::take(&mut self.active);
@@ -379,11 +406,22 @@ impl Engine {
             }
             self.sums.finish(&mut x);
             if is_sparse {
-                x.iter_mut().zip(&self.layers_active[l].left_out).for_each(|(x, mean)| *x += mean);
+                let left_out = &self.layers_active[l].left_out;
+                x.iter_mut().zip(left_out).for_each(|(x, mean)| *x += mean);
+                if let Some(audit) = self.audit.as_mut().filter(|_| is_audited) {
+                    audit.keep(l, &normed, &active, &self.sums, left_out);
+                }
             }
         }
         self.active = active;
         let out = self.head(&x, logits)?;
+        if let Some(audit) = self.audit.as_mut().filter(|_| is_sparse) {
+            if is_audited {
+                let fetcher = self.streams.as_ref().map(|streams| &streams.fetcher);
+                audit.run(&self.ffn, &mut self.compute, fetcher, &mut self.sums)?;
+            }
+            audit.count();
+        }
         self.kv.advance(n);
         Ok(out)
     }

@@ -14,6 +14,9 @@ use thermocline_kernels::{
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
 const BLOCKS: usize = 24;
 
+/// Neurons whose weights one task computes.
+const WEIGHED: usize = 32;
+
 /// Gates that are computed together before any other row of these neurons is touched.
 const GATES: usize = 4;
 
@@ -111,6 +114,29 @@ impl FfnSums {
             thirds.fetch_add(block.finish(), Ordering::Relaxed);
         });
         thirds.into_inner() / 3 + certificate_bytes.into_inner()
+    }
+
+    /// |h| * ||d|| of the neurons from `first` on whose bundles `bytes` holds, for the input that the layer was started with,
+    /// into `out`, one for each of them. The sums stay as they are.
+    pub(crate) fn weights(
+        &self,
+        kernels: &Kernels,
+        pool: &mut Pool,
+        layout: &LayerLayout,
+        first: usize,
+        bytes: &[u8],
+        out: &mut [f32],
+    ) {
+        pool.for_each_chunk(out, WEIGHED, |task, out| {
+            let mut down = vec![0.0; self.hidden_size];
+            for (out, n) in out.iter_mut().zip(first + task * WEIGHED..) {
+                let (of, bundle) = (layout.of(n), layout.bundle(bytes, first, n));
+                let (g, u) = kernels.pre_activations(of, bundle, &self.input, &[]);
+                kernels.unpack(of.encoding(), of.row(bundle, 2), &mut down);
+                let square = down.iter().map(|&d| f64::from(d) * f64::from(d)).sum::<f64>();
+                *out = self.activation.apply(g, u).abs() * square.sqrt() as f32;
+            }
+        });
     }
 
     /// Adds the blocks, in order, to the residual stream `y`.

@@ -1,6 +1,7 @@
 //! One prompt, answered.
 
 use crate::account::TierBytes;
+use crate::audit::AuditReport;
 use crate::decoder::{Decoder, Speeds};
 use crate::hardware::peak_rss_bytes;
 use crate::plan::Mode;
@@ -18,6 +19,8 @@ pub struct GenerateSettings {
     pub sampler: SamplerSettings,
     /// Tokens that end the answer; they are part of it.
     pub stop: Vec<u32>,
+    /// Audits sparse mode at the first decoded token and every so many after it; 0: never.
+    pub audit_every: usize,
 }
 
 /// Why a generation ended.
@@ -69,6 +72,9 @@ pub struct RunReport {
     pub limit: &'static str,
     /// Largest resident set of the process so far.
     pub peak_rss_bytes: u64,
+    /// How good the choice of neurons was, if that was asked for. What audits took and read is in no other figure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditReport>,
     /// Bytes read per decoded token over time: (token number, bytes by tier), for plots.
     pub timeline: Vec<(usize, TierBytes)>,
 }
@@ -77,7 +83,7 @@ pub struct RunReport {
 /// returns whether to go on.
 ///
 /// # Errors
-/// If the prompt does not fit in the context, a setting is out of range, or the disk fails.
+/// If the prompt does not fit in the context, a setting is out of range, the engine has nothing to audit, or the disk fails.
 pub fn generate(
     engine: &mut dyn Decoder,
     prompt: &[u32],
@@ -93,6 +99,7 @@ pub fn generate(
     }
     let mut sampler = Sampler::new(settings.sampler)?;
     prompt.iter().for_each(|&t| sampler.accept(t));
+    engine.start_audit(settings.audit_every)?;
     engine.clear();
     let begin = Instant::now();
     let logits = engine.prefill(prompt)?;
@@ -119,7 +126,7 @@ pub fn generate(
             break FinishReason::Length;
         }
         logits = engine.decode(token)?;
-        decode_time = decode.elapsed();
+        decode_time = decode.elapsed().saturating_sub(engine.audit_time());
         let now = engine.account();
         timeline.push((tokens.len(), now.bytes.minus(last.bytes)));
         last = now;
@@ -154,6 +161,7 @@ pub fn generate(
         limit_share: if seconds > 0.0 { limit_seconds / seconds } else { 0.0 },
         limit,
         peak_rss_bytes: peak_rss_bytes(),
+        audit: engine.audit(),
         timeline,
     })
 }

@@ -7,6 +7,7 @@ use crate::fetch::{DirectFile, Fetcher, LayerIndex, Run, Staged, Ticket};
 use crate::ffn::{FfnSums, Span};
 use crate::matrix::{Compute, Disk};
 use crate::prefill::FfnBatch;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -192,6 +193,42 @@ impl LayerFfn {
             batch.add(compute, self.layout(), x, staged.bytes(), y);
             first += self.layout().n_in(first, staged.bytes().len());
             disk.fetcher.release(staged);
+        }
+        Ok(())
+    }
+
+    /// Shows `see` every neuron's bundle, in order and in pieces: where the bundles of a piece lie, its first neuron, its bytes.
+    /// What is cold is read for this alone, whatever the cache holds, through the free buffers of `fetcher`, and counts in no
+    /// account.
+    pub(crate) fn for_all(
+        &self,
+        fetcher: Option<&Fetcher>,
+        see: &mut dyn FnMut(&LayerLayout, usize, &[u8]),
+    ) -> Result<()> {
+        see(&self.hot_layout, 0, self.hot_bytes());
+        let Some(fetcher) = fetcher.filter(|_| self.n_hot < self.n_neurons) else { return Ok(()) };
+        let runs = self.cold_runs();
+        let (mut first, mut submitted, mut ahead) = (self.n_hot, 0, VecDeque::new());
+        while first < self.n_neurons {
+            while let Some(ticket) = runs.get(submitted).and_then(|run| fetcher.try_submit(run)) {
+                ahead.push_back(ticket);
+                submitted += 1;
+            }
+            let Some(ticket) = ahead.pop_front() else {
+                // Every buffer belongs to a read that is under way and will be given back.
+                std::thread::yield_now();
+                continue;
+            };
+            let staged = match fetcher.wait(ticket) {
+                Ok(staged) => staged,
+                Err(e) => {
+                    ahead.into_iter().for_each(|ticket| fetcher.discard(ticket));
+                    return Err(e);
+                }
+            };
+            see(self.layout(), first, staged.bytes());
+            first += self.layout().n_in(first, staged.bytes().len());
+            fetcher.release(staged);
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! | tokens in, logits out | [`Engine`] on the CPU, `GpuEngine`; [`Decoder`] is what both can |
 //! | logits in, token out | [`Sampler`] |
 //! | a prompt answered, with its account | [`generate`], [`RunReport`] |
+//! | how good a choice of neurons was | [`quality`]; while it runs, [`AuditReport`] |
 //! | measured speed beside the planned one | [`bench()`] |
 //!
 //! A token's way: [`Engine::forward`] -> `engine::attend` -> `predictor` -> `layer_ffn` (hot prefix, cache, disk) ->
@@ -15,6 +16,7 @@
 
 mod account;
 mod attention;
+mod audit;
 mod bench;
 pub mod budget;
 mod cache;
@@ -37,6 +39,7 @@ mod pauses;
 mod plan;
 mod predictor;
 mod prefill;
+pub mod quality;
 mod replay;
 mod sampler;
 mod stream;
@@ -44,6 +47,7 @@ mod stream;
 mod stress;
 
 pub use account::{Account, TierBytes};
+pub use audit::{AuditReport, LayerAudit, check_audit};
 pub use bench::{BenchReport, BenchSettings, Timing, bench};
 pub use decoder::{Decoder, Speeds};
 pub use engine::{Engine, Logits};

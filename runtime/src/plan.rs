@@ -1,6 +1,7 @@
 //! What goes where for a budget, and how fast that should be.
 
 use crate::attention::{Rope, batch_scratch_bytes};
+use crate::audit::Audit;
 use crate::budget::format_bytes;
 use crate::cache::NeuronCache;
 use crate::divide::{activation_rates, active_bundle, divide, equal_prefixes, prefix_bytes, slot_bytes};
@@ -53,7 +54,7 @@ pub struct FixedBytes {
     pub predictors: u64,
     /// Keys and values.
     pub kv_cache: u64,
-    /// Activations, logits, sums, decoded pieces.
+    /// Activations, logits, sums, decoded pieces; in sparse mode what an audit takes.
     pub scratch: u64,
     /// Buffers between disk and computation, if anything is streamed.
     pub staging: u64,
@@ -318,12 +319,15 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     // Rows with streams are decoded, up to four at a time by each thread.
     let streams = split.layers().iter().any(|f| f.bundles().encodings().any(|e| e.has_stream()));
     let decoded = if streams { (request.n_threads * 4 * 2 * widest) as u64 } else { 0 };
+    // Whether or not it is asked for: audits must not change what is where, or they would change the account.
+    let audit = if request.mode == Mode::Exact { 0 } else { Audit::bytes(config, request.n_threads) };
     let pieces = 4 * PIECE * widest + 4 * request.n_threads * 2 * 32 * PIECE;
     let scratch = activations as u64
         + pieces as u64
         + FfnBatch::bytes(hidden, ffn)
         + decoded
         + FfnSums::new(hidden, config.activation, ffn).bytes()
+        + audit
         + Rope::bytes(config, request.context)
         + batch_scratch_bytes(config, batch, request.context, request.n_threads);
     FixedBytes { vectors, predictors, kv_cache: KvCache::bytes(config, request.context), scratch, staging: 0 }

@@ -194,7 +194,7 @@ fn run(placement: &Placement, tokenizer: &Tokenizer, dir: &Path, name: &str) -> 
     let mut loaded = super::load::load(split, placement, prompt.len() + N_PREDICT, 128, false)?;
     let engine = loaded.decoder();
     let sampler = SamplerSettings { seed: 1, ..SamplerSettings::default() };
-    let settings = GenerateSettings { n_predict: N_PREDICT, sampler, stop: Vec::new() };
+    let settings = GenerateSettings { n_predict: N_PREDICT, sampler, stop: Vec::new(), audit_every: 0 };
     let report = generate(engine, &prompt, &settings, &mut |_| true)?;
     let text = tokenizer.decode(&report.tokens)?;
     // The peak is the whole demo's, calibration included: it would say nothing about this run.

@@ -11,7 +11,9 @@ use std::io::Write;
 use thermocline_datasets::{ChatMessage, ChatTemplate, Tokenizer};
 use thermocline_kernels::Pool;
 use thermocline_runtime::budget::format_bytes;
-use thermocline_runtime::{Decoder, GenerateSettings, RunReport, SamplerSettings, TierBytes, generate};
+use thermocline_runtime::{
+    AuditReport, Decoder, GenerateSettings, RunReport, SamplerSettings, TierBytes, check_audit, generate,
+};
 use thermocline_split::Split;
 
 /// Prompt tokens that are computed at once: enough to amortise decoding the weights, small enough for small budgets.
@@ -34,6 +36,7 @@ struct Output<'a> {
 }
 
 pub fn run(args: &Run) -> anyhow::Result<()> {
+    check_audits(args)?;
     let split = super::load::placed_split(&args.placement)?;
     let named = || split.dir().display().to_string();
     let tokenizer = Tokenizer::from_json(&split.tokenizer_json()?).with_context(named)?;
@@ -65,6 +68,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
             ..SamplerSettings::default()
         },
         stop,
+        audit_every: args.audit_every,
     };
     let mut stream = tokenizer.decode_stream();
     let mut answer = String::new();
@@ -101,6 +105,20 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     }
     println!("\n");
     println!("{}", account(&report));
+    if let Some(audit) = &report.audit {
+        println!("{}", audited(audit));
+    }
+    Ok(())
+}
+
+/// Refuses audits where there are none, before anything is loaded.
+fn check_audits(args: &Run) -> anyhow::Result<()> {
+    let (every, mode) = (args.audit_every, super::load::request(&args.placement, 0, 1).mode);
+    check_audit(every, mode, false)?;
+    #[cfg(feature = "cuda")]
+    if every > 0 {
+        check_audit(every, mode, super::load::open_device(&args.placement, true)?.is_some())?;
+    }
     Ok(())
 }
 
@@ -170,6 +188,21 @@ pub fn account(r: &RunReport) -> String {
         100.0 * r.limit_share,
         r.limit,
         format_bytes(r.peak_rss_bytes)
+    )
+}
+
+/// What audits found, in a line.
+fn audited(a: &AuditReport) -> String {
+    let figures = (a.recall, a.energy_recall, a.energy_recall_of_oracle, a.output_error);
+    let (Some(recall), Some(energy), Some(of_oracle), Some(error)) = figures else {
+        return "audit of 0 tokens: none was decoded after the first, which the prompt gives".to_owned();
+    };
+    format!(
+        "audit of {} token{}: recall {recall:.2}, energy {energy:.2} ({of_oracle:.2} of the oracle's), \
+         output error {error:.2}; {:.1} s, in no figure above",
+        a.tokens,
+        if a.tokens == 1 { "" } else { "s" },
+        a.seconds
     )
 }
 

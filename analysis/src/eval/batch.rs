@@ -4,12 +4,12 @@ use super::bytes::LayerBytes;
 use super::input_costs::InputCosts;
 use super::inputs::{self, InputChoice, InputMethod};
 use super::likelihood::{TokenScores, add, positions_at_once};
-use super::quality::Tally;
 use super::{Evaluation, Mask, Windows, active_count};
 use crate::{Error, Result};
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head};
 use thermocline_calibrate::predictor::LowRank;
 use thermocline_datasets::Checkpoint;
+use thermocline_runtime::quality::Tally;
 use thermocline_runtime::{LayerActive, layer_active};
 use thermocline_split::Split;
 

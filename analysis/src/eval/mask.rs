@@ -1,6 +1,6 @@
-use super::quality::{Tally, compare};
 use crate::{Error, Result};
 use rayon::prelude::*;
+use thermocline_runtime::quality::{Tally, compare};
 use thermocline_runtime::{n_active, top_k};
 
 /// Which neurons of every layer are computed, at every position.

@@ -24,7 +24,6 @@ mod inputs;
 mod likelihood;
 mod mask;
 mod planes;
-mod quality;
 mod shares;
 mod windows;
 
@@ -33,14 +32,14 @@ pub use decode::evaluate_decode;
 pub use input_costs::{InputCosts, fit_input_costs};
 pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
-pub use quality::LayerQuality;
 pub use shares::fit_shares;
+pub use thermocline_runtime::quality::LayerQuality;
 pub use windows::Windows;
 
 use crate::{Error, Result};
 use likelihood::TokenScores;
-use quality::Tally;
 use serde::{Deserialize, Serialize};
+use thermocline_runtime::quality::Tally;
 
 /// What one mask did to a model on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,12 +1,12 @@
 //! What each plane of the weights buys: the same text through the model at several precisions.
 
 use super::likelihood::{TokenScores, add};
-use super::quality::Tally;
 use super::{Evaluation, Mask, Windows};
 use crate::{PlanesStudy, Result};
 use std::path::Path;
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head};
 use thermocline_datasets::Checkpoint;
+use thermocline_runtime::quality::Tally;
 use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
 
 /// Bytes of one model's logits that are held at once.

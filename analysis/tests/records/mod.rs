@@ -119,6 +119,7 @@ pub fn gpu_run(timeline: Vec<(usize, TierBytes)>) -> Value {
         limit_share: 0.7,
         limit: "VRAM + link",
         peak_rss_bytes: GIB,
+        audit: None,
         timeline,
     };
     let mut value = serde_json::to_value(report).unwrap();

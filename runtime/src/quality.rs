@@ -1,9 +1,9 @@
-//! How good a choice of neurons was.
+//! How good a choice of neurons was: one definition for audits of a run and for evaluations of a text.
 
+use crate::predictor::top_k;
 use serde::{Deserialize, Serialize};
-use thermocline_runtime::top_k;
 
-/// One layer under one mask. The oracle set of a token is as large as the mask's, has the largest |h| * ||d|| of that
+/// One layer under one choice. The oracle set of a token is as large as the choice, has the largest |h| * ||d|| of that
 /// same state, and leaves out neurons that are exactly zero.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerQuality {
@@ -21,9 +21,9 @@ pub struct LayerQuality {
     pub computed_share: f64,
 }
 
-/// Sums over tokens.
+/// Sums over tokens, by [`compare`].
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Tally {
+pub struct Tally {
     tokens: u64,
     neurons: u64,
     computed: u64,
@@ -50,8 +50,8 @@ impl std::ops::Add for Tally {
 }
 
 impl Tally {
-    /// What a mask that drops nothing would count.
-    pub(crate) fn whole(tokens: usize, neurons: usize) -> Tally {
+    /// What a choice of all neurons would count.
+    pub fn whole(tokens: usize, neurons: usize) -> Tally {
         let n = (tokens * neurons) as u64;
         let share = tokens as f64;
         Tally {
@@ -65,7 +65,8 @@ impl Tally {
         }
     }
 
-    pub(crate) fn quality(&self, layer: usize) -> LayerQuality {
+    /// Means over the tokens, of layer `layer`.
+    pub fn quality(&self, layer: usize) -> LayerQuality {
         // Nothing wanted and nothing found is a perfect score.
         let ratio = |a: u64, b: u64| if b == 0 { 1.0 } else { a as f64 / b as f64 };
         let n = self.tokens.max(1) as f64;
@@ -81,7 +82,7 @@ impl Tally {
 }
 
 /// One token's choice `kept` (ascending) against `weight = |h| * ||d||`, `[intermediate_size]`.
-pub(crate) fn compare(weight: &[f32], kept: &[u32]) -> Tally {
+pub fn compare(weight: &[f32], kept: &[u32]) -> Tally {
     let mut best = Vec::new();
     top_k(weight, kept.len(), &mut best);
     let at = |i: u32| weight[i as usize];

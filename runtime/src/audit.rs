@@ -1,0 +1,256 @@
+//! Audits: how good sparse mode's choice of neurons is on the text at hand, told while it runs.
+//!
+//! Of an audited token the layers' inputs, choices and outputs are kept. When the token is done, every neuron of every layer is
+//! computed from that same input, with the kernels that the run uses, and the choice is compared with the best one of its
+//! size. Nothing of it reaches the run: not the residual stream, not the cache, not the account. Neurons on disk pass through
+//! the buffers that the run has for them.
+
+use crate::fetch::Fetcher;
+use crate::ffn::{FfnSums, Span};
+use crate::layer_ffn::LayerFfn;
+use crate::matrix::Compute;
+use crate::plan::Mode;
+use crate::quality::{LayerQuality, Tally, compare};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::time::{Duration, Instant};
+use thermocline_datasets::ModelConfig;
+
+/// What audits found. Means are over layers, and in each layer over the audited tokens; `null` if no token was audited.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AuditReport {
+    /// The first decoded token was audited, and every one so many tokens after it.
+    pub every: usize,
+    /// Tokens that were audited.
+    pub tokens: u64,
+    /// What audits took; part of no other time.
+    pub seconds: f64,
+    /// Mean of [`LayerQuality::recall`].
+    pub recall: Option<f64>,
+    /// Mean of [`LayerQuality::precision`].
+    pub precision: Option<f64>,
+    /// Mean of [`LayerQuality::energy_recall`].
+    pub energy_recall: Option<f64>,
+    /// Mean of [`LayerQuality::energy_recall_of_oracle`].
+    pub energy_recall_of_oracle: Option<f64>,
+    /// `1 - energy_recall`.
+    pub lost_energy: Option<f64>,
+    /// Mean of [`LayerAudit::output_error`].
+    pub output_error: Option<f64>,
+    /// Layer by layer; empty if no token was audited.
+    pub layers: Vec<LayerAudit>,
+}
+
+/// What audits found of one layer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LayerAudit {
+    /// How good the choice was.
+    #[serde(flatten)]
+    pub quality: LayerQuality,
+    /// `1 - energy_recall`.
+    pub lost_energy: f64,
+    /// Mean over tokens of `||y_all - y|| / ||y_all||`, where `y_all` is the sum over all neurons and `y` what the run added in
+    /// its place, the mean of the neurons left out included if the split has it. Where `y_all` is zero: 0 if `y` is, else 1.
+    pub output_error: f64,
+}
+
+/// Refuses audits, one in `every` tokens (0: none), where there is nothing to audit, or nobody who can.
+///
+/// # Errors
+/// [`Error::Setting`] in exact mode, and on a GPU.
+pub fn check_audit(every: usize, mode: Mode, on_gpu: bool) -> Result<()> {
+    let reason = match (every, mode) {
+        (0, _) => return Ok(()),
+        (_, Mode::Exact) => {
+            "exact mode leaves out only neurons that are zero, so there is nothing to audit; add --mode sparse, or give \
+             --audit-every 0"
+        }
+        _ if on_gpu => "the GPU engine has no audits; add --vram-budget 0 to run on the CPU, or give --audit-every 0",
+        _ => return Ok(()),
+    };
+    Err(Error::Setting { flag: "--audit-every", reason: reason.to_owned() })
+}
+
+/// Sums over audited tokens of one layer.
+#[derive(Debug, Clone, Copy, Default)]
+struct LayerSums {
+    tally: Tally,
+    error: f64,
+}
+
+/// An engine's audits: when, what is kept of the token under way, and what was found so far.
+#[derive(Debug)]
+pub(crate) struct Audit {
+    every: usize,
+    /// Tokens decoded since the start.
+    decoded: usize,
+    audited: u64,
+    time: Duration,
+    sums: Vec<LayerSums>,
+    /// Input of each layer, `[n_layers, hidden_size]`.
+    inputs: Vec<f32>,
+    /// What the run added to the residual stream, `[n_layers, hidden_size]`.
+    outputs: Vec<f32>,
+    /// Whether a neuron was computed, `[n_layers, intermediate_size]`.
+    computed: Vec<bool>,
+    /// |h| * ||d|| of a layer's neurons, `[intermediate_size]`.
+    weights: Vec<f32>,
+    /// The sum over all neurons of a layer, `[hidden_size]`.
+    all: Vec<f32>,
+}
+
+impl Audit {
+    /// Audits of the first token, and of every one `every` (not 0) tokens after it.
+    pub(crate) fn new(config: &ModelConfig, every: usize) -> Self {
+        let (layers, hidden, ffn) = (config.n_layers, config.hidden_size, config.intermediate_size);
+        Self {
+            every,
+            decoded: 0,
+            audited: 0,
+            time: Duration::ZERO,
+            sums: vec![LayerSums::default(); layers],
+            inputs: vec![0.0; layers * hidden],
+            outputs: vec![0.0; layers * hidden],
+            computed: vec![false; layers * ffn],
+            weights: vec![0.0; ffn],
+            all: vec![0.0; hidden],
+        }
+    }
+
+    /// Memory that this takes while it works: itself, lists of a layer's neurons, and a down row for each thread.
+    pub(crate) fn bytes(config: &ModelConfig, n_threads: usize) -> u64 {
+        let (layers, hidden, ffn) = (config.n_layers, config.hidden_size, config.intermediate_size);
+        // Sums, and what one token adds to them.
+        let sums = 2 * layers * size_of::<LayerSums>();
+        let kept = layers * (2 * size_of::<f32>() * hidden + ffn);
+        // Weights, the computed neurons, the best ones and those near the last of them.
+        (sums + kept + 4 * (4 * ffn + hidden + n_threads * hidden)) as u64
+    }
+
+    /// Whether the next token is one to audit.
+    pub(crate) fn is_due(&self) -> bool {
+        self.decoded.is_multiple_of(self.every)
+    }
+
+    /// A token is done.
+    pub(crate) fn count(&mut self) {
+        self.decoded += 1;
+    }
+
+    /// What audits took so far.
+    pub(crate) fn time(&self) -> Duration {
+        self.time
+    }
+
+    /// Keeps what layer `l` made of `x`: `active` (ascending) are the neurons that it computed, in `sums` is what they give, and
+    /// `left_out` stands for the others.
+    pub(crate) fn keep(&mut self, l: usize, x: &[f32], active: &[u32], sums: &FfnSums, left_out: &[f32]) {
+        let begin = Instant::now();
+        let (hidden, ffn) = (x.len(), self.weights.len());
+        self.inputs[l * hidden..][..hidden].copy_from_slice(x);
+        let output = &mut self.outputs[l * hidden..][..hidden];
+        output.fill(0.0);
+        sums.finish(output);
+        output.iter_mut().zip(left_out).for_each(|(y, mean)| *y += mean);
+        let computed = &mut self.computed[l * ffn..][..ffn];
+        computed.fill(false);
+        active.iter().for_each(|&n| computed[n as usize] = true);
+        self.time += begin.elapsed();
+    }
+
+    /// Audits the token that was kept. `sums` are used and left in no particular state.
+    ///
+    /// # Errors
+    /// If the disk fails; then nothing of this token counts.
+    pub(crate) fn run(
+        &mut self,
+        layers: &[LayerFfn],
+        compute: &mut Compute,
+        fetcher: Option<&Fetcher>,
+        sums: &mut FfnSums,
+    ) -> Result<()> {
+        let begin = Instant::now();
+        let found = layers.iter().enumerate().map(|(l, layer)| self.judge(l, layer, compute, fetcher, sums));
+        let found: Result<Vec<LayerSums>> = found.collect();
+        self.time += begin.elapsed();
+        for (sum, found) in self.sums.iter_mut().zip(found?) {
+            *sum = LayerSums { tally: sum.tally + found.tally, error: sum.error + found.error };
+        }
+        self.audited += 1;
+        Ok(())
+    }
+
+    /// One layer: all its neurons, and what was computed of them.
+    fn judge(
+        &mut self,
+        l: usize,
+        layer: &LayerFfn,
+        compute: &mut Compute,
+        fetcher: Option<&Fetcher>,
+        sums: &mut FfnSums,
+    ) -> Result<LayerSums> {
+        let (hidden, ffn) = (self.all.len(), self.weights.len());
+        sums.start(&compute.kernels, layer.layout(), &self.inputs[l * hidden..][..hidden]);
+        let weights = &mut self.weights;
+        layer.for_all(fetcher, &mut |layout, first, bytes| {
+            let n = layout.n_in(first, bytes.len());
+            sums.add(&compute.kernels, &mut compute.pool, layout, Span::Contiguous { first, bytes });
+            let weights = &mut weights[first..first + n];
+            sums.weights(&compute.kernels, &mut compute.pool, layout, first, bytes, weights);
+        })?;
+        self.all.fill(0.0);
+        sums.finish(&mut self.all);
+        let computed = self.computed[l * ffn..][..ffn].iter().zip(0..);
+        let kept: Vec<u32> = computed.filter(|(computed, _)| **computed).map(|(_, n)| n).collect();
+        let error = relative_error(&self.all, &self.outputs[l * hidden..][..hidden]);
+        Ok(LayerSums { tally: compare(&self.weights, &kept), error })
+    }
+
+    /// What was found so far.
+    pub(crate) fn report(&self) -> AuditReport {
+        let of_layer = |(layer, sum): (usize, &LayerSums)| {
+            let quality = sum.tally.quality(layer);
+            let (lost_energy, output_error) = (1.0 - quality.energy_recall, sum.error / self.audited as f64);
+            LayerAudit { quality, lost_energy, output_error }
+        };
+        let audited = if self.audited == 0 { &[] } else { self.sums.as_slice() };
+        let layers: Vec<LayerAudit> = audited.iter().enumerate().map(of_layer).collect();
+        let mean = |of: fn(&LayerAudit) -> f64| {
+            (!layers.is_empty()).then(|| layers.iter().map(of).sum::<f64>() / layers.len() as f64)
+        };
+        AuditReport {
+            every: self.every,
+            tokens: self.audited,
+            seconds: self.time.as_secs_f64(),
+            recall: mean(|l| l.quality.recall),
+            precision: mean(|l| l.quality.precision),
+            energy_recall: mean(|l| l.quality.energy_recall),
+            energy_recall_of_oracle: mean(|l| l.quality.energy_recall_of_oracle),
+            lost_energy: mean(|l| l.lost_energy),
+            output_error: mean(|l| l.output_error),
+            layers,
+        }
+    }
+}
+
+/// `||all - got|| / ||all||`; where `all` is zero, 0 if `got` is, else 1.
+fn relative_error(all: &[f32], got: &[f32]) -> f64 {
+    let square = |v: f64| v * v;
+    let norm = all.iter().map(|&a| square(f64::from(a))).sum::<f64>().sqrt();
+    let apart = all.iter().zip(got).map(|(&a, &g)| square(f64::from(a) - f64::from(g))).sum::<f64>().sqrt();
+    if norm == 0.0 { f64::from(u8::from(apart > 0.0)) } else { apart / norm }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_relative_to_what_all_neurons_give() {
+        assert_eq!(relative_error(&[3.0, 4.0], &[3.0, 4.0]), 0.0);
+        assert_eq!(relative_error(&[3.0, 4.0], &[0.0, 0.0]), 1.0);
+        assert_eq!(relative_error(&[3.0, 4.0], &[3.0, 5.0]), 0.2);
+        assert_eq!((relative_error(&[0.0], &[0.0]), relative_error(&[0.0], &[2.0])), (0.0, 1.0));
+        assert!(relative_error(&[f32::NAN], &[1.0]).is_nan());
+    }
+}
