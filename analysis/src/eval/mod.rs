@@ -9,9 +9,10 @@
 //! | what planes of the weights buy | [`evaluate_planes`] |
 //! | what each layer's share of the neurons costs | [`fit_shares`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
+//! | zero-shot tasks under the same masks | [`tasks`] |
 //!
 //! Masks apply at **every** position, as if each had been decoded; a run computes its prompt densely, so it is at
-//! least this good. Each mask has its own residual stream: errors of early layers reach later ones, and recall is
+//! least this good. ([`tasks`] can leave the prompt dense: [`Positions`].) Each mask has its own residual stream: errors of early layers reach later ones, and recall is
 //! measured on the states that the masked model really sees.
 
 mod batch;
@@ -21,9 +22,11 @@ mod decode;
 mod inputs;
 mod likelihood;
 mod mask;
+mod masked_layer;
 mod planes;
 mod quality;
 mod shares;
+pub mod tasks;
 mod windows;
 
 pub use batch::evaluate;
@@ -32,6 +35,7 @@ pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
 pub use quality::LayerQuality;
 pub use shares::fit_shares;
+pub use tasks::{Positions, TaskFile, TaskKind, TaskResult, evaluate_task, read_task};
 pub use windows::Windows;
 
 use crate::{Error, Result};
