@@ -545,10 +545,10 @@ pub struct Eval {
     )]
     pub task: Vec<TaskFile>,
     /// Examples of each task, from the start of its file [default: all]
-    #[arg(long, value_name = "N", requires = "task")]
+    #[arg(long, value_name = "N")]
     pub limit: Option<NonZeroUsize>,
-    /// Where masks apply to a task's examples
-    #[arg(long, value_enum, default_value = "all", requires = "task")]
+    /// Where masks apply to a task's examples; to a text always everywhere
+    #[arg(long, value_enum, default_value = "all")]
     pub positions: PositionsName,
     /// Tokens in a window [default: 1024; 256 with --fit-shares]
     #[arg(long)]

@@ -125,6 +125,7 @@ fn tasks_that_cannot_be_asked() {
         &["--task", &sound, "--mask", "predicted"],
         &["--task", &sound, "--mask", "oracle", "--active", "2"],
         &["--text", "TEXT", "--positions", "decoded"],
+        &["--text", "TEXT", "--limit", "3"],
         &[],
     ];
     let temp = text(folder.path());

@@ -241,11 +241,11 @@ fn tokenizer() -> Tokenizer {
     Tokenizer::from_json(&tiny_tokenizer_json(&TinyModel::default())).unwrap()
 }
 
-fn read(kind: TaskKind, text: &str, max_context: usize) -> Result<Vec<TaskExample>, Error> {
+fn read(kind: TaskKind, text: &str, max_context: usize) -> Result<Vec<TaskExample>, Box<Error>> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("task.jsonl");
     fs::write(&path, text).unwrap();
-    read_task(&TaskFile { kind, path }, &tokenizer(), max_context, None)
+    read_task(&TaskFile { kind, path }, &tokenizer(), max_context, None).map_err(Box::new)
 }
 
 #[test]
@@ -282,8 +282,8 @@ fn files_that_cannot_be_asked_are_refused_by_line_and_field() {
         ("{\"text\": 7}", 1, "text", "is no text"),
         ("\n\n{\"text\": \"  \\n\"}", 3, "text", "is empty"),
         ("{\"text\": \" word \"}", 1, "text", "one word"),
-        ("[1]", 1, "line", "no JSON object"),
-        ("{\"text\": \"a b", 1, "line", "no JSON object"),
+        ("[1]", 1, "JSON", "no object"),
+        ("{\"text\": \"a b", 1, "JSON", "no object"),
         (long.as_str(), 1, "text", "trained for 32"),
     ];
     let of_cloze = [
@@ -300,7 +300,7 @@ fn files_that_cannot_be_asked_are_refused_by_line_and_field() {
         ("\"context\": \"a\", \"choices\": [\" b\", \" c\"], \"answer\": 0.5", "answer", "0 to 1"),
     ];
     let refused =
-        |kind: TaskKind, text: &str, line: u64, field: &str, reason: &str| match read(kind, text, 32).unwrap_err() {
+        |kind: TaskKind, text: &str, line: u64, field: &str, reason: &str| match *read(kind, text, 32).unwrap_err() {
             Error::Example { line: got_line, field: got_field, reason: got, .. } => {
                 assert_eq!((got_line, got_field.as_str()), (line, field), "{text}");
                 assert!(got.contains(reason), "{text}: {got}");
@@ -321,7 +321,7 @@ fn files_that_cannot_be_asked_are_refused_by_line_and_field() {
     );
 
     for text in ["", "\n \n"] {
-        assert!(matches!(read(TaskKind::Cloze, text, 32), Err(Error::Input { .. })));
+        assert!(matches!(*read(TaskKind::Cloze, text, 32).unwrap_err(), Error::Input { .. }));
     }
     let missing = TaskFile { kind: TaskKind::Cloze, path: PathBuf::from("/nonexistent/task.jsonl") };
     assert!(matches!(read_task(&missing, &tokenizer(), 32, None), Err(Error::Io { .. })));

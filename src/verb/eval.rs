@@ -113,6 +113,7 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     if !args.task.is_empty() {
         return super::eval_tasks::eval_tasks(args, &model, &masks, begin);
     }
+    super::eval_tasks::refuse_without_task(args)?;
     let path = text_path(args);
     let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
     let named = || args.model.display().to_string();

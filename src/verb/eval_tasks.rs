@@ -2,6 +2,7 @@
 
 use super::eval::{INTERVALS_OF_TASKS, Model, encoding, model_name, name, usage};
 use crate::cli::{Eval, PositionsName};
+use crate::exit::Usage;
 use crate::output::{self, Progress};
 use anyhow::Context;
 use serde::Serialize;
@@ -47,8 +48,8 @@ pub fn eval_tasks(args: &Eval, model: &Model, masks: &[Mask], begin: Instant) ->
     };
     let (max_context, limit) = (model.dense().config().max_context, args.limit.map(std::num::NonZero::get));
     // All files are read before the first long computation.
-    let read = |file: &TaskFile| read_task(file, &tokenizer, max_context, limit);
-    let examples: Vec<Vec<TaskExample>> = args.task.iter().map(read).collect::<Result<_, _>>()?;
+    let read = |file: &TaskFile| Ok(read_task(file, &tokenizer, max_context, limit)?);
+    let examples: Vec<Vec<TaskExample>> = args.task.iter().map(read).collect::<anyhow::Result<_>>()?;
     let mut tasks = Vec::with_capacity(args.task.len());
     for (file, examples) in args.task.iter().zip(&examples) {
         let progress = Progress::new("eval", args.json);
@@ -89,6 +90,17 @@ pub fn eval_tasks(args: &Eval, model: &Model, masks: &[Mask], begin: Instant) ->
     }
     println!("masks at {}; +- is the 95 % interval: {INTERVALS_OF_TASKS}", told(positions));
     Ok(())
+}
+
+/// What only says something of a task is not ignored without one.
+pub fn refuse_without_task(args: &Eval) -> anyhow::Result<()> {
+    let given = [("--limit", args.limit.is_some()), ("--positions decoded", args.positions != PositionsName::All)];
+    match given.into_iter().find(|(_, given)| *given) {
+        Some((flag, _)) => {
+            Err(Usage(format!("{flag} is for --task; a text has --windows, and masks apply everywhere")).into())
+        }
+        None => Ok(()),
+    }
 }
 
 /// Where masks were applied, for people who compare figures.

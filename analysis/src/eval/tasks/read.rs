@@ -81,14 +81,14 @@ pub fn read_task(
         }
         let line = Line { path, number };
         if text.len() as u64 == LINE_BYTES_MAX {
-            return Err(line.refuse("line", format!("is longer than {LINE_BYTES_MAX} bytes")));
+            return Err(line.refuse("JSON", format!("longer than {LINE_BYTES_MAX} bytes")));
         }
         if text.trim_ascii().is_empty() {
             continue;
         }
         // The parser bounds nesting at 128, and wants UTF-8.
         let object: Map<String, Value> =
-            serde_json::from_slice(&text).map_err(|e| line.refuse("line", format!("is no JSON object: {e}")))?;
+            serde_json::from_slice(&text).map_err(|e| line.refuse("JSON", format!("no object: {e}")))?;
         examples.push(match file.kind {
             TaskKind::Lambada => lambada(&encoder, &line, &object)?,
             TaskKind::Cloze => cloze(&encoder, &line, &object)?,
