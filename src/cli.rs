@@ -47,7 +47,7 @@ pub enum Verb {
     Plan(PlanArgs),
     /// Prove a split, or a base with a delta, against the checkpoint that it was made from
     Verify(Verify),
-    /// Measure perplexity, KL divergence and recall on a text
+    /// Measure perplexity, KL divergence and recall on a text, or accuracy on zero-shot tasks
     #[cfg(feature = "analysis")]
     Eval(Eval),
     /// Measure prompt and generation speed, beside the planned ones
