@@ -2,7 +2,11 @@
 
 use crate::exit::Usage;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+#[cfg(feature = "analysis")]
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
+#[cfg(feature = "analysis")]
+use thermocline_analysis::eval::{TaskFile, TaskKind};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::parse_budget;
 use thermocline_split::{LayerEncodings, Planes};
@@ -43,7 +47,7 @@ pub enum Verb {
     Plan(PlanArgs),
     /// Prove a split, or a base with a delta, against the checkpoint that it was made from
     Verify(Verify),
-    /// Measure perplexity, KL divergence and recall on a text
+    /// Measure perplexity, KL divergence and recall on a text, or accuracy on zero-shot tasks
     #[cfg(feature = "analysis")]
     Eval(Eval),
     /// Measure prompt and generation speed, beside the planned ones
@@ -509,6 +513,26 @@ pub enum EngineName {
     Decode,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[cfg(feature = "analysis")]
+pub enum PositionsName {
+    /// Every position, as if each had been decoded
+    All,
+    /// Those behind the context, which is computed densely as a run's prompt is. The first token of an answer is what the
+    /// context's last token predicts, so it is the dense model's: an answer of one token shows nothing of a mask
+    Decoded,
+}
+
+#[cfg(feature = "analysis")]
+fn parse_task(text: &str) -> Result<TaskFile, String> {
+    let kind = |name: &str| TaskKind::ALL.into_iter().find(|kind| kind.name() == name);
+    let named = text.split_once('=').and_then(|(name, path)| Some((kind(name)?, path)));
+    match named.filter(|(_, path)| !path.is_empty()) {
+        Some((kind, path)) => Ok(TaskFile { kind, path: path.into() }),
+        None => Err("expected lambada=FILE or cloze=FILE".to_owned()),
+    }
+}
+
 #[cfg(feature = "analysis")]
 #[derive(Debug, Args)]
 pub struct Eval {
@@ -516,8 +540,23 @@ pub struct Eval {
     #[arg(short, long, env = "THERMOCLINE_MODEL")]
     pub model: PathBuf,
     /// Text, tokenised whole and without special tokens
-    #[arg(long)]
-    pub text: PathBuf,
+    #[arg(long, required_unless_present = "task")]
+    pub text: Option<PathBuf>,
+    /// Zero-shot examples instead of a text, a JSON object a line: lambada=FILE ("text", whose last word is to be predicted) or
+    /// cloze=FILE ("context", "choices", and "answer", the number of the right one from 0). Several take a flag each
+    #[arg(
+        long,
+        value_name = "KIND=FILE",
+        value_parser = parse_task,
+        conflicts_with_all = ["text", "ctx", "windows", "fit_shares", "planes", "engine"]
+    )]
+    pub task: Vec<TaskFile>,
+    /// Examples of each task, from the start of its file [default: all]
+    #[arg(long, value_name = "N")]
+    pub limit: Option<NonZeroUsize>,
+    /// Where masks apply to a task's examples; to a text always everywhere
+    #[arg(long, value_enum, default_value = "all")]
+    pub positions: PositionsName,
     /// Tokens in a window [default: 1024; 256 with --fit-shares]
     #[arg(long)]
     pub ctx: Option<usize>,

@@ -58,6 +58,18 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// An example of a task that cannot be asked.
+    #[error("{path}: line {line}: {field}: {reason}", path = .path.display())]
+    Example {
+        /// The file.
+        path: PathBuf,
+        /// Which line, from 1.
+        line: u64,
+        /// The field.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A plot could not be drawn.
     #[error("plot {plot:?}: {reason}")]
     Plot {

@@ -3,6 +3,7 @@
 //! | concept | where |
 //! | --- | --- |
 //! | perplexity, KL divergence and recall under a mask | [`eval`] |
+//! | answers to zero-shot tasks under a mask | [`eval::tasks`] |
 //! | what planes of weights take | [`study_planes`] |
 //! | charts as plain data, drawn as SVG or PNG | [`plots`] |
 //! | one offline HTML page | [`report`] |

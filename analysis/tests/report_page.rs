@@ -81,8 +81,21 @@ fn results(dir: &Path) -> Vec<PathBuf> {
         gpu[key] = HOSTILE.into();
     }
     let benches = [write("bench.json", &bench), write("<i>gpu.json", &gpu)];
-    let evals = [write("eval.json", &eval), write("planes.json", &planes())];
+    let evals = [write("eval.json", &eval), write("planes.json", &planes()), write("tasks.json", &tasks())];
     [evals.to_vec(), vec![write("<i>run.json", &run)], benches.to_vec()].concat()
+}
+
+/// What `eval --task` prints, with fields of a later version.
+fn tasks() -> Value {
+    let accuracy = json!({"share": 0.5, "ci95": [0.25, 0.75], "difference": -0.07, "difference_ci95": [-0.125, 0.0],
+                          "lost": 17, "gained": 3, "later": [1]});
+    let of_cloze = json!({"mask": HOSTILE, "active": 0.3, "bytes_share": 0.7, "accuracy": accuracy,
+                          "accuracy_by_bytes": accuracy, "answer_loss": 9.0, "answer_loss_ci95": [8.0, 10.0]});
+    let of_lambada = json!({"mask": "dense", "active": null, "accuracy": accuracy, "answer_loss": 2.0,
+                            "answer_loss_ci95": [1.0, 3.0], "word_perplexity": 7.389, "later": 1});
+    let task = |name: &str, result: Value| json!({"task": name, "file": HOSTILE, "examples": 9, "results": [result]});
+    json!({"tasks": [task("lambada", of_lambada), task("cloze", of_cloze)], "model": HOSTILE, "encoding": "q4",
+           "positions": "all", "later": {"x": 1}, "command": ["eval", HOSTILE]})
 }
 
 /// What `eval --planes` prints.
@@ -149,6 +162,9 @@ fn page_is_whole_offline_and_escaped() {
     assert!(!html.contains("Not measured"));
     assert!(html.contains("&lt;script&gt;") && html.contains("profile &lt;b&gt;"));
     assert!(html.contains("<dt>model</dt><dd>model &lt;i&gt;</dd>") && !html.contains("<i>"));
+    for cell in ["50.0 (25.0\u{2013}75.0)", "-7.0 (-12.5 to +0.0)", "17, 3", "<td>7.389</td>"] {
+        assert!(html.contains(cell), "{cell}");
+    }
     for colour in ["currentColor", "var(--grid)", "var(--series-0)"] {
         assert!(html.contains(colour));
     }
@@ -168,6 +184,17 @@ fn page_of_nothing_says_what_to_measure() {
     let html = Page::new(Inputs::default(), Vec::new()).unwrap().html().unwrap();
     assert_balanced(&html);
     assert_eq!(html.matches("Not measured").count(), SECTIONS.len() - 1);
+}
+
+#[test]
+fn tasks_alone_are_a_table() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tasks.json");
+    fs::write(&path, tasks().to_string()).unwrap();
+    let page = Page::new(Inputs::read(&[path]).unwrap(), Vec::new()).unwrap();
+    let accuracy = page.sections().iter().find(|s| s.id == "accuracy").unwrap();
+    assert_eq!((accuracy.figures.len(), accuracy.tables.len(), accuracy.tables[0].data.height()), (0, 1, 2));
+    assert_balanced(&page.html().unwrap());
 }
 
 #[test]

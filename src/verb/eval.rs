@@ -19,6 +19,8 @@ use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
 const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
 /// How intervals were made.
 const INTERVAL: &str = "bootstrap over blocks of 64 neighbouring tokens, 2000 draws";
+/// How those of tasks were made.
+pub const INTERVALS_OF_TASKS: &str = "bootstrap over examples, 2000 draws, the same for a mask and the dense model";
 
 /// What `eval --json` prints: the first result's fields on top.
 #[derive(Serialize)]
@@ -90,14 +92,14 @@ impl Model {
         Ok(Model::Checkpoint(open_checkpoint(path)?))
     }
 
-    fn dense(&self) -> &dyn Checkpoint {
+    pub fn dense(&self) -> &dyn Checkpoint {
         match self {
             Model::Checkpoint(checkpoint) => checkpoint.as_ref(),
             Model::Split(split) => split.as_ref(),
         }
     }
 
-    fn split(&self) -> Option<&Split> {
+    pub fn split(&self) -> Option<&Split> {
         match self {
             Model::Checkpoint(_) => None,
             Model::Split(split) => Some(split.split()),
@@ -110,7 +112,12 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     super::run::limit_threads(args.threads)?;
     let masks = masks(&args.mask, &args.active);
     let model = Model::open(&args.model, args.precision, args.delta.as_deref())?;
-    let text = std::fs::read_to_string(&args.text).with_context(|| format!("{}", args.text.display()))?;
+    if !args.task.is_empty() {
+        return super::eval_tasks::eval_tasks(args, &model, &masks, begin);
+    }
+    super::eval_tasks::refuse_without_task(args)?;
+    let path = text_path(args);
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
     let named = || args.model.display().to_string();
     let tokenizer = Tokenizer::from_json(&model.dense().tokenizer_json()?).with_context(named)?;
     let tokens = tokenizer.encode(&text, false).with_context(named)?;
@@ -131,9 +138,9 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
         EngineName::Decode => decode(args, &windows, &masks)?,
     };
     if args.json {
-        return output::json(&Output::new(&model, &args.model, &name(&args.text), &windows, &results, begin)?);
+        return output::json(&Output::new(&model, &args.model, &name(text_path(args)), &windows, &results, begin)?);
     }
-    let (model_name, text) = (model_name(&args.model), name(&args.text));
+    let (model_name, text) = (model_name(&args.model), name(text_path(args)));
     println!("{model_name} ({}), {text}: {} windows of {}", encoding(&model), windows.len(), windows.ctx());
     table(&results);
     println!(
@@ -182,7 +189,7 @@ fn fit(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> any
     if args.json {
         return output::json(&Fitted {
             model: model_name(&args.model),
-            text: name(&args.text),
+            text: name(text_path(args)),
             ctx: windows.ctx(),
             windows: windows.len(),
             grid: shares.grid(),
@@ -193,7 +200,7 @@ fn fit(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> any
             command: std::env::args().skip(1).collect(),
         });
     }
-    let (model, text) = (model_name(&args.model), name(&args.text));
+    let (model, text) = (model_name(&args.model), name(text_path(args)));
     println!("{model}, {text}: {} windows of {}; what a share of one layer costs, KL", windows.len(), windows.ctx());
     print!("{:>6}", "layer");
     shares.grid().iter().for_each(|share| print!("{:>9}", format!("{:.0} %", 100.0 * share)));
@@ -221,7 +228,7 @@ fn planes(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> 
     progress.finish();
     let results = results.map_err(usage)?;
     if args.json {
-        let mut output = Output::new(model, &args.model, &name(&args.text), windows, &results, begin)?;
+        let mut output = Output::new(model, &args.model, &name(text_path(args)), windows, &results, begin)?;
         output.study = Some(&study);
         return output::json(&output);
     }
@@ -242,7 +249,7 @@ fn planes(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> 
             1e3 * seconds
         );
     }
-    println!("{}: {} windows of {}, against all planes", name(&args.text), windows.len(), windows.ctx());
+    println!("{}: {} windows of {}, against all planes", name(text_path(args)), windows.len(), windows.ctx());
     println!(
         "{:>12} {:>11} {:>16} {:>8} {:>16} {:>9} {:>7}",
         "planes", "perplexity", "+-", "ratio", "+-", "KL", "top-1"
@@ -365,6 +372,11 @@ pub fn usage(error: Error) -> anyhow::Error {
     }
 }
 
+/// The text; only `--task` goes without one.
+fn text_path(args: &Eval) -> &Path {
+    args.text.as_deref().unwrap_or(Path::new(""))
+}
+
 /// The last part of a path: records are compared across machines.
 pub fn name(path: &Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
@@ -376,7 +388,8 @@ pub fn model_name(path: &Path) -> String {
     folder.unwrap_or_else(|| name(path))
 }
 
-fn encoding(model: &Model) -> String {
+/// How neurons are encoded, or that they are a checkpoint's.
+pub fn encoding(model: &Model) -> String {
     model.split().map_or_else(|| "checkpoint".to_owned(), |s| s.manifest().packing.ffn_encoding.clone())
 }
 

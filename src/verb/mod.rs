@@ -9,6 +9,8 @@ mod demo;
 mod doctor;
 #[cfg(feature = "analysis")]
 mod eval;
+#[cfg(feature = "analysis")]
+mod eval_tasks;
 mod inspect;
 mod load;
 mod plan;

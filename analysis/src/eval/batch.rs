@@ -2,11 +2,11 @@
 
 use super::bytes::LayerBytes;
 use super::input_costs::InputCosts;
-use super::inputs::{self, InputChoice, InputMethod};
 use super::likelihood::{TokenScores, add, positions_at_once};
-use super::{Evaluation, Mask, Windows, active_count};
+use super::masked_layer::MaskedLayer;
+use super::{Evaluation, Mask, Positions, Windows, active_count};
 use crate::{Error, Result};
-use thermocline_calibrate::dense::{DenseLayer, Embedding, Head};
+use thermocline_calibrate::dense::{DenseLayer, Embedding, Head, Sequence};
 use thermocline_calibrate::predictor::LowRank;
 use thermocline_datasets::Checkpoint;
 use thermocline_runtime::quality::Tally;
@@ -28,17 +28,32 @@ struct Stream {
 
 impl Stream {
     fn new(mask: Mask, x: Vec<f32>, split: Option<&Split>) -> Result<Self> {
-        let active = match (mask, split) {
-            (Mask::Predicted(share), Some(split)) => layer_active(split, share as f32)?,
-            (Mask::PredictedAlike(share), Some(split)) => {
-                let config = &split.manifest().config;
-                let n_active = active_count(share, config.intermediate_size);
-                vec![LayerActive { n_active, left_out: Vec::new() }; config.n_layers]
-            }
-            _ => Vec::new(),
-        };
+        let active = predicted_active(mask, split)?;
         Ok(Stream { mask, x, tally: Vec::new(), active, thresholds: Vec::new(), kept: [0; 4] })
     }
+}
+
+/// What of each layer is predicted; empty for masks that ask no predictor.
+pub(crate) fn predicted_active(mask: Mask, split: Option<&Split>) -> Result<Vec<LayerActive>> {
+    match (mask, split) {
+        (Mask::Predicted(share), Some(split)) => Ok(layer_active(split, share as f32)?),
+        (Mask::PredictedAlike(share), Some(split)) => {
+            let config = &split.manifest().config;
+            let n_active = active_count(share, config.intermediate_size);
+            Ok(vec![LayerActive { n_active, left_out: Vec::new() }; config.n_layers])
+        }
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// Refuses shares out of range, and masks that ask a predictor where there is none.
+pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
+    masks.iter().try_for_each(|mask| mask.check())?;
+    if split.is_none() && masks.iter().any(|m| m.is_predicted()) {
+        let reason = "predicted needs a split, which has the predictors; -m names a checkpoint".to_owned();
+        return Err(Error::Setting { flag: "--mask", reason });
+    }
+    Ok(())
 }
 
 /// Runs `model` over `windows` once densely and once under each of `masks`, layer by layer, and compares.
@@ -59,11 +74,7 @@ pub fn evaluate(
     costs: Option<&InputCosts>,
     progress: &dyn Fn(usize, usize),
 ) -> Result<Vec<Evaluation>> {
-    masks.iter().try_for_each(|mask| mask.check())?;
-    if split.is_none() && masks.iter().any(|m| m.is_predicted()) {
-        let reason = "predicted needs a split, which has the predictors; -m names a checkpoint".to_owned();
-        return Err(Error::Setting { flag: "--mask", reason });
-    }
+    check_masks(masks, split)?;
     if costs.is_none() && masks.iter().any(|m| matches!(m, Mask::Inputs(_))) {
         let reason =
             "inputs needs to know what they cost: give --fit-text a text, better not the one of --text".to_owned();
@@ -118,54 +129,18 @@ impl Stream {
         costs: Option<&InputCosts>,
         ctx: usize,
     ) -> Result<()> {
-        let mut tally = Tally::default();
+        let priced = costs.and_then(|c| c.layer(index)).zip(self.thresholds.get(index).copied());
+        let choice = self.mask.input_choice(priced);
+        let is_of_inputs = choice.is_some();
         let active = self.active.get(index);
-        let (n_predicted, left_out) = active.map_or((0, &[][..]), |a| (a.n_active, &a.left_out));
-        let choice = match self.mask {
-            Mask::Teal(share) => Some(InputChoice::Teal(share)),
-            Mask::Wina(share) => Some(InputChoice::Wina(share)),
-            _ => costs
-                .and_then(|c| c.layer(index))
-                .zip(self.thresholds.get(index))
-                .map(|(c, t)| InputChoice::Priced(c, *t)),
-        };
-        let of_inputs = choice.map(|choice| InputMethod::new(layer, choice)).transpose()?;
+        let masked = MaskedLayer::new(self.mask, layer, down_norm, predictor, active, choice)?;
+        let (mut tally, sequences) = (Tally::default(), [Sequence::plain(ctx)]);
         for window in self.x.chunks_exact_mut(ctx * layer.hidden_size()) {
-            if let Some(method) = &of_inputs {
-                let next = method.forward(window)?;
-                window.copy_from_slice(&next);
-                continue;
-            }
-            let mut next = layer.attention(window, 1, ctx)?;
-            let input = layer.ffn_input(&next)?;
-            let mut neurons = layer.neurons(&input)?;
-            if self.mask == Mask::Dense {
-                tally = tally + Tally::whole(ctx, layer.intermediate_size());
-            } else {
-                let scores = match (self.mask, predictor) {
-                    (Mask::Cats(share), _) => {
-                        let mut gates = layer.gates(&input)?;
-                        inputs::above_threshold(&mut gates, share);
-                        Some(gates)
-                    }
-                    (mask, Some((low_rank, norms))) if mask.is_predicted() => {
-                        Some(low_rank.scores(&input, layer.activation(), norms)?)
-                    }
-                    _ => None,
-                };
-                tally = tally + self.mask.apply(&mut neurons.h, down_norm, scores.as_deref(), n_predicted);
-            }
-            layer.ffn_output(&mut next, neurons.h)?;
-            if !left_out.is_empty() {
-                let rows = next.chunks_exact_mut(left_out.len());
-                rows.for_each(|x| x.iter_mut().zip(left_out).for_each(|(x, mean)| *x += mean));
-            }
-            window.copy_from_slice(&next);
+            tally = tally + masked.forward(window, &sequences, Positions::All)?;
         }
-        // Who leaves out inputs computes all neurons, somehow: recall says nothing of it.
-        match of_inputs {
-            Some(method) => self.kept.iter_mut().zip(method.kept()).for_each(|(sum, kept)| *sum += kept),
-            None => self.tally.push(tally),
+        self.kept.iter_mut().zip(masked.kept()).for_each(|(sum, kept)| *sum += kept);
+        if !is_of_inputs {
+            self.tally.push(tally);
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! How far a perplexity can be trusted.
+//! How far a perplexity, or the score of a task, can be trusted.
 //!
 //! Neighbouring tokens are alike, so single tokens would promise too much; whole windows are too few to draw from.
 //! Blocks of [`BLOCK`] tokens are drawn with replacement instead.
@@ -57,6 +57,26 @@ fn total(blocks: impl Iterator<Item = Block>) -> Block {
     blocks.fold(Block::default(), |a, b| Block { n: a.n + b.n, loss: a.loss + b.loss, dense: a.dense + b.dense })
 }
 
+/// 95 % intervals of the means of `columns` over examples that are drawn with replacement, the same ones for all columns.
+/// Examples of a task have nothing to do with each other, so each is drawn alone.
+pub(crate) fn mean_intervals<const N: usize>(columns: [&[f64]; N]) -> [[f64; 2]; N] {
+    let n = columns.iter().map(|c| c.len()).min().unwrap_or(0);
+    if n == 0 {
+        return [[0.0; 2]; N];
+    }
+    let mut random = SplitMix(0);
+    let mut draws = [const { Vec::new() }; N];
+    for _ in 0..RESAMPLES {
+        let mut sums = [0.0; N];
+        for _ in 0..n {
+            let drawn = random.below(n);
+            sums.iter_mut().zip(columns).for_each(|(sum, column)| *sum += column[drawn]);
+        }
+        draws.iter_mut().zip(sums).for_each(|(draws, sum)| draws.push(sum / n as f64));
+    }
+    draws.map(interval)
+}
+
 fn interval(mut values: Vec<f64>) -> [f64; 2] {
     values.sort_by(f64::total_cmp);
     let at = |q: f64| values[((values.len() - 1) as f64 * q).round() as usize];
@@ -79,6 +99,18 @@ impl SplitMix {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_have_the_width_of_the_binomial() {
+        let right: Vec<f64> = (0..400).map(|i| f64::from(i % 4 == 0)).collect();
+        let gained: Vec<f64> = right.iter().map(|r| r + 0.5).collect();
+        let [share, moved] = mean_intervals([&right, &gained]);
+        let expected = 2.0 * 1.96 * (0.25f64 * 0.75 / 400.0).sqrt();
+        assert!(((share[1] - share[0]) / expected - 1.0).abs() < 0.1, "{share:?}, expected width {expected}");
+        // The same examples were drawn for both.
+        assert!((moved[0] - share[0] - 0.5).abs() < 1e-12 && (moved[1] - share[1] - 0.5).abs() < 1e-12);
+        assert_eq!(mean_intervals([&[]]), [[0.0; 2]]);
+    }
 
     #[test]
     fn interval_has_the_width_of_the_standard_error() {

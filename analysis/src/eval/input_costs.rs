@@ -14,7 +14,7 @@ use super::Windows;
 use super::shares::{advance, divergences};
 use crate::Result;
 use std::cell::RefCell;
-use thermocline_calibrate::dense::{DenseLayer, Embedding, Projection};
+use thermocline_calibrate::dense::{DenseLayer, Embedding, Projection, Sequence};
 use thermocline_datasets::{Checkpoint, ModelConfig};
 
 /// Matrices that read the same input.
@@ -196,7 +196,7 @@ fn observed(layer: &DenseLayer, x: &[f32], ctx: usize) -> Result<(Vec<f32>, [Vec
     let inputs = RefCell::new(<[Vec<f32>; 4]>::default());
     let mut next = Vec::with_capacity(x.len());
     for window in x.chunks_exact(ctx * layer.hidden_size()) {
-        next.extend(layer.changed(window, |projection, values| {
+        next.extend(layer.changed(window, &Sequence::plain(ctx), |projection, values| {
             let group = group_of(projection);
             if GROUPS[group][0] == projection {
                 inputs.borrow_mut()[group].extend_from_slice(values);
@@ -217,7 +217,7 @@ fn without(
 ) -> Result<Vec<f32>> {
     let mut next = Vec::with_capacity(x.len());
     for window in x.chunks_exact(ctx * layer.hidden_size()) {
-        next.extend(layer.changed(window, |projection, values| {
+        next.extend(layer.changed(window, &Sequence::plain(ctx), |projection, values| {
             if group_of(projection) == group {
                 cost.leave_out(values, threshold);
             }

@@ -3,14 +3,14 @@
 //!
 //! - TEAL (arXiv 2408.14690): of each matrix's inputs those whose magnitude is below a threshold, which leaves the same
 //!   share in the mean over tokens. Its greedy division between the matrices of a block is left out. The threshold is of the
-//!   window's own inputs, which favours it.
+//!   window's (or a task's example's) own inputs, which favours it.
 //! - WINA (arXiv 2505.19427): for each token the share with the largest `|x_j| * ||W_j||`, by the lengths of the columns.
 
 use super::input_costs::{GROUPS, GroupCost, group_of};
 use crate::Result;
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicU64, Ordering};
-use thermocline_calibrate::dense::{DenseLayer, Projection};
+use thermocline_calibrate::dense::{DenseLayer, Projection, Sequence};
 use thermocline_runtime::top_k;
 
 /// Which share of the inputs is kept.
@@ -46,34 +46,38 @@ impl<'a> InputMethod<'a> {
         Ok(Self { layer, choice, norms, kept: Default::default() })
     }
 
-    /// The layer's output for one window `x`.
-    pub(crate) fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
-        Ok(self.layer.changed(x, |projection, inputs| match self.choice {
-            InputChoice::Teal(share) => above_threshold(inputs, share),
-            InputChoice::Wina(share) => {
-                let norms = &self.norms[projection as usize];
-                heaviest(inputs, norms, super::active_count(share, norms.len()));
-            }
-            InputChoice::Priced(costs, thresholds) => {
-                let group = group_of(projection);
-                let kept = costs[group].leave_out(inputs, thresholds[group]);
-                if GROUPS[group][0] == projection {
-                    self.kept[group].fetch_add(kept, Ordering::Relaxed);
+    /// The layer's output for one sequence's rows `x`; the inputs of rows before `from` are all kept.
+    pub(crate) fn forward(&self, x: &[f32], sequence: &Sequence, from: usize) -> Result<Vec<f32>> {
+        let n_rows = sequence.n_rows();
+        Ok(self.layer.changed(x, sequence, |projection, inputs| {
+            let first = inputs.len() / n_rows.max(1) * from;
+            match self.choice {
+                InputChoice::Teal(share) => above_threshold(inputs, share, first),
+                InputChoice::Wina(share) => {
+                    let norms = &self.norms[projection as usize];
+                    heaviest(&mut inputs[first..], norms, super::active_count(share, norms.len()));
+                }
+                InputChoice::Priced(costs, thresholds) => {
+                    let group = group_of(projection);
+                    let kept = costs[group].leave_out(&mut inputs[first..], thresholds[group]);
+                    if GROUPS[group][0] == projection {
+                        self.kept[group].fetch_add(kept, Ordering::Relaxed);
+                    }
                 }
             }
         })?)
     }
 
     /// Inputs of each group that were kept.
-    pub(crate) fn kept(self) -> [u64; 4] {
-        self.kept.map(AtomicU64::into_inner)
+    pub(crate) fn kept(&self) -> [u64; 4] {
+        std::array::from_fn(|group| self.kept[group].load(Ordering::Relaxed))
     }
 }
 
-/// Sets to zero what is below the threshold that leaves `share`.
-pub(crate) fn above_threshold(values: &mut [f32], share: f64) {
+/// Sets to zero what is below the threshold that leaves `share` of all values, of those from `first` on.
+pub(crate) fn above_threshold(values: &mut [f32], share: f64, first: usize) {
     let threshold = threshold(values, share);
-    values.par_iter_mut().for_each(|v| *v = if v.abs() < threshold { 0.0 } else { *v });
+    values[first..].par_iter_mut().for_each(|v| *v = if v.abs() < threshold { 0.0 } else { *v });
 }
 
 /// The magnitude that a `share` of `values` reaches.
@@ -101,8 +105,11 @@ mod tests {
     #[test]
     fn a_threshold_leaves_its_share_of_all_tokens_together() {
         let mut values = [1.0, -8.0, 3.0, -4.0, 5.0, 0.5, 7.0, -6.0];
-        above_threshold(&mut values, 0.5);
+        above_threshold(&mut values, 0.5, 0);
         assert_eq!(values, [0.0, -8.0, 0.0, 0.0, 5.0, 0.0, 7.0, -6.0]);
+        let mut values = [1.0, -8.0, 3.0, -4.0, 5.0, 0.5, 7.0, -6.0];
+        above_threshold(&mut values, 0.5, 3);
+        assert_eq!(values, [1.0, -8.0, 3.0, 0.0, 5.0, 0.0, 7.0, -6.0]);
     }
 
     #[test]

@@ -52,6 +52,13 @@ pub(crate) fn cross_entropy(logits: &[f32], target: u32) -> f32 {
     (Normaliser::new(logits).log() - f64::from(of_target)) as f32
 }
 
+/// The logarithm of `target`'s probability, in nats, and whether nothing is likelier.
+pub(crate) fn log_likelihood(logits: &[f32], target: u32) -> (f64, bool) {
+    let normaliser = Normaliser::new(logits);
+    let of_target = logits.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    (f64::from(of_target) - normaliser.log(), normaliser.likeliest == target as usize)
+}
+
 /// Adds a batch of positions. `dense` and `masked` are logits `[n, vocab_size]`; `targets [n]` are the tokens that
 /// follow, `None` at the end of a window.
 pub(crate) fn add(scores: &mut TokenScores, dense: &[f32], masked: &[f32], vocab_size: usize, targets: &[Option<u32>]) {
@@ -93,6 +100,9 @@ mod tests {
         assert!((scores.kl_sum - kl).abs() < 1e-6);
         assert!((f64::from(scores.losses[0]) + q[2].ln()).abs() < 1e-6);
         assert!((f64::from(cross_entropy(&masked[..3], 2)) + q[2].ln()).abs() < 1e-6);
+        let (of_target, likeliest) = log_likelihood(&masked[..3], 2);
+        assert!((of_target - q[2].ln()).abs() < 1e-6 && !likeliest);
+        assert!(log_likelihood(&dense, 3).1 && log_likelihood(&dense, 3).0.abs() < 1e-6);
         // A tie goes to the first: 1 in dense, 0 in masked.
         assert_eq!(scores.agreed, 0);
         add(&mut scores, &dense, &dense, 4, &[None]);

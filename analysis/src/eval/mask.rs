@@ -1,3 +1,5 @@
+use super::input_costs::GroupCost;
+use super::inputs::InputChoice;
 use crate::{Error, Result};
 use rayon::prelude::*;
 use thermocline_runtime::quality::{Tally, compare};
@@ -75,6 +77,16 @@ impl Mask {
                 Err(Error::Setting { flag: "--active", reason: format!("{share} is not above 0 and at most 1") })
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The choice, if inputs are left out instead of neurons; `priced` has a layer's costs and thresholds.
+    pub(crate) fn input_choice<'a>(self, priced: Option<(&'a [GroupCost; 4], [f32; 4])>) -> Option<InputChoice<'a>> {
+        match self {
+            Mask::Teal(share) => Some(InputChoice::Teal(share)),
+            Mask::Wina(share) => Some(InputChoice::Wina(share)),
+            Mask::Inputs(_) => priced.map(|(costs, thresholds)| InputChoice::Priced(costs, thresholds)),
+            _ => None,
         }
     }
 

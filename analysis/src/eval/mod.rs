@@ -10,10 +10,11 @@
 //! | what each layer's share of the neurons costs | [`fit_shares`] |
 //! | what each input of a matrix costs | [`fit_input_costs`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
+//! | zero-shot tasks under the same masks | [`tasks`] |
 //!
 //! Masks apply at **every** position, as if each had been decoded; a run computes its prompt densely, so it is at
-//! least this good. Each mask has its own residual stream: errors of early layers reach later ones, and recall is
-//! measured on the states that the masked model really sees.
+//! least this good. ([`tasks`] can leave the prompt dense: [`Positions`].) Each mask has its own residual stream: errors of
+//! early layers reach later ones, and recall is measured on the states that the masked model really sees.
 
 mod batch;
 mod bootstrap;
@@ -23,8 +24,10 @@ mod input_costs;
 mod inputs;
 mod likelihood;
 mod mask;
+mod masked_layer;
 mod planes;
 mod shares;
+pub mod tasks;
 mod windows;
 
 pub use batch::evaluate;
@@ -33,6 +36,7 @@ pub use input_costs::{InputCosts, fit_input_costs};
 pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
 pub use shares::fit_shares;
+pub use tasks::{Positions, TaskFile, TaskKind, TaskResult, evaluate_task, read_task};
 pub use thermocline_runtime::quality::LayerQuality;
 pub use windows::Windows;
 

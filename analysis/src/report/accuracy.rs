@@ -1,7 +1,7 @@
 //! Sections about what leaving neurons out costs.
 
 use super::figures::{mean, percent, short};
-use super::{EvalFile, Figure, Section, Table};
+use super::{EvalFile, Figure, Section, Table, TasksFile, tasks};
 use crate::Result;
 use crate::eval::Evaluation;
 use crate::plots::{Axis, Body, Chart, Ink, N_SERIES, Series};
@@ -47,9 +47,10 @@ fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
     families.collect()
 }
 
-/// Perplexity and KL against the share that is computed.
-pub(crate) fn accuracy(evals: &[EvalFile]) -> Result<Section> {
+/// Perplexity and KL against the share that is computed, and what tasks say.
+pub(crate) fn accuracy(evals: &[EvalFile], tasks: &[TasksFile]) -> Result<Section> {
     let mut section = Section::new("accuracy", "Accuracy against active share", MISSING);
+    section.tables.extend(tasks::table(tasks)?);
     let families = families(evals);
     let Some(lowest) = families.iter().flat_map(|f| &f.results).map(|r| r.1.perplexity).min_by(f64::total_cmp) else {
         return Ok(section);
@@ -57,7 +58,7 @@ pub(crate) fn accuracy(evals: &[EvalFile]) -> Result<Section> {
     section.figures.push(perplexity(&families, lowest));
     section.figures.extend(divergence(&families));
     section.figures.extend(divergence_by_bytes(&families));
-    section.tables.push(results_table(evals)?);
+    section.tables.insert(0, results_table(evals)?);
     Ok(section)
 }
 

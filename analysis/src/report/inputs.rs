@@ -3,7 +3,7 @@
 use super::gpu_record::planted_by_name;
 use super::quantity::{amount, amount_or_none, share_or_none};
 use super::{GpuBenchFile, Neurons};
-use crate::eval::Evaluation;
+use crate::eval::{Evaluation, TaskResult};
 use crate::{Error, PlanesStudy, Result};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -26,6 +26,8 @@ pub struct Inputs {
     pub neurons: Vec<Neurons>,
     /// Evaluations.
     pub evals: Vec<EvalFile>,
+    /// Evaluations on tasks.
+    pub tasks: Vec<TasksFile>,
     /// Runs.
     pub runs: Vec<RunFile>,
     /// Benches on the CPU.
@@ -58,6 +60,36 @@ pub struct EvalFile {
     pub command: Vec<String>,
     /// What planes take, if these are what was compared.
     pub study: Option<PlanesStudy>,
+}
+
+/// What `eval --task --json` printed.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct TasksFile {
+    /// One a task.
+    pub tasks: Vec<TaskRecord>,
+    /// The model's file name.
+    pub model: String,
+    /// How neurons are encoded, or `checkpoint`.
+    pub encoding: String,
+    /// Where masks were applied: `all` or `decoded`.
+    pub positions: String,
+    /// Arguments of the program.
+    pub command: Vec<String>,
+}
+
+/// One task's results.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct TaskRecord {
+    /// `lambada` or `cloze`.
+    pub task: String,
+    /// The name of its file.
+    pub file: String,
+    /// How many were asked.
+    pub examples: usize,
+    /// One a mask.
+    pub results: Vec<TaskResult>,
 }
 
 /// Bytes of weights, by where they lay; all four are always written.
@@ -262,6 +294,8 @@ impl Inputs {
                 file.results.push(record(path, value)?);
             }
             self.evals.push(file);
+        } else if has("tasks") {
+            self.tasks.push(record(path, value)?);
         } else if has("timeline") {
             self.runs.push(RunFile { name, ..record(path, value)? });
         } else if GPU_FIELDS.into_iter().any(has) {

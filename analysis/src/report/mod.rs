@@ -23,12 +23,13 @@ mod settings;
 mod sparsity;
 mod speed;
 mod table;
+mod tasks;
 mod vram_share;
 
 pub use gpu_record::{
     Asked, AskedMode, CpuShare, GpuAlone, GpuAsked, GpuBenchFile, GpuPlanned, GpuPromise, GpuSettings, GpuTiming,
 };
-pub use inputs::{BenchFile, EvalFile, Inputs, Planned, PlantedFile, RunFile, Speed, Tiers};
+pub use inputs::{BenchFile, EvalFile, Inputs, Planned, PlantedFile, RunFile, Speed, TaskRecord, TasksFile, Tiers};
 pub use neurons::{LayerFigures, Neurons};
 pub use page::Page;
 pub use section::{Figure, Section, Table};

@@ -25,7 +25,7 @@ impl Page {
             sparsity::rates(&inputs.neurons)?,
             sparsity::coactivation(&inputs.neurons),
             sparsity::overlap(&inputs.neurons),
-            accuracy::accuracy(&inputs.evals)?,
+            accuracy::accuracy(&inputs.evals, &inputs.tasks)?,
             accuracy::recall(&inputs.evals),
             planes::planes(&inputs.evals)?,
             speed::runs(&inputs.runs)?,
@@ -119,6 +119,7 @@ impl Page {
     fn subject(&self) -> String {
         let inputs = &self.inputs;
         let names = inputs.neurons.iter().map(|n| n.name.clone()).chain(inputs.evals.iter().map(|e| e.model.clone()));
+        let names = names.chain(inputs.tasks.iter().map(|t| t.model.clone()));
         let names = names.chain(inputs.benches.iter().map(|b| b.model.clone()));
         let names = names.chain(inputs.gpu_benches.iter().map(|b| b.model.clone()));
         let mut names = names.chain(inputs.planted.iter().map(|p| p.model.clone()));
@@ -158,7 +159,8 @@ impl Page {
     fn commands(&self, out: &mut String) {
         out.push_str("<section id=\"commands\">\n<h2>Command lines</h2>\n");
         let inputs = &self.inputs;
-        let all = inputs.evals.iter().map(|e| &e.command).chain(inputs.runs.iter().map(|r| &r.command));
+        let all = inputs.evals.iter().map(|e| &e.command).chain(inputs.tasks.iter().map(|t| &t.command));
+        let all = all.chain(inputs.runs.iter().map(|r| &r.command));
         let all = all.chain(inputs.benches.iter().map(|b| &b.command));
         let all = all.chain(inputs.gpu_benches.iter().map(|b| &b.command)).chain([&self.command]);
         for command in all.filter(|c| !c.is_empty()) {

@@ -1,4 +1,4 @@
-//! Causal grouped-query attention over whole windows.
+//! Causal grouped-query attention over whole sequences.
 //!
 //! Papers: arXiv 1706.03762, section 3.2; arXiv 2305.13245 for the shared key and value heads. Queries are taken in
 //! blocks of [`QUERY_BLOCK`] positions, so that the causal half that is not needed is mostly not computed.
@@ -9,6 +9,7 @@ use crate::{
         exponential::exp_nonpositive,
         linear::{Linear, tensor, with_values},
         rope::Rope,
+        sequence::Sequence,
     },
 };
 use candle_core::Tensor;
@@ -57,24 +58,44 @@ impl Attention {
         })
     }
 
-    /// Input of the output projection, `[n_windows * window_len, n_heads * head_dim]`, from those of query, key and value.
-    pub(crate) fn mix(&self, [q, k, v]: [&Tensor; 3], n_windows: usize, window_len: usize) -> Result<Tensor> {
+    /// Input of the output projection, `[n_rows, n_heads * head_dim]`, from those of query, key and value. The rows are those
+    /// of `sequences`, one after the other; none sees another's.
+    pub(crate) fn mix(&self, [q, k, v]: [&Tensor; 3], sequences: &[Sequence]) -> Result<Tensor> {
         let (query, key, value) = (self.query.forward(q)?, self.key.forward(k)?, self.value.forward(v)?);
-        let rope = Rope::new(window_len, self.head_dim, self.rope_theta);
-        let width = self.output.n_in();
-        let mut mixed = vec![0.0f32; n_windows * window_len * width];
-        for (window, out) in mixed.chunks_exact_mut(window_len * width).enumerate() {
-            let first = window * window_len;
-            let scale = 1.0 / (self.head_dim as f32).sqrt();
-            let q = self.heads(&query, &self.query, self.group, first, window_len, Some((&rope, scale)))?;
-            let k = self.heads(&key, &self.key, 1, first, window_len, Some((&rope, 1.0)))?;
-            let v = self.heads(&value, &self.value, 1, first, window_len, None)?;
-            for start in (0..window_len).step_by(QUERY_BLOCK) {
-                let end = (start + QUERY_BLOCK).min(window_len);
-                self.block(&q, &k, &v, start, end, &mut out[start * width..end * width])?;
-            }
+        let longest = sequences.iter().map(Sequence::n_positions).max().unwrap_or(0);
+        let rope = Rope::new(longest, self.head_dim, self.rope_theta);
+        let (width, n_rows) = (self.output.n_in(), sequences.iter().map(Sequence::n_rows).sum::<usize>());
+        let scale = 1.0 / (self.head_dim as f32).sqrt();
+        let mut mixed = vec![0.0f32; n_rows * width];
+        let mut first = 0;
+        for sequence in sequences {
+            let (end, positions) = (first + sequence.n_rows(), sequence.positions());
+            let q = self.heads(&query, &self.query, self.group, first, &positions, Some((&rope, scale)))?;
+            let k = self.heads(&key, &self.key, 1, first, &positions, Some((&rope, 1.0)))?;
+            let v = self.heads(&value, &self.value, 1, first, &positions, None)?;
+            self.mix_sequence(&q, &k, &v, sequence, &mut mixed[first * width..end * width])?;
+            first = end;
         }
-        tensor(mixed, &[n_windows * window_len, width])
+        tensor(mixed, &[n_rows, width])
+    }
+
+    /// One sequence's rows, from the heads of all of them.
+    fn mix_sequence(&self, q: &Tensor, k: &Tensor, v: &Tensor, sequence: &Sequence, out: &mut [f32]) -> Result<()> {
+        let (width, text_len) = (self.output.n_in(), sequence.text_len);
+        let queries = |start: usize, n: usize| q.narrow(1, start * self.group, n * self.group);
+        for start in (0..text_len).step_by(QUERY_BLOCK) {
+            let end = (start + QUERY_BLOCK).min(text_len);
+            let (k, v) = (k.narrow(1, 0, end)?, v.narrow(1, 0, end)?);
+            self.block(&queries(start, end - start)?, &k, &v, &mut out[start * width..end * width])?;
+        }
+        let mut start = text_len;
+        for &len in sequence.branches.iter().filter(|len| **len > 0) {
+            let seen = |t: &Tensor| Tensor::cat(&[t.narrow(1, 0, text_len)?, t.narrow(1, start, len)?], 1);
+            let out = &mut out[start * width..(start + len) * width];
+            self.block(&queries(start, len)?, &seen(k)?, &seen(v)?, out)?;
+            start += len;
+        }
+        Ok(())
     }
 
     /// Query, key, value and output.
@@ -87,28 +108,30 @@ impl Attention {
         self.output.forward(mixed)
     }
 
-    /// One window's heads of a projection, biased and rotated: `[n_kv_heads, window_len * group, head_dim]`.
-    /// Rows of one position are neighbours, so that a range of positions is a range of rows.
+    /// One sequence's heads of a projection, biased and rotated: `[n_kv_heads, n_rows * group, head_dim]`, for the rows from
+    /// `first` on that are at `positions [n_rows]`. Rows of one position are neighbours, so that a range of positions is a
+    /// range of rows.
     fn heads(
         &self,
         projected: &Tensor,
         linear: &Linear,
         group: usize,
         first: usize,
-        window_len: usize,
+        positions: &[usize],
         rope: Option<(&Rope, f32)>,
     ) -> Result<Tensor> {
         let (head_dim, width) = (self.head_dim, self.n_kv_heads * group * self.head_dim);
-        let mut out = vec![0.0f32; window_len * width];
+        let n_rows = positions.len();
+        let mut out = vec![0.0f32; n_rows * width];
         with_values(projected, |values| {
-            out.par_chunks_mut(window_len * group * head_dim).enumerate().for_each(|(kv_head, out)| {
+            out.par_chunks_mut(n_rows * group * head_dim).enumerate().for_each(|(kv_head, out)| {
                 for (row, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                    let (position, head) = (row / group, kv_head * group + row % group);
-                    let start = (first + position) * width + head * head_dim;
+                    let (row, head) = (row / group, kv_head * group + row % group);
+                    let start = (first + row) * width + head * head_dim;
                     let source = &values[start..start + head_dim];
                     let bias = linear.bias().map(|bias| &bias[head * head_dim..(head + 1) * head_dim]);
                     match (rope, bias) {
-                        (Some((rope, scale)), bias) => rope.rotate(source, bias, position, scale, out),
+                        (Some((rope, scale)), bias) => rope.rotate(source, bias, positions[row], scale, out),
                         (None, Some(bias)) => {
                             out.iter_mut().zip(source).zip(bias).for_each(|((out, v), b)| *out = v + b);
                         }
@@ -117,24 +140,25 @@ impl Attention {
                 }
             });
         })?;
-        tensor(out, &[self.n_kv_heads, window_len * group, head_dim])
+        tensor(out, &[self.n_kv_heads, n_rows * group, head_dim])
     }
 
-    /// Attention of positions `start..end` over `0..end`, into `out [end - start, n_heads * head_dim]`.
-    fn block(&self, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, end: usize, out: &mut [f32]) -> Result<()> {
-        let (group, head_dim, rows) = (self.group, self.head_dim, (end - start) * self.group);
-        let q = q.narrow(1, start * group, rows)?;
-        let scores = q.matmul(&k.narrow(1, 0, end)?.t()?)?;
-        let mut weights = vec![0.0f32; self.n_kv_heads * rows * end];
+    /// Attention of the last positions of `k` and `v [n_kv_heads, n_keys, head_dim]`, each over those up to itself: queries
+    /// `q [n_kv_heads, n * group, head_dim]`, into `out [n, n_heads * head_dim]`.
+    fn block(&self, q: &Tensor, k: &Tensor, v: &Tensor, out: &mut [f32]) -> Result<()> {
+        let (group, head_dim, rows, n_keys) = (self.group, self.head_dim, q.dim(1)?, k.dim(1)?);
+        let start = n_keys - rows / group;
+        let scores = q.matmul(&k.t()?)?;
+        let mut weights = vec![0.0f32; self.n_kv_heads * rows * n_keys];
         with_values(&scores, |scores| {
-            weights.par_chunks_mut(end).zip(scores.par_chunks(end)).enumerate().with_min_len(16).for_each(
+            weights.par_chunks_mut(n_keys).zip(scores.par_chunks(n_keys)).enumerate().with_min_len(16).for_each(
                 |(row, (out, scores))| {
                     let visible = start + row % rows / group + 1;
                     softmax(&scores[..visible], &mut out[..visible]);
                 },
             );
         })?;
-        let mixed = tensor(weights, &[self.n_kv_heads, rows, end])?.matmul(&v.narrow(1, 0, end)?)?;
+        let mixed = tensor(weights, &[self.n_kv_heads, rows, n_keys])?.matmul(v)?;
         with_values(&mixed, |mixed| {
             for (row, source) in mixed.chunks_exact(head_dim).enumerate() {
                 let (kv_head, row) = (row / rows, row % rows);

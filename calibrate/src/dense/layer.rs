@@ -4,6 +4,7 @@ use crate::{
         attention::{Attention, AttentionInputs},
         linear::{Linear, load_checked, tensor, with_values},
         norm::rms_norm,
+        sequence::Sequence,
     },
     error::check_len,
 };
@@ -91,6 +92,14 @@ impl DenseLayer {
         self.attention_observed(x, n_windows, window_len, |_| ())
     }
 
+    /// As [`DenseLayer::attention`], for the rows of `sequences` one after the other, `[n_rows, hidden_size]`.
+    ///
+    /// # Errors
+    /// If `x` has another length.
+    pub fn attention_in(&self, x: &[f32], sequences: &[Sequence]) -> Result<Vec<f32>> {
+        self.attend(x, sequences, |_| ())
+    }
+
     /// As [`DenseLayer::attention`], and shows what the projections read.
     ///
     /// # Errors
@@ -102,23 +111,27 @@ impl DenseLayer {
         window_len: usize,
         observe: impl FnOnce(AttentionInputs<'_>),
     ) -> Result<Vec<f32>> {
-        let (n, hidden) = (n_windows * window_len, self.hidden_size());
+        self.attend(x, &vec![Sequence::plain(window_len); n_windows], observe)
+    }
+
+    fn attend(&self, x: &[f32], sequences: &[Sequence], observe: impl FnOnce(AttentionInputs<'_>)) -> Result<Vec<f32>> {
+        let (n, hidden) = (sequences.iter().map(Sequence::n_rows).sum::<usize>(), self.hidden_size());
         check_len("attention input", x.len(), n * hidden)?;
         let normed = tensor(rms_norm(x, &self.attention_norm, self.eps), &[n, hidden])?;
-        let mixed = self.attention.mix([&normed; 3], n_windows, window_len)?;
+        let mixed = self.attention.mix([&normed; 3], sequences)?;
         with_values(&normed, |qkv| with_values(&mixed, |output| observe(AttentionInputs { qkv, output })))??;
         let mut out = x.to_vec();
         with_values(&self.attention.project(&mixed)?, |delta| add(&mut out, delta))?;
         Ok(out)
     }
 
-    /// The whole layer for one window `x [window_len, hidden_size]`; every projection reads its input as `change` leaves it,
-    /// `[window_len, n_in]`.
+    /// The whole layer for one sequence's rows `x [n_rows, hidden_size]`; every projection reads its input as `change` leaves
+    /// it, `[n_rows, n_in]`.
     ///
     /// # Errors
-    /// If `x` is not a whole number of rows.
-    pub fn changed(&self, x: &[f32], change: impl Fn(Projection, &mut [f32])) -> Result<Vec<f32>> {
-        let (hidden, n) = (self.hidden_size(), x.len() / self.hidden_size());
+    /// If `x` has another length.
+    pub fn changed(&self, x: &[f32], sequence: &Sequence, change: impl Fn(Projection, &mut [f32])) -> Result<Vec<f32>> {
+        let (hidden, n) = (self.hidden_size(), sequence.n_rows());
         check_len("layer's input", x.len(), n * hidden)?;
         let of = |projection, mut values: Vec<f32>| {
             change(projection, &mut values);
@@ -127,7 +140,8 @@ impl DenseLayer {
         };
         let normed = rms_norm(x, &self.attention_norm, self.eps);
         let [q, k, v] = [Projection::Query, Projection::Key, Projection::Value].map(|p| of(p, normed.clone()));
-        let mixed = with_values(&self.attention.mix([&q?, &k?, &v?], 1, n)?, <[f32]>::to_vec)?;
+        let mixed =
+            with_values(&self.attention.mix([&q?, &k?, &v?], std::slice::from_ref(sequence))?, <[f32]>::to_vec)?;
         let mut out = x.to_vec();
         with_values(&self.attention.project(&of(Projection::Output, mixed)?)?, |delta| add(&mut out, delta))?;
         let input = self.ffn_input(&out)?;

@@ -30,6 +30,7 @@ mod layer;
 mod linear;
 mod norm;
 mod rope;
+mod sequence;
 
 pub use attention::AttentionInputs;
 pub use embedding::Embedding;
@@ -37,3 +38,4 @@ pub(crate) use embedding::WHOLE_TABLE_BYTES_MAX;
 pub use head::Head;
 pub use layer::{Activations, DenseLayer, Projection};
 pub(crate) use linear::{tensor, with_values};
+pub use sequence::Sequence;

@@ -1,0 +1,119 @@
+//! One layer under one mask.
+
+use super::inputs::{self, InputChoice, InputMethod};
+use super::{Mask, Positions};
+use crate::Result;
+use thermocline_calibrate::dense::{DenseLayer, Sequence};
+use thermocline_calibrate::predictor::LowRank;
+use thermocline_runtime::LayerActive;
+use thermocline_runtime::quality::Tally;
+
+/// A layer with what `mask` needs to know of it.
+pub(crate) struct MaskedLayer<'a> {
+    mask: Mask,
+    layer: &'a DenseLayer,
+    down_norm: &'a [f32],
+    predictor: Option<&'a (LowRank, Vec<f32>)>,
+    active: Option<&'a LayerActive>,
+    /// How inputs are left out, if the mask does that.
+    of_inputs: Option<InputMethod<'a>>,
+}
+
+impl<'a> MaskedLayer<'a> {
+    /// `down_norm [intermediate_size]`; `active` is what a predicted mask computes of this layer, `choice` the inputs that a mask
+    /// of inputs keeps.
+    pub(crate) fn new(
+        mask: Mask,
+        layer: &'a DenseLayer,
+        down_norm: &'a [f32],
+        predictor: Option<&'a (LowRank, Vec<f32>)>,
+        active: Option<&'a LayerActive>,
+        choice: Option<InputChoice<'a>>,
+    ) -> Result<Self> {
+        let of_inputs = choice.map(|choice| InputMethod::new(layer, choice)).transpose()?;
+        Ok(MaskedLayer { mask, layer, down_norm, predictor, active, of_inputs })
+    }
+
+    /// Inputs of each group of matrices that were kept by thresholds so far.
+    pub(crate) fn kept(&self) -> [u64; 4] {
+        self.of_inputs.as_ref().map_or([0; 4], InputMethod::kept)
+    }
+
+    /// Takes the rows `x [n_rows, hidden_size]` of `sequences` through the layer. The mask applies at `positions`; a threshold
+    /// is always that of a sequence's own rows, of all of them.
+    pub(crate) fn forward(&self, x: &mut [f32], sequences: &[Sequence], positions: Positions) -> Result<Tally> {
+        if let Some(method) = &self.of_inputs {
+            for (sequence, rows) in split_rows(x, sequences, self.layer.hidden_size()) {
+                let next = method.forward(rows, sequence, positions.first_masked(sequence))?;
+                rows.copy_from_slice(&next);
+            }
+            // Who leaves out inputs computes all neurons, somehow: recall says nothing of it.
+            return Ok(Tally::default());
+        }
+        let mut next = self.layer.attention_in(x, sequences)?;
+        let input = self.layer.ffn_input(&next)?;
+        let mut h = self.layer.neurons(&input)?.h;
+        let tally = self.leave_out(&input, &mut h, sequences, positions)?;
+        self.layer.ffn_output(&mut next, h)?;
+        self.stand_in(&mut next, sequences, positions);
+        x.copy_from_slice(&next);
+        Ok(tally)
+    }
+
+    /// Sets to zero what the mask leaves out of `h [n_rows, intermediate_size]`.
+    fn leave_out(&self, input: &[f32], h: &mut [f32], sequences: &[Sequence], positions: Positions) -> Result<Tally> {
+        let ffn = self.layer.intermediate_size();
+        if self.mask == Mask::Dense {
+            return Ok(Tally::whole(h.len() / ffn, ffn));
+        }
+        let scores = self.scores(input, sequences)?;
+        let n_predicted = self.active.map_or(0, |a| a.n_active);
+        let (mut tally, mut first) = (Tally::default(), 0);
+        for (sequence, h) in split_rows(h, sequences, ffn) {
+            let from = positions.first_masked(sequence);
+            let scores = scores.as_ref().map(|s| &s[(first + from) * ffn..(first + sequence.n_rows()) * ffn]);
+            tally = tally + self.mask.apply(&mut h[from * ffn..], self.down_norm, scores, n_predicted);
+            first += sequence.n_rows();
+        }
+        Ok(tally)
+    }
+
+    /// What neurons are chosen by, `[n_rows, intermediate_size]`, where it is not their own activation.
+    fn scores(&self, input: &[f32], sequences: &[Sequence]) -> Result<Option<Vec<f32>>> {
+        match (self.mask, self.predictor) {
+            (Mask::Cats(share), _) => {
+                let mut gates = self.layer.gates(input)?;
+                for (_, gates) in split_rows(&mut gates, sequences, self.layer.intermediate_size()) {
+                    inputs::above_threshold(gates, share, 0);
+                }
+                Ok(Some(gates))
+            }
+            (mask, Some((low_rank, norms))) if mask.is_predicted() => {
+                Ok(Some(low_rank.scores(input, self.layer.activation(), norms)?))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Adds what stands for the neurons that were left out.
+    fn stand_in(&self, x: &mut [f32], sequences: &[Sequence], positions: Positions) {
+        let Some(mean) = self.active.map(|a| &a.left_out).filter(|mean| !mean.is_empty()) else { return };
+        for (sequence, rows) in split_rows(x, sequences, mean.len()) {
+            let masked = rows.chunks_exact_mut(mean.len()).skip(positions.first_masked(sequence));
+            masked.for_each(|x| x.iter_mut().zip(mean).for_each(|(x, mean)| *x += mean));
+        }
+    }
+}
+
+/// The values of each sequence's rows, `width` a row.
+fn split_rows<'a, 'b>(
+    mut values: &'a mut [f32],
+    sequences: &'b [Sequence],
+    width: usize,
+) -> impl Iterator<Item = (&'b Sequence, &'a mut [f32])> {
+    sequences.iter().map(move |sequence| {
+        let (rows, rest) = std::mem::take(&mut values).split_at_mut(sequence.n_rows() * width);
+        values = rest;
+        (sequence, rows)
+    })
+}
