@@ -144,6 +144,7 @@ pub fn bench(
         ram_bytes_per_second: speeds.ram.unwrap_or(f64::INFINITY),
         kernel_bytes_per_second: kernel_speed()?,
         disk_bytes_per_second: speeds.disk.unwrap_or(f64::INFINITY),
+        disk_reads_per_second: engine.measure_disk_reads()?.unwrap_or(f64::INFINITY),
     };
     let decode_tok_s = Timing::new(decodes);
     let disk_limit = speeds.disk.map(|d| d / bytes.disk.max(1) as f64);

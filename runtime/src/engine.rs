@@ -297,6 +297,17 @@ impl Engine {
         crate::hardware::read_speed(files, &self.plan.staging, &streams.fetcher).map(Some)
     }
 
+    /// Single chunks of the split's own files, scattered, read with this engine's readers and buffers, a second; `None` if
+    /// everything is in memory.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn measure_disk_reads(&mut self) -> Result<Option<f64>> {
+        let Some(streams) = &mut self.streams else { return Ok(None) };
+        streams.rewind();
+        crate::hardware::read_rate(&self.split, &streams.fetcher).map(Some)
+    }
+
     /// Whether decoding leaves out neurons that are exactly zero (the default) or computes them too, for comparison.
     /// The logits are the same.
     pub fn skip_zeros(&mut self, skip: bool) {

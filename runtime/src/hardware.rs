@@ -15,6 +15,9 @@ const MEMORY_PROBE_BYTES: usize = 256 << 20;
 /// Bytes of a disk measurement, at most.
 const DISK_PROBE_BYTES: u64 = 256 << 20;
 
+/// Scattered reads of a disk measurement, at most.
+const READS_PROBED: usize = 4096;
+
 /// Speeds that bound a token's time.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Hardware {
@@ -26,6 +29,8 @@ pub struct Hardware {
     pub kernel_bytes_per_second: f64,
     /// Reading the split's own files past the page cache, with the runtime's readers.
     pub disk_bytes_per_second: f64,
+    /// The same readers, asked for single chunks that lie apart: what sparse mode does.
+    pub disk_reads_per_second: f64,
 }
 
 impl Hardware {
@@ -38,11 +43,14 @@ impl Hardware {
         let memory = probe_memory(&probe_bundles(split)?, MEMORY_PROBE_BYTES)?;
         let layout = *split.layers()[0].bundles().largest().bundles();
         let files = split.layers().iter().flat_map(thermocline_split::LayerFile::paths);
+        let (shape, largest) = (StagingShape::default(), largest_chunk_bytes(split));
+        let fetcher = Fetcher::new(shape.n_readers, shape.n_buffers, shape.run_bytes.max(largest), 1, 0)?;
         Ok(Self {
             n_threads,
             ram_bytes_per_second: ram_speed(&mut pool, &memory),
             kernel_bytes_per_second: kernel_speed(&mut pool, &memory, &layout),
-            disk_bytes_per_second: disk_speed(files, &StagingShape::default())?,
+            disk_bytes_per_second: read_speed(files, &shape, &fetcher)?,
+            disk_reads_per_second: read_rate(split, &fetcher)?,
         })
     }
 }
@@ -171,6 +179,51 @@ pub(crate) fn read_speed<'a>(
         stream.rewind(fetcher);
     }
     Ok(total as f64 / best)
+}
+
+/// Stored bytes of the largest chunk.
+fn largest_chunk_bytes(split: &thermocline_split::Split) -> usize {
+    let of = |f: &thermocline_split::LayerFile| {
+        (0..f.n_chunks()).map(|c| f.stored_bytes(c..c + 1) as usize).max().unwrap_or(0)
+    };
+    split.layers().iter().map(of).max().unwrap_or(0)
+}
+
+/// Reads a second of single chunks of `split` in scattered order (of chunks in several files the first part). The readers
+/// and buffers of `fetcher` must be free, and hold a chunk.
+///
+/// # Errors
+/// If a file cannot be read.
+pub(crate) fn read_rate(split: &thermocline_split::Split, fetcher: &Fetcher) -> Result<f64> {
+    let open = |f: &thermocline_split::LayerFile| f.paths().next().map(DirectFile::open).transpose();
+    let files: Vec<Option<DirectFile>> = split.layers().iter().map(open).collect::<Result<_>>()?;
+    let files: Vec<Arc<DirectFile>> = files.into_iter().flatten().map(Arc::new).collect();
+    let mut random = 1u64;
+    let mut runs = Vec::with_capacity(READS_PROBED);
+    for _ in 0..READS_PROBED {
+        // Knuth's multiplier; the upper bits are good enough to scatter reads.
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let layer = (random >> 33) as usize % files.len().max(1);
+        let n_chunks = split.layers()[layer].n_chunks().max(1);
+        let chunk = (random >> 20) as usize % n_chunks;
+        let ranges = split.layers()[layer].stored_ranges(chunk..chunk + 1);
+        if let (Some(range), Some(file)) = (ranges.first(), files.get(layer)) {
+            let part = RunPart { file: Arc::clone(file), offset: range.offset, len: range.bytes };
+            runs.push(Run { parts: vec![part], content: RunContent::Plain });
+        }
+    }
+    let start = Instant::now();
+    let mut stream = crate::stream::Stream::new(runs.clone(), 0);
+    let mut reads = 0;
+    // A disk with a head takes a second for a hundred of them.
+    while reads < runs.len() && start.elapsed() < Duration::from_secs(1) {
+        let staged = stream.take(fetcher)?;
+        fetcher.release(staged);
+        reads += 1;
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    stream.rewind(fetcher);
+    Ok(reads as f64 / seconds)
 }
 
 /// The largest resident set that this process ever had, in bytes.

@@ -102,6 +102,8 @@ pub struct Plan {
     pub ram_bytes_per_token: u64,
     /// As above.
     pub disk_bytes_per_token: u64,
+    /// Reads from disk that these bytes are expected to take.
+    pub disk_reads_per_token: u64,
     /// Sparse mode with streaming: what exact mode would read from disk under the same budget.
     pub exact_disk_bytes_per_token: Option<u64>,
     /// Share of the cold neurons that the cache is expected to hold.
@@ -204,6 +206,7 @@ impl Plan {
             staging,
             ram_bytes_per_token: 0,
             disk_bytes_per_token: 0,
+            disk_reads_per_token: 0,
             exact_disk_bytes_per_token: None,
             cache_hit_rate: 0.0,
         };
@@ -233,6 +236,7 @@ impl Plan {
             disk += ((t.entry().rows - rows) * t.row_bytes()) as f64;
         }
         let total = (config.n_layers * config.intermediate_size) as f64;
+        let mut run_bytes = self.staging.run_bytes as f64;
         match (self.request.mode, replayed) {
             (Mode::Exact, _) => {
                 ram += self.hot_bytes as f64 * rows_read(split, self.certificate_bytes > 0)?;
@@ -250,21 +254,26 @@ impl Plan {
                 let scale = if r.active > 0.0 { f64::from(active) * total / r.active } else { 0.0 };
                 ram += scale * used * r.ram_bytes;
                 let cold = prefix_bytes(split, &vec![config.intermediate_size; config.n_layers]) - self.hot_bytes;
-                disk += (scale * r.disk_bytes).min(cold as f64);
+                let of_neurons = (scale * r.disk_bytes).min(cold as f64);
+                disk += of_neurons;
+                run_bytes = run_bytes.min(chunk_bytes(split) / (1.0 - of_neurons / cold.max(1) as f64).max(1e-9));
                 self.cache_hit_rate = if r.active > r.hot { r.cached / (r.active - r.hot) } else { 0.0 };
             }
         }
         (self.ram_bytes_per_token, self.disk_bytes_per_token) = (ram as u64, disk as u64);
+        self.disk_reads_per_token = (disk / run_bytes).ceil() as u64;
         Ok(())
     }
 
-    /// Expected decode speed on a machine. RAM and disk are read at the same time; the slower one sets the pace.
+    /// Expected decode speed on a machine. RAM and disk are read at the same time; the slower one sets the pace. A disk takes
+    /// the time of its bytes or of its reads, whichever is longer; its physical limit is that of the bytes.
     pub fn predict(&self, hardware: &Hardware) -> Prediction {
         let (ram, disk) = (self.ram_bytes_per_token as f64, self.disk_bytes_per_token as f64);
         // Streamed bytes pass through memory and kernel as well.
         let kernel_seconds = (ram + disk) / hardware.kernel_bytes_per_second.min(hardware.ram_bytes_per_second);
-        let disk_seconds = disk / hardware.disk_bytes_per_second;
-        let limit = (ram / hardware.ram_bytes_per_second).max(disk_seconds);
+        let limit = (ram / hardware.ram_bytes_per_second).max(disk / hardware.disk_bytes_per_second);
+        let read_seconds = self.disk_reads_per_token as f64 / hardware.disk_reads_per_second;
+        let disk_seconds = (disk / hardware.disk_bytes_per_second).max(read_seconds);
         let bottleneck = if disk_seconds > kernel_seconds {
             "disk"
         } else if hardware.kernel_bytes_per_second < hardware.ram_bytes_per_second {
@@ -274,12 +283,15 @@ impl Plan {
         };
         let gb = 1e9;
         let formula = format!(
-            "tok/s = 1 / max(({:.1} MB ram + {:.1} MB disk) / {:.1} GB/s kernel, {:.1} MB disk / {:.2} GB/s)",
+            "tok/s = 1 / max(({:.1} MB ram + {:.1} MB disk) / {:.1} GB/s kernel, {:.1} MB disk / {:.2} GB/s, \
+             {} reads / {:.0} a second)",
             ram / 1e6,
             disk / 1e6,
             hardware.kernel_bytes_per_second.min(hardware.ram_bytes_per_second) / gb,
             disk / 1e6,
             hardware.disk_bytes_per_second / gb,
+            self.disk_reads_per_token,
+            hardware.disk_reads_per_second,
         );
         Prediction { tok_s: 1.0 / kernel_seconds.max(disk_seconds), limit_tok_s: 1.0 / limit, bottleneck, formula }
     }
@@ -379,6 +391,13 @@ pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
     let chunk = |f: &LayerFile| f.chunk_neurons() * f.bundles().longest(0..f.order().len());
     let largest = split.layers().iter().map(chunk).max().unwrap_or(0);
     if stored && n_parts(split) == 1 { 0 } else { (2 * run_bytes).max(largest) }
+}
+
+/// Mean stored bytes of a chunk.
+fn chunk_bytes(split: &Split) -> f64 {
+    let of = |f: &LayerFile| (f.stored_bytes(0..f.n_chunks()) as f64, f.n_chunks());
+    let (bytes, chunks) = split.layers().iter().map(of).fold((0.0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+    bytes / chunks.max(1) as f64
 }
 
 /// Share of the bundles' bytes that holds something: where they have streams, files have no room behind these.
