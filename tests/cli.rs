@@ -379,6 +379,21 @@ fn fitted_shares_are_shown_and_used() {
 }
 
 #[test]
+fn inputs_are_priced_on_a_text() {
+    let (dir, corpus) = (tiny_split(), text(support::corpus()));
+    let given = ["eval", "-m", text(&dir), "--text", corpus, "--ctx", "64", "--windows", "1", "--mask", "inputs"];
+    let priced = [&given[..], &["--active", "0.9,0.5", "--fit-text", corpus, "--json"]].concat();
+    let results = json(&priced)["results"].clone();
+    let read = |i: usize| results[i]["bytes_share"].as_f64().unwrap();
+    assert!(read(0) > read(1) && read(1) > 0.2 && read(0) < 1.0, "{results}");
+    assert!(fails(2, &given).contains("--fit-text"));
+    let short = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(short.path(), "too short").unwrap();
+    let message = fails(2, &[&given[..], &["--fit-text", text(short.path())]].concat());
+    assert!(message.contains("needs 1024"), "{message}");
+}
+
+#[test]
 fn a_reader_that_leaves_early_ends_the_program_quietly() {
     let dir = tiny_split();
     for args in [

@@ -195,9 +195,9 @@ fn largest_chunk_bytes(split: &thermocline_split::Split) -> usize {
 /// # Errors
 /// If a file cannot be read.
 pub(crate) fn read_rate(split: &thermocline_split::Split, fetcher: &Fetcher) -> Result<f64> {
-    let open = |f: &thermocline_split::LayerFile| f.paths().next().map(DirectFile::open).transpose();
-    let files: Vec<Option<DirectFile>> = split.layers().iter().map(open).collect::<Result<_>>()?;
-    let files: Vec<Arc<DirectFile>> = files.into_iter().flatten().map(Arc::new).collect();
+    let open = |path: &Path| Ok(Arc::new(DirectFile::open(path)?));
+    let of_layer = |f: &thermocline_split::LayerFile| f.paths().map(open).collect::<Result<Vec<_>>>();
+    let files: Vec<Vec<Arc<DirectFile>>> = split.layers().iter().map(of_layer).collect::<Result<_>>()?;
     let mut random = 1u64;
     let mut runs = Vec::with_capacity(READS_PROBED);
     for _ in 0..READS_PROBED {
@@ -207,8 +207,8 @@ pub(crate) fn read_rate(split: &thermocline_split::Split, fetcher: &Fetcher) -> 
         let n_chunks = split.layers()[layer].n_chunks().max(1);
         let chunk = (random >> 20) as usize % n_chunks;
         let ranges = split.layers()[layer].stored_ranges(chunk..chunk + 1);
-        if let (Some(range), Some(file)) = (ranges.first(), files.get(layer)) {
-            let part = RunPart { file: Arc::clone(file), offset: range.offset, len: range.bytes };
+        if let Some(range) = ranges.first() {
+            let part = RunPart { file: Arc::clone(&files[layer][range.file]), offset: range.offset, len: range.bytes };
             runs.push(Run { parts: vec![part], content: RunContent::Plain });
         }
     }

@@ -49,6 +49,14 @@ pub(crate) struct GroupCost {
     energies: Vec<f32>,
 }
 
+/// What leaves out a share of a group's inputs.
+struct Cut {
+    /// Energy from which an input is read.
+    threshold: f32,
+    /// Energy of those below, in the mean over tokens.
+    energy: f64,
+}
+
 impl GroupCost {
     /// `e_j` of one input.
     fn energy(&self, j: usize, x: f32) -> f32 {
@@ -130,6 +138,7 @@ pub fn fit_input_costs(
     let config = model.config();
     let mut dense = Embedding::load(model)?.rows(windows.tokens())?;
     let mut streams: Vec<Vec<f32>> = Vec::new();
+    let mut left_out: Vec<f64> = Vec::new();
     let mut layers: Vec<[GroupCost; 4]> = Vec::with_capacity(config.n_layers);
     let total = config.n_layers + GROUPS.len() * config.n_layers * (config.n_layers + 1) / 2;
     let mut done = 0;
@@ -145,8 +154,9 @@ pub fn fit_input_costs(
         for (g, inputs) in inputs.iter().enumerate() {
             progress(done, total);
             done += 1;
-            let (group, threshold) = GroupCost::new(&layer, g, inputs)?;
-            streams.push(without(&layer, &dense, windows.ctx(), g, &group, threshold)?);
+            let (group, cut) = GroupCost::new(&layer, g, inputs)?;
+            streams.push(without(&layer, &dense, windows.ctx(), g, &group, cut.threshold)?);
+            left_out.push(cut.energy);
             groups.push(group);
         }
         done += 1;
@@ -156,17 +166,16 @@ pub fn fit_input_costs(
     progress(total, total);
     let streams: Vec<&[f32]> = streams.iter().map(Vec::as_slice).collect();
     let divergences = divergences(model, windows, &dense, &streams)?;
-    for (group, divergence) in layers.iter_mut().flatten().zip(divergences) {
+    for ((group, divergence), energy) in layers.iter_mut().flatten().zip(divergences).zip(left_out) {
         // Rounding can leave nothing of a divergence that is next to nothing.
-        group.cost = (f64::from(divergence) / group.cost).max(f64::MIN_POSITIVE);
+        group.cost = (f64::from(divergence) / energy).max(f64::MIN_POSITIVE);
     }
     Ok(InputCosts { layers })
 }
 
 impl GroupCost {
-    /// From the inputs of a text `[n_tokens, n_in]`; with the threshold that leaves out [`LEFT_OUT`] of them. `cost` is their
-    /// energy for now, in the mean over tokens.
-    fn new(layer: &DenseLayer, group: usize, inputs: &[f32]) -> Result<(Self, f32)> {
+    /// From the inputs of a text `[n_tokens, n_in]`, without a cost as yet; with what leaves out [`LEFT_OUT`] of them.
+    fn new(layer: &DenseLayer, group: usize, inputs: &[f32]) -> Result<(Self, Cut)> {
         let mut norm_squares: Vec<f32> = Vec::new();
         for &projection in GROUPS[group] {
             let norms = layer.column_norms(projection)?;
@@ -185,9 +194,9 @@ impl GroupCost {
         energies.sort_unstable_by(f32::total_cmp);
         let left_out = (LEFT_OUT * energies.len() as f64) as usize;
         let energy: f64 = energies[..left_out].iter().map(|&e| f64::from(e)).sum();
-        this.cost = (energy / n_tokens as f64).max(f64::MIN_POSITIVE);
+        let energy = (energy / n_tokens as f64).max(f64::MIN_POSITIVE);
         this.energies = (0..QUANTILES).map(|q| energies[(2 * q + 1) * energies.len() / (2 * QUANTILES)]).collect();
-        Ok((this, energies[left_out]))
+        Ok((this, Cut { threshold: energies[left_out], energy }))
     }
 }
 
