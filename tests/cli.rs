@@ -387,6 +387,8 @@ fn inputs_are_priced_on_a_text() {
     let read = |i: usize| results[i]["bytes_share"].as_f64().unwrap();
     assert!(read(0) > read(1) && read(1) > 0.2 && read(0) < 1.0, "{results}");
     assert!(fails(2, &given).contains("--fit-text"));
+    let other = ["eval", "-m", text(&dir), "--text", corpus, "--mask", "teal", "--fit-text", corpus];
+    assert!(fails(2, &other).contains("--mask inputs"));
     let short = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(short.path(), "too short").unwrap();
     let message = fails(2, &[&given[..], &["--fit-text", text(short.path())]].concat());

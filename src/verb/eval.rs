@@ -110,6 +110,9 @@ impl Model {
 pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let begin = Instant::now();
     super::run::limit_threads(args.threads)?;
+    if args.fit_text.is_some() && !args.mask.contains(&MaskName::Inputs) {
+        return Err(Usage("--fit-text is for --mask inputs, and there is none".to_owned()).into());
+    }
     let masks = masks(&args.mask, &args.active);
     let model = Model::open(&args.model, args.precision, args.delta.as_deref())?;
     if !args.task.is_empty() {
