@@ -3,11 +3,12 @@
 use crate::Result;
 use crate::fetch::{DirectFile, Fetcher, Run, RunContent, RunPart};
 use crate::ffn::{FfnSums, Span};
+use crate::plan::largest_chunk_bytes;
 use serde::Serialize;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use thermocline_datasets::Activation;
+use thermocline_datasets::{Activation, Random};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, LayerLayout, Pool, ops};
 
 /// Bytes of a memory measurement: several times any desktop's last-level cache.
@@ -181,14 +182,6 @@ pub(crate) fn read_speed<'a>(
     Ok(total as f64 / best)
 }
 
-/// Stored bytes of the largest chunk.
-fn largest_chunk_bytes(split: &thermocline_split::Split) -> usize {
-    let of = |f: &thermocline_split::LayerFile| {
-        (0..f.n_chunks()).map(|c| f.stored_bytes(c..c + 1) as usize).max().unwrap_or(0)
-    };
-    split.layers().iter().map(of).max().unwrap_or(0)
-}
-
 /// Reads a second of single chunks of `split` in scattered order (of chunks in several files the first part). The readers
 /// and buffers of `fetcher` must be free, and hold a chunk.
 ///
@@ -198,14 +191,11 @@ pub(crate) fn read_rate(split: &thermocline_split::Split, fetcher: &Fetcher) -> 
     let open = |path: &Path| Ok(Arc::new(DirectFile::open(path)?));
     let of_layer = |f: &thermocline_split::LayerFile| f.paths().map(open).collect::<Result<Vec<_>>>();
     let files: Vec<Vec<Arc<DirectFile>>> = split.layers().iter().map(of_layer).collect::<Result<_>>()?;
-    let mut random = 1u64;
+    let mut random = Random::new(1);
     let mut runs = Vec::with_capacity(READS_PROBED);
     for _ in 0..READS_PROBED {
-        // Knuth's multiplier; the upper bits are good enough to scatter reads.
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let layer = (random >> 33) as usize % files.len().max(1);
-        let n_chunks = split.layers()[layer].n_chunks().max(1);
-        let chunk = (random >> 20) as usize % n_chunks;
+        let layer = random.below(files.len());
+        let chunk = random.below(split.layers()[layer].n_chunks());
         let ranges = split.layers()[layer].stored_ranges(chunk..chunk + 1);
         if let Some(range) = ranges.first() {
             let part = RunPart { file: Arc::clone(&files[layer][range.file]), offset: range.offset, len: range.bytes };
@@ -213,10 +203,10 @@ pub(crate) fn read_rate(split: &thermocline_split::Split, fetcher: &Fetcher) -> 
         }
     }
     let start = Instant::now();
-    let mut stream = crate::stream::Stream::new(runs.clone(), 0);
+    let (n_runs, mut stream) = (runs.len(), crate::stream::Stream::once(runs));
     let mut reads = 0;
     // A disk with a head takes a second for a hundred of them.
-    while reads < runs.len() && start.elapsed() < Duration::from_secs(1) {
+    while reads < n_runs && start.elapsed() < Duration::from_secs(1) {
         let staged = stream.take(fetcher)?;
         fetcher.release(staged);
         reads += 1;

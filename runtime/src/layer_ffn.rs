@@ -7,7 +7,7 @@ use crate::fetch::{DirectFile, Fetcher, LayerIndex, Run, Staged, Ticket};
 use crate::ffn::{FfnSums, Span};
 use crate::matrix::{Compute, Disk};
 use crate::prefill::FfnBatch;
-use std::collections::VecDeque;
+use crate::stream::Stream;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -207,22 +207,13 @@ impl LayerFfn {
     ) -> Result<()> {
         see(&self.hot_layout, 0, self.hot_bytes());
         let Some(fetcher) = fetcher.filter(|_| self.n_hot < self.n_neurons) else { return Ok(()) };
-        let runs = self.cold_runs();
-        let (mut first, mut submitted, mut ahead) = (self.n_hot, 0, VecDeque::new());
+        let mut stream = Stream::once(self.cold_runs());
+        let mut first = self.n_hot;
         while first < self.n_neurons {
-            while let Some(ticket) = runs.get(submitted).and_then(|run| fetcher.try_submit(run)) {
-                ahead.push_back(ticket);
-                submitted += 1;
-            }
-            let Some(ticket) = ahead.pop_front() else {
-                // Every buffer belongs to a read that is under way and will be given back.
-                std::thread::yield_now();
-                continue;
-            };
-            let staged = match fetcher.wait(ticket) {
+            let staged = match stream.take(fetcher) {
                 Ok(staged) => staged,
                 Err(e) => {
-                    ahead.into_iter().for_each(|ticket| fetcher.discard(ticket));
+                    stream.rewind(fetcher);
                     return Err(e);
                 }
             };

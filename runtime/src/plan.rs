@@ -368,10 +368,8 @@ fn does_not_fit(budget_bytes: u64, fixed: &FixedBytes) -> Error {
 /// (or else a budget that can hold the least would be refused); never less than the largest chunk or row.
 fn staging_shape(split: &Split, matrices: &[StoredMatrix<'_>], budget: u64, left: u64) -> StagingShape {
     let mut shape = StagingShape::default();
-    let stored = |f: &'_ LayerFile| (0..f.n_chunks()).map(|c| f.stored_bytes(c..c + 1) as usize).max().unwrap_or(0);
-    let chunks = split.layers().iter().map(stored);
-    let rows = matrices.iter().map(|t| t.row_bytes());
-    let least = chunks.chain(rows).max().unwrap_or(0).max(16 << 10);
+    let row = matrices.iter().map(|t| t.row_bytes()).max().unwrap_or(0);
+    let least = largest_chunk_bytes(split).max(row).max(16 << 10);
     while shape.run_bytes / 2 >= least && staging_bytes(split, &shape) > left.min(budget / 8) {
         shape.run_bytes /= 2;
     }
@@ -391,6 +389,12 @@ pub(crate) fn decoded_bytes(split: &Split, run_bytes: usize) -> usize {
     let chunk = |f: &LayerFile| f.chunk_neurons() * f.bundles().longest(0..f.order().len());
     let largest = split.layers().iter().map(chunk).max().unwrap_or(0);
     if stored && n_parts(split) == 1 { 0 } else { (2 * run_bytes).max(largest) }
+}
+
+/// Stored bytes of the largest chunk.
+pub(crate) fn largest_chunk_bytes(split: &Split) -> usize {
+    let of = |f: &LayerFile| (0..f.n_chunks()).map(|c| f.stored_bytes(c..c + 1) as usize).max().unwrap_or(0);
+    split.layers().iter().map(of).max().unwrap_or(0)
 }
 
 /// Mean stored bytes of a chunk.

@@ -5,7 +5,8 @@ use crate::fetch::{Fetcher, Run, Staged, Ticket};
 use crate::matrix::Disk;
 use std::collections::VecDeque;
 
-/// A cyclic sequence of runs: while one token is computed, the next one's first runs are already being read.
+/// A sequence of runs. It is cyclic, unless it is for once: while one token is computed, the next one's first runs are already
+/// being read.
 #[derive(Debug)]
 pub(crate) struct Stream {
     runs: Vec<Run>,
@@ -13,19 +14,33 @@ pub(crate) struct Stream {
     in_flight: VecDeque<Ticket>,
     /// Buffers that must stay free for reads that cannot be foreseen.
     reserve: usize,
+    /// Whether the first run follows the last.
+    is_cyclic: bool,
 }
 
 impl Stream {
     pub(crate) fn new(runs: Vec<Run>, reserve: usize) -> Self {
-        Self { runs, next: 0, in_flight: VecDeque::new(), reserve }
+        Self { runs, next: 0, in_flight: VecDeque::new(), reserve, is_cyclic: true }
+    }
+
+    /// Each of `runs` once: nothing is read ahead beyond the last, and no more may be taken.
+    pub(crate) fn once(runs: Vec<Run>) -> Self {
+        Self { is_cyclic: false, ..Self::new(runs, 0) }
+    }
+
+    fn advance(&mut self) {
+        self.next += 1;
+        if self.is_cyclic {
+            self.next %= self.runs.len();
+        }
     }
 
     /// Starts reads while buffers are free.
     pub(crate) fn pump(&mut self, fetcher: &Fetcher) {
-        while !self.runs.is_empty() && fetcher.n_free() > self.reserve {
+        while self.next < self.runs.len() && fetcher.n_free() > self.reserve {
             let Some(ticket) = fetcher.try_submit(&self.runs[self.next]) else { return };
             self.in_flight.push_back(ticket);
-            self.next = (self.next + 1) % self.runs.len();
+            self.advance();
         }
     }
 
@@ -39,7 +54,7 @@ impl Stream {
                 // Every buffer belongs to a read that is under way and will be given back.
                 std::thread::yield_now();
             };
-            self.next = (self.next + 1) % self.runs.len();
+            self.advance();
             self.in_flight.push_back(ticket);
         }
         self.pump(fetcher);

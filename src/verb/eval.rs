@@ -16,7 +16,7 @@ use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
 
 /// Where masks were applied, for people who compare figures.
-const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
+pub const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
 /// How intervals were made.
 const INTERVAL: &str = "bootstrap over blocks of 64 neighbouring tokens, 2000 draws";
 /// How those of tasks were made.

@@ -1,6 +1,6 @@
 //! `eval --task`: a model and files of examples in, accuracies out.
 
-use super::eval::{INTERVALS_OF_TASKS, Model, encoding, model_name, name, usage};
+use super::eval::{INTERVALS_OF_TASKS, Model, POSITIONS, encoding, model_name, name, usage};
 use crate::cli::{Eval, PositionsName};
 use crate::exit::Usage;
 use crate::output::{self, Progress};
@@ -106,7 +106,7 @@ pub fn refuse_without_task(args: &Eval) -> anyhow::Result<()> {
 /// Where masks were applied, for people who compare figures.
 fn told(positions: Positions) -> &'static str {
     match positions {
-        Positions::All => "every position, as if each had been decoded; a run computes its prompt densely",
+        Positions::All => POSITIONS,
         Positions::Decoded => {
             "the positions behind the context; the context is computed densely, as a run's prompt, and so is what its last \
              token predicts: the first token of each answer"

@@ -59,9 +59,9 @@ pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
 /// Runs `model` over `windows` once densely and once under each of `masks`, layer by layer, and compares.
 ///
 /// `split` has the predictors for [`Mask::Predicted`]; its neurons must be in `model`'s order, as they are if `model`
-/// is the [`thermocline_split::SplitCheckpoint`] of the same split. `costs`, of another text, are for [`Mask::Inputs`]. Memory: one layer as f32, one window's activations,
-/// and `4 * n_tokens * hidden_size` bytes for each mask and the dense reference. `progress(done, total)` counts layers
-/// times streams.
+/// is the [`thermocline_split::SplitCheckpoint`] of the same split. `costs`, of another text, are for [`Mask::Inputs`].
+/// Memory: one layer as f32, one window's activations, and `4 * n_tokens * hidden_size` bytes for each mask and the dense
+/// reference. `progress(done, total)` counts layers times streams.
 ///
 /// # Errors
 /// If a mask needs a split and there is none, a share is not in (0, 1], a tensor cannot be read, or the outputs are not
@@ -82,6 +82,7 @@ pub fn evaluate(
     }
     let config = model.config();
     let bytes = LayerBytes::of(model, split)?;
+    let of_inputs = bytes.of_inputs(config);
     let x = Embedding::load(model)?.rows(windows.tokens())?;
     let mut dense = Stream::new(Mask::Dense, x, split)?;
     // The dense mask is the reference itself; every other one gets its own stream.
@@ -89,7 +90,7 @@ pub fn evaluate(
     let mut masked: Vec<Stream> = own.map(|&mask| Stream::new(mask, dense.x.clone(), split)).collect::<Result<_>>()?;
     for stream in &mut masked {
         if let (Mask::Inputs(share), Some(costs)) = (stream.mask, costs) {
-            stream.thresholds = costs.thresholds(bytes.of_inputs(config), share);
+            stream.thresholds = costs.thresholds(of_inputs, share);
         }
     }
     let total = config.n_layers * (1 + masked.len());
@@ -105,7 +106,6 @@ pub fn evaluate(
         }
     }
     progress(total, total);
-    let of_inputs = bytes.of_inputs(config);
     let read = |kept: [u64; 4]| {
         let each = kept.iter().zip(of_inputs).map(|(&kept, bytes)| kept as f64 * bytes);
         bytes.share_of(each.sum::<f64>() / windows.tokens().len() as f64)

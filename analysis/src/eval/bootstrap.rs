@@ -4,11 +4,14 @@
 //! Blocks of [`BLOCK`] tokens are drawn with replacement instead.
 
 use super::Windows;
+use thermocline_datasets::Random;
 
 /// Neighbouring tokens that are drawn together.
 const BLOCK: usize = 64;
 /// Draws; the ends of the interval are then stable to about a tenth of its width.
 const RESAMPLES: usize = 2000;
+/// Fixed, so that the same scores give the same interval every time.
+const SEED: u64 = 0;
 
 /// Perplexity of a text, with what is known of its error.
 #[derive(Debug, Clone, Copy)]
@@ -39,7 +42,7 @@ pub(crate) fn summarise(windows: &Windows<'_>, losses: &[f32], dense: Option<&[f
         }
     }
     let all = total(blocks.iter().copied());
-    let mut random = SplitMix(0);
+    let mut random = Random::new(SEED);
     let mut draws: Vec<(f64, f64)> = Vec::with_capacity(RESAMPLES);
     for _ in 0..RESAMPLES {
         let drawn = total((0..blocks.len()).map(|_| blocks[random.below(blocks.len())]));
@@ -64,7 +67,7 @@ pub(crate) fn mean_intervals<const N: usize>(columns: [&[f64]; N]) -> [[f64; 2];
     if n == 0 {
         return [[0.0; 2]; N];
     }
-    let mut random = SplitMix(0);
+    let mut random = Random::new(SEED);
     let mut draws = [const { Vec::new() }; N];
     for _ in 0..RESAMPLES {
         let mut sums = [0.0; N];
@@ -81,19 +84,6 @@ fn interval(mut values: Vec<f64>) -> [f64; 2] {
     values.sort_by(f64::total_cmp);
     let at = |q: f64| values[((values.len() - 1) as f64 * q).round() as usize];
     [at(0.025), at(0.975)]
-}
-
-/// SplitMix64: a fixed seed gives the same interval every time.
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((u128::from(z ^ (z >> 31)) * n as u128) >> 64) as usize
-    }
 }
 
 #[cfg(test)]
@@ -115,7 +105,7 @@ mod tests {
     #[test]
     fn interval_has_the_width_of_the_standard_error() {
         // Losses that are independent from block to block, so that theory is easy: sd of a block mean is 1 / sqrt(12).
-        let mut random = SplitMix(7);
+        let mut random = Random::new(7);
         let tokens = vec![0; 65 * 400];
         let windows = Windows::new(&tokens, 65, 400).unwrap();
         let level: Vec<f32> = (0..400).map(|_| random.below(1 << 20) as f32 / (1 << 20) as f32).collect();

@@ -18,11 +18,8 @@ impl LayerBytes {
     /// As `split` stores them; without one, 16 bits a weight.
     pub(crate) fn of(model: &dyn Checkpoint, split: Option<&Split>) -> Result<Self> {
         let Some(split) = split else {
-            let c = model.config();
-            let attention = c.hidden_size * c.head_dim * 2 * (c.n_heads + c.n_kv_heads);
-            let bytes = |weights: usize| 2.0 * (c.n_layers * weights) as f64;
-            let neurons = bytes(3 * c.hidden_size * c.intermediate_size);
-            return Ok(Self { attention: bytes(attention), neurons, predictors: 0.0 });
+            let [attention, neurons] = n_weights(model.config()).map(|n| 2.0 * n);
+            return Ok(Self { attention, neurons, predictors: 0.0 });
         };
         let of_layers = |m: &&thermocline_split::StoredMatrix<'_>| m.entry().name.starts_with("model.layers.");
         let matrices = split.matrices()?;
@@ -35,10 +32,8 @@ impl LayerBytes {
 
     /// What one input of each group of matrices makes a token read.
     pub(crate) fn of_inputs(&self, config: &ModelConfig) -> InputBytes {
-        let c = config;
-        let attention = c.n_layers * c.hidden_size * c.head_dim * 2 * (c.n_heads + c.n_kv_heads);
-        let neurons = c.n_layers * 3 * c.hidden_size * c.intermediate_size;
-        let (attention, neurons) = (self.attention / attention as f64, self.neurons / neurons as f64);
+        let [of_attention, of_neurons] = n_weights(config);
+        let (attention, neurons) = (self.attention / of_attention, self.neurons / of_neurons);
         let [qkv, output, gate_up, down] = weights_of_input(config).map(|n| n as f64);
         [qkv * attention, output * attention, gate_up * neurons, down * neurons]
     }
@@ -64,4 +59,10 @@ impl LayerBytes {
         };
         Some(self.share_of(read))
     }
+}
+
+/// Weights of all layers: of attention, of neurons.
+fn n_weights(c: &ModelConfig) -> [f64; 2] {
+    let attention = c.hidden_size * c.head_dim * 2 * (c.n_heads + c.n_kv_heads);
+    [attention, 3 * c.hidden_size * c.intermediate_size].map(|weights| (c.n_layers * weights) as f64)
 }

@@ -40,9 +40,9 @@ const QUANTILES: usize = 512;
 #[derive(Debug, Clone)]
 pub(crate) struct GroupCost {
     /// Of each input, `[n_in]`.
-    pub mean: Vec<f32>,
+    mean: Vec<f32>,
     /// Sum over the group's matrices of the squared lengths of the columns, `[n_in]`.
-    pub norm_squares: Vec<f32>,
+    norm_squares: Vec<f32>,
     /// KL divergence for each unit of energy that a token leaves out.
     cost: f64,
     /// What energies an input has, rising.
@@ -155,7 +155,11 @@ pub fn fit_input_costs(
             progress(done, total);
             done += 1;
             let (group, cut) = GroupCost::new(&layer, g, inputs)?;
-            streams.push(without(&layer, &dense, windows.ctx(), g, &group, cut.threshold)?);
+            streams.push(through(&layer, &dense, windows.ctx(), |projection, values| {
+                if group_of(projection) == g {
+                    group.leave_out(values, cut.threshold);
+                }
+            })?);
             left_out.push(cut.energy);
             groups.push(group);
         }
@@ -200,39 +204,25 @@ impl GroupCost {
     }
 }
 
-/// The stream behind a layer, `[n_tokens, hidden_size]`, and what each group read, `[n_tokens, n_in]`.
-fn observed(layer: &DenseLayer, x: &[f32], ctx: usize) -> Result<(Vec<f32>, [Vec<f32>; 4])> {
-    let inputs = RefCell::new(<[Vec<f32>; 4]>::default());
+/// The stream behind a layer whose matrices read what `change` leaves of their inputs, `[n_tokens, hidden_size]`.
+fn through(layer: &DenseLayer, x: &[f32], ctx: usize, change: impl Fn(Projection, &mut [f32])) -> Result<Vec<f32>> {
     let mut next = Vec::with_capacity(x.len());
     for window in x.chunks_exact(ctx * layer.hidden_size()) {
-        next.extend(layer.changed(window, &Sequence::plain(ctx), |projection, values| {
-            let group = group_of(projection);
-            if GROUPS[group][0] == projection {
-                inputs.borrow_mut()[group].extend_from_slice(values);
-            }
-        })?);
-    }
-    Ok((next, inputs.into_inner()))
-}
-
-/// The same where one group leaves out inputs.
-fn without(
-    layer: &DenseLayer,
-    x: &[f32],
-    ctx: usize,
-    group: usize,
-    cost: &GroupCost,
-    threshold: f32,
-) -> Result<Vec<f32>> {
-    let mut next = Vec::with_capacity(x.len());
-    for window in x.chunks_exact(ctx * layer.hidden_size()) {
-        next.extend(layer.changed(window, &Sequence::plain(ctx), |projection, values| {
-            if group_of(projection) == group {
-                cost.leave_out(values, threshold);
-            }
-        })?);
+        next.extend(layer.changed(window, &Sequence::plain(ctx), &change)?);
     }
     Ok(next)
+}
+
+/// The stream behind a layer, and what each group read, `[n_tokens, n_in]`.
+fn observed(layer: &DenseLayer, x: &[f32], ctx: usize) -> Result<(Vec<f32>, [Vec<f32>; 4])> {
+    let inputs = RefCell::new(<[Vec<f32>; 4]>::default());
+    let next = through(layer, x, ctx, |projection, values| {
+        let group = group_of(projection);
+        if GROUPS[group][0] == projection {
+            inputs.borrow_mut()[group].extend_from_slice(values);
+        }
+    })?;
+    Ok((next, inputs.into_inner()))
 }
 
 /// Weights that one input of each group meets.
