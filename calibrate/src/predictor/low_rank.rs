@@ -1,3 +1,4 @@
+use super::expected_magnitude;
 use crate::{
     Result,
     dense::{tensor, with_values},
@@ -100,52 +101,4 @@ impl LowRank {
     pub fn n_weights(&self) -> usize {
         self.b.len() + self.a_gate.len() + self.a_up.len() + 2 * self.intermediate_size
     }
-}
-
-/// Root of the expected `h^2` if gate and up are normal with means `gate` and `up` and these standard deviations.
-#[inline]
-pub fn expected_magnitude(activation: Activation, gate: f32, up: f32, gate_sd: f32, up_sd: f32) -> f32 {
-    let up_square = match activation {
-        Activation::Silu | Activation::Relu => up * up + up_sd * up_sd,
-        Activation::Drelu => relu_square(up, up_sd),
-    };
-    let gate_square = match activation {
-        Activation::Silu => silu_square(gate, gate_sd),
-        Activation::Relu | Activation::Drelu => relu_square(gate, gate_sd),
-    };
-    (gate_square * up_square).sqrt()
-}
-
-/// `exp`, within 3e-5 of itself: scores only rank neurons, and this one becomes vector code.
-/// A power of two by its exponent bits, the rest by a polynomial (the Taylor series of `2^f` to the fourth power).
-#[inline]
-fn exp(x: f32) -> f32 {
-    let t = (x * std::f32::consts::LOG2_E).clamp(-126.0, 126.0);
-    // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
-    let whole = (t + 12_582_912.0) - 12_582_912.0;
-    let f = t - whole;
-    let p = 1.0 + f * (std::f32::consts::LN_2 + f * (0.240_226_5 + f * (0.055_504_1 + f * 0.009_618_1)));
-    f32::from_bits(((whole as i32 + 127) << 23) as u32) * p
-}
-
-/// `E[silu(v)^2]` for `v ~ N(mean, sd^2)`, to first order in the noise.
-#[inline]
-fn silu_square(mean: f32, sd: f32) -> f32 {
-    let sigmoid = 1.0 / (1.0 + exp(-mean));
-    let (value, slope) = (mean * sigmoid, sigmoid * (1.0 + mean * (1.0 - sigmoid)));
-    value * value + (slope * sd).powi(2)
-}
-
-/// `E[max(v, 0)^2]` for `v ~ N(mean, sd^2)`; the normal distribution function is replaced by a logistic one (within
-/// 0.01 everywhere), so that a kernel needs exponentials only.
-#[inline]
-fn relu_square(mean: f32, sd: f32) -> f32 {
-    if sd <= 1e-6 * mean.abs() {
-        return mean.max(0.0).powi(2);
-    }
-    let t = mean / sd;
-    let below = 1.0 / (1.0 + exp(-1.702 * t));
-    let density = 0.398_942_3 * exp(-0.5 * t * t);
-    // The approximation can make a tiny value negative.
-    ((mean * mean + sd * sd) * below + mean * sd * density).max(0.0)
 }

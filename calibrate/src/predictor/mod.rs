@@ -3,12 +3,15 @@
 //! | concept | where |
 //! | --- | --- |
 //! | low-rank stand-ins for gate and up | [`LowRank`], [`fit_low_rank`] |
+//! | what a rough guess of gate and up says of a neuron | [`expected_magnitude`], [`expected_error`] |
 //! | how much of the output a guess keeps | [`energy_recall`] |
 
+mod expected;
 mod fit;
 mod low_rank;
 mod recall;
 
+pub use expected::{expected_error, expected_magnitude};
 pub use fit::fit_low_rank;
-pub use low_rank::{LowRank, expected_magnitude};
+pub use low_rank::LowRank;
 pub use recall::energy_recall;

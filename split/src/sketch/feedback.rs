@@ -1,0 +1,241 @@
+//! Rounding with feedback: what a column's rounding does to a row's products is made good by the columns that are still to be
+//! rounded, as far as the inputs' covariance allows.
+//!
+//! Paper: GPTQ, arXiv 2210.17323, section 3 (its Cholesky form, and the order of columns by falling variance that its authors
+//! call `act_order`); units keep the scales that they have in the order of the columns.
+
+use crate::{Error, Result};
+use faer::linalg::solvers::{DenseSolveCore, Llt};
+use faer::{Mat, MatRef, Side};
+use ndarray::Array2;
+use rayon::prelude::*;
+use thermocline_kernels::sketch::{SketchBits, UNIT, sketch_row, sketch_scales};
+
+/// Added to the inputs' variances, as a share of their mean.
+const DAMPING: f64 = 0.01;
+/// Rows that one task rounds together: each row of the factor is read once for all of them.
+const TASK_ROWS: usize = 32;
+/// Rounds of least squares for a unit's scale, codes and scale in turn.
+const SCALE_ROUNDS: usize = 5;
+
+/// What rounding needs to know of a layer's inputs.
+pub(crate) struct Feedback {
+    /// The column that is rounded at each step: the most variable first.
+    order: Vec<u32>,
+    /// The upper Cholesky factor of the inverse of the inputs' second moment, rows and columns in that order, `[n, n]`.
+    factor: Vec<f32>,
+}
+
+/// Rows in their new form.
+pub(crate) struct Rounded {
+    /// `[n_rows, row_bytes]`.
+    pub bytes: Vec<u8>,
+    /// Root mean square of what each row's product with an input loses, `[n_rows]`.
+    pub errors: Vec<f32>,
+}
+
+impl Feedback {
+    /// From the second moment `[n, n]` of the inputs.
+    pub(crate) fn new(moment: &Array2<f64>) -> Result<Self> {
+        let n = moment.nrows();
+        let fail = |reason: String| Error::from(thermocline_calibrate::Error::Fit { reason });
+        if moment.iter().any(|v| !v.is_finite()) {
+            return Err(fail("the second moment of the inputs is not finite".to_owned()));
+        }
+        let mut order: Vec<u32> = (0..n as u32).collect();
+        order.sort_by(|&a, &b| moment[(b as usize, b as usize)].total_cmp(&moment[(a as usize, a as usize)]));
+        let mean = moment.diag().sum() / n.max(1) as f64;
+        let damping = if mean > 0.0 { DAMPING * mean } else { 1.0 };
+        let damped = Mat::from_fn(n, n, |i, j| {
+            moment[(order[i] as usize, order[j] as usize)] + if i == j { damping } else { 0.0 }
+        });
+        let llt = |m: MatRef<'_, f64>| {
+            Llt::new(m, Side::Lower).map_err(|e| fail(format!("the second moment of the inputs has no inverse: {e:?}")))
+        };
+        let inverse = llt(damped.as_ref())?.inverse();
+        let inverse = llt(inverse.as_ref())?;
+        let lower = inverse.L();
+        let factor = (0..n).flat_map(|i| (0..n).map(move |j| (i, j)));
+        // The lower factor's transpose.
+        let factor = factor.map(|(i, j)| if j < i { 0.0 } else { lower[(j, i)] as f32 }).collect();
+        Ok(Self { order, factor })
+    }
+
+    /// Rounds `weights [n_rows, n]` to the uniform levels of `bits`.
+    pub(crate) fn round(&self, bits: SketchBits, weights: &[f32]) -> Rounded {
+        let n = self.order.len();
+        let n_rows = weights.len() / n.max(1);
+        let (mut bytes, mut errors) = (vec![0; n_rows * bits.row_bytes(n)], vec![0.0; n_rows]);
+        let rows = bytes.par_chunks_mut(TASK_ROWS * bits.row_bytes(n)).zip(errors.par_chunks_mut(TASK_ROWS));
+        rows.zip(weights.par_chunks(TASK_ROWS * n)).for_each(|((bytes, errors), weights)| {
+            self.round_task(bits, weights, bytes, errors);
+        });
+        Rounded { bytes, errors }
+    }
+
+    fn round_task(&self, bits: SketchBits, weights: &[f32], bytes: &mut [u8], errors: &mut [f32]) {
+        let n = self.order.len();
+        let wished: Vec<f32> = weights.chunks_exact(UNIT).map(|unit| unit_scale(bits, unit)).collect();
+        let mut scales = vec![0.0; wished.len()];
+        for (wished, scales) in wished.chunks_exact(n / UNIT).zip(scales.chunks_exact_mut(n / UNIT)) {
+            sketch_scales(wished, scales);
+        }
+        // Columns in the order of rounding.
+        let mut left: Vec<f32> =
+            weights.chunks_exact(n).flat_map(|row| self.order.iter().map(|&j| row[j as usize])).collect();
+        let mut codes = vec![0u8; weights.len()];
+        for (step, &column) in self.order.iter().enumerate() {
+            let factor = &self.factor[step * n + step..(step + 1) * n];
+            let column = column as usize;
+            for (row, left) in left.chunks_exact_mut(n).enumerate() {
+                let scale = scales[row * (n / UNIT) + column / UNIT];
+                let code = code_of(bits, left[step], scale);
+                codes[row * n + column] = code;
+                let error = (left[step] - value_of(bits, code, scale)) / factor[0];
+                errors[row] += error * error;
+                // What this step left is spread over the columns to come; the own column's place is of no use any more.
+                left[step..].iter_mut().zip(factor).for_each(|(w, f)| *w -= error * f);
+            }
+        }
+        for (row, out) in bytes.chunks_exact_mut(bits.row_bytes(n)).enumerate() {
+            sketch_row(bits, &codes[row * n..(row + 1) * n], &wished[row * (n / UNIT)..(row + 1) * (n / UNIT)], out);
+            errors[row] = errors[row].sqrt();
+        }
+    }
+}
+
+/// Rounds `weights [n_rows, columns]`, each weight to the nearest level: for rows that are added up, not multiplied with an
+/// input. `errors` are the lengths of what the rows lose.
+pub(crate) fn round_nearest(bits: SketchBits, weights: &[f32], columns: usize) -> Rounded {
+    let n_rows = weights.len() / columns.max(1);
+    let (mut bytes, mut errors) = (vec![0; n_rows * bits.row_bytes(columns)], vec![0.0; n_rows]);
+    let rows = bytes.par_chunks_mut(bits.row_bytes(columns)).zip(&mut errors);
+    rows.zip(weights.par_chunks(columns)).for_each(|((bytes, error), row)| {
+        let wished: Vec<f32> = row.chunks_exact(UNIT).map(|unit| unit_scale(bits, unit)).collect();
+        let mut scales = vec![0.0; wished.len()];
+        sketch_scales(&wished, &mut scales);
+        let codes: Vec<u8> = row.iter().enumerate().map(|(j, &w)| code_of(bits, w, scales[j / UNIT])).collect();
+        let lost = row.iter().zip(&codes).enumerate();
+        *error = lost.map(|(j, (w, c))| (w - value_of(bits, *c, scales[j / UNIT])).powi(2)).sum::<f32>().sqrt();
+        sketch_row(bits, &codes, &wished, bytes);
+    });
+    Rounded { bytes, errors }
+}
+
+/// The code whose level is nearest.
+fn code_of(bits: SketchBits, weight: f32, scale: f32) -> u8 {
+    if scale <= 0.0 {
+        return 0;
+    }
+    (weight / scale + bits.middle()).round_ties_even().clamp(0.0, (bits.levels() - 1) as f32) as u8
+}
+
+fn value_of(bits: SketchBits, code: u8, scale: f32) -> f32 {
+    scale * (f32::from(code) - bits.middle())
+}
+
+/// The scale of the least squared error, found by turns from the one that suits normal weights.
+fn unit_scale(bits: SketchBits, unit: &[f32]) -> f32 {
+    let rms = (unit.iter().map(|w| w * w).sum::<f32>() / unit.len() as f32).sqrt();
+    // Max, Quantizing for minimum distortion (1960), table II.
+    let mut scale = rms * if bits == SketchBits::Two { 0.9957 } else { 0.586 };
+    for _ in 0..SCALE_ROUNDS {
+        let (mut product, mut square) = (0.0, 0.0);
+        for &w in unit {
+            let level = f32::from(code_of(bits, w, scale)) - bits.middle();
+            product += w * level;
+            square += level * level;
+        }
+        if !(product > 0.0) {
+            break;
+        }
+        scale = product / square;
+    }
+    scale
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use thermocline_datasets::Random;
+    use thermocline_kernels::sketch::unsketch;
+
+    const COLUMNS: usize = 192;
+
+    /// Inputs that depend on each other, `[n, COLUMNS]`.
+    fn inputs(n: usize) -> Vec<f32> {
+        let mut random = Random::new(5);
+        let mix: Vec<f32> = (0..COLUMNS * COLUMNS).map(|_| random.normal()).collect();
+        (0..n)
+            .flat_map(|_| {
+                let z: Vec<f32> = (0..COLUMNS).map(|k| random.normal() / (1.0 + k as f32 / 8.0)).collect();
+                mix.chunks_exact(COLUMNS).map(|m| m.iter().zip(&z).map(|(m, z)| m * z).sum::<f32>()).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    fn moment(x: &[f32]) -> Array2<f64> {
+        let n = (x.len() / COLUMNS) as f64;
+        Array2::from_shape_fn((COLUMNS, COLUMNS), |(i, j)| {
+            x.chunks_exact(COLUMNS).map(|x| f64::from(x[i]) * f64::from(x[j])).sum::<f64>() / n
+        })
+    }
+
+    /// Root mean square over inputs of each row's lost products.
+    fn lost(bits: SketchBits, weights: &[f32], rounded: &Rounded, x: &[f32]) -> Vec<f64> {
+        let rows = weights.chunks_exact(COLUMNS).zip(rounded.bytes.chunks_exact(bits.row_bytes(COLUMNS)));
+        rows.map(|(w, row)| {
+            let mut stored = vec![0.0; COLUMNS];
+            unsketch(bits, row, &mut stored);
+            let of = |x: &[f32]| w.iter().zip(&stored).zip(x).map(|((w, s), x)| f64::from((w - s) * x)).sum::<f64>();
+            (x.chunks_exact(COLUMNS).map(|x| of(x).powi(2)).sum::<f64>() * COLUMNS as f64 / x.len() as f64).sqrt()
+        })
+        .collect()
+    }
+
+    #[test]
+    fn feedback_halves_the_error_and_knows_what_is_left() {
+        let x = inputs(600);
+        let mut random = Random::new(9);
+        let weights: Vec<f32> = (0..40 * COLUMNS).map(|_| random.normal() * 0.1).collect();
+        let feedback = Feedback::new(&moment(&x)).unwrap();
+        for bits in [SketchBits::Two, SketchBits::Three] {
+            let rounded = feedback.round(bits, &weights);
+            let got = lost(bits, &weights, &rounded, &x);
+            let nearest = lost(bits, &weights, &round_nearest(bits, &weights, COLUMNS), &x);
+            let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
+            assert!(mean(&got) < 0.5 * mean(&nearest), "{bits:?}: {} against {}", mean(&got), mean(&nearest));
+            // Up to the damping, which counts as error too.
+            for (got, told) in got.iter().zip(&rounded.errors) {
+                assert!((0.7..=1.02).contains(&(got / f64::from(*told))), "{bits:?}: {got}, told {told}");
+            }
+        }
+    }
+
+    #[test]
+    fn nearest_levels_tell_the_length_of_what_is_lost() {
+        let mut random = Random::new(2);
+        let mut weights: Vec<f32> = (0..4 * COLUMNS).map(|_| random.normal()).collect();
+        weights[COLUMNS..2 * COLUMNS].fill(0.0);
+        let rounded = round_nearest(SketchBits::Two, &weights, COLUMNS);
+        let mut stored = vec![0.0; COLUMNS];
+        for (r, row) in rounded.bytes.chunks_exact(SketchBits::Two.row_bytes(COLUMNS)).enumerate() {
+            unsketch(SketchBits::Two, row, &mut stored);
+            let w = &weights[r * COLUMNS..(r + 1) * COLUMNS];
+            let length = w.iter().zip(&stored).map(|(w, s)| (w - s).powi(2)).sum::<f32>().sqrt();
+            assert!((length - rounded.errors[r]).abs() <= 1e-4 * length, "row {r}");
+            // 0.1188 of the energy for normal weights (Max 1960), somewhat less with scales of their own.
+            let all = w.iter().map(|w| w * w).sum::<f32>().sqrt();
+            assert!(length <= 0.38 * all, "row {r}: {length} of {all}");
+        }
+    }
+
+    #[test]
+    fn inputs_that_never_vary_are_no_failure_and_what_is_not_finite_is() {
+        let mut m = Array2::zeros((64, 64));
+        assert!(Feedback::new(&m).is_ok());
+        m[(3, 4)] = f64::NAN;
+        assert!(Feedback::new(&m).is_err());
+    }
+}

@@ -1,0 +1,123 @@
+//! Sketches: low-bit copies of a layer's neurons that are always in memory. Their gate and up rows tell which neurons a token
+//! needs, their down rows stand for the others.
+
+mod feedback;
+
+use crate::error::{Result, corrupt};
+use crate::tensor_file::{Format, TensorFile};
+use feedback::{Feedback, Rounded, round_nearest};
+use ndarray::Array2;
+use thermocline_datasets::ModelConfig;
+use thermocline_kernels::sketch::{SketchBits, UNIT, unsketch};
+
+/// Bits of gate, up and down rows. SiLU leaves little of a gate's error where the gate is negative, so that the up row's counts
+/// more.
+pub const SKETCH_BITS: [SketchBits; 3] = [SketchBits::Two, SketchBits::Three, SketchBits::Two];
+
+const PARTS: [&str; 3] = ["gate", "up", "down"];
+
+/// One layer's sketch, neurons in split order.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Sketch {
+    /// Gate, up and down rows, `[n_neurons, row_bytes]` of [`SKETCH_BITS`].
+    pub rows: [Vec<u8>; 3],
+    /// Root mean square of what the sketched gate misses, `[n_neurons]`.
+    pub gate_sd: Vec<f32>,
+    /// The same of up.
+    pub up_sd: Vec<f32>,
+    /// Length of the down column, `[n_neurons]`.
+    pub down_norm: Vec<f32>,
+    /// Length of what the sketched down column misses, `[n_neurons]`.
+    pub down_error: Vec<f32>,
+}
+
+impl Sketch {
+    /// Fits a layer's: `moment [hidden, hidden]` is the second moment of its inputs, `gate`, `up` and `down [n_neurons, hidden]`
+    /// are rows of neurons.
+    ///
+    /// # Errors
+    /// If the moment is not finite.
+    pub(crate) fn fit(moment: &Array2<f64>, gate: &[f32], up: &[f32], down: &[f32]) -> Result<Self> {
+        let hidden = moment.nrows();
+        let feedback = Feedback::new(moment)?;
+        let Rounded { bytes: gate, errors: gate_sd } = feedback.round(SKETCH_BITS[0], gate);
+        let Rounded { bytes: up, errors: up_sd } = feedback.round(SKETCH_BITS[1], up);
+        let down_norm = down.chunks_exact(hidden).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
+        let Rounded { bytes: down, errors: down_error } = round_nearest(SKETCH_BITS[2], down, hidden);
+        Ok(Self { rows: [gate, up, down], gate_sd, up_sd, down_norm, down_error })
+    }
+
+    /// Neurons.
+    pub fn n_neurons(&self) -> usize {
+        self.gate_sd.len()
+    }
+
+    /// With neuron `order[p]` at place p.
+    pub(crate) fn reordered(&self, order: &[u32]) -> Self {
+        let rows = std::array::from_fn(|part| {
+            let width = self.rows[part].len() / self.n_neurons().max(1);
+            order.iter().flat_map(|&id| &self.rows[part][id as usize * width..][..width]).copied().collect()
+        });
+        let values = |v: &[f32]| order.iter().map(|&id| v[id as usize]).collect();
+        Self {
+            rows,
+            gate_sd: values(&self.gate_sd),
+            up_sd: values(&self.up_sd),
+            down_norm: values(&self.down_norm),
+            down_error: values(&self.down_error),
+        }
+    }
+
+    /// Rows of `part` (0 gate, 1 up, 2 down) as f32, `[n_neurons, hidden]`.
+    pub fn decoded(&self, part: usize, hidden: usize) -> Vec<f32> {
+        let mut out = vec![0.0; self.n_neurons() * hidden];
+        let rows = self.rows[part].chunks_exact(SKETCH_BITS[part].row_bytes(hidden));
+        rows.zip(out.chunks_exact_mut(hidden)).for_each(|(row, out)| unsketch(SKETCH_BITS[part], row, out));
+        out
+    }
+
+    /// The numbers of each neuron as they are stored, f32 `[4, n_neurons]`.
+    pub(crate) fn neuron_bytes(&self) -> Vec<u8> {
+        let values = [&self.gate_sd, &self.up_sd, &self.down_norm, &self.down_error];
+        values.into_iter().flatten().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    pub(crate) fn read(file: &TensorFile, config: &ModelConfig, layer: usize) -> Result<Self> {
+        let (hidden, n) = (config.hidden_size, config.intermediate_size);
+        let mut rows: [Vec<u8>; 3] = Default::default();
+        for (part, rows) in rows.iter_mut().enumerate() {
+            let name = name(layer, PARTS[part]);
+            let entry = file.entry(&name)?;
+            if (entry.format, entry.rows, entry.columns) != (Format::U8, n, SKETCH_BITS[part].row_bytes(hidden)) {
+                return Err(corrupt(file.path(), name, "the shape does not fit the model"));
+            }
+            *rows = file.read(&name)?;
+        }
+        let name = name(layer, "neurons");
+        let values = file.read_f32(&name)?;
+        if values.len() != 4 * n || values.iter().any(|v| !v.is_finite() || *v < 0.0) {
+            return Err(corrupt(file.path(), name, format!("not 4 times {n} numbers that are finite and not negative")));
+        }
+        let column = |which: usize| values[which * n..(which + 1) * n].to_vec();
+        Ok(Self { rows, gate_sd: column(0), up_sd: column(1), down_norm: column(2), down_error: column(3) })
+    }
+}
+
+fn name(layer: usize, part: &str) -> String {
+    format!("sketches.{layer}.{part}")
+}
+
+/// Whether a model of this width can have sketches.
+pub(crate) fn fits(hidden_size: usize) -> bool {
+    hidden_size.is_multiple_of(UNIT)
+}
+
+/// The tensors of a layer's sketch, in file order.
+pub(crate) fn tensors(layer: usize, config: &ModelConfig) -> Vec<(String, Format, usize, usize)> {
+    let rows = PARTS.iter().zip(SKETCH_BITS);
+    rows.map(|(part, bits)| {
+        (name(layer, part), Format::U8, config.intermediate_size, bits.row_bytes(config.hidden_size))
+    })
+    .chain([(name(layer, "neurons"), Format::F32, 4, config.intermediate_size)])
+    .collect()
+}
