@@ -10,6 +10,7 @@
 //! | a proof that a gate is negative, from 8-bit copies | [`Certificate`] |
 //! | the plain loops that every variant is tested against | [`mod@reference`] |
 //! | rows of a resident matrix times a vector or a batch | [`gemv`], [`matmul`] |
+//! | low-bit copies of neurons that are always in memory | [`sketch`] |
 //! | rows of bf16 turned into those of a fine-tuned model | [`mod@patch`] |
 //! | threads that wait for work without sleeping | [`Pool`] |
 //! | the GPU: device, memory, graphs, kernels | `cuda` (feature) |
@@ -40,6 +41,7 @@ mod pool;
 #[cfg(test)]
 mod pool_stress;
 pub mod reference;
+pub mod sketch;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -55,3 +57,4 @@ pub use layer_layout::{LayerLayout, LayoutSection};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};
+pub use sketch::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_row, sketch_scales, unsketch};

@@ -1,0 +1,59 @@
+use super::{Parts, SKETCH_UNIT, SketchMatrix};
+use crate::{Kernels, ops};
+
+impl Kernels {
+    /// Dot products of the rows from `first` on with `x` `[columns]`, one for each element of `out`.
+    ///
+    /// # Panics
+    /// If `x` is not as long as a row, or there are not so many rows.
+    pub fn sketch_dots(&self, matrix: SketchMatrix<'_>, first: usize, x: &[f32], out: &mut [f32]) {
+        assert_eq!(x.len(), matrix.columns(), "a sketch's input");
+        assert!(
+            first <= matrix.n_rows() && out.len() <= matrix.n_rows() - first,
+            "rows {first} to {first} + {} of a sketch's {}",
+            out.len(),
+            matrix.n_rows()
+        );
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = dot(matrix, first + i, x);
+        }
+    }
+
+    /// `y_j += a[i] * rows[i]_j` for all i in order, `y` `[columns]`: the same to the bit as a call for each row, with fewer
+    /// loads and stores of `y`.
+    ///
+    /// # Panics
+    /// If `y` is not as long as a row, `a` not as long as `rows`, or there is no such row.
+    pub fn sketch_axpys(&self, matrix: SketchMatrix<'_>, rows: &[u32], a: &[f32], y: &mut [f32]) {
+        assert_eq!(y.len(), matrix.columns(), "a sketch's output");
+        assert_eq!(rows.len(), a.len(), "factors of a sketch's rows");
+        let n_rows = matrix.n_rows();
+        assert!(rows.iter().all(|r| (*r as usize) < n_rows), "a row beyond a sketch's {n_rows}");
+        for (row, a) in rows.iter().zip(a) {
+            axpy(matrix, *row as usize, *a, y);
+        }
+    }
+}
+
+/// Plain loops, a unit at a time.
+fn dot(matrix: SketchMatrix<'_>, row: usize, x: &[f32]) -> f32 {
+    let (bits, columns) = (matrix.bits(), matrix.columns());
+    let parts = Parts::new(bits, columns, matrix.row(row));
+    let units = x.chunks_exact(SKETCH_UNIT).enumerate();
+    units
+        .map(|(u, x)| {
+            let (levels, scale) = parts.unit(bits, u);
+            scale * ops::dot(&levels, x)
+        })
+        .sum()
+}
+
+/// As [`dot`].
+fn axpy(matrix: SketchMatrix<'_>, row: usize, a: f32, y: &mut [f32]) {
+    let (bits, columns) = (matrix.bits(), matrix.columns());
+    let parts = Parts::new(bits, columns, matrix.row(row));
+    for (u, y) in y.chunks_exact_mut(SKETCH_UNIT).enumerate() {
+        let (levels, scale) = parts.unit(bits, u);
+        ops::axpy(a * scale, &levels, y);
+    }
+}

@@ -1,0 +1,235 @@
+use half::bf16;
+
+/// Columns of a sketch's row that share a scale code.
+pub const SKETCH_UNIT: usize = 64;
+/// Bytes of a unit's lower two bits.
+pub(crate) const CODE_BYTES: usize = SKETCH_UNIT / 4;
+/// Bytes of a unit's third bits.
+pub(crate) const HIGH_BYTES: usize = SKETCH_UNIT / 8;
+/// Columns whose codes are in the same bits of a unit's bytes.
+const STRIPE: usize = CODE_BYTES;
+/// The bfloat16 at a row's end.
+const SCALE_BYTES: usize = 2;
+/// The largest scale code of a unit.
+const SCALE_CODE_MAX: f64 = 255.0;
+
+/// Bits of a sketch's weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SketchBits {
+    /// Four levels.
+    Two,
+    /// Eight levels.
+    Three,
+}
+
+impl SketchBits {
+    /// Bits of a code.
+    pub fn bits(self) -> usize {
+        match self {
+            SketchBits::Two => 2,
+            SketchBits::Three => 3,
+        }
+    }
+
+    /// Values that a code can have.
+    pub fn levels(self) -> usize {
+        1 << self.bits()
+    }
+
+    /// What a code stands for before scales: uniform levels around zero.
+    #[inline]
+    pub fn level(self, code: u8) -> f32 {
+        f32::from(code) - (self.levels() - 1) as f32 / 2.0
+    }
+
+    /// Bytes of a row.
+    ///
+    /// # Panics
+    /// If `columns` is zero or not a multiple of [`SKETCH_UNIT`].
+    pub fn row_bytes(self, columns: usize) -> usize {
+        let units = units(columns);
+        units * (CODE_BYTES + self.high_bytes() + 1) + SCALE_BYTES
+    }
+
+    /// Bytes of a unit's third bits.
+    fn high_bytes(self) -> usize {
+        match self {
+            SketchBits::Two => 0,
+            SketchBits::Three => HIGH_BYTES,
+        }
+    }
+}
+
+fn units(columns: usize) -> usize {
+    assert!(
+        columns > 0 && columns.is_multiple_of(SKETCH_UNIT),
+        "a sketch's {columns} columns, which must be whole units of {SKETCH_UNIT}"
+    );
+    columns / SKETCH_UNIT
+}
+
+/// The parts of one row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Parts<'a> {
+    /// Lower two bits, `[units, 16]`.
+    pub codes: &'a [u8],
+    /// Third bits, `[units, 8]`; empty in two bits.
+    pub high: &'a [u8],
+    /// Scale codes, `[units]`.
+    pub scales: &'a [u8],
+    /// The row's scale.
+    pub scale: f32,
+}
+
+impl<'a> Parts<'a> {
+    /// # Panics
+    /// If `row` is not as long as a row.
+    #[inline]
+    pub(crate) fn new(bits: SketchBits, columns: usize, row: &'a [u8]) -> Self {
+        assert_eq!(row.len(), bits.row_bytes(columns), "the bytes of a sketch's row");
+        let units = columns / SKETCH_UNIT;
+        let (codes, rest) = row.split_at(units * CODE_BYTES);
+        let (high, rest) = rest.split_at(units * bits.high_bytes());
+        let (scales, scale) = rest.split_at(units);
+        Self { codes, high, scales, scale: bf16::from_le_bytes([scale[0], scale[1]]).to_f32() }
+    }
+
+    /// The levels and the scale of unit `u`, one column after the other.
+    pub(crate) fn unit(&self, bits: SketchBits, u: usize) -> ([f32; SKETCH_UNIT], f32) {
+        let codes = &self.codes[u * CODE_BYTES..][..CODE_BYTES];
+        let levels = std::array::from_fn(|column| {
+            let (k, i) = (column / STRIPE, column % STRIPE);
+            let low = codes[i] >> (2 * k) & 3;
+            let high = match bits {
+                SketchBits::Two => 0,
+                SketchBits::Three => self.high[u * HIGH_BYTES + column / 8] >> (column % 8) & 1,
+            };
+            bits.level(low | high << 2)
+        });
+        (levels, self.scale * f32::from(self.scales[u]))
+    }
+}
+
+/// A row's scale: the least bfloat16 with which the largest of the wished scales needs no code above 255.
+fn row_scale(scales: &[f32]) -> bf16 {
+    assert!(scales.iter().all(|s| s.is_finite() && *s >= 0.0), "a sketch's scale that is negative or not finite");
+    let largest = scales.iter().fold(0.0, |max: f32, s| max.max(*s));
+    if largest == 0.0 {
+        return bf16::ZERO;
+    }
+    // Up to an f32 that is not below the quotient, and from it up to a bfloat16: in f64, so that nothing vanishes.
+    let wish = f64::from(largest) / SCALE_CODE_MAX;
+    let nearest = wish as f32;
+    let above = if f64::from(nearest) < wish { nearest.next_up() } else { nearest };
+    bf16::from_bits(((above.to_bits() + 0xffff) >> 16) as u16)
+}
+
+/// The code of a unit's scale: the nearest.
+fn scale_code(wish: f32, row_scale: bf16) -> u8 {
+    match row_scale.to_f64() {
+        0.0 => 0,
+        scale => (f64::from(wish) / scale).round() as u8,
+    }
+}
+
+/// The scales that [`sketch_row`] stores for the wished ones, as they are read back, both `[columns / 64]`: those that codes
+/// should be chosen for.
+///
+/// # Panics
+/// If the lengths differ, or a scale is negative or not finite.
+pub fn sketch_scales(scales: &[f32], out: &mut [f32]) {
+    assert_eq!(scales.len(), out.len(), "scales of a sketch's units");
+    let scale = row_scale(scales);
+    for (out, wish) in out.iter_mut().zip(scales) {
+        *out = scale.to_f32() * f32::from(scale_code(*wish, scale));
+    }
+}
+
+/// Writes a row: `codes` `[columns]`, each below [`SketchBits::levels`]; `scales` `[columns / 64]`, the wished step from one
+/// level to the next in each unit; `out` [`SketchBits::row_bytes`] long. [`sketch_scales`] says what becomes of the scales. Those
+/// from about 2^126 on can make values infinite.
+///
+/// # Panics
+/// If the lengths do not fit, a code has no level, or a scale is negative or not finite.
+pub fn sketch_row(bits: SketchBits, codes: &[u8], scales: &[f32], out: &mut [u8]) {
+    let units = units(codes.len());
+    assert_eq!(scales.len(), units, "scales of a sketch's units");
+    assert_eq!(out.len(), bits.row_bytes(codes.len()), "the bytes of a sketch's row");
+    assert!(codes.iter().all(|c| usize::from(*c) < bits.levels()), "a sketch's code without a level");
+    out.fill(0);
+    let (low, rest) = out.split_at_mut(units * CODE_BYTES);
+    let (high, rest) = rest.split_at_mut(units * bits.high_bytes());
+    for (u, codes) in codes.chunks_exact(SKETCH_UNIT).enumerate() {
+        for (column, code) in codes.iter().enumerate() {
+            low[u * CODE_BYTES + column % STRIPE] |= (code & 3) << (2 * (column / STRIPE));
+            if bits == SketchBits::Three {
+                high[u * HIGH_BYTES + column / 8] |= (code >> 2) << (column % 8);
+            }
+        }
+    }
+    let scale = row_scale(scales);
+    let (scale_codes, last) = rest.split_at_mut(units);
+    scale_codes.iter_mut().zip(scales).for_each(|(code, wish)| *code = scale_code(*wish, scale));
+    last.copy_from_slice(&scale.to_le_bytes());
+}
+
+/// The values of a row, `[columns]`: plain loops, exact.
+///
+/// # Panics
+/// If `out` is not whole units, or `row` not as long as a row of so many columns.
+pub fn unsketch(bits: SketchBits, row: &[u8], out: &mut [f32]) {
+    let parts = Parts::new(bits, out.len(), row);
+    for (u, out) in out.chunks_exact_mut(SKETCH_UNIT).enumerate() {
+        let (levels, scale) = parts.unit(bits, u);
+        out.iter_mut().zip(levels).for_each(|(out, level)| *out = scale * level);
+    }
+}
+
+/// A sketch of some rows, `[rows, row_bytes]`, borrowed; nothing of it is aligned.
+#[derive(Debug, Clone, Copy)]
+pub struct SketchMatrix<'a> {
+    bits: SketchBits,
+    columns: usize,
+    row_bytes: usize,
+    bytes: &'a [u8],
+}
+
+impl<'a> SketchMatrix<'a> {
+    /// # Panics
+    /// If `columns` is zero or not a multiple of [`SKETCH_UNIT`], or `bytes` are not whole rows.
+    pub fn new(bits: SketchBits, columns: usize, bytes: &'a [u8]) -> Self {
+        let row_bytes = bits.row_bytes(columns);
+        assert!(bytes.len().is_multiple_of(row_bytes), "a sketch's {} bytes, in rows of {row_bytes}", bytes.len());
+        Self { bits, columns, row_bytes, bytes }
+    }
+
+    /// Bits of a weight.
+    pub fn bits(&self) -> SketchBits {
+        self.bits
+    }
+
+    /// Columns of a row.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Bytes from one row to the next.
+    pub fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+
+    /// Rows.
+    pub fn n_rows(&self) -> usize {
+        self.bytes.len() / self.row_bytes
+    }
+
+    /// The bytes of row `i`.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[inline]
+    pub fn row(&self, i: usize) -> &'a [u8] {
+        assert!(i < self.n_rows(), "row {i} of a sketch's {}", self.n_rows());
+        &self.bytes[i * self.row_bytes..][..self.row_bytes]
+    }
+}
