@@ -355,6 +355,10 @@ pub struct Split {
     /// What the scales of quantised groups are fitted to
     #[arg(long, value_enum, default_value = "moments")]
     pub scales: ScalesName,
+    /// Also keep a copy of all neurons in 2.5 bits a weight. In sparse mode it is always in memory, tells which neurons a token
+    /// needs, and stands for the others
+    #[arg(long)]
+    pub sketch: bool,
     #[command(flatten)]
     pub threads: Threads,
     /// Print one JSON value and nothing else
@@ -375,7 +379,7 @@ pub struct Planted {
         value_name = "SHAPE",
         conflicts_with_all = [
             "model", "profile", "encoding", "resident_encoding", "order", "chunk_neurons", "zstd_level", "archive",
-            "predictor_rank", "scales",
+            "predictor_rank", "scales", "sketch",
         ]
     )]
     pub shape: Option<String>,
@@ -493,6 +497,8 @@ pub enum MaskName {
     Predicted,
     /// The predicted top share of every layer alike, and nothing for the other neurons
     PredictedAlike,
+    /// The share of every layer whose error would be largest if the split's sketch stood for it, as it does for the others
+    Graded,
     /// Peer: all gates, the share of neurons whose gate is largest
     Cats,
     /// Peer: the share of every matrix's inputs that are largest

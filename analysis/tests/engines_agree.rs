@@ -35,6 +35,7 @@ fn make(dir: &Path, model: &TinyModel, encoding: Encoding) -> std::path::PathBuf
         compression: Compression::None,
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
+        sketch: false,
     };
     split(checkpoint.as_ref(), &profile, &options, &dir.join("split"), &|_, _| ()).unwrap();
     dir.join("split")

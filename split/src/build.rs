@@ -9,7 +9,7 @@ use crate::plane_file::{Place, write_plane};
 use crate::planes::{contents, further_planes};
 use crate::sections::layer_entry;
 use crate::tensor_file::{Format, TensorFileEntry, Writer};
-use crate::{Error, LayerEncodings, chunk::Compression};
+use crate::{Error, LayerEncodings, chunk::Compression, sketch};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
@@ -40,6 +40,8 @@ pub struct SplitOptions {
     pub predictor_rank: usize,
     /// How the scales of quantised groups are chosen.
     pub scales: Scales,
+    /// Whether layers get a [`crate::Sketch`].
+    pub sketch: bool,
 }
 
 /// What the scales of quantised groups are chosen by.
@@ -93,6 +95,7 @@ struct Identity {
     packing: Packing,
     compression: String,
     scales: String,
+    sketch: bool,
 }
 
 /// Splits `checkpoint` into `out`, which must not exist. `progress(done, total)` counts layers.
@@ -154,6 +157,10 @@ fn build(
         return Err(settings(format!("--predictor-rank {} is not a multiple of 32", options.predictor_rank)));
     }
 
+    if options.sketch && !sketch::fits(config.hidden_size) {
+        return Err(settings(format!("--sketch: hidden size {} is no multiple of 64", config.hidden_size)));
+    }
+
     let surveyed = survey(profile)?;
     let chunk_neurons = match options.chunk_neurons {
         Some(n) if n == 0 || n > config.intermediate_size => {
@@ -181,6 +188,7 @@ fn build(
         packing: packing.clone(),
         compression: format!("{:?}", options.compression),
         scales: format!("{:?}", options.scales),
+        sketch: options.sketch,
     };
     let partial = Partial::open(out, &serde_json::to_string(&identity).unwrap_or_default())?;
     partial.check_space(expected_bytes(checkpoint, options))?;
@@ -216,6 +224,7 @@ fn build(
     let (resident, resident_planes) = write_resident(checkpoint, profile, options, dir)?;
     let places: Vec<u64> = profile.sample_tokens()?.into_iter().take(TRACE_TOKENS_MAX).collect();
     let (predictors, statistics) = assemble_parts(config, packing.predictor_rank, false, &places, &partial)?;
+    let sketches = options.sketch.then(|| assemble_sketches(config, &partial)).transpose()?;
     let files = write_plain_files(checkpoint, dir)?;
     let of_layer = |l: &LayerEntry| l.file_bytes + l.others().map(|p| p.file_bytes).sum::<u64>();
     let ffn_bytes: u64 = layers.iter().map(of_layer).sum();
@@ -230,6 +239,7 @@ fn build(
         + resident.file_bytes
         + resident_planes.as_ref().map_or(0, |f| f.file_bytes)
         + predictors.file_bytes
+        + sketches.as_ref().map_or(0, |f| f.file_bytes)
         + statistics.file_bytes;
     let manifest = Manifest {
         format: "thermocline-split".to_owned(),
@@ -243,6 +253,7 @@ fn build(
         predictors,
         statistics,
         shares: None,
+        sketches,
         files,
         checksum: String::new(),
     };
@@ -411,6 +422,20 @@ pub(crate) fn assemble_parts(
     Ok((predictors.finish()?, statistics.finish()?))
 }
 
+/// Puts the layers' sketches together.
+fn assemble_sketches(config: &ModelConfig, partial: &Partial) -> Result<TensorFileEntry> {
+    let tensors = (0..config.n_layers).flat_map(|l| sketch::tensors(l, config));
+    let mut writer = Writer::create(partial.dir(), "sketches.safetensors", tensors.collect())?;
+    for l in 0..config.n_layers {
+        let PackedLayer { sketch_rows, sketch_neurons, .. } = partial.read_part(l)?;
+        let parts = sketch_rows.iter().chain([&sketch_neurons]);
+        for ((name, ..), bytes) in sketch::tensors(l, config).iter().zip(parts) {
+            writer.write(name, bytes)?;
+        }
+    }
+    writer.finish()
+}
+
 fn write_plain_files(checkpoint: &dyn Checkpoint, dir: &Path) -> Result<Vec<PlainFile>> {
     let template = checkpoint.chat_template().map(|t| ("chat_template.jinja", t));
     let files = [("tokenizer.json", checkpoint.tokenizer_json()?)].into_iter().chain(template);
@@ -448,5 +473,8 @@ fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
     let predictors = config.n_layers
         * (options.predictor_rank * config.hidden_size * 2
             + 2 * config.intermediate_size * (options.predictor_rank * 2));
-    (ffn + resident + predictors) as u64 + (16 << 20)
+    let sketch: usize = crate::SKETCH_BITS.iter().map(|bits| bits.row_bytes(config.hidden_size)).sum();
+    let sketches = if options.sketch { config.n_layers * config.intermediate_size * (sketch + 16) } else { 0 };
+    // They lie in their parts, too, until they are put together.
+    (ffn + resident + predictors + 2 * sketches) as u64 + (16 << 20)
 }

@@ -10,8 +10,8 @@ use std::path::Path;
 use thermocline_datasets::ModelConfig;
 
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
-/// neurons in an encoding of their own, 3 where it says what each layer's share costs.
-pub const FORMAT_VERSION: u32 = 3;
+/// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it has sketches.
+pub const FORMAT_VERSION: u32 = 4;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,7 +112,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// 1 to 3 (see [`FORMAT_VERSION`]).
+    /// 1 to 4 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -134,6 +134,9 @@ pub struct Manifest {
     /// What each layer's share of the neurons costs ([`crate::Shares`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shares: Option<TensorFileEntry>,
+    /// Low-bit copies of the neurons ([`crate::Sketch`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sketches: Option<TensorFileEntry>,
     /// Tokenizer, chat template.
     pub files: Vec<PlainFile>,
     /// XXH3-128 of the manifest with this field empty, in hexadecimal.
@@ -165,10 +168,11 @@ impl Manifest {
 
     /// The first version that has all that this manifest lists.
     fn least_version(&self) -> u32 {
-        match &self.shares {
-            Some(_) => 3,
-            None if self.layers.iter().any(|l| !l.hot.is_empty()) => 2,
-            None => 1,
+        match (&self.sketches, &self.shares) {
+            (Some(_), _) => 4,
+            (None, Some(_)) => 3,
+            (None, None) if self.layers.iter().any(|l| !l.hot.is_empty()) => 2,
+            (None, None) => 1,
         }
     }
 
@@ -206,7 +210,7 @@ impl Manifest {
             &manifest.statistics.file,
         ]);
         let names = names
-            .chain(manifest.resident_planes.iter().chain(&manifest.shares).map(|f| &f.file))
+            .chain(manifest.resident_planes.iter().chain(&manifest.shares).chain(&manifest.sketches).map(|f| &f.file))
             .chain(manifest.layers.iter().flat_map(|l| l.others().map(|p| &p.file)));
         for name in names {
             let plain = |part: &str| !part.is_empty() && part != "." && part != "..";

@@ -4,7 +4,7 @@ use crate::delta::Delta;
 use crate::error::{Result, corrupt, listed};
 use crate::planted::REPORT_FILE;
 use crate::resident::check_planes;
-use crate::{Error, LayerFile, Manifest, Planes, Precision, Shares, TensorEntry, TensorFile};
+use crate::{Error, LayerFile, Manifest, Planes, Precision, Shares, Sketch, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thermocline_calibrate::predictor::LowRank;
@@ -42,6 +42,7 @@ pub struct Split {
     predictors: TensorFile,
     statistics: TensorFile,
     shares: Option<TensorFile>,
+    sketches: Option<TensorFile>,
 }
 
 impl Split {
@@ -82,6 +83,7 @@ impl Split {
         let predictors = TensorFile::open(dir, &manifest.predictors)?;
         let statistics = TensorFile::open(dir, &manifest.statistics)?;
         let shares = manifest.shares.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
+        let sketches = manifest.sketches.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
         Ok(Self {
             dir: dir.to_owned(),
             manifest,
@@ -93,11 +95,12 @@ impl Split {
             predictors,
             statistics,
             shares,
+            sketches,
         })
     }
 
-    /// Puts a delta on the weights: they then are the final model's, bit for bit, and come as bf16. Predictors and
-    /// statistics stay the base's.
+    /// Puts a delta on the weights: they then are the final model's, bit for bit, and come as bf16. Predictors, sketches
+    /// and statistics stay the base's.
     ///
     /// # Errors
     /// If the delta was made from another model, the split has not got the base's bits, or the final model is of
@@ -187,6 +190,19 @@ impl Split {
     /// If the file is damaged or does not fit the model.
     pub fn shares(&self) -> Result<Option<Shares>> {
         self.shares.as_ref().map(|file| Shares::read(file, &self.manifest.config)).transpose()
+    }
+
+    /// The sketches' file, if the split has them.
+    pub fn sketches(&self) -> Option<&TensorFile> {
+        self.sketches.as_ref()
+    }
+
+    /// The sketch of one layer, if the split has them.
+    ///
+    /// # Errors
+    /// If it cannot be read, is damaged or does not fit the model.
+    pub fn sketch(&self, layer: usize) -> Result<Option<Sketch>> {
+        self.sketches.as_ref().map(|file| Sketch::read(file, &self.manifest.config, layer)).transpose()
     }
 
     /// The predictor of one layer as it is stored, its shapes checked.

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::manifest::Packing;
 use crate::order::OrderKind;
 use crate::planes::{lay_out, pack_row};
+use crate::sketch::Sketch;
 use rayon::prelude::*;
 use thermocline_calibrate::LayerStatistics;
 use thermocline_calibrate::predictor::{self, LowRank};
@@ -40,11 +41,16 @@ pub(crate) struct PackedLayer {
     pub energy: Vec<u8>,
     /// Bitmaps `[n_samples, ceil(ffn / 8)]` in split order.
     pub trace: Vec<u8>,
+    /// The sketch's gate, up and down rows in split order; empty if there is none.
+    pub sketch_rows: [Vec<u8>; 3],
+    /// f32 `[4, ffn]` of the sketch.
+    pub sketch_neurons: Vec<u8>,
 }
 
 impl PackedLayer {
     /// What goes into a part file, in file order.
-    pub(crate) fn parts(&self) -> [&Vec<u8>; 7] {
+    pub(crate) fn parts(&self) -> [&Vec<u8>; 11] {
+        let [gate, up, down] = &self.sketch_rows;
         [
             &self.predictor_input,
             &self.predictor_ahead,
@@ -53,11 +59,16 @@ impl PackedLayer {
             &self.activation_rate,
             &self.energy,
             &self.trace,
+            gate,
+            up,
+            down,
+            &self.sketch_neurons,
         ]
     }
 
     /// The same, to be filled in.
-    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 7] {
+    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 11] {
+        let [gate, up, down] = &mut self.sketch_rows;
         [
             &mut self.predictor_input,
             &mut self.predictor_ahead,
@@ -66,6 +77,10 @@ impl PackedLayer {
             &mut self.activation_rate,
             &mut self.energy,
             &mut self.trace,
+            gate,
+            up,
+            down,
+            &mut self.sketch_neurons,
         ]
     }
 }
@@ -115,6 +130,8 @@ pub(crate) fn pack_layer(
     })?;
     let fitted =
         predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
+    let sketch = options.sketch.then(|| Sketch::fit(moment, &gate, &up, &down)).transpose()?;
+    let sketch = sketch.map(|sketch| sketch.in_order(&order));
     let (predictor_factors, [gate_residual, up_residual]) = pack_factors(&fitted, &order, l)?;
     let floats = |values: &dyn Fn(usize) -> f32| -> Vec<u8> {
         order.iter().flat_map(|&id| values(id as usize).to_le_bytes()).collect()
@@ -134,6 +151,8 @@ pub(crate) fn pack_layer(
         activation_rate: floats(&|id| rates[id] as f32),
         energy: floats(&|id| statistics.energy[id] as f32),
         trace: reorder_bits(statistics, &order),
+        sketch_neurons: sketch.as_ref().map(Sketch::neuron_bytes).unwrap_or_default(),
+        sketch_rows: sketch.map(|sketch| sketch.rows).unwrap_or_default(),
         order,
         sections: planes,
     })

@@ -55,9 +55,10 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
     if got != expected {
         return Err(Error::WrongSource { path: split.dir().to_owned(), got, expected });
     }
-    // Everything that the comparison of weights below does not read: predictors, statistics, costs of
-    // shares, tokenizer.
-    for file in [split.predictors(), split.statistics(), split.resident()].into_iter().chain(split.resident_planes()) {
+    // Everything that the comparison of weights below does not read: predictors, sketches, statistics, costs
+    // of shares, tokenizer.
+    let further = split.resident_planes().into_iter().chain(split.sketches());
+    for file in [split.predictors(), split.statistics(), split.resident()].into_iter().chain(further) {
         check_tensors(file)?;
     }
     split.shares()?;

@@ -359,6 +359,7 @@ fn masks(names: &[MaskName], active: &[f64]) -> Vec<Mask> {
         MaskName::OracleH => each(Mask::OracleH),
         MaskName::Predicted => each(Mask::Predicted),
         MaskName::PredictedAlike => each(Mask::PredictedAlike),
+        MaskName::Graded => each(Mask::Graded),
         MaskName::Cats => each(Mask::Cats),
         MaskName::Teal => each(Mask::Teal),
         MaskName::Wina => each(Mask::Wina),

@@ -46,6 +46,7 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
         ScalesName::LeastSquares => Scales::LeastSquares,
         ScalesName::Absmax => Scales::Absmax,
     };
+    options.sketch = args.sketch;
     let report = make(checkpoint.as_ref(), &profile, &options, &args.output, args.json)?;
     if args.json {
         return output::json(&report);
@@ -134,6 +135,7 @@ pub fn defaults(checkpoint: &dyn Checkpoint, encoding: LayerEncodings) -> SplitO
         compression: Compression::None,
         predictor_rank: (checkpoint.config().hidden_size / 9).next_multiple_of(32),
         scales: Scales::Moments,
+        sketch: false,
     }
 }
 

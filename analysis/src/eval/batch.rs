@@ -1,13 +1,13 @@
 //! All masks in one pass over the layers, through calibrate's dense forward.
 
 use super::bytes::LayerBytes;
+use super::choosers::Choosers;
 use super::input_costs::InputCosts;
 use super::likelihood::{TokenScores, add, positions_at_once};
 use super::masked_layer::MaskedLayer;
 use super::{Evaluation, Mask, Positions, Windows, active_count};
 use crate::{Error, Result};
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head, Sequence};
-use thermocline_calibrate::predictor::LowRank;
 use thermocline_datasets::Checkpoint;
 use thermocline_runtime::quality::Tally;
 use thermocline_runtime::{LayerActive, layer_active};
@@ -18,7 +18,7 @@ struct Stream {
     mask: Mask,
     x: Vec<f32>,
     tally: Vec<Tally>,
-    /// What of each layer is predicted; empty for other masks.
+    /// What of each layer a predictor or sketch chooses; empty for other masks.
     active: Vec<LayerActive>,
     /// For [`Mask::Inputs`]: energies from which inputs are read, layer by layer.
     thresholds: Vec<[f32; 4]>,
@@ -28,16 +28,16 @@ struct Stream {
 
 impl Stream {
     fn new(mask: Mask, x: Vec<f32>, split: Option<&Split>) -> Result<Self> {
-        let active = predicted_active(mask, split)?;
+        let active = chosen_active(mask, split)?;
         Ok(Stream { mask, x, tally: Vec::new(), active, thresholds: Vec::new(), kept: [0; 4] })
     }
 }
 
-/// What of each layer is predicted; empty for masks that ask no predictor.
-pub(crate) fn predicted_active(mask: Mask, split: Option<&Split>) -> Result<Vec<LayerActive>> {
+/// What of each layer is chosen; empty for masks that ask neither predictor nor sketch.
+pub(crate) fn chosen_active(mask: Mask, split: Option<&Split>) -> Result<Vec<LayerActive>> {
     match (mask, split) {
         (Mask::Predicted(share), Some(split)) => Ok(layer_active(split, share as f32)?),
-        (Mask::PredictedAlike(share), Some(split)) => {
+        (Mask::PredictedAlike(share) | Mask::Graded(share), Some(split)) => {
             let config = &split.manifest().config;
             let n_active = active_count(share, config.intermediate_size);
             Ok(vec![LayerActive { n_active, left_out: Vec::new() }; config.n_layers])
@@ -49,16 +49,19 @@ pub(crate) fn predicted_active(mask: Mask, split: Option<&Split>) -> Result<Vec<
 /// Refuses shares out of range, and masks that ask a predictor where there is none.
 pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
     masks.iter().try_for_each(|mask| mask.check())?;
-    if split.is_none() && masks.iter().any(|m| m.is_predicted()) {
-        let reason = "predicted needs a split, which has the predictors; -m names a checkpoint".to_owned();
-        return Err(Error::Setting { flag: "--mask", reason });
+    let refuse = |reason: &str| Err(Error::Setting { flag: "--mask", reason: reason.to_owned() });
+    if split.is_none() && masks.iter().any(|m| m.asks_predictor() || m.asks_sketch()) {
+        return refuse("predicted and graded need a split, which has what they ask; -m names a checkpoint");
+    }
+    if split.is_some_and(|s| s.sketches().is_none()) && masks.iter().any(|m| m.asks_sketch()) {
+        return refuse("graded needs a split with sketches: make one with split --sketch");
     }
     Ok(())
 }
 
 /// Runs `model` over `windows` once densely and once under each of `masks`, layer by layer, and compares.
 ///
-/// `split` has the predictors for [`Mask::Predicted`]; its neurons must be in `model`'s order, as they are if `model`
+/// `split` has the predictors for [`Mask::Predicted`], the sketches for [`Mask::Graded`]; its neurons must be in `model`'s order, as they are if `model`
 /// is the [`thermocline_split::SplitCheckpoint`] of the same split. `costs`, of another text, are for [`Mask::Inputs`].
 /// Memory: one layer as f32, one window's activations, and `4 * n_tokens * hidden_size` bytes for each mask and the dense
 /// reference. `progress(done, total)` counts layers times streams.
@@ -96,13 +99,12 @@ pub fn evaluate(
     let total = config.n_layers * (1 + masked.len());
     for index in 0..config.n_layers {
         let layer = DenseLayer::load(model, index)?;
-        let predictor = split.filter(|_| masks.iter().any(|m| m.is_predicted()));
-        let predictor = predictor.map(|s| s.predictor(index)).transpose()?;
+        let choosers = Choosers::load(split, masks, index)?;
         let down_norm = layer.down_norms()?;
         let before = index * (1 + masked.len());
         for (i, stream) in std::iter::once(&mut dense).chain(&mut masked).enumerate() {
             progress(before + i, total);
-            stream.advance((index, &layer), &down_norm, predictor.as_ref(), costs, windows.ctx())?;
+            stream.advance((index, &layer), &down_norm, &choosers, costs, windows.ctx())?;
         }
     }
     progress(total, total);
@@ -125,7 +127,7 @@ impl Stream {
         &mut self,
         (index, layer): (usize, &DenseLayer),
         down_norm: &[f32],
-        predictor: Option<&(LowRank, Vec<f32>)>,
+        choosers: &Choosers,
         costs: Option<&InputCosts>,
         ctx: usize,
     ) -> Result<()> {
@@ -133,7 +135,7 @@ impl Stream {
         let choice = self.mask.input_choice(priced);
         let is_of_inputs = choice.is_some();
         let active = self.active.get(index);
-        let masked = MaskedLayer::new(self.mask, layer, down_norm, predictor, active, choice)?;
+        let masked = MaskedLayer::new(self.mask, layer, down_norm, choosers, active, choice)?;
         let (mut tally, sequences) = (Tally::default(), [Sequence::plain(ctx)]);
         for window in self.x.chunks_exact_mut(ctx * layer.hidden_size()) {
             tally = tally + masked.forward(window, &sequences, Positions::All)?;

@@ -12,6 +12,7 @@ pub(crate) struct LayerBytes {
     attention: f64,
     neurons: f64,
     predictors: f64,
+    sketches: f64,
 }
 
 impl LayerBytes {
@@ -19,7 +20,7 @@ impl LayerBytes {
     pub(crate) fn of(model: &dyn Checkpoint, split: Option<&Split>) -> Result<Self> {
         let Some(split) = split else {
             let [attention, neurons] = n_weights(model.config()).map(|n| 2.0 * n);
-            return Ok(Self { attention, neurons, predictors: 0.0 });
+            return Ok(Self { attention, neurons, predictors: 0.0, sketches: 0.0 });
         };
         let of_layers = |m: &&thermocline_split::StoredMatrix<'_>| m.entry().name.starts_with("model.layers.");
         let matrices = split.matrices()?;
@@ -27,7 +28,8 @@ impl LayerBytes {
         let neurons = split.layers().iter().map(|l| l.trimmed_bytes(0..l.n_chunks())).sum::<usize>() as f64;
         let used = |name: &str| !name.ends_with(".ahead");
         let predictors = split.predictors().tensors().iter().filter(|t| used(&t.name)).map(|t| t.bytes).sum::<u64>();
-        Ok(Self { attention, neurons, predictors: predictors as f64 })
+        let sketches = split.sketches().map_or(0, |file| file.tensors().iter().map(|t| t.bytes).sum());
+        Ok(Self { attention, neurons, predictors: predictors as f64, sketches: sketches as f64 })
     }
 
     /// What one input of each group of matrices makes a token read.
@@ -52,6 +54,7 @@ impl LayerBytes {
             Mask::Predicted(share) | Mask::PredictedAlike(share) => {
                 self.attention + self.predictors + share * self.neurons
             }
+            Mask::Graded(share) => self.attention + self.sketches + share * self.neurons,
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
             // It depends on the text.

@@ -22,6 +22,8 @@ pub enum Mask {
     Predicted(f64),
     /// The given share of each layer that the predictor scores highest, and nothing for the others.
     PredictedAlike(f64),
+    /// The given share of each layer whose error, left to the split's sketch, would be largest; the sketch stands for the others.
+    Graded(f64),
     /// CATS (arXiv 2404.08763): all gates, and of up and down the given share of neurons, those whose gate reaches a
     /// threshold of the window.
     Cats(f64),
@@ -49,6 +51,7 @@ impl Mask {
             Mask::OracleH(_) => "oracle-h",
             Mask::Predicted(_) => "predicted",
             Mask::PredictedAlike(_) => "predicted-alike",
+            Mask::Graded(_) => "graded",
             Mask::Cats(_) => "cats",
             Mask::Teal(_) => "teal",
             Mask::Wina(_) => "wina",
@@ -64,6 +67,7 @@ impl Mask {
             | Mask::OracleH(share)
             | Mask::Predicted(share)
             | Mask::PredictedAlike(share)
+            | Mask::Graded(share)
             | Mask::Cats(share)
             | Mask::Teal(share)
             | Mask::Wina(share)
@@ -91,24 +95,42 @@ impl Mask {
     }
 
     /// Whether it asks the predictor.
-    pub(crate) fn is_predicted(self) -> bool {
+    pub(crate) fn asks_predictor(self) -> bool {
         matches!(self, Mask::Predicted(_) | Mask::PredictedAlike(_))
     }
 
-    /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost.
-    /// `scores`, of the same shape, are the predictor's, which is asked for `n_predicted` neurons, or the gates' for
-    /// [`Mask::Cats`]; `down_norm [intermediate_size]`.
-    pub(crate) fn apply(self, h: &mut [f32], down_norm: &[f32], scores: Option<&[f32]>, n_predicted: usize) -> Tally {
+    /// Whether it asks the sketch.
+    pub(crate) fn asks_sketch(self) -> bool {
+        matches!(self, Mask::Graded(_))
+    }
+
+    /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
+    /// the same shape or empty, what it keeps.
+    /// `scores`, of the same shape, are the predictor's or the sketch's, of which the `n_chosen` highest are kept, or the gates'
+    /// for [`Mask::Cats`]; `down_norm [intermediate_size]`.
+    pub(crate) fn apply(
+        self,
+        h: &mut [f32],
+        sketched: &mut [f32],
+        down_norm: &[f32],
+        scores: Option<&[f32]>,
+        n_chosen: usize,
+    ) -> Tally {
         let ffn = down_norm.len();
-        let rows = h.par_chunks_mut(ffn).enumerate();
+        let mut sketched: Vec<&mut [f32]> = sketched.chunks_exact_mut(ffn).collect();
+        sketched.resize_with(h.len() / ffn, Default::default);
+        let rows = h.par_chunks_mut(ffn).zip(sketched).enumerate();
         let tallies: Vec<Tally> = rows
-            .map(|(token, h)| {
+            .map(|(token, (h, sketched))| {
                 let weight: Vec<f32> = h.iter().zip(down_norm).map(|(h, d)| h.abs() * d).collect();
                 let scores = scores.map(|s| &s[token * ffn..(token + 1) * ffn]);
                 let mut kept = Vec::new();
-                self.choose(h, &weight, scores, n_predicted, &mut kept);
+                self.choose(h, &weight, scores, n_chosen, &mut kept);
                 let tally = compare(&weight, &kept);
                 keep(h, &kept);
+                if !sketched.is_empty() {
+                    kept.iter().for_each(|&i| sketched[i as usize] = 0.0);
+                }
                 tally
             })
             .collect();
@@ -117,7 +139,7 @@ impl Mask {
     }
 
     /// The neurons that are kept of one token, ascending.
-    fn choose(self, h: &[f32], weight: &[f32], scores: Option<&[f32]>, n_predicted: usize, kept: &mut Vec<u32>) {
+    fn choose(self, h: &[f32], weight: &[f32], scores: Option<&[f32]>, n_chosen: usize, kept: &mut Vec<u32>) {
         let n = h.len();
         match self {
             Mask::Dense => kept.extend(0..n as u32),
@@ -127,11 +149,11 @@ impl Mask {
                 let magnitude: Vec<f32> = h.iter().map(|h| h.abs()).collect();
                 top_k(&magnitude, active_count(share, n), kept);
             }
-            Mask::Predicted(_) | Mask::PredictedAlike(_) => {
+            Mask::Predicted(_) | Mask::PredictedAlike(_) | Mask::Graded(_) => {
                 // As in the runtime: a score that is not a number counts as zero.
                 let clean = |s: &f32| if s.is_nan() { 0.0 } else { *s };
                 let scores: Vec<f32> = scores.unwrap_or(weight).iter().map(clean).collect();
-                top_k(&scores, n_predicted, kept);
+                top_k(&scores, n_chosen, kept);
             }
             Mask::Cats(_) => {
                 // Gates that are kept; the others were set to zero.
@@ -159,7 +181,7 @@ mod tests {
     #[test]
     fn oracle_keeps_the_largest_products() {
         let mut h = [1.0, -3.0, 0.0, 2.0, -2.0, 0.5, 0.0, 4.0];
-        let tally = Mask::Oracle(0.5).apply(&mut h, &[1.0, 1.0, 1.0, 10.0], None, 0);
+        let tally = Mask::Oracle(0.5).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 10.0], None, 0);
         assert_eq!(h, [0.0, -3.0, 0.0, 2.0, -2.0, 0.0, 0.0, 4.0]);
         let quality = tally.quality(0);
         assert_eq!((quality.recall, quality.computed_share, quality.energy_recall_of_oracle), (1.0, 0.5, 1.0));
@@ -170,14 +192,14 @@ mod tests {
     #[test]
     fn magnitude_alone_ignores_the_norms() {
         let mut h = [1.0, -3.0, 2.0, 0.5];
-        Mask::OracleH(0.25).apply(&mut h, &[1.0, 1.0, 1.0, 100.0], None, 0);
+        Mask::OracleH(0.25).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 100.0], None, 0);
         assert_eq!(h, [0.0, -3.0, 0.0, 0.0]);
     }
 
     #[test]
     fn exact_changes_nothing_and_counts_zeros() {
         let mut h = [0.0, -0.0, 2.0, -1.0];
-        let quality = Mask::Exact.apply(&mut h, &[1.0; 4], None, 0).quality(0);
+        let quality = Mask::Exact.apply(&mut h, &mut [], &[1.0; 4], None, 0).quality(0);
         assert_eq!(h, [0.0, 0.0, 2.0, -1.0]);
         assert_eq!((quality.recall, quality.precision, quality.computed_share), (1.0, 1.0, 0.5));
     }
@@ -186,7 +208,7 @@ mod tests {
     fn predicted_follows_its_scores() {
         let mut h = [5.0, 1.0, 0.0, 0.0];
         let scores = [f32::NAN, 2.0, 3.0, 0.0];
-        let quality = Mask::Predicted(0.5).apply(&mut h, &[1.0; 4], Some(&scores), 2).quality(0);
+        let quality = Mask::Predicted(0.5).apply(&mut h, &mut [], &[1.0; 4], Some(&scores), 2).quality(0);
         assert_eq!(h, [0.0, 1.0, 0.0, 0.0]);
         // Of the two neurons that are not zero one was found, and one of the two computed was needed.
         assert_eq!((quality.recall, quality.precision), (0.5, 0.5));

@@ -1,10 +1,10 @@
 //! One layer under one mask.
 
+use super::choosers::{Choosers, SketchedLayer};
 use super::inputs::{self, InputChoice, InputMethod};
 use super::{Mask, Positions};
 use crate::Result;
 use thermocline_calibrate::dense::{DenseLayer, Sequence};
-use thermocline_calibrate::predictor::LowRank;
 use thermocline_runtime::LayerActive;
 use thermocline_runtime::quality::Tally;
 
@@ -13,25 +13,25 @@ pub(crate) struct MaskedLayer<'a> {
     mask: Mask,
     layer: &'a DenseLayer,
     down_norm: &'a [f32],
-    predictor: Option<&'a (LowRank, Vec<f32>)>,
+    choosers: &'a Choosers,
     active: Option<&'a LayerActive>,
     /// How inputs are left out, if the mask does that.
     of_inputs: Option<InputMethod<'a>>,
 }
 
 impl<'a> MaskedLayer<'a> {
-    /// `down_norm [intermediate_size]`; `active` is what a predicted mask computes of this layer, `choice` the inputs that a mask
+    /// `down_norm [intermediate_size]`; `active` is what a predicted or graded mask computes of this layer, `choice` the inputs that a mask
     /// of inputs keeps.
     pub(crate) fn new(
         mask: Mask,
         layer: &'a DenseLayer,
         down_norm: &'a [f32],
-        predictor: Option<&'a (LowRank, Vec<f32>)>,
+        choosers: &'a Choosers,
         active: Option<&'a LayerActive>,
         choice: Option<InputChoice<'a>>,
     ) -> Result<Self> {
         let of_inputs = choice.map(|choice| InputMethod::new(layer, choice)).transpose()?;
-        Ok(MaskedLayer { mask, layer, down_norm, predictor, active, of_inputs })
+        Ok(MaskedLayer { mask, layer, down_norm, choosers, active, of_inputs })
     }
 
     /// Inputs of each group of matrices that were kept by thresholds so far.
@@ -53,34 +53,64 @@ impl<'a> MaskedLayer<'a> {
         let mut next = self.layer.attention_in(x, sequences)?;
         let input = self.layer.ffn_input(&next)?;
         let mut h = self.layer.neurons(&input)?.h;
-        let tally = self.leave_out(&input, &mut h, sequences, positions)?;
+        let mut sketched = Vec::new();
+        let tally = self.leave_out(&input, &mut h, &mut sketched, sequences, positions)?;
         self.layer.ffn_output(&mut next, h)?;
+        if let Some(sketch) = self.sketch() {
+            sketch.add(&mut next, sketched)?;
+        }
         self.stand_in(&mut next, sequences, positions);
         x.copy_from_slice(&next);
         Ok(tally)
     }
 
-    /// Sets to zero what the mask leaves out of `h [n_rows, intermediate_size]`.
-    fn leave_out(&self, input: &[f32], h: &mut [f32], sequences: &[Sequence], positions: Positions) -> Result<Tally> {
+    /// The sketch, if the mask asks it.
+    fn sketch(&self) -> Option<&SketchedLayer> {
+        self.choosers.sketch.as_ref().filter(|_| self.mask.asks_sketch())
+    }
+
+    /// Sets to zero what the mask leaves out of `h [n_rows, intermediate_size]`; what its sketch gives instead is put in
+    /// `sketched`, of the same shape.
+    fn leave_out(
+        &self,
+        input: &[f32],
+        h: &mut [f32],
+        sketched: &mut Vec<f32>,
+        sequences: &[Sequence],
+        positions: Positions,
+    ) -> Result<Tally> {
         let ffn = self.layer.intermediate_size();
         if self.mask == Mask::Dense {
             return Ok(Tally::whole(h.len() / ffn, ffn));
         }
-        let scores = self.scores(input, sequences)?;
-        let n_predicted = self.active.map_or(0, |a| a.n_active);
+        let scores = self.scores(input, sketched, sequences)?;
+        let n_chosen = self.active.map_or(0, |a| a.n_active);
         let (mut tally, mut first) = (Tally::default(), 0);
         for (sequence, h) in split_rows(h, sequences, ffn) {
             let from = positions.first_masked(sequence);
             let scores = scores.as_ref().map(|s| &s[(first + from) * ffn..(first + sequence.n_rows()) * ffn]);
-            tally = tally + self.mask.apply(&mut h[from * ffn..], self.down_norm, scores, n_predicted);
+            let mut sketched: &mut [f32] = sketched;
+            if !sketched.is_empty() {
+                let rows = &mut sketched[first * ffn..(first + sequence.n_rows()) * ffn];
+                let (whole, masked) = rows.split_at_mut(from * ffn);
+                whole.fill(0.0);
+                sketched = masked;
+            }
+            tally = tally + self.mask.apply(&mut h[from * ffn..], sketched, self.down_norm, scores, n_chosen);
             first += sequence.n_rows();
         }
         Ok(tally)
     }
 
-    /// What neurons are chosen by, `[n_rows, intermediate_size]`, where it is not their own activation.
-    fn scores(&self, input: &[f32], sequences: &[Sequence]) -> Result<Option<Vec<f32>>> {
-        match (self.mask, self.predictor) {
+    /// What neurons are chosen by, `[n_rows, intermediate_size]`, where it is not their own activation; a sketch's activations
+    /// into `sketched`.
+    fn scores(&self, input: &[f32], sketched: &mut Vec<f32>, sequences: &[Sequence]) -> Result<Option<Vec<f32>>> {
+        if let Some(sketch) = self.sketch() {
+            let look = sketch.look(input)?;
+            *sketched = look.h;
+            return Ok(Some(look.scores));
+        }
+        match (self.mask, &self.choosers.predictor) {
             (Mask::Cats(share), _) => {
                 let mut gates = self.layer.gates(input)?;
                 for (_, gates) in split_rows(&mut gates, sequences, self.layer.intermediate_size()) {
@@ -88,7 +118,7 @@ impl<'a> MaskedLayer<'a> {
                 }
                 Ok(Some(gates))
             }
-            (mask, Some((low_rank, norms))) if mask.is_predicted() => {
+            (mask, Some((low_rank, norms))) if mask.asks_predictor() => {
                 Ok(Some(low_rank.scores(input, self.layer.activation(), norms)?))
             }
             _ => Ok(None),

@@ -19,6 +19,7 @@
 mod batch;
 mod bootstrap;
 mod bytes;
+mod choosers;
 mod decode;
 mod input_costs;
 mod inputs;
@@ -48,7 +49,7 @@ use thermocline_runtime::quality::Tally;
 /// What one mask did to a model on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `cats`, `teal`, `wina` or `inputs`.
+    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `graded`, `cats`, `teal`, `wina` or `inputs`.
     pub mask: String,
     /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -25,6 +25,7 @@
 mod attention;
 mod embedding;
 mod exponential;
+mod gated;
 mod head;
 mod layer;
 mod linear;
@@ -35,6 +36,7 @@ mod sequence;
 pub use attention::AttentionInputs;
 pub use embedding::Embedding;
 pub(crate) use embedding::WHOLE_TABLE_BYTES_MAX;
+pub use gated::GatedNeurons;
 pub use head::Head;
 pub use layer::{Activations, DenseLayer, Projection};
 pub(crate) use linear::{tensor, with_values};

@@ -107,7 +107,10 @@ mod tests {
             }
             let got = [expected_magnitude, expected_error].map(|f| f64::from(f(activation, gate, up, gate_sd, up_sd)));
             for (got, expected) in got.into_iter().zip([square.sqrt(), error.sqrt()]) {
-                assert!((got - expected).abs() < 0.05 * expected + 0.004, "{activation:?} {gate} {up}: {got} {expected}");
+                assert!(
+                    (got - expected).abs() < 0.05 * expected + 0.004,
+                    "{activation:?} {gate} {up}: {got} {expected}"
+                );
             }
         }
     }

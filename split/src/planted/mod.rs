@@ -194,6 +194,7 @@ fn build(
         predictors,
         statistics,
         shares: None,
+        sketches: None,
         files,
         checksum: String::new(),
     };

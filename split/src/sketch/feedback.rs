@@ -9,7 +9,7 @@ use faer::linalg::solvers::{DenseSolveCore, Llt};
 use faer::{Mat, MatRef, Side};
 use ndarray::Array2;
 use rayon::prelude::*;
-use thermocline_kernels::sketch::{SketchBits, UNIT, sketch_row, sketch_scales};
+use thermocline_kernels::{SKETCH_UNIT, SketchBits, sketch_row, sketch_scales};
 
 /// Added to the inputs' variances, as a share of their mean.
 const DAMPING: f64 = 0.01;
@@ -75,9 +75,9 @@ impl Feedback {
 
     fn round_task(&self, bits: SketchBits, weights: &[f32], bytes: &mut [u8], errors: &mut [f32]) {
         let n = self.order.len();
-        let wished: Vec<f32> = weights.chunks_exact(UNIT).map(|unit| unit_scale(bits, unit)).collect();
+        let wished: Vec<f32> = weights.chunks_exact(SKETCH_UNIT).map(|unit| unit_scale(bits, unit)).collect();
         let mut scales = vec![0.0; wished.len()];
-        for (wished, scales) in wished.chunks_exact(n / UNIT).zip(scales.chunks_exact_mut(n / UNIT)) {
+        for (wished, scales) in wished.chunks_exact(n / SKETCH_UNIT).zip(scales.chunks_exact_mut(n / SKETCH_UNIT)) {
             sketch_scales(wished, scales);
         }
         // Columns in the order of rounding.
@@ -88,7 +88,7 @@ impl Feedback {
             let factor = &self.factor[step * n + step..(step + 1) * n];
             let column = column as usize;
             for (row, left) in left.chunks_exact_mut(n).enumerate() {
-                let scale = scales[row * (n / UNIT) + column / UNIT];
+                let scale = scales[row * (n / SKETCH_UNIT) + column / SKETCH_UNIT];
                 let code = code_of(bits, left[step], scale);
                 codes[row * n + column] = code;
                 let error = (left[step] - value_of(bits, code, scale)) / factor[0];
@@ -98,7 +98,12 @@ impl Feedback {
             }
         }
         for (row, out) in bytes.chunks_exact_mut(bits.row_bytes(n)).enumerate() {
-            sketch_row(bits, &codes[row * n..(row + 1) * n], &wished[row * (n / UNIT)..(row + 1) * (n / UNIT)], out);
+            sketch_row(
+                bits,
+                &codes[row * n..(row + 1) * n],
+                &wished[row * (n / SKETCH_UNIT)..(row + 1) * (n / SKETCH_UNIT)],
+                out,
+            );
             errors[row] = errors[row].sqrt();
         }
     }
@@ -111,12 +116,12 @@ pub(crate) fn round_nearest(bits: SketchBits, weights: &[f32], columns: usize) -
     let (mut bytes, mut errors) = (vec![0; n_rows * bits.row_bytes(columns)], vec![0.0; n_rows]);
     let rows = bytes.par_chunks_mut(bits.row_bytes(columns)).zip(&mut errors);
     rows.zip(weights.par_chunks(columns)).for_each(|((bytes, error), row)| {
-        let wished: Vec<f32> = row.chunks_exact(UNIT).map(|unit| unit_scale(bits, unit)).collect();
+        let wished: Vec<f32> = row.chunks_exact(SKETCH_UNIT).map(|unit| unit_scale(bits, unit)).collect();
         let mut scales = vec![0.0; wished.len()];
         sketch_scales(&wished, &mut scales);
-        let codes: Vec<u8> = row.iter().enumerate().map(|(j, &w)| code_of(bits, w, scales[j / UNIT])).collect();
+        let codes: Vec<u8> = row.iter().enumerate().map(|(j, &w)| code_of(bits, w, scales[j / SKETCH_UNIT])).collect();
         let lost = row.iter().zip(&codes).enumerate();
-        *error = lost.map(|(j, (w, c))| (w - value_of(bits, *c, scales[j / UNIT])).powi(2)).sum::<f32>().sqrt();
+        *error = lost.map(|(j, (w, c))| (w - value_of(bits, *c, scales[j / SKETCH_UNIT])).powi(2)).sum::<f32>().sqrt();
         sketch_row(bits, &codes, &wished, bytes);
     });
     Rounded { bytes, errors }
@@ -127,11 +132,11 @@ fn code_of(bits: SketchBits, weight: f32, scale: f32) -> u8 {
     if scale <= 0.0 {
         return 0;
     }
-    (weight / scale + bits.middle()).round_ties_even().clamp(0.0, (bits.levels() - 1) as f32) as u8
+    (weight / scale - bits.level(0)).round_ties_even().clamp(0.0, (bits.levels() - 1) as f32) as u8
 }
 
 fn value_of(bits: SketchBits, code: u8, scale: f32) -> f32 {
-    scale * (f32::from(code) - bits.middle())
+    scale * bits.level(code)
 }
 
 /// The scale of the least squared error, found by turns from the one that suits normal weights.
@@ -142,11 +147,11 @@ fn unit_scale(bits: SketchBits, unit: &[f32]) -> f32 {
     for _ in 0..SCALE_ROUNDS {
         let (mut product, mut square) = (0.0, 0.0);
         for &w in unit {
-            let level = f32::from(code_of(bits, w, scale)) - bits.middle();
+            let level = bits.level(code_of(bits, w, scale));
             product += w * level;
             square += level * level;
         }
-        if !(product > 0.0) {
+        if product <= 0.0 {
             break;
         }
         scale = product / square;
@@ -159,7 +164,7 @@ fn unit_scale(bits: SketchBits, unit: &[f32]) -> f32 {
 mod tests {
     use super::*;
     use thermocline_datasets::Random;
-    use thermocline_kernels::sketch::unsketch;
+    use thermocline_kernels::unsketch;
 
     const COLUMNS: usize = 192;
 

@@ -7,8 +7,9 @@ use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile};
 use feedback::{Feedback, Rounded, round_nearest};
 use ndarray::Array2;
-use thermocline_datasets::ModelConfig;
-use thermocline_kernels::sketch::{SketchBits, UNIT, unsketch};
+use thermocline_calibrate::predictor::expected_error;
+use thermocline_datasets::{Activation, ModelConfig};
+use thermocline_kernels::{SKETCH_UNIT, SketchBits, unsketch};
 
 /// Bits of gate, up and down rows. SiLU leaves little of a gate's error where the gate is negative, so that the up row's counts
 /// more.
@@ -52,8 +53,19 @@ impl Sketch {
         self.gate_sd.len()
     }
 
+    /// What leaving neuron `i` to its sketch is expected to cost, as a length in the layer's output, and the neuron's activation
+    /// as the sketch has it; `gate` and `up` are the sketched rows' products with the layer's input. What rounding gate and up
+    /// leaves out is taken for normal noise, what it leaves out of the down column is known.
+    pub fn judge(&self, activation: Activation, i: usize, gate: f32, up: f32) -> (f32, f32) {
+        let h = activation.apply(gate, up);
+        let of_h = expected_error(activation, gate, up, self.gate_sd[i], self.up_sd[i]) * self.down_norm[i];
+        let cost = of_h.hypot(h * self.down_error[i]);
+        // A neuron of which nothing can be said costs accuracy, never a crash.
+        if cost.is_nan() { (0.0, 0.0) } else { (cost, h) }
+    }
+
     /// With neuron `order[p]` at place p.
-    pub(crate) fn reordered(&self, order: &[u32]) -> Self {
+    pub fn in_order(&self, order: &[u32]) -> Self {
         let rows = std::array::from_fn(|part| {
             let width = self.rows[part].len() / self.n_neurons().max(1);
             order.iter().flat_map(|&id| &self.rows[part][id as usize * width..][..width]).copied().collect()
@@ -96,7 +108,11 @@ impl Sketch {
         let name = name(layer, "neurons");
         let values = file.read_f32(&name)?;
         if values.len() != 4 * n || values.iter().any(|v| !v.is_finite() || *v < 0.0) {
-            return Err(corrupt(file.path(), name, format!("not 4 times {n} numbers that are finite and not negative")));
+            return Err(corrupt(
+                file.path(),
+                name,
+                format!("not 4 times {n} numbers that are finite and not negative"),
+            ));
         }
         let column = |which: usize| values[which * n..(which + 1) * n].to_vec();
         Ok(Self { rows, gate_sd: column(0), up_sd: column(1), down_norm: column(2), down_error: column(3) })
@@ -109,7 +125,7 @@ fn name(layer: usize, part: &str) -> String {
 
 /// Whether a model of this width can have sketches.
 pub(crate) fn fits(hidden_size: usize) -> bool {
-    hidden_size.is_multiple_of(UNIT)
+    hidden_size.is_multiple_of(SKETCH_UNIT)
 }
 
 /// The tensors of a layer's sketch, in file order.

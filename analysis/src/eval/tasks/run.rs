@@ -4,8 +4,9 @@ use super::pack::{Pass, passes};
 use super::score::{ChoiceScore, scores};
 use super::{Positions, TaskExample, TaskKind, TaskResult};
 use crate::eval::Mask;
-use crate::eval::batch::{check_masks, predicted_active};
+use crate::eval::batch::{check_masks, chosen_active};
 use crate::eval::bytes::LayerBytes;
+use crate::eval::choosers::Choosers;
 use crate::eval::masked_layer::MaskedLayer;
 use crate::{Error, Result};
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head};
@@ -77,18 +78,17 @@ fn run_pass(
     positions: Positions,
     on_step: &dyn Fn(usize),
 ) -> Result<Vec<Stream>> {
-    let stream = |&mask: &Mask| Ok(Stream { mask, x: x.to_vec(), active: predicted_active(mask, split)? });
+    let stream = |&mask: &Mask| Ok(Stream { mask, x: x.to_vec(), active: chosen_active(mask, split)? });
     let mut streams: Vec<Stream> = masks.iter().map(stream).collect::<Result<_>>()?;
     let (groups, hidden) = (pass.groups(), model.config().hidden_size);
     for index in 0..model.config().n_layers {
         let layer = DenseLayer::load(model, index)?;
-        let asked = split.filter(|_| masks.iter().any(|m| m.is_predicted()));
-        let predictor = asked.map(|s| s.predictor(index)).transpose()?;
+        let choosers = Choosers::load(split, masks, index)?;
         let down_norm = layer.down_norms()?;
         for (i, stream) in streams.iter_mut().enumerate() {
             on_step(index * masks.len() + i);
             let (active, choice) = (stream.active.get(index), stream.mask.input_choice(None));
-            let masked = MaskedLayer::new(stream.mask, &layer, &down_norm, predictor.as_ref(), active, choice)?;
+            let masked = MaskedLayer::new(stream.mask, &layer, &down_norm, &choosers, active, choice)?;
             for (sequences, rows) in &groups {
                 let x = &mut stream.x[rows.start * hidden..rows.end * hidden];
                 masked.forward(x, &pass.sequences[sequences.clone()], positions)?;
