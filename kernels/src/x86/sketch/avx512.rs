@@ -5,7 +5,7 @@
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use super::{Ahead, Layout, Rows};
+use super::{Ahead, DOTS, Layout, Rows};
 use crate::SKETCH_UNIT;
 use crate::sketch::{CODE_BYTES, HIGH_BYTES};
 use std::arch::x86_64::*;
@@ -47,12 +47,13 @@ impl Tables {
 unsafe fn decode<const HIGH: bool>(layout: &Layout, row: &[u8], u: usize, tables: Tables) -> [__m512; VECTORS] {
     // SAFETY: 16 readable bytes by contract.
     let codes = unsafe { _mm_loadu_si128(row.as_ptr().add(u * CODE_BYTES).cast()) };
-    let codes = _mm512_cvtepu8_epi32(codes);
+    let first = _mm512_cvtepu8_epi32(codes);
+    let second = _mm512_srli_epi32::<4>(first);
     let mut levels = [
-        _mm512_permutexvar_ps(codes, tables.lower),
-        _mm512_permutexvar_ps(codes, tables.upper),
-        spliced::<4, HIGH>(codes),
-        spliced::<6, HIGH>(codes),
+        _mm512_permutexvar_ps(first, tables.lower),
+        _mm512_permutexvar_ps(first, tables.upper),
+        _mm512_permutexvar_ps(second, tables.lower),
+        _mm512_permutexvar_ps(second, tables.upper),
     ];
     if HIGH {
         let four = _mm512_set1_ps(4.0);
@@ -64,16 +65,6 @@ unsafe fn decode<const HIGH: bool>(layout: &Layout, row: &[u8], u: usize, tables
         }
     }
     levels
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn spliced<const SHIFT: u32, const HIGH: bool>(codes: __m512i) -> __m512 {
-    let base = (1u32 << (23 - SHIFT)) as f32;
-    let middle = if HIGH { 3.5 } else { 1.5 };
-    let mask = _mm512_set1_epi32(3 << SHIFT);
-    let bits = _mm512_ternarylogic_epi32::<0xf8>(_mm512_castps_si512(_mm512_set1_ps(base)), codes, mask);
-    _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(base + middle))
 }
 
 /// The scales of `n` units from `first` on, at most [`SCALES`]. From memory each then costs nothing: the multiply takes it with
@@ -97,6 +88,23 @@ fn stored(v: __m512) -> [f32; SCALES] {
     let mut out = [0.0; SCALES];
     // SAFETY: `out` holds one vector.
     unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) };
+    out
+}
+
+/// The sums of four vectors' lanes, in an order that is the same for all four.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn reduced([a, b, c, d]: [__m512; DOTS]) -> [f32; DOTS] {
+    let pair = |a, b| _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    let (ab, cd) = (pair(a, b), pair(c, d));
+    let (low, high) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+    let quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(quarters)));
+    let halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), upper);
+    let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+    let mut out = [0.0; DOTS];
+    // SAFETY: `out` holds one vector.
+    unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
     out
 }
 
@@ -170,7 +178,10 @@ impl Rows for Avx512 {
             }
             first += n;
         }
-        sums.map(|sum| _mm512_reduce_add_ps(sum))
+        let mut four = [_mm512_setzero_ps(); DOTS];
+        four[..N].copy_from_slice(&sums);
+        let four = reduced(four);
+        std::array::from_fn(|r| four[r])
     }
 
     #[inline]
