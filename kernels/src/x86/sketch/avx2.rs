@@ -96,7 +96,7 @@ impl Rows for Avx2 {
                 }
             }
         }
-        sums.map(|v| sum(v))
+        std::array::from_fn(|r| sum(sums[r]))
     }
 
     #[inline]

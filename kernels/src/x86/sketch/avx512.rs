@@ -1,6 +1,9 @@
 //! A unit is four vectors of 16 columns. Its 16 bytes are widened once. Codes become levels by `vpermps`, which looks at the
 //! low four bits of an index only, two codes: one table tells the level of the lower, another that of the upper, so that one
 //! shift is enough for four codes. Third bits are masks, which add half of all levels.
+//!
+//! Eleven vector instructions for 64 columns in two bits, nineteen in three, bound it, not their kind: on one Zen 5 core, which
+//! begins about three of this mix in a cycle, two of the permutes replaced by bits set in a float's mantissa changed nothing.
 
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
@@ -91,7 +94,7 @@ fn stored(v: __m512) -> [f32; SCALES] {
     out
 }
 
-/// The sums of four vectors' lanes, in an order that is the same for all four.
+/// The sums of each vector's lanes, in an order that is the same for all four.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn reduced([a, b, c, d]: [__m512; DOTS]) -> [f32; DOTS] {
