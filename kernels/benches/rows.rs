@@ -4,7 +4,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use std::hint::black_box;
 use thermocline_kernels::{
     AlignedBuf, BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Isa, Kernels, MatrixRef, Pool, PreparedInput,
-    QuantisedInput, ScaleFit, gemv, ops, pack,
+    QuantisedInput, SKETCH_UNIT, ScaleFit, SketchBits, SketchMatrix, gemv, gemv_rows, ops, pack, sketch_row,
 };
 
 /// 70B-wide rows, more of them than any cache holds.
@@ -174,5 +174,60 @@ fn gates(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, rows, bundles, scattered, cached, gates);
+/// Rows of sketches beside those of q4, in weights a second: from a core's caches, and one behind the other (dots) or two of
+/// three (axpys) from memory that no cache holds.
+fn sketch(c: &mut Criterion) {
+    let x: Vec<f32> = (0..COLUMNS).map(|j| (j * 53 % 89) as f32 / 89.0 - 0.5).collect();
+    let mut group = c.benchmark_group("sketch");
+    for (place, total_bytes) in [("cache", 256 << 10), ("memory", 512 << 20)] {
+        group.sample_size(if total_bytes > 1 << 20 { 10 } else { 100 });
+        let codes: Vec<u8> = (0..COLUMNS).map(|j| (j * 31 % 97 % 4) as u8).collect();
+        for kernels in Isa::ALL.into_iter().filter_map(Kernels::new).filter(|k| k.isa() != Isa::Portable) {
+            let isa = kernels.isa().name();
+            for bits in [SketchBits::Two, SketchBits::Three] {
+                let mut row = vec![0; bits.row_bytes(COLUMNS)];
+                sketch_row(bits, &codes, &vec![0.01; COLUMNS / SKETCH_UNIT], &mut row);
+                let data = row.repeat(total_bytes / row.len());
+                let matrix = SketchMatrix::new(bits, COLUMNS, &data);
+                let mut out = vec![0.0; matrix.n_rows()];
+                group.throughput(Throughput::Elements((matrix.n_rows() * COLUMNS) as u64));
+                group.bench_function(format!("dots/{} bits/{isa}/{place}", bits.bits()), |b| {
+                    b.iter(|| kernels.sketch_dots(matrix, 0, black_box(&x), &mut out))
+                });
+                let picked: Vec<u32> = (0..matrix.n_rows() as u32).filter(|r| r % 3 != 1).collect();
+                let (a, mut y) = (vec![1e-3; picked.len()], vec![0.0; COLUMNS]);
+                group.throughput(Throughput::Elements((picked.len() * COLUMNS) as u64));
+                group.bench_function(format!("axpys/{} bits/{isa}/{place}", bits.bits()), |b| {
+                    b.iter(|| kernels.sketch_axpys(matrix, &picked, &a, black_box(&mut y)))
+                });
+            }
+            let q4 = Encoding::Q4;
+            let data = vec![1u8; total_bytes / q4.row_stride(COLUMNS) * q4.row_stride(COLUMNS)];
+            let w = MatrixRef::new(q4, data.len() / q4.row_stride(COLUMNS), COLUMNS, &data);
+            let mut y = vec![0.0; w.rows];
+            group.throughput(Throughput::Elements((w.rows * COLUMNS) as u64));
+            group.bench_function(format!("dots/q4/{isa}/{place}"), |b| {
+                b.iter(|| gemv_rows(&kernels, &w, 0, black_box(&x), &mut y))
+            });
+            let mut y = vec![0.0; COLUMNS];
+            let fours: Vec<usize> = (0..w.rows - 8).filter(|r| r % 3 != 1).collect();
+            let (fours, _) = fours.as_chunks::<4>();
+            group.throughput(Throughput::Elements((4 * fours.len() * COLUMNS) as u64));
+            group.bench_function(format!("axpys/q4/{isa}/{place}"), |b| {
+                b.iter(|| {
+                    for (now, next) in fours.iter().zip(fours.iter().cycle().skip(1)) {
+                        let ahead = next.map(|r| w.row(r).codes);
+                        kernels.axpys(q4, now.map(|r| w.row(r)), [1e-3; 4], black_box(&mut y), &ahead);
+                    }
+                })
+            });
+        }
+        let data = vec![1u8; total_bytes];
+        group.throughput(Throughput::Bytes(total_bytes as u64));
+        group.bench_function(format!("plain read/{place}"), |b| b.iter(|| ops::sum_bytes(black_box(&data))));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, rows, bundles, scattered, cached, gates, sketch);
 criterion_main!(benches);

@@ -9,7 +9,9 @@ use proptest::test_runner::TestRunner;
 use std::ffi::c_void;
 use thermocline_kernels::exact::{PackedRow, bf16x, residual};
 use thermocline_kernels::patch::{Patcher, key_difference};
-use thermocline_kernels::{Encoding, Isa, Kernels, PreparedInput, RowRef, ScaleFit, unpack};
+use thermocline_kernels::{
+    Encoding, Isa, Kernels, PreparedInput, RowRef, SKETCH_UNIT, ScaleFit, SketchBits, SketchMatrix, unpack, unsketch,
+};
 
 const CASES: u32 = if cfg!(miri) { 2 } else { 100 };
 const GROUPS_MAX: usize = if cfg!(miri) { 3 } else { 40 };
@@ -261,6 +263,38 @@ fn rows_in_q4_exact() {
 #[test]
 fn rows_in_q8_exact() {
     stays_inside(Encoding::Q8Exact);
+}
+
+#[test]
+fn sketches() {
+    let units = prop_oneof![1usize..GROUPS_MAX.min(20), prop::sample::select(vec![1usize, 2, 3, 9, 14, 16, 17])];
+    let watched = prop_oneof![Just(Watched::Start), Just(Watched::End)];
+    let cases = (units, 1usize..12, any::<bool>(), watched, prop::collection::vec(any::<u8>(), 61));
+    for kernels in Isa::ALL.into_iter().rev().filter_map(Kernels::new) {
+        let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(CASES) };
+        let ran = TestRunner::new(config).run(&cases, |(units, n_rows, three, watched, bytes)| {
+            let bits = if three { SketchBits::Three } else { SketchBits::Two };
+            let (columns, guard) = (units * SKETCH_UNIT, |bytes: &[u8]| Guarded::new(bytes, watched));
+            // Any bytes are rows, of numbers, infinities and NaN.
+            let bytes: Vec<u8> = bytes.into_iter().cycle().take(n_rows * bits.row_bytes(columns)).collect();
+            let bytes = guard(&bytes);
+            let matrix = SketchMatrix::new(bits, columns, bytes.bytes());
+            let values: Vec<f32> = (0..columns).map(|i| (i % 13) as f32 - 6.0).collect();
+            let (x, mut y) = (guard(bytemuck::cast_slice(&values)), guard(bytemuck::cast_slice(&values)));
+            let mut out = guard(&vec![0; 4 * n_rows]);
+            for first in [0, n_rows - 1] {
+                kernels.sketch_dots(matrix, first, x.numbers(), &mut out.of()[first..]);
+            }
+            let rows: Vec<u32> = (0..2 * n_rows as u32).map(|r| r * 7 % n_rows as u32).collect();
+            let (rows, a) =
+                (guard(bytemuck::cast_slice(&rows)), guard(bytemuck::cast_slice(&vec![0.5f32; rows.len()])));
+            kernels.sketch_axpys(matrix, rows.numbers(), a.numbers(), y.of());
+            unsketch(bits, matrix.row(n_rows - 1), y.of());
+            Ok(())
+        });
+        ran.unwrap();
+        println!("sketches, {}: nothing outside", kernels.isa().name());
+    }
 }
 
 #[test]

@@ -1,4 +1,6 @@
 use super::{Parts, SKETCH_UNIT, SketchMatrix};
+#[cfg(target_arch = "x86_64")]
+use crate::{Isa, x86::sketch};
 use crate::{Kernels, ops};
 
 impl Kernels {
@@ -14,6 +16,14 @@ impl Kernels {
             out.len(),
             matrix.n_rows()
         );
+        #[cfg(target_arch = "x86_64")]
+        match self.isa() {
+            // SAFETY: a `Kernels` of this set exists only where the CPU has it; lengths were checked above.
+            Isa::Avx512 => return unsafe { sketch::dots::<sketch::Avx512>(matrix, first, x, out) },
+            // SAFETY: as above.
+            Isa::Avx2 => return unsafe { sketch::dots::<sketch::Avx2>(matrix, first, x, out) },
+            Isa::Portable => {}
+        }
         for (i, out) in out.iter_mut().enumerate() {
             *out = dot(matrix, first + i, x);
         }
@@ -29,6 +39,14 @@ impl Kernels {
         assert_eq!(rows.len(), a.len(), "factors of a sketch's rows");
         let n_rows = matrix.n_rows();
         assert!(rows.iter().all(|r| (*r as usize) < n_rows), "a row beyond a sketch's {n_rows}");
+        #[cfg(target_arch = "x86_64")]
+        match self.isa() {
+            // SAFETY: as in `sketch_dots`.
+            Isa::Avx512 => return unsafe { sketch::axpys::<sketch::Avx512>(matrix, rows, a, y) },
+            // SAFETY: as in `sketch_dots`.
+            Isa::Avx2 => return unsafe { sketch::axpys::<sketch::Avx2>(matrix, rows, a, y) },
+            Isa::Portable => {}
+        }
         for (row, a) in rows.iter().zip(a) {
             axpy(matrix, *row as usize, *a, y);
         }

@@ -17,5 +17,5 @@
 mod kernels;
 mod row;
 
-pub(crate) use row::Parts;
+pub(crate) use row::{CODE_BYTES, HIGH_BYTES, Parts};
 pub use row::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_row, sketch_scales, unsketch};

@@ -232,4 +232,10 @@ impl<'a> SketchMatrix<'a> {
         assert!(i < self.n_rows(), "row {i} of a sketch's {}", self.n_rows());
         &self.bytes[i * self.row_bytes..][..self.row_bytes]
     }
+
+    /// The bytes of `rows`.
+    #[inline]
+    pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> &'a [u8] {
+        &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes]
+    }
 }

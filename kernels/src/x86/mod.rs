@@ -5,13 +5,14 @@ pub(crate) mod avx512;
 pub(crate) mod exact;
 pub(crate) mod exact_bmi2;
 pub(crate) mod patch;
+pub(crate) mod sketch;
 pub(crate) mod vnni;
 
 use std::arch::x86_64::{_MM_HINT_T2, _mm_prefetch};
 
 /// Lines of memory that a loop asks for while it computes, a few at each of its steps: asked for all at once they would
 /// keep its own loads waiting.
-struct Ahead<'a> {
+pub(crate) struct Ahead<'a> {
     parts: &'a [&'a [u8]],
     lines: std::slice::Chunks<'a, u8>,
     each_step: usize,

@@ -1,0 +1,133 @@
+//! Rows of sketches: which rows are taken together and what is asked for meanwhile, the same for all sets of instructions;
+//! `avx512.rs` and `avx2.rs` have the rows themselves.
+
+mod avx2;
+mod avx512;
+
+pub(crate) use avx2::Avx2;
+pub(crate) use avx512::Avx512;
+
+use super::Ahead;
+use crate::sketch::{CODE_BYTES, HIGH_BYTES};
+use crate::{PREFETCH_BYTES, SKETCH_UNIT, SketchBits, SketchMatrix};
+
+/// Rows that are multiplied together: each has one sum, which would wait for its own last addition.
+const DOTS: usize = 4;
+/// Rows that are added in one pass.
+const AXPYS: usize = 8;
+
+/// Kernels of rows in one set of instructions; `HIGH` if they have third bits.
+pub(crate) trait Rows {
+    /// # Safety
+    /// The CPU has the set, `rows` have `layout`, `x` has as many units.
+    unsafe fn dots<const N: usize, const HIGH: bool>(
+        layout: &Layout,
+        rows: [&[u8]; N],
+        x: &[f32],
+        ahead: Ahead<'_>,
+    ) -> [f32; N];
+
+    /// # Safety
+    /// As [`Rows::dots`], with `y` for `x`.
+    unsafe fn axpys<const N: usize, const HIGH: bool>(
+        layout: &Layout,
+        rows: [&[u8]; N],
+        a: [f32; N],
+        y: &mut [f32],
+        ahead: Ahead<'_>,
+    );
+}
+
+/// Where a row has its parts.
+pub(crate) struct Layout {
+    units: usize,
+    /// Offset of the scale codes; the row's scale is right behind them. Third bits begin at `units * CODE_BYTES`.
+    scales: usize,
+}
+
+impl Layout {
+    fn of(matrix: &SketchMatrix<'_>) -> Self {
+        let units = matrix.columns() / SKETCH_UNIT;
+        let unit_bytes = match matrix.bits() {
+            SketchBits::Two => CODE_BYTES,
+            SketchBits::Three => CODE_BYTES + HIGH_BYTES,
+        };
+        Self { units, scales: units * unit_bytes }
+    }
+
+    /// The row's scale.
+    #[inline]
+    fn scale(&self, row: &[u8]) -> f32 {
+        let at = self.scales + self.units;
+        f32::from_bits(u32::from(u16::from_le_bytes([row[at], row[at + 1]])) << 16)
+    }
+}
+
+/// As [`Kernels::sketch_dots`](crate::Kernels::sketch_dots).
+///
+/// # Safety
+/// The CPU has the set; `x` is as long as a row.
+pub(crate) unsafe fn dots<R: Rows>(matrix: SketchMatrix<'_>, first: usize, x: &[f32], out: &mut [f32]) {
+    match matrix.bits() {
+        // SAFETY: by this function's contract.
+        SketchBits::Two => unsafe { dots_of::<R, false>(matrix, first, x, out) },
+        // SAFETY: as above.
+        SketchBits::Three => unsafe { dots_of::<R, true>(matrix, first, x, out) },
+    }
+}
+
+/// # Safety
+/// As [`dots`]; `HIGH` is whether there are third bits.
+unsafe fn dots_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, first: usize, x: &[f32], out: &mut [f32]) {
+    let layout = Layout::of(&matrix);
+    let end = first + out.len();
+    // Whole rows, as far ahead as other matrices' rows.
+    let lead = DOTS + PREFETCH_BYTES.div_ceil(matrix.row_bytes());
+    let (groups, rest) = out.as_chunks_mut::<DOTS>();
+    let mut r = first;
+    for group in groups {
+        let ahead = [matrix.rows((r + lead).min(end)..(r + lead + DOTS).min(end))];
+        let rows = std::array::from_fn(|i| matrix.row(r + i));
+        // SAFETY: by this function's contract.
+        *group = unsafe { R::dots::<DOTS, HIGH>(&layout, rows, x, Ahead::new(&ahead, layout.units)) };
+        r += DOTS;
+    }
+    for (out, r) in rest.iter_mut().zip(r..) {
+        // SAFETY: as above.
+        [*out] = unsafe { R::dots::<1, HIGH>(&layout, [matrix.row(r)], x, Ahead::new(&[], 1)) };
+    }
+}
+
+/// As [`Kernels::sketch_axpys`](crate::Kernels::sketch_axpys).
+///
+/// # Safety
+/// The CPU has the set; `y` is as long as a row.
+pub(crate) unsafe fn axpys<R: Rows>(matrix: SketchMatrix<'_>, rows: &[u32], a: &[f32], y: &mut [f32]) {
+    match matrix.bits() {
+        // SAFETY: by this function's contract.
+        SketchBits::Two => unsafe { axpys_of::<R, false>(matrix, rows, a, y) },
+        // SAFETY: as above.
+        SketchBits::Three => unsafe { axpys_of::<R, true>(matrix, rows, a, y) },
+    }
+}
+
+/// # Safety
+/// As [`axpys`]; `HIGH` is whether there are third bits.
+unsafe fn axpys_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, rows: &[u32], a: &[f32], y: &mut [f32]) {
+    let layout = Layout::of(&matrix);
+    let row = |r: &u32| matrix.row(*r as usize);
+    let lead = AXPYS + PREFETCH_BYTES / matrix.row_bytes();
+    let (groups, last) = rows.as_chunks::<AXPYS>();
+    let (factors, last_factors) = a.as_chunks::<AXPYS>();
+    for (i, (group, a)) in groups.iter().zip(factors).enumerate() {
+        let soon = rows.get(i * AXPYS + lead..).unwrap_or(&[]);
+        let ahead: [&[u8]; AXPYS] = std::array::from_fn(|n| soon.get(n).map_or(&[][..], row));
+        let rows = group.each_ref().map(row);
+        // SAFETY: by this function's contract.
+        unsafe { R::axpys::<AXPYS, HIGH>(&layout, rows, *a, y, Ahead::new(&ahead, layout.units.div_ceil(2))) };
+    }
+    for (r, a) in last.iter().zip(last_factors) {
+        // SAFETY: as above.
+        unsafe { R::axpys::<1, HIGH>(&layout, [row(r)], [*a], y, Ahead::new(&[], 1)) };
+    }
+}
