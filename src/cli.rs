@@ -515,7 +515,7 @@ pub enum MaskName {
 pub enum EngineName {
     /// The dense forward, all positions of a window at once, masks applied to each
     Batch,
-    /// The token engine with the split's own kernels, one token at a time (dense, exact and predicted only)
+    /// The token engine with the split's own kernels, one token at a time (dense, exact, predicted and graded only)
     Decode,
 }
 

@@ -2,6 +2,7 @@
 
 use crate::account::{Account, TierBytes};
 use crate::audit::{AuditReport, check_audit};
+use crate::chooser::has_sketches;
 use crate::engine::{Engine, Logits};
 use crate::plan::Mode;
 use crate::{Error, Result};
@@ -15,6 +16,10 @@ pub trait Decoder {
     fn split(&self) -> &Split;
     /// How it chooses neurons.
     fn mode(&self) -> Mode;
+    /// Whether sparse mode chooses by the split's sketches, and lets these stand for the neurons that it leaves out.
+    fn is_graded(&self) -> bool {
+        false
+    }
     /// Tokens that its context holds.
     fn context(&self) -> usize;
     /// Tokens in the context.
@@ -108,6 +113,10 @@ impl Decoder for Engine {
 
     fn mode(&self) -> Mode {
         self.plan().request.mode
+    }
+
+    fn is_graded(&self) -> bool {
+        has_sketches(self.split())
     }
 
     fn context(&self) -> usize {

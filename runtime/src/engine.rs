@@ -4,15 +4,16 @@ use crate::account::Account;
 use crate::attention::{Rope, attend_batch, attend_one};
 use crate::audit::{Audit, AuditReport, check_audit};
 use crate::cache::NeuronCache;
+use crate::chooser::{Chooser, chosen_active};
 use crate::divide::slot_bytes;
 use crate::fetch::{DirectFile, Fetcher};
 use crate::ffn::FfnSums;
 use crate::kv::KvCache;
-use crate::layer_active::{LayerActive, layer_active};
+use crate::layer_active::LayerActive;
 use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
 use crate::plan::{Mode, Plan, decoded_bytes, n_parts};
-use crate::predictor::{Predictor, top_k};
+use crate::predictor::top_k;
 use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
@@ -46,7 +47,7 @@ pub struct Engine {
     attention: Vec<[Matrix; 4]>,
     ffn: Vec<LayerFfn>,
     /// In sparse mode.
-    predictors: Vec<Predictor>,
+    choosers: Vec<Chooser>,
     /// In sparse mode: what is computed of each layer.
     layers_active: Vec<LayerActive>,
     cache: NeuronCache,
@@ -110,7 +111,7 @@ impl Engine {
         let mut vectors = Vec::with_capacity(config.n_layers);
         let mut attention = Vec::with_capacity(config.n_layers);
         let mut ffn = Vec::with_capacity(config.n_layers);
-        let mut predictors = Vec::new();
+        let mut choosers = Vec::new();
         for l in 0..config.n_layers {
             progress(l, config.n_layers);
             let name = |rest: &str| format!("model.layers.{l}.{rest}");
@@ -137,12 +138,12 @@ impl Engine {
             let certified = plan.certificate_bytes > 0;
             ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], certified, run_bytes, decoded)?);
             if matches!(plan.request.mode, Mode::Sparse { .. }) {
-                predictors.push(Predictor::load(&split, l)?);
+                choosers.push(Chooser::load(&split, l)?);
             }
         }
         let layers_active = match plan.request.mode {
             Mode::Exact => Vec::new(),
-            Mode::Sparse { active } => layer_active(&split, active)?,
+            Mode::Sparse { active } => chosen_active(&split, active)?,
         };
         let vocab = (config.vocab_size, hidden);
         let embedding = matrix("model.embed_tokens.weight", vocab)?;
@@ -181,7 +182,7 @@ impl Engine {
             lm_head,
             attention,
             ffn,
-            predictors,
+            choosers,
             layers_active,
             cache: NeuronCache::new(plan.cache_slots, bundle, config.n_layers, n)?,
             streams,
@@ -368,7 +369,7 @@ impl Engine {
         }
         let is_audited = is_sparse && self.audit.as_ref().is_some_and(Audit::is_due);
         let mut foreseen = Foreseen::default();
-        let mut scores = vec![0.0; self.config.intermediate_size];
+        let [mut scores, mut sketched, mut sketched_ahead] = [(); 3].map(|()| vec![0.0; self.config.intermediate_size]);
         let mut active = std::mem::take(&mut self.active);
         let mut normed = vec![0.0; n * hidden];
         for l in 0..self.config.n_layers {
@@ -389,19 +390,20 @@ impl Engine {
                 let (sums, quantised) = (&mut self.sums, &mut self.quantised);
                 self.ffn[l].exact(compute, disk.as_mut(), account, sums, quantised, &normed)?;
             } else {
-                self.predictors[l].scores(&compute.kernels, &mut compute.pool, &normed, &mut scores);
-                account.bytes.host += self.predictors[l].bytes();
+                let chooser = &self.choosers[l];
+                chooser.scores(&compute.kernels, &mut compute.pool, &normed, &mut scores, &mut sketched);
+                account.bytes.host += chooser.bytes();
                 top_k(&scores, self.layers_active[l].n_active, &mut active);
                 let fetcher = disk.map(|disk| disk.fetcher);
                 let current = std::mem::take(&mut foreseen);
-                if let (Some(fetcher), Some(next)) = (fetcher, self.predictors.get(l + 1)) {
+                if let (Some(fetcher), Some(next)) = (fetcher, self.choosers.get(l + 1)) {
                     // The residual stream changes little from layer to layer: the next layer's predictor, fed with
                     // this layer's input, tells most of what it will ask for while there is time to read it.
                     let mut ahead = vec![0.0; hidden];
                     ops::rms_norm(&x, &self.vectors[l + 1].ffn_norm, self.config.rms_norm_eps, &mut ahead);
                     let k = self.layers_active[l + 1].n_active;
                     let mut guess = Vec::with_capacity(k);
-                    next.foresee(&compute.kernels, &mut compute.pool, &ahead, &mut scores);
+                    next.foresee(&compute.kernels, &mut compute.pool, &ahead, &mut scores, &mut sketched_ahead);
                     account.bytes.host += next.bytes();
                     top_k(&scores, k, &mut guess);
                     foreseen = self.ffn[l + 1].foresee(fetcher, &self.cache, account, &guess);
@@ -414,6 +416,8 @@ impl Engine {
                     }
                     return Err(e);
                 }
+                account.bytes.host +=
+                    chooser.stand_in(&compute.kernels, &mut compute.pool, &mut self.sums, &mut sketched, &active);
             }
             self.sums.finish(&mut x);
             if is_sparse {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{
     BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Kernels, LayerLayout, PREFETCH_BYTES, Pool, PreparedInput,
-    QuantisedInput, prefetch,
+    QuantisedInput, SketchMatrix, prefetch,
 };
 
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
@@ -137,6 +137,27 @@ impl FfnSums {
                 *out = self.activation.apply(g, u).abs() * square.sqrt() as f32;
             }
         });
+    }
+
+    /// Adds the down rows of a sketch, `[n_neurons, hidden_size]`, times `h` of all neurons; returns the bytes of the rows that were
+    /// read, those of neurons whose h is not 0. It comes after all spans of the layer.
+    pub(crate) fn add_sketched(
+        &mut self,
+        kernels: &Kernels,
+        pool: &mut Pool,
+        down: SketchMatrix<'_>,
+        h: &[f32],
+    ) -> u64 {
+        let (block_neurons, n_rows) = (self.block_neurons, AtomicU64::new(0));
+        pool.for_each_chunk(&mut self.partials, self.hidden_size, |b, sums| {
+            let neurons = b * block_neurons..((b + 1) * block_neurons).min(h.len());
+            let rows = neurons.filter(|&n| h[n] != 0.0).map(|n| n as u32);
+            let rows: Vec<u32> = rows.collect();
+            let factors: Vec<f32> = rows.iter().map(|&n| h[n as usize]).collect();
+            kernels.sketch_axpys(down, &rows, &factors, sums);
+            n_rows.fetch_add(rows.len() as u64, Ordering::Relaxed);
+        });
+        n_rows.into_inner() * down.row_bytes() as u64
     }
 
     /// Adds the blocks, in order, to the residual stream `y`.

@@ -20,6 +20,7 @@ mod audit;
 mod bench;
 pub mod budget;
 mod cache;
+mod chooser;
 mod decoder;
 mod divide;
 mod engine;

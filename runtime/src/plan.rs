@@ -4,6 +4,7 @@ use crate::attention::{Rope, batch_scratch_bytes};
 use crate::audit::Audit;
 use crate::budget::format_bytes;
 use crate::cache::NeuronCache;
+use crate::chooser::Chooser;
 use crate::divide::{activation_rates, active_bundle, divide, equal_prefixes, prefix_bytes, slot_bytes};
 use crate::fetch::Fetcher;
 use crate::ffn::FfnSums;
@@ -50,7 +51,7 @@ pub struct PlanRequest {
 pub struct FixedBytes {
     /// Norms and biases.
     pub vectors: u64,
-    /// Predictors, in sparse mode.
+    /// Predictors or sketches, in sparse mode.
     pub predictors: u64,
     /// Keys and values.
     pub kv_cache: u64,
@@ -319,14 +320,11 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     let vectors = split.resident().tensors().iter().filter(|t| t.format == Format::F32).map(|t| t.bytes).sum();
     let predictors = match request.mode {
         Mode::Exact => 0,
-        Mode::Sparse { .. } => {
-            let shares = split.manifest().shares.as_ref().map_or(0, |file| file.file_bytes);
-            split.predictors().tensors().iter().map(|t| t.bytes).sum::<u64>() + shares
-        }
+        Mode::Sparse { .. } => Chooser::total_bytes(split),
     };
     let width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.n_heads * config.head_dim;
     let widest = hidden.max(config.n_heads * config.head_dim);
-    let activations = 4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 8 * ffn;
+    let activations = 4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 12 * ffn;
     // A matrix piece and its products, or a feed-forward piece and its gate and up products.
     // Rows with streams are decoded, up to four at a time by each thread.
     let streams = split.layers().iter().any(|f| f.bundles().encodings().any(|e| e.has_stream()));

@@ -317,9 +317,9 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
     for (i, mask) in masks.iter().enumerate() {
         let (mode, active) = match mask {
             Mask::Dense | Mask::Exact => (ModeName::Exact, 1.0),
-            Mask::Predicted(active) => (ModeName::Sparse, *active as f32),
+            Mask::Predicted(active) | Mask::Graded(active) => (ModeName::Sparse, *active as f32),
             _ => {
-                let text = "--engine decode runs dense, exact and predicted; other masks need --engine batch";
+                let text = "--engine decode runs dense, exact, predicted and graded; other masks need --engine batch";
                 return Err(Usage(text.to_owned()).into());
             }
         };
@@ -339,6 +339,15 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
         };
         let split = super::load::placed_split(&placement).with_context(|| "--engine decode needs a split")?;
         let mut loaded = super::load::load(split, &placement, windows.ctx(), 1, true)?;
+        let (is_graded, asked) = (loaded.decoder().is_graded(), matches!(mask, Mask::Graded(_)));
+        if mode == ModeName::Sparse && is_graded != asked {
+            let text = if is_graded {
+                "--engine decode: sparse mode chooses by this split's sketches; --mask graded evaluates that"
+            } else {
+                "--engine decode: sparse mode has no sketches to choose by here; --mask predicted evaluates what it does"
+            };
+            return Err(Usage(text.to_owned()).into());
+        }
         let on_token = |done: usize, total: usize| {
             let (done, total) = (i * total + done, masks.len() * total);
             progress.set(done as u64, total as u64, format!("token {done}/{total}"));

@@ -37,7 +37,10 @@ pub fn evaluate_decode(
     let mask = match engine.mode() {
         Mode::Exact => Mask::Exact,
         // 0.3 as f32 is 0.30000001 as f64; nobody asked for more than six digits.
-        Mode::Sparse { active } => Mask::Predicted((f64::from(active) * 1e6).round() / 1e6),
+        Mode::Sparse { active } => {
+            let of = if engine.is_graded() { Mask::Graded } else { Mask::Predicted };
+            of((f64::from(active) * 1e6).round() / 1e6)
+        }
     };
     let mut evaluation = Evaluation::new(mask, windows, scores, None, &[])?;
     let after = engine.account();

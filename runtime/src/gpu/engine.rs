@@ -402,6 +402,13 @@ impl Decoder for GpuEngine {
     }
 
     fn warnings(&self) -> Vec<String> {
-        if self.device.is_emulated() { vec!["the GPU is emulated on the CPU".to_owned()] } else { Vec::new() }
+        let emulated = self.device.is_emulated().then(|| "the GPU is emulated on the CPU".to_owned());
+        let is_sparse = self.mode() != Mode::Exact;
+        let sketches = (is_sparse && self.split().sketches().is_some()).then(|| {
+            "a GPU does not use the split's sketches yet: neurons are chosen by the low-rank predictor, which loses more; \
+             --vram-budget 0 runs on the CPU"
+                .to_owned()
+        });
+        emulated.into_iter().chain(sketches).collect()
     }
 }

@@ -9,7 +9,7 @@ use feedback::{Feedback, Rounded, round_nearest};
 use ndarray::Array2;
 use thermocline_calibrate::predictor::expected_error;
 use thermocline_datasets::{Activation, ModelConfig};
-use thermocline_kernels::{SKETCH_UNIT, SketchBits, unsketch};
+use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, unsketch};
 
 /// Bits of gate, up and down rows. SiLU leaves little of a gate's error where the gate is negative, so that the up row's counts
 /// more.
@@ -78,6 +78,14 @@ impl Sketch {
             down_norm: values(&self.down_norm),
             down_error: values(&self.down_error),
         }
+    }
+
+    /// Rows of `part` (0 gate, 1 up, 2 down) of neurons of this width.
+    ///
+    /// # Panics
+    /// If they are of another width.
+    pub fn matrix(&self, part: usize, hidden: usize) -> SketchMatrix<'_> {
+        SketchMatrix::new(SKETCH_BITS[part], hidden, &self.rows[part])
     }
 
     /// Rows of `part` (0 gate, 1 up, 2 down) as f32, `[n_neurons, hidden]`.

@@ -1,0 +1,150 @@
+//! Which neurons a token needs, and what stands for the others: a low-rank predictor with a measured mean, or a sketch.
+
+use crate::ffn::FfnSums;
+use crate::layer_active::{LayerActive, layer_active};
+use crate::predictor::{Predictor, n_active};
+use crate::{Error, Result};
+use thermocline_datasets::Activation;
+use thermocline_kernels::{Kernels, Pool, SketchMatrix};
+use thermocline_split::{Sketch, Split};
+
+/// Neurons that one task judges: their products stay in the first-level cache.
+const TASK_NEURONS: usize = 256;
+
+/// What one layer's neurons are chosen by.
+#[derive(Debug)]
+pub(crate) enum Chooser {
+    Predictor(Predictor),
+    Sketch(SketchedLayer),
+}
+
+/// A layer's sketch, in memory.
+#[derive(Debug)]
+pub(crate) struct SketchedLayer {
+    sketch: Sketch,
+    activation: Activation,
+    hidden_size: usize,
+}
+
+/// Whether sparse mode on a CPU chooses by sketches: where the split has them.
+pub(crate) fn has_sketches(split: &Split) -> bool {
+    split.sketches().is_some()
+}
+
+/// What sparse mode on a CPU computes of each layer so that `share` of all neurons is computed. Costs of shares were measured for
+/// low-rank predictors: with sketches all layers compute the same share.
+///
+/// # Errors
+/// If the split's costs cannot be read.
+pub(crate) fn chosen_active(split: &Split, share: f32) -> Result<Vec<LayerActive>> {
+    if !has_sketches(split) {
+        return layer_active(split, share);
+    }
+    let config = &split.manifest().config;
+    let n_active = n_active(share, config.intermediate_size);
+    Ok(vec![LayerActive { n_active, left_out: Vec::new() }; config.n_layers])
+}
+
+impl Chooser {
+    pub(crate) fn load(split: &Split, layer: usize) -> Result<Self> {
+        let Some(sketch) = split.sketch(layer).map_err(Error::from)? else {
+            return Ok(Chooser::Predictor(Predictor::load(split, layer)?));
+        };
+        let config = &split.manifest().config;
+        let (activation, hidden_size) = (config.activation, config.hidden_size);
+        Ok(Chooser::Sketch(SketchedLayer { sketch, activation, hidden_size }))
+    }
+
+    /// Bytes of all choosers of a split, in memory.
+    pub(crate) fn total_bytes(split: &Split) -> u64 {
+        match split.sketches() {
+            Some(file) => file.tensors().iter().map(|t| t.bytes).sum(),
+            None => {
+                let shares = split.manifest().shares.as_ref().map_or(0, |file| file.file_bytes);
+                split.predictors().tensors().iter().map(|t| t.bytes).sum::<u64>() + shares
+            }
+        }
+    }
+
+    /// Bytes that choosing reads, and choosing one layer early as many.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Chooser::Predictor(predictor) => predictor.bytes(),
+            Chooser::Sketch(layer) => {
+                let [gate, up, _] = &layer.sketch.rows;
+                (gate.len() + up.len() + 16 * layer.sketch.n_neurons()) as u64
+            }
+        }
+    }
+
+    /// Scores of all neurons for the normalised input `x`, and, from a sketch, their activations; both `[ffn]`.
+    pub(crate) fn scores(
+        &self,
+        kernels: &Kernels,
+        pool: &mut Pool,
+        x: &[f32],
+        scores: &mut [f32],
+        sketched: &mut [f32],
+    ) {
+        match self {
+            Chooser::Predictor(predictor) => predictor.scores(kernels, pool, x, scores),
+            Chooser::Sketch(layer) => layer.judge(kernels, pool, x, scores, sketched),
+        }
+    }
+
+    /// The same, one layer early: `x` is the input of the layer before, under this layer's norm.
+    pub(crate) fn foresee(
+        &self,
+        kernels: &Kernels,
+        pool: &mut Pool,
+        x: &[f32],
+        scores: &mut [f32],
+        sketched: &mut [f32],
+    ) {
+        match self {
+            Chooser::Predictor(predictor) => predictor.foresee(kernels, pool, x, scores),
+            Chooser::Sketch(layer) => layer.judge(kernels, pool, x, scores, sketched),
+        }
+    }
+
+    /// Adds to `sums` what stands for the neurons that are not in `active`, where that is a sketch of them: `sketched` are the
+    /// activations of all. Returns the bytes that were read.
+    pub(crate) fn stand_in(
+        &self,
+        kernels: &Kernels,
+        pool: &mut Pool,
+        sums: &mut FfnSums,
+        sketched: &mut [f32],
+        active: &[u32],
+    ) -> u64 {
+        let Chooser::Sketch(layer) = self else { return 0 };
+        active.iter().for_each(|&n| sketched[n as usize] = 0.0);
+        sums.add_sketched(kernels, pool, layer.matrix(2), sketched)
+    }
+}
+
+impl SketchedLayer {
+    /// Gate (0), up (1) or down (2) rows.
+    fn matrix(&self, part: usize) -> SketchMatrix<'_> {
+        self.sketch.matrix(part, self.hidden_size)
+    }
+
+    fn judge(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], scores: &mut [f32], sketched: &mut [f32]) {
+        let (gate, up) = (self.matrix(0), self.matrix(1));
+        // Two results for each neuron: pairs of slices, shared out by tasks.
+        let mut tasks: Vec<(&mut [f32], &mut [f32])> =
+            scores.chunks_mut(TASK_NEURONS).zip(sketched.chunks_mut(TASK_NEURONS)).collect();
+        pool.for_each_chunk(&mut tasks, 1, |task, pair| {
+            let mut products = [[0.0; TASK_NEURONS]; 2];
+            for (scores, sketched) in pair {
+                let first = task * TASK_NEURONS;
+                let [g, u] = products.each_mut().map(|p| &mut p[..scores.len()]);
+                kernels.sketch_dots(gate, first, x, g);
+                kernels.sketch_dots(up, first, x, u);
+                for (i, (score, h)) in scores.iter_mut().zip(sketched.iter_mut()).enumerate() {
+                    (*score, *h) = self.sketch.judge(self.activation, first + i, g[i], u[i]);
+                }
+            }
+        });
+    }
+}
