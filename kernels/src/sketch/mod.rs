@@ -17,5 +17,7 @@
 mod kernels;
 mod row;
 
-pub(crate) use row::{CODE_BYTES, HIGH_BYTES, Parts};
+pub(crate) use row::Parts;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use row::{CODE_BYTES, HIGH_BYTES};
 pub use row::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_row, sketch_scales, unsketch};

@@ -234,6 +234,7 @@ impl<'a> SketchMatrix<'a> {
     }
 
     /// The bytes of `rows`.
+    #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> &'a [u8] {
         &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes]

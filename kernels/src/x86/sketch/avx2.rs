@@ -70,6 +70,8 @@ fn sum(v: __m256) -> f32 {
 }
 
 impl Rows for Avx2 {
+    /// # Safety
+    /// As [`Rows::dots`].
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn dots<const N: usize, const HIGH: bool>(
@@ -99,6 +101,8 @@ impl Rows for Avx2 {
         std::array::from_fn(|r| sum(sums[r]))
     }
 
+    /// # Safety
+    /// As [`Rows::axpys`].
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn axpys<const N: usize, const HIGH: bool>(

@@ -149,6 +149,8 @@ unsafe fn add<const N: usize, const U: usize, const HIGH: bool>(
 }
 
 impl Rows for Avx512 {
+    /// # Safety
+    /// As [`Rows::dots`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn dots<const N: usize, const HIGH: bool>(
@@ -187,6 +189,8 @@ impl Rows for Avx512 {
         std::array::from_fn(|r| four[r])
     }
 
+    /// # Safety
+    /// As [`Rows::axpys`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn axpys<const N: usize, const HIGH: bool>(
