@@ -35,6 +35,7 @@ fn splits() -> Vec<PathBuf> {
         split(&llama(), "q4", &["--chunk-neurons", "16", "--order", "random"]),
         split(&qwen_relu(), "q8", &["--chunk-neurons", "1"]),
         split(&qwen_relu(), "bf16", &["--chunk-neurons", "24", "--zstd-level", "3"]),
+        split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]),
     ]
 }
 
@@ -115,7 +116,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_budget_is_refused_or_right(share in 0.0f64..1.1, which in 0usize..4, n_threads in 1usize..4, sparse in any::<bool>()) {
+    fn any_budget_is_refused_or_right(share in 0.0f64..1.1, which in 0usize..5, n_threads in 1usize..4, sparse in any::<bool>()) {
         let dir = &splits()[which];
         let mode = if sparse { Mode::Sparse { active: 1.0 } } else { Mode::Exact };
         let (least, all) = budget_range(dir, mode);

@@ -21,6 +21,10 @@ fn tokens(n: usize) -> Vec<u32> {
 }
 
 fn make(dir: &Path, model: &TinyModel, encoding: Encoding) -> std::path::PathBuf {
+    make_with(dir, model, encoding, false)
+}
+
+fn make_with(dir: &Path, model: &TinyModel, encoding: Encoding, sketch: bool) -> std::path::PathBuf {
     write_tiny_safetensors(&dir.join("model"), model, 5).unwrap();
     let checkpoint = open_checkpoint(&dir.join("model")).unwrap();
     let settings = Settings { window_len: 64, n_samples: 128, ..Settings::default() };
@@ -35,7 +39,7 @@ fn make(dir: &Path, model: &TinyModel, encoding: Encoding) -> std::path::PathBuf
         compression: Compression::None,
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
-        sketch: false,
+        sketch,
     };
     split(checkpoint.as_ref(), &profile, &options, &dir.join("split"), &|_, _| ()).unwrap();
     dir.join("split")
@@ -121,6 +125,34 @@ fn relu_q8_with_biases() {
         ..TinyModel::default()
     };
     check(&model, Encoding::Q8);
+}
+
+/// Sketches choose the same neurons in both engines, and stand for the others in the same way.
+#[test]
+fn sketches_are_used_alike_by_both_engines() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, true);
+    let tokens = tokens(CTX * WINDOWS);
+    let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
+    let model = SplitCheckpoint::open(&path).unwrap();
+    let masks = [Mask::Dense, Mask::Graded(0.3), Mask::Oracle(0.3), Mask::Graded(1.0)];
+    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, None, &|_, _| ()).unwrap();
+    assert!(
+        by_mask[1].kl < by_mask[2].kl,
+        "the best choice, with nothing for the rest, is further from the dense model"
+    );
+    assert!(by_mask[3].kl.unwrap() < 1e-9, "nothing is left to the sketch");
+    let (graded, audit) = decode(&path, Mode::Sparse { active: 0.3 }, &windows);
+    assert_eq!(graded.mask, "graded");
+    let audit = audit.unwrap();
+    assert_eq!(audit.layers.len(), by_mask[1].layers.len());
+    for (want, got) in by_mask[1].layers.iter().zip(&audit.layers) {
+        assert!((want.energy_recall - got.quality.energy_recall).abs() < 0.01, "{want:?} {got:?}");
+        assert!((want.recall - got.quality.recall).abs() < 0.01 && got.output_error > 0.01, "{want:?} {got:?}");
+    }
+    let (largest, mean) = gaps(&by_mask[1], &graded);
+    assert!(largest < 0.2 && mean < 1e-2, "graded: largest gap {largest}, mean {mean}");
+    assert!(gaps(&by_mask[0], &graded).0 > 0.01);
 }
 
 /// The costs of shares, kept in the split, change what both engines compute, in the same way.

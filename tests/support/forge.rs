@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use thermocline_split::Manifest;
+use thermocline_split::{Manifest, TensorFileEntry};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 const HEADER_BYTES: usize = 80;
@@ -158,15 +158,31 @@ pub fn tensor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
 
 /// The same for a tensor of `predictors.safetensors`.
 pub fn predictor(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
-    let path = dir.join("predictors.safetensors");
-    let mut file = fs::read(&path).unwrap();
+    listed_tensor(dir, name, |m| &mut m.predictors, change);
+}
+
+/// The same for a tensor of `sketches.safetensors`.
+pub fn sketch(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
+    listed_tensor(dir, name, |m| m.sketches.as_mut().unwrap(), change);
+}
+
+fn listed_tensor(
+    dir: &Path,
+    name: &str,
+    file: impl Fn(&mut Manifest) -> &mut TensorFileEntry,
+    change: impl FnOnce(&mut [u8]),
+) {
+    let mut listed = None;
+    manifest(dir, |m| listed = Some(file(m).file.clone()));
+    let path = dir.join(listed.unwrap());
+    let mut stored = fs::read(&path).unwrap();
     manifest(dir, |m| {
-        let tensor = m.predictors.tensors.iter_mut().find(|t| t.name == name).unwrap();
-        let bytes = &mut file[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
+        let tensor = file(m).tensors.iter_mut().find(|t| t.name == name).unwrap();
+        let bytes = &mut stored[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
         change(bytes);
         tensor.checksum = format!("{:016x}", xxh3_64(bytes));
     });
-    fs::write(path, file).unwrap();
+    fs::write(path, stored).unwrap();
 }
 
 /// A small file of a split, with its checksum.

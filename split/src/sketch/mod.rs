@@ -61,7 +61,7 @@ impl Sketch {
         let of_h = expected_error(activation, gate, up, self.gate_sd[i], self.up_sd[i]) * self.down_norm[i];
         let cost = of_h.hypot(h * self.down_error[i]);
         // A neuron of which nothing can be said costs accuracy, never a crash.
-        if cost.is_nan() { (0.0, 0.0) } else { (cost, h) }
+        if cost.is_nan() || !h.is_finite() { (0.0, 0.0) } else { (cost, h) }
     }
 
     /// With neuron `order[p]` at place p.
