@@ -1,6 +1,7 @@
 //! `manifest.json`: what is in a split directory and what it was made from.
 
 use crate::LayerEncodings;
+use crate::curve::Curve;
 use crate::error::{Result, corrupt, io};
 use crate::sealed::Sealed;
 use crate::tensor_file::TensorFileEntry;
@@ -10,8 +11,9 @@ use std::path::Path;
 use thermocline_datasets::ModelConfig;
 
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
-/// neurons in an encoding of their own, 3 where it says what each layer's share costs.
-pub const FORMAT_VERSION: u32 = 3;
+/// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
+/// cost together.
+pub const FORMAT_VERSION: u32 = 4;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,7 +114,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// 1 to 3 (see [`FORMAT_VERSION`]).
+    /// 1 to 4 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -166,6 +168,7 @@ impl Manifest {
     /// The first version that has all that this manifest lists.
     fn least_version(&self) -> u32 {
         match &self.shares {
+            Some(file) if file.tensors.iter().any(|t| Curve::has(&t.name)) => 4,
             Some(_) => 3,
             None if self.layers.iter().any(|l| !l.hot.is_empty()) => 2,
             None => 1,

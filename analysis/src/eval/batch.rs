@@ -115,6 +115,7 @@ pub fn evaluate(
     for (evaluation, mask) in evaluations.iter_mut().zip(masks) {
         let counted = read.iter().find(|(m, _)| m == mask && matches!(m, Mask::Inputs(_)));
         evaluation.bytes_share = counted.map(|(_, read)| *read).or_else(|| bytes.share(*mask));
+        evaluation.predictor_bytes_share = mask.is_predicted().then(|| bytes.predictors_share());
     }
     Ok(evaluations)
 }

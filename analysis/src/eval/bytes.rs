@@ -43,6 +43,11 @@ impl LayerBytes {
         read / (self.attention + self.neurons)
     }
 
+    /// What the predictors take, relative to everything.
+    pub(crate) fn predictors_share(&self) -> f64 {
+        self.share_of(self.predictors)
+    }
+
     /// What `mask` reads, relative to everything.
     pub(crate) fn share(&self, mask: Mask) -> Option<f64> {
         let read = match mask {
