@@ -1,7 +1,8 @@
 //! Every flag of every verb, with its help; what they mean is in `verb/`.
 
 use crate::exit::Usage;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 #[cfg(feature = "analysis")]
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -27,6 +28,33 @@ pub struct Cli {
     pub config: Option<PathBuf>,
     #[command(subcommand)]
     pub verb: Verb,
+}
+
+impl Cli {
+    /// What was parsed. Of `--active` and `--max-ppl-increase` the one from the stronger source counts: a flag, the environment, a
+    /// settings file; in a file `--max-ppl-increase`, which is then, as `--active` is, not for exact mode.
+    ///
+    /// # Errors
+    /// [`Usage`] if both are from one source, which is no file.
+    pub fn from_matches(matches: &mut ArgMatches) -> Result<Self, Usage> {
+        let source = |id: &str| {
+            let (_, verb) = matches.subcommand()?;
+            verb.try_contains_id(id).ok().and_then(|_| verb.value_source(id))
+        };
+        let (active, increase) = (source("active"), source("max_ppl_increase"));
+        let mut cli = Self::from_arg_matches_mut(matches).unwrap_or_else(|error| error.exit());
+        if let (Some(increase), Some(placement)) = (increase, cli.verb.placement()) {
+            let of_file = increase == ValueSource::DefaultValue;
+            if active == Some(increase) && !of_file {
+                let text = "--max-ppl-increase finds --active: give one of them, not both";
+                return Err(Usage(text.to_owned()));
+            }
+            if active > Some(increase) || (of_file && placement.mode == ModeName::Exact) {
+                placement.max_ppl_increase = None;
+            }
+        }
+        Ok(cli)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -61,6 +89,18 @@ pub enum Verb {
     Doctor(Doctor),
     /// Print a completion script for a shell
     Completions(Completions),
+}
+
+impl Verb {
+    /// What decides the plan, of verbs that have one.
+    fn placement(&mut self) -> Option<&mut Placement> {
+        match self {
+            Verb::Run(Run { placement, .. })
+            | Verb::Plan(PlanArgs { placement, .. })
+            | Verb::Bench(Bench { placement, .. }) => Some(placement),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -119,6 +159,10 @@ pub struct Placement {
     /// Share of each layer's neurons that sparse mode computes, above 0 and at most 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
     pub active: f32,
+    /// Instead of --active, in sparse mode: the least share at which the perplexity of the text that --fit-shares was given rose
+    /// by no more than this over the dense model's, 5% or 0.05, by the upper end of its 95 % interval
+    #[arg(long, value_name = "INCREASE", value_parser = parse_increase, env = "THERMOCLINE_MAX_PPL_INCREASE")]
+    pub max_ppl_increase: Option<f64>,
     /// Planes of the weights that are read, where the split has several: base, plus (with the coarse plane), or exact (the
     /// checkpoint's bits); plus@SHARE or exact@SHARE: of this share of each layer's neurons, the first ones in the split's
     /// order, and the base of all other weights
@@ -179,6 +223,23 @@ fn parse_share(text: &str) -> Result<std::option::Option<f64>, String> {
     match text.parse::<f64>() {
         Ok(share) if (0.0..=1.0).contains(&share) => Ok(Some(share)),
         _ => Err(format!("{text:?}: expected a share from 0 to 1, or auto")),
+    }
+}
+
+/// A relative increase: a percentage, or a number below 1.
+fn parse_increase(text: &str) -> Result<f64, String> {
+    let (number, is_percent) = match text.strip_suffix('%') {
+        Some(number) => (number.trim_end(), true),
+        None => (text, false),
+    };
+    match number.parse::<f64>() {
+        Ok(n) if is_percent && n >= 0.0 && n.is_finite() => Ok(n / 100.0),
+        Ok(n) if (0.0..1.0).contains(&n) => Ok(n),
+        // 5 may be meant as either.
+        Ok(n) if !is_percent && n >= 1.0 => {
+            Err(format!("{text:?}: write {text}% for a percentage, or a number below 1"))
+        }
+        _ => Err(format!("{text:?}: expected an increase such as 5% or 0.05, not negative")),
     }
 }
 
@@ -570,7 +631,9 @@ pub struct Eval {
     #[arg(long)]
     pub windows: Option<usize>,
     /// Measure what each layer's share of the neurons costs on this text, and keep it in the split: sparse mode then divides
-    /// --active between the layers by it. Takes the time of about 2.5 dense passes over the text for each layer
+    /// --active between the layers by it. Takes the time of about 2.5 dense passes over these windows for each layer. Then, on
+    /// windows behind them, as many and four times as long, in ten dense passes: what perplexity rises by at shares from 10 to
+    /// 90 %, from which --max-ppl-increase finds --active
     #[arg(long, conflicts_with_all = ["mask", "active", "precision", "engine", "planes", "delta"])]
     pub fit_shares: bool,
     /// Which neurons are computed, at every position; several, separated by commas, give a row each

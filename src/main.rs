@@ -8,7 +8,7 @@ mod output;
 mod settings;
 mod verb;
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::CommandFactory;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -19,7 +19,10 @@ fn main() -> ExitCode {
         Err(error) => return exit::report(&error.into()),
     };
     let mut matches = command.get_matches_from(arguments);
-    let cli = cli::Cli::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.exit());
+    let cli = match cli::Cli::from_matches(&mut matches) {
+        Ok(cli) => cli,
+        Err(error) => return exit::report(&error.into()),
+    };
     match verb::dispatch(cli.verb, &settings) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report(&error),

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 /// Flags that may stand above all sections, for every verb that has them.
-const COMMON: [&str; 6] = ["threads", "mode", "active", "ram-budget", "vram-budget", "ctx-size"];
+const COMMON: [&str; 7] = ["threads", "mode", "active", "max-ppl-increase", "ram-budget", "vram-budget", "ctx-size"];
 /// Flags that belong to one run: a file that sets them for every run would be a trap.
 const NEVER: [&str; 11] =
     ["config", "prompt", "file", "system", "chat", "output", "resume", "shard", "planted", "delta", "help"];

@@ -170,10 +170,7 @@ fn sketches_that_lie_are_refused_or_cost_accuracy_alone() {
         ["sketches", "sketches.0"],
     );
     refused(&|dir| forge::manifest(dir, |m| m.version = 3), ["version", "4"]);
-    refused(
-        &|dir| fs::remove_file(dir.join("sketches.safetensors")).unwrap(),
-        ["sketches.safetensors", "No such file"],
-    );
+    refused(&|dir| fs::remove_file(dir.join("sketches.safetensors")).unwrap(), ["sketches.safetensors", "missing"]);
     refused(
         &|dir| {
             let path = dir.join("sketches.safetensors");
@@ -212,7 +209,7 @@ fn what_has_no_sketches_says_so() {
         assert!(message.contains(word), "{message}");
     };
     refused(&plain, &["--mask", "graded"], "split --sketch");
-    refused(&model(&llama()), &["--mask", "graded"], "needs a split");
+    refused(&model(&llama()), &["--mask", "graded"], "need a split");
     refused(&plain, &["--mask", "graded", "--engine", "decode", "--vram-budget", "0"], "--mask predicted");
     refused(&with, &["--mask", "predicted", "--engine", "decode", "--vram-budget", "0"], "--mask graded");
 }

@@ -4,7 +4,8 @@
 
 use std::path::Path;
 use thermocline_analysis::eval::{
-    Evaluation, LayerQuality, Mask, Windows, evaluate, evaluate_decode, fit_input_costs, fit_shares,
+    Evaluation, LayerQuality, Mask, Windows, evaluate, evaluate_decode, fit_input_costs, fit_shares, fit_windows,
+    measure_curve,
 };
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
@@ -210,6 +211,47 @@ fn shares_are_measured_kept_and_used_by_both_engines() {
     std::fs::write(&file, bytes).unwrap();
     let error = Split::open(&path).unwrap().shares().unwrap_err().to_string();
     assert!(error.contains("shares") && error.contains("checksum"), "{error}");
+}
+
+/// The curve is what the masks say of the windows behind those that shares were fitted to, and stays in the split.
+#[test]
+fn a_curve_is_what_the_masks_say_behind_the_fitted_windows() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make(dir.path(), &TinyModel { activation: Activation::Silu, ..TinyModel::default() }, Encoding::Q4);
+    let tokens = tokens(5 * 2 * 24 + 7);
+    let (fitting, behind) = fit_windows(&tokens, 24, 2).unwrap();
+    let opened = SplitCheckpoint::open(&path).unwrap();
+    let shares = fit_shares(&opened, opened.split(), &fitting, &|_, _| ()).unwrap();
+    Split::put_shares(&path, &shares).unwrap();
+    let fitted = SplitCheckpoint::open(&path).unwrap();
+    let steps = std::cell::Cell::new((0, 0));
+    let curve = measure_curve(&fitted, fitted.split(), &behind, u128::MAX - 5, &|done, total| steps.set((done, total)))
+        .unwrap();
+    assert_eq!(steps.get().0, steps.get().1);
+
+    // Behind the first 48 tokens, from the start of the text that is left.
+    let rest = Windows::new(&tokens[2 * 24..], 4 * 24, 2).unwrap();
+    let masks = [0.1, 0.5, 0.9].map(Mask::Predicted);
+    let said = evaluate(&fitted, Some(fitted.split()), &rest, &masks, None, &|_, _| ()).unwrap();
+    let points: Vec<_> = curve.points().collect();
+    assert_eq!((points.len(), curve.tokens()), (9, 2 * (4 * 24 - 1)));
+    for (i, said) in [0, 4, 8].into_iter().zip(&said) {
+        let (share, increase, high) = points[i];
+        assert_eq!(share, said.active.unwrap() as f32);
+        assert_eq!(increase, (said.perplexity_ratio.unwrap() - 1.0) as f32);
+        assert_eq!(high, (said.perplexity_ratio_ci95.unwrap()[1] - 1.0) as f32);
+        assert!(high > increase);
+    }
+    assert!(points[0].1 > points[8].1, "{points:?}");
+
+    // A split without a curve is what it always was; with one, a version of its own.
+    let version = || Split::open(&path).unwrap().manifest().version;
+    assert_eq!(version(), 3);
+    let whole = shares.clone().with_curve(curve);
+    Split::put_shares(&path, &whole).unwrap();
+    assert_eq!((Split::open(&path).unwrap().shares().unwrap(), version()), (Some(whole), 4));
+    Split::put_shares(&path, &shares).unwrap();
+    assert_eq!((Split::open(&path).unwrap().shares().unwrap(), version()), (Some(shares), 3));
 }
 
 /// A method that keeps everything is the dense model; what it reads, and what it costs, falls with its share.

@@ -8,16 +8,17 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 use thermocline_analysis::Error;
-use thermocline_analysis::report::{Inputs, Page};
+use thermocline_analysis::plots::{Body, Series};
+use thermocline_analysis::report::{Figure, Inputs, Page};
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::open_checkpoint;
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
 use thermocline_kernels::Encoding;
-use thermocline_split::{Compression, SplitOptions, split};
+use thermocline_split::{Compression, LayerCost, Shares, Split, SplitOptions, split};
 
 const HOSTILE: &str = "<script>alert(\"x\")</script>&'";
-const SECTIONS: [&str; 10] =
-    ["rates", "coactivation", "overlap", "accuracy", "recall", "planes", "runs", "bench", "gpu", "commands"];
+const SECTIONS: [&str; 11] =
+    ["rates", "coactivation", "overlap", "shares", "accuracy", "recall", "planes", "runs", "bench", "gpu", "commands"];
 
 fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
     write_tiny_safetensors(&dir.join("model <i>"), &TinyModel::default(), 1).unwrap();
@@ -38,6 +39,14 @@ fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
         sketch: false,
     };
     split(checkpoint.as_ref(), &profile, &options, &split_dir, &|_, _| ()).unwrap();
+    let config = checkpoint.config();
+    // The first layer costs more than the others.
+    let cost = |l: usize| LayerCost {
+        loss: vec![if l == 0 { 8.0 } else { 1.0 }, 0.1],
+        left_out: vec![0.0; 2 * config.hidden_size],
+    };
+    let shares = Shares::new(vec![0.05, 0.5], (0..config.n_layers).map(cost).collect(), config.hidden_size).unwrap();
+    Split::put_shares(&split_dir, &shares).unwrap();
     [profile_dir, split_dir]
 }
 
@@ -178,6 +187,87 @@ fn page_is_whole_offline_and_escaped() {
     assert!(pictures.iter().all(|p| fs::read(p).unwrap().starts_with(b"\x89PNG")));
     page.write(&dir.path().join("report.html")).unwrap();
     assert_eq!(fs::read_to_string(dir.path().join("report.html")).unwrap(), html);
+}
+
+/// A figure's line of that name.
+fn line<'a>(figure: &'a Figure, label: &str) -> &'a Series {
+    let Body::Lines(series) = &figure.chart.body else { panic!("{}", figure.chart.title) };
+    series.iter().find(|s| s.label.as_deref() == Some(label)).unwrap_or_else(|| panic!("{label} in {series:?}"))
+}
+
+#[test]
+fn the_division_between_layers_is_drawn_beside_the_same_share_everywhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let [profile, split] = profile_and_split(dir.path());
+    let division = |path: &Path| {
+        let page = Page::new(Inputs::read(&[path.to_owned()]).unwrap(), Vec::new()).unwrap();
+        page.sections().iter().find(|s| s.id == "shares").unwrap().figures.clone()
+    };
+    assert!(division(&profile).is_empty());
+    let figures = division(&split);
+    assert_eq!(figures.len(), 1);
+    for share in [10.0, 30.0, 50.0] {
+        let points = &line(&figures[0], &format!("{share:.0} % of all")).points;
+        let mean = points.iter().map(|p| p.1).sum::<f64>() / points.len() as f64;
+        assert!((mean - share).abs() < 1e-3 && points[0].1 >= points[1].1, "{points:?}");
+    }
+    let Body::Lines(series) = &figures[0].chart.body else { panic!("lines") };
+    let levels: Vec<f64> = series.iter().filter(|s| s.dashed).map(|s| s.points[0].1).collect();
+    assert!(
+        levels.iter().zip([10.0, 30.0, 50.0]).all(|(a, b)| (a - b).abs() < 1e-9) && levels.len() == 3,
+        "{levels:?}"
+    );
+    assert!(figures[0].reading.contains("layer 0 computes most"), "{}", figures[0].reading);
+}
+
+/// Splits of one checkpoint, an older record among them, and one of another checkpoint.
+#[test]
+fn energy_is_drawn_over_the_bytes_of_predictors() {
+    let dir = tempfile::tempdir().unwrap();
+    let record = |name: &str, source: &str, bytes: Option<f64>, energy: f64| {
+        let mut results = ["predicted", "oracle"].map(|mask| evaluation(mask, 0.3));
+        results[0]["energy_recall"] = energy.into();
+        (results[0]["bytes_share"], results[1]["bytes_share"]) = (0.66.into(), 0.58.into());
+        if let Some(bytes) = bytes {
+            results[0]["predictor_bytes_share"] = bytes.into();
+        }
+        let mut eval = results[0].clone();
+        eval["results"] = results.to_vec().into();
+        (eval["model"], eval["source_digest"], eval["model_digest"]) = (name.into(), source.into(), "a".into());
+        let path = dir.path().join(format!("{name}.json"));
+        fs::write(&path, eval.to_string()).unwrap();
+        path
+    };
+    let recall = |paths: &[PathBuf]| {
+        let page = Page::new(Inputs::read(paths).unwrap(), Vec::new()).unwrap();
+        page.sections().iter().find(|s| s.id == "recall").unwrap().figures.last().unwrap().clone()
+    };
+    let close = |points: &[(f64, f64)], wanted: &[(f64, f64)]| {
+        assert_eq!(points.len(), wanted.len(), "{points:?}");
+        let near = |(p, w): (&(f64, f64), &(f64, f64))| (p.0 - w.0).abs() < 1e-6 && (p.1 - w.1).abs() < 1e-6;
+        assert!(points.iter().zip(wanted).all(near), "{points:?}");
+    };
+    // Without the field: what the oracle does not read.
+    let one = [
+        record("rank-256", "a", Some(0.16), 0.8),
+        record("rank-64", "a", Some(0.04), 0.6),
+        record("rank-128", "", None, 0.7),
+    ];
+    let figure = recall(&one);
+    close(&line(&figure, "predicted 30 %").points, &[(4.0, 60.0), (8.0, 70.0), (16.0, 80.0)]);
+    close(&line(&figure, "oracle 30 %").points, &[(0.0, 90.0), (17.6, 90.0)]);
+    assert!(figure.reading.contains("of 16 % of the layers' bytes finds 80 %"), "{}", figure.reading);
+    assert!(figure.reading.contains("an oracle of as many neurons keeps 90 %"), "{}", figure.reading);
+
+    let other = [one.to_vec(), vec![record("other", "b", Some(0.1), 0.5)]].concat();
+    let figure = recall(&other);
+    close(&line(&figure, "predicted 30 %, other").points, &[(10.0, 50.0)]);
+    close(&line(&figure, "predicted 30 %, rank-256").points, &[(4.0, 60.0), (8.0, 70.0), (16.0, 80.0)]);
+    // Where no predictor was asked there is nothing to draw.
+    let mut oracle = evaluation("oracle", 0.3);
+    oracle["bytes_share"] = 0.58.into();
+    fs::write(dir.path().join("oracle.json"), oracle.to_string()).unwrap();
+    assert!(!recall(&[dir.path().join("oracle.json")]).chart.title.contains("bytes"));
 }
 
 #[test]

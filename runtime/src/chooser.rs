@@ -77,7 +77,8 @@ impl Chooser {
         }
     }
 
-    /// Scores of all neurons for the normalised input `x`, and, from a sketch, their activations; both `[ffn]`.
+    /// Scores `[ffn]` of all neurons for the normalised input `x`, and, from a sketch, their activations: `sketched [ffn]`, which a
+    /// predictor leaves alone.
     pub(crate) fn scores(
         &self,
         kernels: &Kernels,

@@ -12,7 +12,7 @@ use crate::kv::KvCache;
 use crate::layer_active::LayerActive;
 use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
-use crate::plan::{Mode, Plan, decoded_bytes, n_parts};
+use crate::plan::{Mode, Plan, decoded_bytes, n_parts, sketched_neurons};
 use crate::predictor::top_k;
 use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};
@@ -369,7 +369,9 @@ impl Engine {
         }
         let is_audited = is_sparse && self.audit.as_ref().is_some_and(Audit::is_due);
         let mut foreseen = Foreseen::default();
-        let [mut scores, mut sketched, mut sketched_ahead] = [(); 3].map(|()| vec![0.0; self.config.intermediate_size]);
+        let mut scores = vec![0.0; self.config.intermediate_size];
+        let n_sketched = sketched_neurons(&self.split, self.plan.request.mode);
+        let (mut sketched, mut sketched_ahead) = (vec![0.0; n_sketched], vec![0.0; n_sketched]);
         let mut active = std::mem::take(&mut self.active);
         let mut normed = vec![0.0; n * hidden];
         for l in 0..self.config.n_layers {

@@ -324,7 +324,8 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     };
     let width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.n_heads * config.head_dim;
     let widest = hidden.max(config.n_heads * config.head_dim);
-    let activations = 4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 12 * ffn;
+    let activations =
+        4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 8 * ffn + 8 * sketched_neurons(split, request.mode);
     // A matrix piece and its products, or a feed-forward piece and its gate and up products.
     // Rows with streams are decoded, up to four at a time by each thread.
     let streams = split.layers().iter().any(|f| f.bundles().encodings().any(|e| e.has_stream()));
@@ -341,6 +342,11 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
         + Rope::bytes(config, request.context)
         + batch_scratch_bytes(config, batch, request.context, request.n_threads);
     FixedBytes { vectors, predictors, kv_cache: KvCache::bytes(config, request.context), scratch, staging: 0 }
+}
+
+/// Neurons of a layer whose activations a sketch gives: none in exact mode, and where there are no sketches.
+pub(crate) fn sketched_neurons(split: &Split, mode: Mode) -> usize {
+    if mode == Mode::Exact || split.sketches().is_none() { 0 } else { split.manifest().config.intermediate_size }
 }
 
 /// Rows of `t` that `left` bytes hold.

@@ -1,6 +1,7 @@
 //! `manifest.json`: what is in a split directory and what it was made from.
 
 use crate::LayerEncodings;
+use crate::curve::Curve;
 use crate::error::{Result, corrupt, io};
 use crate::sealed::Sealed;
 use crate::tensor_file::TensorFileEntry;
@@ -10,7 +11,8 @@ use std::path::Path;
 use thermocline_datasets::ModelConfig;
 
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
-/// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it has sketches.
+/// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
+/// cost together, or has sketches.
 pub const FORMAT_VERSION: u32 = 4;
 
 /// What a split was made from.
@@ -168,11 +170,13 @@ impl Manifest {
 
     /// The first version that has all that this manifest lists.
     fn least_version(&self) -> u32 {
-        match (&self.sketches, &self.shares) {
-            (Some(_), _) => 4,
-            (None, Some(_)) => 3,
-            (None, None) if self.layers.iter().any(|l| !l.hot.is_empty()) => 2,
-            (None, None) => 1,
+        let has_curve = |file: &TensorFileEntry| file.tensors.iter().any(|t| Curve::has(&t.name));
+        match &self.shares {
+            _ if self.sketches.is_some() => 4,
+            Some(file) if has_curve(file) => 4,
+            Some(_) => 3,
+            None if self.layers.iter().any(|l| !l.hot.is_empty()) => 2,
+            None => 1,
         }
     }
 

@@ -1,6 +1,7 @@
 //! How the neurons that a token computes are best divided between the layers: what each layer's share costs, measured, and
 //! the division that costs least.
 
+use crate::curve::Curve;
 use crate::error::{Result, corrupt, io};
 use crate::tensor_file::{Format, TensorFile, TensorFileEntry, Writer};
 use crate::{Error, Manifest, Split};
@@ -21,12 +22,13 @@ pub struct LayerCost {
     pub left_out: Vec<f32>,
 }
 
-/// The costs of all layers.
+/// The costs of all layers, and what a division by them costs, if that was measured.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shares {
     grid: Vec<f32>,
     layers: Vec<LayerCost>,
     hidden_size: usize,
+    curve: Option<Curve>,
 }
 
 /// A part of a layer's neurons, and what each costs to leave out.
@@ -54,7 +56,18 @@ impl Shares {
         if !(rising && inside && layers.iter().all(fits)) {
             return Err(Error::Settings { what: "costs of shares must be finite, for rising shares".to_owned() });
         }
-        Ok(Self { grid, layers, hidden_size })
+        Ok(Self { grid, layers, hidden_size, curve: None })
+    }
+
+    /// The same with what sparse mode costs when it divides neurons by them.
+    #[must_use]
+    pub fn with_curve(self, curve: Curve) -> Self {
+        Self { curve: Some(curve), ..self }
+    }
+
+    /// What sparse mode costs when it divides neurons by them, if that was measured.
+    pub fn curve(&self) -> Option<&Curve> {
+        self.curve.as_ref()
     }
 
     /// The shares at which costs were measured.
@@ -126,7 +139,16 @@ impl Shares {
             Ok(LayerCost { loss: loss?, left_out: left_out? })
         };
         let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
-        Self::new(grid, layers, config.hidden_size).map_err(|e| corrupt(file.path(), "shares", e.to_string()))
+        let shares =
+            Self::new(grid, layers, config.hidden_size).map_err(|e| corrupt(file.path(), "shares", e.to_string()))?;
+        let shares = Self { curve: Curve::read(file)?, ..shares };
+        // All that belong here were found: of others, or of one twice, nobody knows what they mean.
+        let known = 1 + 2 * config.n_layers + shares.curve.as_ref().map_or(0, |c| c.tensors().len());
+        if file.tensors().len() != known {
+            let reason = format!("{} tensors where {known} are known", file.tensors().len());
+            return Err(corrupt(file.path(), "tensors", reason));
+        }
+        Ok(shares)
     }
 
     fn write(&self, dir: &Path, name: &str) -> Result<TensorFileEntry> {
@@ -138,12 +160,19 @@ impl Shares {
             ]
         };
         let tensors = std::iter::once(("shares.grid".to_owned(), Format::F32, 1, n));
-        let mut writer = Writer::create(dir, name, tensors.chain((0..self.layers.len()).flat_map(of_layer)).collect())?;
+        let tensors = tensors.chain((0..self.layers.len()).flat_map(of_layer));
+        let tensors = tensors.chain(self.curve.iter().flat_map(Curve::tensors));
+        let mut writer = Writer::create(dir, name, tensors.collect())?;
         let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
         writer.write("shares.grid", &bytes(&self.grid))?;
         for (l, layer) in self.layers.iter().enumerate() {
             writer.write(&format!("shares.{l}.loss"), &bytes(&layer.loss))?;
             writer.write(&format!("shares.{l}.left_out"), &bytes(&layer.left_out))?;
+        }
+        if let Some(curve) = &self.curve {
+            for ((name, ..), contents) in curve.tensors().iter().zip(curve.contents()) {
+                writer.write(name, &contents)?;
+            }
         }
         writer.finish()
     }

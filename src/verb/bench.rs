@@ -9,6 +9,7 @@ use thermocline_kernels::{Kernels, Pool};
 use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::hardware::{kernel_speed, probe_bundles, probe_memory};
 use thermocline_runtime::{BenchReport, BenchSettings};
+use thermocline_split::Promise;
 
 /// Bytes of bundles on which the kernel alone is timed: beyond the last-level cache.
 const KERNEL_PROBE_BYTES: usize = 128 << 20;
@@ -23,10 +24,13 @@ struct Output {
     model: String,
     #[serde(flatten)]
     report: BenchReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    promise: Option<Promise>,
 }
 
 pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let split = super::load::placed_split(&args.placement)?;
+    let (placement, promise) = super::load::promised(&split, &args.placement)?;
     let layout = *split.layers()[0].bundles().largest().bundles();
     let threads = args.placement.threads.checked()?;
     let bundles = probe_bundles(&split)?;
@@ -42,10 +46,10 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
     };
     let model = split.manifest().source.model.clone();
     let wanted = args.n_prompt + args.n_gen;
-    let mut engine = match load(split, &args.placement, wanted, 128, args.json)? {
+    let mut engine = match load(split, &placement, wanted, 128, args.json)? {
         Loaded::Cpu(engine) => engine,
         #[cfg(feature = "cuda")]
-        Loaded::Gpu(mut engine) => return on_gpu(args, settings, &model, &mut engine),
+        Loaded::Gpu(mut engine) => return on_gpu(args, settings, &model, &mut engine, promise),
     };
     let progress = Progress::new("bench", args.json);
     let on_run = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("run {done}/{total}"));
@@ -60,8 +64,10 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
             isa: Kernels::detect().isa().name(),
             model,
             report,
+            promise,
         });
     }
+    super::plan::print_promise(promise.as_ref());
     super::plan::print(&report.plan);
     let (p, d) = (&report.prompt_tok_s, &report.decode_tok_s);
     println!("prompt   {:>8.1} tok/s (+- {:.1} %), {} tokens", p.median, 100.0 * p.spread, settings.n_prompt);
@@ -97,6 +103,8 @@ struct GpuOutput {
     model: String,
     #[serde(flatten)]
     report: thermocline_runtime::GpuBenchReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    promise: Option<Promise>,
 }
 
 #[cfg(feature = "cuda")]
@@ -105,6 +113,7 @@ fn on_gpu(
     settings: BenchSettings,
     model: &str,
     engine: &mut thermocline_runtime::GpuEngine,
+    promise: Option<Promise>,
 ) -> anyhow::Result<()> {
     let progress = Progress::new("bench", args.json);
     let on_run = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("run {done}/{total}"));
@@ -118,8 +127,10 @@ fn on_gpu(
             cpu: super::doctor::cpu_name(),
             model: model.to_owned(),
             report,
+            promise,
         });
     }
+    super::plan::print_promise(promise.as_ref());
     super::plan::print_gpu(&report.plan);
     let (p, d, h) = (&report.prompt_tok_s, &report.decode_tok_s, &report.hardware);
     let gb = |speed: f64| speed / 1e9;

@@ -10,10 +10,11 @@ use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{
     Evaluation, InputCosts, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_input_costs, fit_shares,
+    fit_windows, measure_curve,
 };
 use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
-use thermocline_split::{Planes, Precision, Split, SplitCheckpoint};
+use thermocline_split::{Curve, Planes, Precision, Split, SplitCheckpoint};
 
 /// Where masks were applied, for people who compare figures.
 pub const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
@@ -32,6 +33,8 @@ pub struct Output<'a> {
     results: &'a [Evaluation],
     model: String,
     model_digest: String,
+    /// Digest of the checkpoint that it is, or was split from.
+    source_digest: String,
     encoding: String,
     text: String,
     ctx: usize,
@@ -60,6 +63,7 @@ impl<'a> Output<'a> {
             results: if results.len() > 1 { results } else { &[] },
             model: model_name(path),
             model_digest: model.dense().digest()?,
+            source_digest: model.source_digest()?,
             encoding: encoding(model),
             text: text.to_owned(),
             ctx: windows.ctx(),
@@ -99,6 +103,14 @@ impl Model {
         }
     }
 
+    /// Digest of the checkpoint that it is, or was split from.
+    fn source_digest(&self) -> anyhow::Result<String> {
+        match self.split() {
+            Some(split) => Ok(split.manifest().source.model_digest.clone()),
+            None => Ok(self.dense().digest()?),
+        }
+    }
+
     pub fn split(&self) -> Option<&Split> {
         match self {
             Model::Checkpoint(_) => None,
@@ -124,11 +136,11 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let named = || args.model.display().to_string();
     let tokenizer = Tokenizer::from_json(&model.dense().tokenizer_json()?).with_context(named)?;
     let tokens = tokenizer.encode(&text, false).with_context(named)?;
-    let (ctx, n_windows) = if args.fit_shares { (256, 4) } else { (1024, 8) };
-    let windows = Windows::new(&tokens, args.ctx.unwrap_or(ctx), args.windows.unwrap_or(n_windows)).map_err(usage)?;
     if args.fit_shares {
-        return fit(args, &model, &windows, begin);
+        let windows = fit_windows(&tokens, args.ctx.unwrap_or(256), args.windows.unwrap_or(4)).map_err(usage)?;
+        return fit(args, &model, windows, Curve::digest(&text), begin);
     }
+    let windows = Windows::new(&tokens, args.ctx.unwrap_or(1024), args.windows.unwrap_or(8)).map_err(usage)?;
     if !args.planes.is_empty() {
         return planes(args, &model, &windows, begin);
     }
@@ -165,6 +177,8 @@ struct Fitted<'a> {
     loss: Vec<&'a [f32]>,
     /// How 0.3 and 0.5 of all neurons are divided.
     divided: Vec<Divided>,
+    /// What they cost together, on the text behind these windows.
+    curve: &'a Curve,
     seconds: f64,
     version: &'static str,
     command: Vec<String>,
@@ -176,17 +190,33 @@ struct Divided {
     layers: Vec<f32>,
 }
 
-/// `--fit-shares`: measures and keeps what each layer's share costs.
-fn fit(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> anyhow::Result<()> {
+/// `--fit-shares`: measures and keeps what each layer's share costs, and then what a division by that costs. `windows` are
+/// for the one and the other, of a text with that XXH3-128.
+fn fit(
+    args: &Eval,
+    model: &Model,
+    (windows, behind): (Windows<'_>, Windows<'_>),
+    text_digest: u128,
+    begin: Instant,
+) -> anyhow::Result<()> {
     let Model::Split(checkpoint) = model else {
         return Err(Usage("--fit-shares needs a split; -m names a checkpoint".to_owned()).into());
     };
     let split = checkpoint.split();
     let progress = Progress::new("eval", args.json);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let shares = fit_shares(checkpoint.as_ref(), split, windows, &on_step);
+    let shares = fit_shares(checkpoint.as_ref(), split, &windows, &on_step);
     progress.finish();
     let shares = shares.map_err(usage)?;
+    // Measured as it will be run: with what the split has, which is kept even if this is as far as it gets.
+    Split::put_shares(split.dir(), &shares)?;
+    let fitted = SplitCheckpoint::open(split.dir())?;
+    let progress = Progress::new("curve", args.json);
+    let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
+    let curve = measure_curve(&fitted, fitted.split(), &behind, text_digest, &on_step);
+    progress.finish();
+    let curve = curve.map_err(usage)?;
+    let shares = shares.with_curve(curve.clone());
     Split::put_shares(split.dir(), &shares)?;
     let divided = [0.3, 0.5].map(|active| Divided { active, layers: shares.allocate(active) });
     if args.json {
@@ -198,6 +228,7 @@ fn fit(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> any
             grid: shares.grid(),
             loss: shares.layers().iter().map(|l| l.loss.as_slice()).collect(),
             divided: divided.into(),
+            curve: &curve,
             seconds: begin.elapsed().as_secs_f64(),
             version: env!("CARGO_PKG_VERSION"),
             command: std::env::args().skip(1).collect(),
@@ -215,7 +246,16 @@ fn fit(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> any
         divided.iter().for_each(|d| print!("{:>13}", format!("{:.1} %", 100.0 * d.layers[l])));
         println!();
     }
-    println!("kept in {}: sparse mode divides --active by it", args.model.display());
+    println!("{} windows of {} behind these; perplexity over the dense model's", behind.len(), behind.ctx());
+    println!("{:>10}{:>13}{:>13}", "of all", "", "95 %, up to");
+    for (share, increase, high) in curve.points() {
+        let [share, increase, high] = [share, increase, high].map(|v| 100.0 * v);
+        println!("{:>10}{:>13}{:>13}", format!("{share:.0} %"), format!("{increase:+.2} %"), format!("{high:+.2} %"));
+    }
+    println!(
+        "kept in {}: sparse mode divides --active by it, and --max-ppl-increase finds --active",
+        args.model.display()
+    );
     Ok(())
 }
 
@@ -327,6 +367,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             model: args.model.clone(),
             mode,
             active,
+            max_ppl_increase: None,
             precision: args.precision,
             delta: args.delta.clone(),
             ram_budget: None,

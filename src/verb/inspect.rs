@@ -63,6 +63,10 @@ fn split(path: &Path) -> anyhow::Result<Value> {
         let each = |shares: &[f32]| shares.iter().map(|&s| rounded(s)).collect::<Vec<_>>();
         let divided = each(&shares.allocate(0.3));
         value["shares"] = json!({"measured_at": each(shares.grid()), "layers_at_0.3": divided});
+        if let Some(curve) = shares.curve() {
+            // By way of text, in which an f32 has no more digits than it needs.
+            value["shares"]["curve"] = serde_json::from_str(&serde_json::to_string(curve)?)?;
+        }
     }
     if let Some(report) = split.planted()? {
         value["planted"] = serde_json::to_value(report)?;

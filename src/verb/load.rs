@@ -1,11 +1,12 @@
 //! From flags to a loaded engine: on the GPU if there is one, else on the CPU, and it says which.
 
 use crate::cli::{ModeName, Placement};
+use crate::exit::Usage;
 use crate::output::Progress;
 use std::path::Path;
 use thermocline_runtime::{Decoder, Engine, Mode, Plan, PlanRequest};
 use thermocline_split::delta::Delta;
-use thermocline_split::{Planes, Precision, Split};
+use thermocline_split::{Planes, Precision, Promise, Shares, Split};
 
 #[cfg(feature = "cuda")]
 pub use gpu::{gpu_plan, host_threads, open_device};
@@ -41,6 +42,38 @@ pub fn placed_split(args: &Placement) -> anyhow::Result<Split> {
     open_split(&args.model, args.precision, args.delta.as_deref())
 }
 
+/// The flags with the share of the neurons that `--max-ppl-increase` stands for, and the promise behind it, if that is given.
+pub fn promised(split: &Split, args: &Placement) -> anyhow::Result<(Placement, Option<Promise>)> {
+    let mut args = args.clone();
+    let Some(increase) = args.max_ppl_increase else { return Ok((args, None)) };
+    let refused = |reason: &str| Err(Usage(format!("--max-ppl-increase {reason}")).into());
+    if args.mode == ModeName::Exact {
+        return refused("is for --mode sparse; exact mode computes the dense model's output");
+    }
+    if args.delta.is_some() {
+        return refused("speaks of the split's own weights, without --delta; give --active");
+    }
+    if args.precision.precision() != Precision::Base {
+        return refused("speaks of --precision base, at which it was measured; give --active");
+    }
+    if split.sketches().is_some() {
+        return refused(
+            "speaks of low-rank predictors; this split has sketches, which were not measured; give --active",
+        );
+    }
+    let shares = split.shares()?;
+    let Some(curve) = shares.as_ref().and_then(Shares::curve) else {
+        let dir = split.dir().display();
+        let command = format!("`thermocline eval -m {dir} --text FILE --fit-shares`");
+        return refused(&format!(
+            "needs to know what shares of the neurons cost, which {dir} does not say; {command} measures it"
+        ));
+    };
+    let promise = curve.promise(increase);
+    args.active = promise.active;
+    Ok((args, Some(promise)))
+}
+
 /// Plans and loads, with a progress bar. `wanted` is the context if none is given.
 pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: bool) -> anyhow::Result<Loaded> {
     let request = request(args, wanted, batch);
@@ -53,7 +86,7 @@ pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: 
     #[cfg(not(feature = "cuda"))]
     if matches!(args.vram_budget, crate::cli::VramBudget::Bytes(_)) {
         let text = "--vram-budget: this build has no GPU engine; give 0, or build with the feature cuda";
-        return Err(crate::exit::Usage(text.to_owned()).into());
+        return Err(Usage(text.to_owned()).into());
     }
     load_on_cpu(split, request, quiet)
 }

@@ -7,6 +7,7 @@ use thermocline_runtime::budget::format_bytes;
 #[cfg(feature = "cuda")]
 use thermocline_runtime::{GpuSpeeds, Mode};
 use thermocline_runtime::{Hardware, Plan, PlannedSection, Prediction};
+use thermocline_split::Promise;
 
 /// What `plan --json` prints.
 #[derive(Serialize)]
@@ -14,31 +15,36 @@ struct Output {
     plan: Plan,
     hardware: Hardware,
     predicted: Prediction,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    promise: Option<Promise>,
 }
 
 pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let split = super::load::placed_split(&args.placement)?;
-    let request = super::load::request(&args.placement, 512, 128);
+    let (placement, promise) = super::load::promised(&split, &args.placement)?;
+    let request = super::load::request(&placement, 512, 128);
     #[cfg(feature = "cuda")]
-    if let Some(device) = super::load::open_device(&args.placement, args.json)? {
-        let plan = super::load::gpu_plan(&split, &args.placement, request, &device)?;
-        let n_threads = super::load::host_threads(&args.placement);
+    if let Some(device) = super::load::open_device(&placement, args.json)? {
+        let plan = super::load::gpu_plan(&split, &placement, request, &device)?;
+        let n_threads = super::load::host_threads(&placement);
         let hardware =
             thermocline_runtime::measure_tiers(&device, *split.layers()[0].bundles().largest().bundles(), n_threads)?;
         // What `--cpu-share 0` and exact mode leave to the link.
-        let on_host = plan.request.base.mode != Mode::Exact && args.placement.cpu_share != Some(0.0);
+        let on_host = plan.request.base.mode != Mode::Exact && placement.cpu_share != Some(0.0);
         let predicted = plan.predict(&GpuSpeeds { host: if on_host { hardware.host } else { 0.0 }, ..hardware });
         if args.json {
-            return output::json(&GpuOutput { plan, hardware, predicted });
+            return output::json(&GpuOutput { plan, hardware, predicted, promise });
         }
+        print_promise(promise.as_ref());
         return print_gpu_plan(&plan, &device, &predicted);
     }
     let plan = Plan::new(&split, request)?;
     let hardware = Hardware::measure(&split, plan.request.n_threads)?;
     let predicted = plan.predict(&hardware);
     if args.json {
-        return output::json(&Output { plan, hardware, predicted });
+        return output::json(&Output { plan, hardware, predicted, promise });
     }
+    print_promise(promise.as_ref());
     print(&plan);
     println!(
         "expected per token: {} from RAM, {} from disk",
@@ -51,6 +57,13 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     );
     println!("                   {}", predicted.formula);
     Ok(())
+}
+
+/// Which share `--max-ppl-increase` stands for.
+pub fn print_promise(promise: Option<&Promise>) {
+    if let Some(promise) = promise {
+        println!("{promise}");
+    }
 }
 
 /// The tiers as a table.
@@ -115,6 +128,8 @@ struct GpuOutput {
     plan: thermocline_runtime::GpuPlan,
     hardware: GpuSpeeds,
     predicted: thermocline_runtime::GpuPrediction,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    promise: Option<Promise>,
 }
 
 #[cfg(feature = "cuda")]

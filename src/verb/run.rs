@@ -14,7 +14,7 @@ use thermocline_runtime::budget::format_bytes;
 use thermocline_runtime::{
     AuditReport, Decoder, GenerateSettings, RunReport, SamplerSettings, TierBytes, check_audit, generate,
 };
-use thermocline_split::Split;
+use thermocline_split::{Promise, Split};
 
 /// Prompt tokens that are computed at once: enough to amortise decoding the weights, small enough for small budgets.
 const BATCH: usize = 128;
@@ -33,11 +33,17 @@ struct Output<'a> {
     #[serde(flatten)]
     report: &'a RunReport,
     plan: serde_json::Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    promise: Option<Promise>,
 }
 
 pub fn run(args: &Run) -> anyhow::Result<()> {
     check_audits(args)?;
     let split = super::load::placed_split(&args.placement)?;
+    let (placement, promise) = super::load::promised(&split, &args.placement)?;
+    if let Some(promise) = promise.as_ref().filter(|_| !args.json) {
+        eprintln!("{promise}");
+    }
     let named = || split.dir().display().to_string();
     let tokenizer = Tokenizer::from_json(&split.tokenizer_json()?).with_context(named)?;
     let text = prompt(args)?;
@@ -50,7 +56,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
         check_tensors(&split, args.json)?;
     }
     let wanted = (prompt.len() + args.predict).max(64);
-    let mut loaded = load(split, &args.placement, wanted, BATCH, args.json)?;
+    let mut loaded = load(split, &placement, wanted, BATCH, args.json)?;
     let engine = loaded.decoder();
     let warnings = warnings(engine)?;
     if !args.json {
@@ -101,6 +107,7 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
             warnings,
             report: &report,
             plan: engine.plan_json(),
+            promise,
         });
     }
     println!("\n");

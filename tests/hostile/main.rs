@@ -14,6 +14,7 @@ mod planes;
 mod profile;
 mod runtime;
 mod sections;
+mod shares;
 mod split;
 #[path = "../support/mod.rs"]
 mod support;

@@ -97,6 +97,7 @@ fn forged_manifests_of_sections_are_refused() {
         ("version 1", &|m| m.version = 1),
         ("version 0", &|m| m.version = 0),
         ("version 3", &|m| m.version = 3),
+        ("version 4", &|m| m.version = 4),
         ("no chunks", &|m| m.packing.chunk_neurons = 0),
         ("endless chunks", &|m| m.packing.chunk_neurons = usize::MAX),
         ("other chunks", &|m| m.packing.chunk_neurons = 64),

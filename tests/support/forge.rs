@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use thermocline_split::{Manifest, TensorFileEntry};
+use thermocline_split::{Format, Manifest, TensorEntry, TensorFileEntry};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 const HEADER_BYTES: usize = 80;
@@ -183,6 +183,30 @@ fn listed_tensor(
         tensor.checksum = format!("{:016x}", xxh3_64(bytes));
     });
     fs::write(path, stored).unwrap();
+}
+
+/// The last tensors of the file of shares, those of the curve, as they are but for what `change` does to their names, formats,
+/// columns and contents.
+pub fn curve(dir: &Path, change: impl FnOnce(&mut Vec<(String, Format, usize, Vec<u8>)>)) {
+    manifest(dir, |m| {
+        let entry = m.shares.as_mut().unwrap();
+        let path = dir.join(&entry.file);
+        let mut file = fs::read(&path).unwrap();
+        let first = entry.tensors.iter().position(|t| t.name.starts_with("curve.")).unwrap();
+        let old = entry.tensors.split_off(first);
+        let contents = |t: &TensorEntry| file[t.offset as usize..(t.offset + t.bytes) as usize].to_vec();
+        let mut tensors = old.iter().map(|t| (t.name.clone(), t.format, t.columns, contents(t))).collect();
+        change(&mut tensors);
+        file.truncate(old[0].offset as usize);
+        for (name, format, columns, bytes) in tensors {
+            let (offset, checksum) = (file.len() as u64, format!("{:016x}", xxh3_64(&bytes)));
+            file.extend(&bytes);
+            let bytes = bytes.len() as u64;
+            entry.tensors.push(TensorEntry { name, format, rows: 1, columns, offset, bytes, checksum });
+        }
+        entry.file_bytes = file.len() as u64;
+        fs::write(path, file).unwrap();
+    });
 }
 
 /// A small file of a split, with its checksum.

@@ -117,6 +117,7 @@ pub fn evaluate(
     for (evaluation, mask) in evaluations.iter_mut().zip(masks) {
         let counted = read.iter().find(|(m, _)| m == mask && matches!(m, Mask::Inputs(_)));
         evaluation.bytes_share = counted.map(|(_, read)| *read).or_else(|| bytes.share(*mask));
+        evaluation.predictor_bytes_share = bytes.chooser_share(*mask);
     }
     Ok(evaluations)
 }

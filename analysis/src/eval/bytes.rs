@@ -45,6 +45,12 @@ impl LayerBytes {
         read / (self.attention + self.neurons)
     }
 
+    /// What the predictors or sketches that `mask` asks take, relative to everything; `None` if it asks none.
+    pub(crate) fn chooser_share(&self, mask: Mask) -> Option<f64> {
+        let asked = if mask.asks_sketch() { self.sketches } else { self.predictors };
+        (mask.asks_predictor() || mask.asks_sketch()).then(|| self.share_of(asked))
+    }
+
     /// What `mask` reads, relative to everything.
     pub(crate) fn share(&self, mask: Mask) -> Option<f64> {
         let read = match mask {

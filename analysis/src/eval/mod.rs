@@ -8,6 +8,7 @@
 //! | the same figure through the token engine, one token at a time | [`evaluate_decode`] |
 //! | what planes of the weights buy | [`evaluate_planes`] |
 //! | what each layer's share of the neurons costs | [`fit_shares`] |
+//! | what they cost together | [`measure_curve`] |
 //! | what each input of a matrix costs | [`fit_input_costs`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
 //! | zero-shot tasks under the same masks | [`tasks`] |
@@ -20,6 +21,7 @@ mod batch;
 mod bootstrap;
 mod bytes;
 mod choosers;
+mod curve;
 mod decode;
 mod input_costs;
 mod inputs;
@@ -32,6 +34,7 @@ pub mod tasks;
 mod windows;
 
 pub use batch::evaluate;
+pub use curve::{fit_windows, measure_curve};
 pub use decode::evaluate_decode;
 pub use input_costs::{InputCosts, fit_input_costs};
 pub use mask::{Mask, active_count};
@@ -86,6 +89,9 @@ pub struct Evaluation {
     /// as if it cost nothing to ask. `None` where it depends on what is zero, or is not counted here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_share: Option<f64>,
+    /// Bytes of the predictors or sketches that the mask asks, relative to all of the layers' weights; `None` of masks that ask none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predictor_bytes_share: Option<f64>,
     /// Tokens whose probability was taken: windows * (ctx - 1).
     pub tokens: usize,
     /// Layer by layer; empty if the engine does not tell.
@@ -131,6 +137,7 @@ impl Evaluation {
             energy_recall_of_oracle: mean(|l| l.energy_recall_of_oracle),
             computed_share: mean(|l| l.computed_share),
             bytes_share: None,
+            predictor_bytes_share: None,
             tokens: scores.losses.len(),
             layers,
             losses: scores.losses,

@@ -1,7 +1,7 @@
 //! Sections about what leaving neurons out costs.
 
 use super::figures::{mean, percent, short};
-use super::{EvalFile, Figure, Section, Table, TasksFile, tasks};
+use super::{EvalFile, Figure, Section, Table, TasksFile, predictors, tasks};
 use crate::Result;
 use crate::eval::Evaluation;
 use crate::plots::{Axis, Body, Chart, Ink, N_SERIES, Series};
@@ -205,7 +205,7 @@ fn results_table(evals: &[EvalFile]) -> Result<Table> {
     Table::new("evaluations; masks at every position, as if each had been decoded", columns)
 }
 
-/// Recall and energy recall, layer by layer.
+/// Recall and energy recall, layer by layer, and energy over what predictors take.
 pub(crate) fn recall(evals: &[EvalFile]) -> Section {
     let mut section = Section::new("recall", "Recall by layer", MISSING);
     let families = families(evals);
@@ -253,6 +253,7 @@ pub(crate) fn recall(evals: &[EvalFile]) -> Section {
         let chart = by_layer("Energy that the chosen neurons keep", "energy recall (%)", Body::Lines(series.collect()));
         section.figures.push(Figure::new(chart, reading));
     }
+    section.figures.extend(predictors::energy_by_bytes(evals));
     section
 }
 

@@ -48,6 +48,8 @@ pub struct EvalFile {
     pub model: String,
     /// Digest of the split or checkpoint.
     pub model_digest: String,
+    /// Digest of the checkpoint that it is, or was split from; older records have none.
+    pub source_digest: String,
     /// How neurons are encoded, or `checkpoint`.
     pub encoding: String,
     /// The text's file name.

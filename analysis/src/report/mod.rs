@@ -17,9 +17,11 @@ mod inputs;
 mod neurons;
 mod page;
 mod planes;
+mod predictors;
 mod quantity;
 mod section;
 mod settings;
+mod shares;
 mod sparsity;
 mod speed;
 mod table;
@@ -30,7 +32,7 @@ pub use gpu_record::{
     Asked, AskedMode, CpuShare, GpuAlone, GpuAsked, GpuBenchFile, GpuPlanned, GpuPromise, GpuSettings, GpuTiming,
 };
 pub use inputs::{BenchFile, EvalFile, Inputs, Planned, PlantedFile, RunFile, Speed, TaskRecord, TasksFile, Tiers};
-pub use neurons::{LayerFigures, Neurons};
+pub use neurons::{Divided, LayerFigures, Neurons};
 pub use page::Page;
 pub use section::{Figure, Section, Table};
 pub use settings::{Setting, Sweep, sweeps};

@@ -4,10 +4,13 @@ use crate::Result;
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::{ActiveSet, OVERLAP_LAGS, Profile, TOP_SHARES};
 use thermocline_datasets::ModelConfig;
-use thermocline_split::Split;
+use thermocline_split::{Shares, Split};
 
 /// Hottest neurons in the co-activation map: more would be finer than its pixels.
 const HEAT_NEURONS: usize = 64;
+
+/// Shares of all neurons whose division is shown.
+const DIVIDED: [f64; 3] = [0.1, 0.3, 0.5];
 
 /// How the neurons of a model fire.
 #[derive(Debug, Clone)]
@@ -22,12 +25,23 @@ pub struct Neurons {
     pub active_means: String,
     /// Layer by layer.
     pub layers: Vec<LayerFigures>,
+    /// How some shares of all neurons are divided between the layers; empty where that was not measured.
+    pub divided: Vec<Divided>,
     /// Which layer [`Neurons::lift`] is of.
     pub heat_layer: usize,
     /// What counts as active there: the smallest set that was sampled says most.
     pub lift_means: String,
     /// `log2 P(i and j) / (P(i) P(j))` of the layer's hottest neurons, hottest first, `[n, n]`; `None` on the diagonal.
     pub lift: Vec<Option<f64>>,
+}
+
+/// A share of all neurons, divided between the layers.
+#[derive(Debug, Clone)]
+pub struct Divided {
+    /// The share.
+    pub active: f64,
+    /// Each layer's share of its own neurons.
+    pub layers: Vec<f64>,
 }
 
 /// One layer.
@@ -98,6 +112,7 @@ impl Neurons {
             facts,
             active_means: active_means(config, meta.settings.active_share),
             layers,
+            divided: Vec::new(),
             heat_layer,
             lift_means: if set == ActiveSet::Nonzero { "not zero" } else { "top 10 %" }.to_owned(),
             lift,
@@ -141,6 +156,7 @@ impl Neurons {
             facts,
             active_means: active_means(&m.config, packing.active_share),
             layers,
+            divided: split.shares()?.map_or(Vec::new(), |shares| DIVIDED.map(|active| divided(&shares, active)).into()),
             heat_layer,
             lift_means: match active_set(&m.config, packing.active_share) {
                 ActiveSet::Nonzero => "not zero".to_owned(),
@@ -154,6 +170,10 @@ impl Neurons {
     pub fn n_lift(&self) -> usize {
         self.lift.len().isqrt()
     }
+}
+
+fn divided(shares: &Shares, active: f64) -> Divided {
+    Divided { active, layers: shares.allocate(active as f32).into_iter().map(f64::from).collect() }
 }
 
 fn file_name(path: &std::path::Path) -> String {

@@ -1,7 +1,7 @@
 //! The page: header, sections, command lines.
 
 use super::html::{escape, style};
-use super::{Inputs, Section, accuracy, gpu_speed, planes, sparsity, speed, table};
+use super::{Inputs, Section, accuracy, gpu_speed, planes, shares, sparsity, speed, table};
 use crate::plots::Chart;
 use crate::{Error, Result};
 use std::fmt::Write;
@@ -25,6 +25,7 @@ impl Page {
             sparsity::rates(&inputs.neurons)?,
             sparsity::coactivation(&inputs.neurons),
             sparsity::overlap(&inputs.neurons),
+            shares::division(&inputs.neurons),
             accuracy::accuracy(&inputs.evals, &inputs.tasks)?,
             accuracy::recall(&inputs.evals),
             planes::planes(&inputs.evals)?,

@@ -1,0 +1,129 @@
+//! Forged costs of shares and forged curves: a typed error, never a share that was not measured.
+
+use crate::support::forge;
+use crate::support::{copy, fails, llama, ok, split, text};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+use thermocline_split::{Curve, Error, Format, LayerCost, Shares, Split};
+
+/// A copy of a split with costs, and with a curve of three shares.
+fn with_curve() -> (TempDir, PathBuf) {
+    let (guard, dir) = copy(&split(&llama(), "q4", &["--chunk-neurons", "8"]));
+    let config = Split::open(&dir).unwrap().manifest().config.clone();
+    let cost = LayerCost { loss: vec![0.5, 0.1], left_out: vec![0.25; 2 * config.hidden_size] };
+    let shares = Shares::new(vec![0.1, 0.5], vec![cost; config.n_layers], config.hidden_size).unwrap();
+    let curve = Curve::new(vec![0.25, 0.5, 0.75], vec![0.5, 0.1, -0.01], vec![0.6, 0.2, 0.01], 96, 1 << 100).unwrap();
+    Split::put_shares(&dir, &shares.with_curve(curve)).unwrap();
+    (guard, dir)
+}
+
+const PROMISED: [&str; 8] = ["run", "-p", "a", "-n", "2", "--mode", "sparse", "--max-ppl-increase"];
+
+/// That the file of shares, or the manifest, is refused when it is read, by the library and by the program.
+fn refused(dir: &Path, what: &str) -> String {
+    let error = Split::open(dir).and_then(|split| split.shares()).err().unwrap_or_else(|| panic!("{what}: read"));
+    assert!(matches!(error, Error::Corrupt { .. }), "{what}: {error:?}");
+    let said = fails(4, &[&PROMISED[..], &["20%", "-m", text(dir)]].concat());
+    assert!(said.contains(text(dir)), "{what}: {said}");
+    said
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+#[test]
+fn a_sound_curve_is_read_and_used() {
+    let (_guard, dir) = with_curve();
+    forge::curve(&dir, |_| ());
+    let split = Split::open(&dir).unwrap();
+    assert_eq!(split.manifest().version, 4);
+    let shares = split.shares().unwrap().unwrap();
+    assert_eq!(shares.curve().unwrap().points().nth(1), Some((0.5, 0.1, 0.2)));
+    let said = ok(&[&PROMISED[..], &["21%", "-m", text(&dir)]].concat()).stderr;
+    let digest = format!("{:032x}", 1u128 << 100);
+    assert!(said.contains("--active 0.49") && said.contains("96 tokens") && said.contains(&digest), "{said}");
+}
+
+/// What is done to the contents of a tensor.
+type Forgery<'a> = (&'a str, usize, &'a [f32]);
+
+#[test]
+fn forged_curves_are_refused() {
+    let (nan, infinity) = (f32::NAN, f32::INFINITY);
+    let forgeries: &[Forgery<'_>] = &[
+        ("shares that fall", 0, &[0.75, 0.5, 0.25]),
+        ("a share twice", 0, &[0.25, 0.5, 0.5]),
+        ("no share", 0, &[0.0, 0.5, 0.75]),
+        ("a negative share", 0, &[-0.25, 0.5, 0.75]),
+        ("all neurons", 0, &[0.25, 0.5, 1.0]),
+        ("a share that is none", 0, &[0.25, nan, 0.75]),
+        ("a last share that is none", 0, &[0.25, 0.5, nan]),
+        ("an endless share", 0, &[0.25, 0.5, infinity]),
+        ("fewer shares", 0, &[0.25, 0.5]),
+        ("more shares", 0, &[0.1, 0.25, 0.5, 0.75]),
+        ("no shares", 0, &[]),
+        ("an increase that is none", 1, &[0.5, nan, -0.01]),
+        ("an increase above its interval", 1, &[0.5, 0.3, -0.01]),
+        ("an impossible gain", 1, &[0.5, -2.0, -0.01]),
+        ("fewer increases", 1, &[0.5, 0.1]),
+        ("more increases", 1, &[0.5, 0.1, 0.0, 0.0]),
+        ("an upper end that is none", 2, &[0.6, nan, 0.01]),
+        ("an endless upper end", 2, &[infinity, 0.2, 0.01]),
+        ("fewer upper ends", 2, &[0.6, 0.2]),
+    ];
+    for (what, which, values) in forgeries {
+        let (_guard, dir) = with_curve();
+        forge::curve(&dir, |tensors| {
+            (tensors[*which].2, tensors[*which].3) = (values.len(), bytes(values));
+        });
+        assert!(refused(&dir, what).contains("curve"), "{what}");
+    }
+}
+
+/// Name, format, columns and contents of each tensor of a curve.
+type Tensors = Vec<(String, Format, usize, Vec<u8>)>;
+
+/// What is done to them.
+type Rewrite<'a> = (&'a str, &'a dyn Fn(&mut Tensors));
+
+#[test]
+fn curves_with_other_tensors_are_refused() {
+    let forgeries: &[Rewrite<'_>] = &[
+        ("no shares", &|t| drop(t.remove(0))),
+        ("no increases", &|t| drop(t.remove(1))),
+        ("no upper ends", &|t| drop(t.remove(2))),
+        ("no tokens", &|t| drop(t.remove(3))),
+        ("another name", &|t| t[1].0 = "curve.kl_increase".to_owned()),
+        ("a tensor more", &|t| t.push(("curve.later".to_owned(), Format::U8, 1, vec![0]))),
+        ("a tensor twice", &|t| t.push(t[0].clone())),
+        ("a tensor that is not a curve's", &|t| t.push(("later".to_owned(), Format::U8, 1, vec![0]))),
+        ("another format", &|t| (t[0].1, t[0].2) = (Format::U8, 12)),
+        ("a digest cut", &|t| (t[3].2, t[3].3) = (23, t[3].3[..23].to_vec())),
+        ("two digests", &|t| (t[3].2, t[3].3) = (40, [&t[3].3[..], &[0; 16]].concat())),
+        ("zero tokens", &|t| t[3].3[..8].fill(0)),
+    ];
+    for (what, change) in forgeries {
+        let (_guard, dir) = with_curve();
+        forge::curve(&dir, change);
+        refused(&dir, what);
+    }
+}
+
+#[test]
+fn versions_that_do_not_fit_are_refused() {
+    for version in [1, 2, 3, 0] {
+        let (_guard, dir) = with_curve();
+        forge::manifest(&dir, |m| m.version = version);
+        let result = Split::open(&dir);
+        assert!(matches!(result, Err(Error::Corrupt { .. } | Error::UnsupportedVersion { .. })), "version {version}");
+    }
+    // Costs without a curve are version 3, and say that they have none.
+    let (_guard, dir) = with_curve();
+    forge::curve(&dir, Vec::clear);
+    assert!(refused(&dir, "version 4 without a curve").contains("version 3"));
+    forge::manifest(&dir, |m| m.version = 3);
+    assert_eq!(Split::open(&dir).unwrap().shares().unwrap().unwrap().curve(), None);
+    let said = fails(2, &[&PROMISED[..], &["20%", "-m", text(&dir)]].concat());
+    assert!(said.contains("--fit-shares"), "{said}");
+}
