@@ -159,6 +159,10 @@ pub struct Placement {
     /// Share of each layer's neurons that sparse mode computes, above 0 and at most 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
     pub active: f32,
+    /// In sparse mode, of a split with sketches: compute fewer than --active of a layer's neurons where that is expected to change
+    /// its output by less than this, relative to its neurons' energy. For models whose neurons are mostly zero
+    #[arg(long, value_name = "ERROR")]
+    pub max_error: Option<f32>,
     /// Instead of --active, in sparse mode: the least share at which the perplexity of the text that --fit-shares was given rose
     /// by no more than this over the dense model's, 5% or 0.05, by the upper end of its 95 % interval
     #[arg(long, value_name = "INCREASE", value_parser = parse_increase, env = "THERMOCLINE_MAX_PPL_INCREASE")]
@@ -560,6 +564,8 @@ pub enum MaskName {
     PredictedAlike,
     /// The share of every layer whose error would be largest if the split's sketch stood for it, as it does for the others
     Graded,
+    /// As many of each layer and token as keep what is expected to be lost below a share (--active) of the neurons' energy's root
+    GradedError,
     /// Peer: all gates, the share of neurons whose gate is largest
     Cats,
     /// Peer: the share of every matrix's inputs that are largest

@@ -208,6 +208,20 @@ fn what_has_no_sketches_says_so() {
         let message = fails(2, &[&["eval", "-m", text(dir)], &given[..], more].concat());
         assert!(message.contains(word), "{message}");
     };
+    let run = ["run", "-p", "the lake", "-n", "2", "--vram-budget", "0", "--max-error", "0.1"];
+    for (dir, more, word) in [
+        (&plain, &["--mode", "sparse"][..], "--sketch"),
+        (&with, &["--mode", "exact"], "--mode sparse"),
+        (&with, &["--mode", "sparse", "--max-error", "1.5"], "below 1"),
+    ] {
+        let more: Vec<&str> = if more.contains(&"--max-error") {
+            [&run[..run.len() - 2], &["-m", text(dir)], more].concat()
+        } else {
+            [&run[..], &["-m", text(dir)], more].concat()
+        };
+        let message = fails(2, &more);
+        assert!(message.contains("--max-error") && message.contains(word), "{message}");
+    }
     refused(&plain, &["--mask", "graded"], "split --sketch");
     refused(&model(&llama()), &["--mask", "graded"], "need a split");
     refused(&plain, &["--mask", "graded", "--engine", "decode", "--vram-budget", "0"], "--mask predicted");

@@ -156,6 +156,37 @@ fn sketches_are_used_alike_by_both_engines() {
     assert!(gaps(&by_mask[0], &graded).0 > 0.01);
 }
 
+/// So do errors that are limited: as many neurons as that takes, of every token and layer, in both engines.
+#[test]
+fn errors_are_limited_alike_by_both_engines() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = TinyModel { activation: Activation::Relu, ..TinyModel::default() };
+    let path = make_with(dir.path(), &model, Encoding::Bf16, true);
+    let tokens = tokens(CTX * WINDOWS);
+    let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
+    let model = SplitCheckpoint::open(&path).unwrap();
+    let masks = [Mask::Dense, Mask::GradedError(0.3), Mask::GradedError(0.1)];
+    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, None, &|_, _| ()).unwrap();
+    let shares = [1, 2].map(|i| by_mask[i].computed_share.unwrap());
+    assert!(0.02 < shares[0] && shares[0] < shares[1] && shares[1] < 0.9, "{shares:?}");
+    assert!(by_mask[2].kl < by_mask[1].kl && by_mask[2].kl.unwrap() > 0.0);
+
+    let split = Split::open(&path).unwrap();
+    let mode = Mode::Sparse { active: 1.0 };
+    let request = PlanRequest { mode, ram_budget_bytes: None, context: CTX, batch: 1, n_threads: 2 };
+    let plan = Plan::new(&split, request).unwrap();
+    let mut engine = Engine::load(split, plan, &|_, _| ()).unwrap();
+    for refused in [0.0, 1.0, f32::NAN] {
+        assert!(engine.limit_error(refused).unwrap_err().to_string().contains("--max-error"));
+    }
+    engine.limit_error(0.3).unwrap();
+    let decoded = evaluate_decode(&mut engine, &windows, &|_, _| ()).unwrap();
+    assert!((decoded.computed_share.unwrap() - shares[0]).abs() < 0.01, "{:?} {shares:?}", decoded.computed_share);
+    let (largest, mean) = gaps(&by_mask[1], &decoded);
+    assert!(largest < 0.2 && mean < 1e-2, "largest gap {largest}, mean {mean}");
+    assert!(gaps(&by_mask[0], &decoded).0 > 0.01);
+}
+
 /// The costs of shares, kept in the split, change what both engines compute, in the same way.
 #[test]
 fn shares_are_measured_kept_and_used_by_both_engines() {

@@ -2,7 +2,8 @@
 
 use crate::ffn::FfnSums;
 use crate::layer_active::{LayerActive, layer_active};
-use crate::predictor::{Predictor, n_active};
+use crate::plan::Mode;
+use crate::predictor::{Predictor, energy, n_active, n_needed, top_k};
 use crate::{Error, Result};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Kernels, Pool, SketchMatrix};
@@ -29,6 +30,23 @@ pub(crate) struct SketchedLayer {
 /// Whether sparse mode on a CPU chooses by sketches: where the split has them.
 pub(crate) fn has_sketches(split: &Split) -> bool {
     split.sketches().is_some()
+}
+
+/// Refuses a limit of errors where nobody can tell them.
+pub(crate) fn check_max_error(error: f32, mode: Mode, has_sketches: bool) -> Result<()> {
+    let refuse = |reason: String| Err(Error::Setting { flag: "--max-error", reason });
+    if !(error > 0.0 && error < 1.0) {
+        return refuse(format!("{error} is not above 0 and below 1"));
+    }
+    if mode == Mode::Exact {
+        return refuse("is for --mode sparse; exact mode makes no such errors".to_owned());
+    }
+    if !has_sketches {
+        return refuse(
+            "needs sketches, which tell errors: make the split with --sketch, and run it on a CPU".to_owned(),
+        );
+    }
+    Ok(())
 }
 
 /// What sparse mode on a CPU computes of each layer so that `share` of all neurons is computed. Costs of shares were measured for
@@ -106,6 +124,26 @@ impl Chooser {
             Chooser::Predictor(predictor) => predictor.foresee(kernels, pool, x, scores),
             Chooser::Sketch(layer) => layer.judge(kernels, pool, x, scores, sketched),
         }
+    }
+
+    /// The neurons that are computed, ascending, into `active`: of the highest scores `n_active`, or as many fewer as leave a squared
+    /// error of at most `max_error`^2 of the energy that a sketch sees.
+    pub(crate) fn choose(
+        &self,
+        scores: &[f32],
+        sketched: &[f32],
+        n_active: usize,
+        max_error: Option<f32>,
+        active: &mut Vec<u32>,
+    ) {
+        let n = match (self, max_error) {
+            (Chooser::Sketch(layer), Some(error)) => {
+                let allowed = f64::from(error).powi(2) * energy(sketched, &layer.sketch.down_norm);
+                n_needed(scores, allowed).min(n_active)
+            }
+            _ => n_active,
+        };
+        top_k(scores, n, active);
     }
 
     /// Adds to `sums` what stands for the neurons that are not in `active`, where that is a sketch of them: `sketched` are the

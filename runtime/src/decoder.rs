@@ -2,7 +2,7 @@
 
 use crate::account::{Account, TierBytes};
 use crate::audit::{AuditReport, check_audit};
-use crate::chooser::has_sketches;
+use crate::chooser::{check_max_error, has_sketches};
 use crate::engine::{Engine, Logits};
 use crate::plan::Mode;
 use crate::{Error, Result};
@@ -48,6 +48,13 @@ pub trait Decoder {
     /// If this engine has no audits, or its mode nothing to audit.
     fn start_audit(&mut self, every: usize) -> Result<()> {
         check_audit(every, self.mode(), true)
+    }
+    /// Lets sparse mode compute fewer neurons where sketches expect an error below `error`.
+    ///
+    /// # Errors
+    /// If this engine has no sketches, or the number is out of range.
+    fn limit_error(&mut self, error: f32) -> Result<()> {
+        check_max_error(error, self.mode(), false)
     }
     /// What audits found since they were started; `None` if there are none.
     fn audit(&self) -> Option<AuditReport> {
@@ -145,6 +152,10 @@ impl Decoder for Engine {
 
     fn start_audit(&mut self, every: usize) -> Result<()> {
         self.start_audit(every)
+    }
+
+    fn limit_error(&mut self, error: f32) -> Result<()> {
+        self.limit_error(error)
     }
 
     fn audit(&self) -> Option<AuditReport> {

@@ -4,7 +4,7 @@ use crate::account::Account;
 use crate::attention::{Rope, attend_batch, attend_one};
 use crate::audit::{Audit, AuditReport, check_audit};
 use crate::cache::NeuronCache;
-use crate::chooser::{Chooser, chosen_active};
+use crate::chooser::{Chooser, check_max_error, chosen_active, has_sketches};
 use crate::divide::slot_bytes;
 use crate::fetch::{DirectFile, Fetcher};
 use crate::ffn::FfnSums;
@@ -13,7 +13,6 @@ use crate::layer_active::LayerActive;
 use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
 use crate::plan::{Mode, Plan, decoded_bytes, n_parts, sketched_neurons};
-use crate::predictor::top_k;
 use crate::prefill::FfnBatch;
 use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
@@ -48,6 +47,8 @@ pub struct Engine {
     ffn: Vec<LayerFfn>,
     /// In sparse mode.
     choosers: Vec<Chooser>,
+    /// What sketches may lose of a layer's output, as a share; `None`: whatever the share of the neurons leaves.
+    max_error: Option<f32>,
     /// In sparse mode: what is computed of each layer.
     layers_active: Vec<LayerActive>,
     cache: NeuronCache,
@@ -183,6 +184,7 @@ impl Engine {
             attention,
             ffn,
             choosers,
+            max_error: None,
             layers_active,
             cache: NeuronCache::new(plan.cache_slots, bundle, config.n_layers, n)?,
             streams,
@@ -236,6 +238,17 @@ impl Engine {
     pub fn start_audit(&mut self, every: usize) -> Result<()> {
         check_audit(every, self.plan.request.mode, false)?;
         self.audit = (every > 0).then(|| Audit::new(&self.config, every));
+        Ok(())
+    }
+
+    /// From now on sparse mode computes no more neurons of a layer than leave an expected error of `error` (above 0 and below 1),
+    /// the root of the squared errors' sum over that of the energies; never more than the plan's share.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if there are no sketches to tell errors, or the number is out of range.
+    pub fn limit_error(&mut self, error: f32) -> Result<()> {
+        check_max_error(error, self.plan.request.mode, has_sketches(&self.split))?;
+        self.max_error = Some(error);
         Ok(())
     }
 
@@ -395,7 +408,7 @@ impl Engine {
                 let chooser = &self.choosers[l];
                 chooser.scores(&compute.kernels, &mut compute.pool, &normed, &mut scores, &mut sketched);
                 account.bytes.host += chooser.bytes();
-                top_k(&scores, self.layers_active[l].n_active, &mut active);
+                chooser.choose(&scores, &sketched, self.layers_active[l].n_active, self.max_error, &mut active);
                 let fetcher = disk.map(|disk| disk.fetcher);
                 let current = std::mem::take(&mut foreseen);
                 if let (Some(fetcher), Some(next)) = (fetcher, self.choosers.get(l + 1)) {
@@ -407,7 +420,7 @@ impl Engine {
                     let mut guess = Vec::with_capacity(k);
                     next.foresee(&compute.kernels, &mut compute.pool, &ahead, &mut scores, &mut sketched_ahead);
                     account.bytes.host += next.bytes();
-                    top_k(&scores, k, &mut guess);
+                    next.choose(&scores, &sketched_ahead, k, self.max_error, &mut guess);
                     foreseen = self.ffn[l + 1].foresee(fetcher, &self.cache, account, &guess);
                 }
                 let (sums, cache) = (&mut self.sums, &mut self.cache);

@@ -59,5 +59,5 @@ pub use gpu::{GpuBenchReport, GpuBytes, GpuEngine, GpuPlan, GpuPrediction, GpuRe
 pub use hardware::{Hardware, StagingShape};
 pub use layer_active::{LayerActive, layer_active};
 pub use plan::{FixedBytes, Mode, Plan, PlanRequest, PlannedSection, Prediction};
-pub use predictor::{n_active, top_k};
+pub use predictor::{energy, n_active, n_needed, top_k};
 pub use sampler::{Sampler, SamplerSettings};

@@ -96,6 +96,48 @@ pub fn n_active(share: f32, n_neurons: usize) -> usize {
     ((share * n_neurons as f32).round() as usize).clamp(1, n_neurons.max(1))
 }
 
+/// Sum of `(h_i ||d_i||)^2`.
+pub fn energy(h: &[f32], down_norm: &[f32]) -> f64 {
+    h.iter().zip(down_norm).map(|(h, d)| f64::from(h * d).powi(2)).sum()
+}
+
+/// How many neurons, those of the highest `costs` (not negative), must be computed so that the squares of the other costs add up
+/// to no more than `allowed`.
+pub fn n_needed(costs: &[f32], allowed: f64) -> usize {
+    const LOWER: u32 = 20;
+    // Non-negative floats order like their bits: the squares of each range of bits, from the lowest costs on.
+    let bits = |c: f32| if c > 0.0 { c.to_bits() } else { 0 };
+    let square = |c: f32| if c > 0.0 { f64::from(c).powi(2) } else { 0.0 };
+    let mut ranges = vec![(0.0f64, 0usize); 1 << (31 - LOWER)];
+    for &cost in costs {
+        let (sum, n) = &mut ranges[(bits(cost) >> LOWER) as usize];
+        *sum += square(cost);
+        *n += 1;
+    }
+    let (mut left_out, mut sum) = (0, 0.0);
+    let Some(border) = ranges.iter().position(|(squares, n)| {
+        let fits = sum + squares <= allowed;
+        if fits {
+            sum += squares;
+            left_out += n;
+        }
+        !fits
+    }) else {
+        return 0;
+    };
+    // Of the range that does not fit, the lowest.
+    let mut near: Vec<f32> = costs.iter().copied().filter(|&c| (bits(c) >> LOWER) as usize == border).collect();
+    near.sort_unstable_by(f32::total_cmp);
+    for cost in near {
+        sum += square(cost);
+        if sum > allowed {
+            break;
+        }
+        left_out += 1;
+    }
+    costs.len() - left_out
+}
+
 /// The numbers of the `k` highest scores, ascending, into `out`; ties go to the lower number.
 ///
 /// Non-negative floats order like their bits. Counting their upper 11 bits finds the few among which the k-th largest
@@ -140,6 +182,19 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn as_few_as_keep_the_rest_below_what_is_allowed(costs in proptest::collection::vec(prop_oneof![0.0f32..1e3, Just(0.0), Just(1.0), 0.0f32..1e-3], 1..300), share in 0.0f64..1.2) {
+            let squares = |costs: &[f32]| costs.iter().map(|&c| f64::from(c).powi(2)).sum::<f64>();
+            let allowed = share * squares(&costs);
+            let needed = n_needed(&costs, allowed);
+            let mut falling = costs.clone();
+            falling.sort_by(|a, b| b.total_cmp(a));
+            prop_assert!(squares(&falling[needed..]) <= allowed * (1.0 + 1e-12));
+            if needed > 0 {
+                prop_assert!(squares(&falling[needed - 1..]) > allowed * (1.0 - 1e-12));
+            }
+        }
+
         #[test]
         fn top_k_is_the_sorted_prefix(scores in proptest::collection::vec(prop_oneof![0.0f32..1e3, Just(0.0), Just(1.0), 0.0f32..1e-30], 1..400), share in 0.0f64..1.2) {
             let k = (scores.len() as f64 * share) as usize;

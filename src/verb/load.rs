@@ -76,6 +76,14 @@ pub fn promised(split: &Split, args: &Placement) -> anyhow::Result<(Placement, O
 
 /// Plans and loads, with a progress bar. `wanted` is the context if none is given.
 pub fn load(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: bool) -> anyhow::Result<Loaded> {
+    let mut loaded = load_somewhere(split, args, wanted, batch, quiet)?;
+    if let Some(error) = args.max_error {
+        loaded.decoder().limit_error(error)?;
+    }
+    Ok(loaded)
+}
+
+fn load_somewhere(split: Split, args: &Placement, wanted: usize, batch: usize, quiet: bool) -> anyhow::Result<Loaded> {
     let request = request(args, wanted, batch);
     #[cfg(feature = "cuda")]
     if let Some(device) = open_device(args, quiet)? {

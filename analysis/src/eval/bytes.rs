@@ -64,7 +64,7 @@ impl LayerBytes {
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
             // It depends on the text.
-            Mask::Inputs(_) => return None,
+            Mask::Inputs(_) | Mask::GradedError(_) => return None,
         };
         Some(self.share_of(read))
     }

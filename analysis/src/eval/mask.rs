@@ -3,7 +3,7 @@ use super::inputs::InputChoice;
 use crate::{Error, Result};
 use rayon::prelude::*;
 use thermocline_runtime::quality::{Tally, compare};
-use thermocline_runtime::{n_active, top_k};
+use thermocline_runtime::{energy, n_active, n_needed, top_k};
 
 /// Which neurons of every layer are computed, at every position.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,6 +24,9 @@ pub enum Mask {
     PredictedAlike(f64),
     /// The given share of each layer whose error, left to the split's sketch, would be largest; the sketch stands for the others.
     Graded(f64),
+    /// Of every layer as few as leave to the sketch a squared error that is expected to be at most the square of the given share of
+    /// the neurons' energy: more where the sketch is unsure, few where most are zero.
+    GradedError(f64),
     /// CATS (arXiv 2404.08763): all gates, and of up and down the given share of neurons, those whose gate reaches a
     /// threshold of the window.
     Cats(f64),
@@ -52,6 +55,7 @@ impl Mask {
             Mask::Predicted(_) => "predicted",
             Mask::PredictedAlike(_) => "predicted-alike",
             Mask::Graded(_) => "graded",
+            Mask::GradedError(_) => "graded-error",
             Mask::Cats(_) => "cats",
             Mask::Teal(_) => "teal",
             Mask::Wina(_) => "wina",
@@ -68,6 +72,7 @@ impl Mask {
             | Mask::Predicted(share)
             | Mask::PredictedAlike(share)
             | Mask::Graded(share)
+            | Mask::GradedError(share)
             | Mask::Cats(share)
             | Mask::Teal(share)
             | Mask::Wina(share)
@@ -101,7 +106,7 @@ impl Mask {
 
     /// Whether it asks the sketch.
     pub(crate) fn asks_sketch(self) -> bool {
-        matches!(self, Mask::Graded(_))
+        matches!(self, Mask::Graded(_) | Mask::GradedError(_))
     }
 
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
@@ -125,6 +130,12 @@ impl Mask {
                 let weight: Vec<f32> = h.iter().zip(down_norm).map(|(h, d)| h.abs() * d).collect();
                 let scores = scores.map(|s| &s[token * ffn..(token + 1) * ffn]);
                 let mut kept = Vec::new();
+                let n_chosen = match (self, scores) {
+                    (Mask::GradedError(error), Some(costs)) => {
+                        n_needed(costs, error.powi(2) * energy(sketched, down_norm))
+                    }
+                    _ => n_chosen,
+                };
                 self.choose(h, &weight, scores, n_chosen, &mut kept);
                 let tally = compare(&weight, &kept);
                 keep(h, &kept);
@@ -149,7 +160,7 @@ impl Mask {
                 let magnitude: Vec<f32> = h.iter().map(|h| h.abs()).collect();
                 top_k(&magnitude, active_count(share, n), kept);
             }
-            Mask::Predicted(_) | Mask::PredictedAlike(_) | Mask::Graded(_) => {
+            Mask::Predicted(_) | Mask::PredictedAlike(_) | Mask::Graded(_) | Mask::GradedError(_) => {
                 // As in the runtime: a score that is not a number counts as zero.
                 let clean = |s: &f32| if s.is_nan() { 0.0 } else { *s };
                 let scores: Vec<f32> = scores.unwrap_or(weight).iter().map(clean).collect();
