@@ -96,32 +96,18 @@ impl Chooser {
     }
 
     /// Scores `[ffn]` of all neurons for the normalised input `x`, and, from a sketch, their activations: `sketched [ffn]`, which a
-    /// predictor leaves alone.
+    /// predictor leaves alone. If `ahead`, `x` is the input of the layer before, under this layer's norm.
     pub(crate) fn scores(
         &self,
-        kernels: &Kernels,
-        pool: &mut Pool,
+        (kernels, pool): (&Kernels, &mut Pool),
+        ahead: bool,
         x: &[f32],
         scores: &mut [f32],
         sketched: &mut [f32],
     ) {
         match self {
+            Chooser::Predictor(predictor) if ahead => predictor.foresee(kernels, pool, x, scores),
             Chooser::Predictor(predictor) => predictor.scores(kernels, pool, x, scores),
-            Chooser::Sketch(layer) => layer.judge(kernels, pool, x, scores, sketched),
-        }
-    }
-
-    /// The same, one layer early: `x` is the input of the layer before, under this layer's norm.
-    pub(crate) fn foresee(
-        &self,
-        kernels: &Kernels,
-        pool: &mut Pool,
-        x: &[f32],
-        scores: &mut [f32],
-        sketched: &mut [f32],
-    ) {
-        match self {
-            Chooser::Predictor(predictor) => predictor.foresee(kernels, pool, x, scores),
             Chooser::Sketch(layer) => layer.judge(kernels, pool, x, scores, sketched),
         }
     }

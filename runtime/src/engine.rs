@@ -406,7 +406,7 @@ impl Engine {
                 self.ffn[l].exact(compute, disk.as_mut(), account, sums, quantised, &normed)?;
             } else {
                 let chooser = &self.choosers[l];
-                chooser.scores(&compute.kernels, &mut compute.pool, &normed, &mut scores, &mut sketched);
+                chooser.scores((&compute.kernels, &mut compute.pool), false, &normed, &mut scores, &mut sketched);
                 account.bytes.host += chooser.bytes();
                 chooser.choose(&scores, &sketched, self.layers_active[l].n_active, self.max_error, &mut active);
                 let fetcher = disk.map(|disk| disk.fetcher);
@@ -418,7 +418,7 @@ impl Engine {
                     ops::rms_norm(&x, &self.vectors[l + 1].ffn_norm, self.config.rms_norm_eps, &mut ahead);
                     let k = self.layers_active[l + 1].n_active;
                     let mut guess = Vec::with_capacity(k);
-                    next.foresee(&compute.kernels, &mut compute.pool, &ahead, &mut scores, &mut sketched_ahead);
+                    next.scores((&compute.kernels, &mut compute.pool), true, &ahead, &mut scores, &mut sketched_ahead);
                     account.bytes.host += next.bytes();
                     next.choose(&scores, &sketched_ahead, k, self.max_error, &mut guess);
                     foreseen = self.ffn[l + 1].foresee(fetcher, &self.cache, account, &guess);

@@ -58,6 +58,9 @@ fn split(path: &Path) -> anyhow::Result<Value> {
         "packing": m.packing, "dense_bytes": split.dense_bytes(), "resident_bytes": m.resident.file_bytes,
         "predictor_bytes": m.predictors.file_bytes, "statistics_bytes": m.statistics.file_bytes, "layers": layers,
     });
+    if let Some(sketches) = &m.sketches {
+        value["sketch_bytes"] = sketches.file_bytes.into();
+    }
     if let Some(shares) = split.shares()? {
         let rounded = |share: f32| (f64::from(share) * 1e3).round() / 1e3;
         let each = |shares: &[f32]| shares.iter().map(|&s| rounded(s)).collect::<Vec<_>>();
