@@ -3,7 +3,7 @@
 use crate::ffn::FfnSums;
 use crate::layer_active::{LayerActive, layer_active};
 use crate::plan::Mode;
-use crate::predictor::{Predictor, energy, n_active, n_needed, top_k};
+use crate::predictor::{Predictor, energy, n_needed, top_k};
 use crate::{Error, Result};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Kernels, Pool, SketchMatrix};
@@ -58,9 +58,7 @@ pub(crate) fn chosen_active(split: &Split, share: f32) -> Result<Vec<LayerActive
     if !has_sketches(split) {
         return layer_active(split, share);
     }
-    let config = &split.manifest().config;
-    let n_active = n_active(share, config.intermediate_size);
-    Ok(vec![LayerActive { n_active, left_out: Vec::new() }; config.n_layers])
+    Ok(LayerActive::alike(&split.manifest().config, share))
 }
 
 impl Chooser {
@@ -76,10 +74,10 @@ impl Chooser {
     /// Bytes of all choosers of a split, in memory.
     pub(crate) fn total_bytes(split: &Split) -> u64 {
         match split.sketches() {
-            Some(file) => file.tensors().iter().map(|t| t.bytes).sum(),
+            Some(file) => file.data_bytes(),
             None => {
                 let shares = split.manifest().shares.as_ref().map_or(0, |file| file.file_bytes);
-                split.predictors().tensors().iter().map(|t| t.bytes).sum::<u64>() + shares
+                split.predictors().data_bytes() + shares
             }
         }
     }
@@ -112,8 +110,8 @@ impl Chooser {
         }
     }
 
-    /// The neurons that are computed, ascending, into `active`: of the highest scores `n_active`, or as many fewer as leave a squared
-    /// error of at most `max_error`^2 of the energy that a sketch sees.
+    /// The neurons that are computed, ascending, into `active`: of the highest scores `n_active`, or as many fewer as leave a
+    /// squared error of at most `max_error`^2 of the energy that a sketch sees.
     pub(crate) fn choose(
         &self,
         scores: &[f32],

@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::predictor::n_active;
+use thermocline_datasets::ModelConfig;
 use thermocline_split::Split;
 
 /// What sparse mode computes of one layer.
@@ -13,6 +14,14 @@ pub struct LayerActive {
     pub left_out: Vec<f32>,
 }
 
+impl LayerActive {
+    /// What `share` of the neurons is in each layer where all layers compute the same, and nothing stands for the others.
+    pub fn alike(config: &ModelConfig, share: f32) -> Vec<Self> {
+        let n_active = n_active(share, config.intermediate_size);
+        vec![Self { n_active, left_out: Vec::new() }; config.n_layers]
+    }
+}
+
 /// What sparse mode computes of each layer so that `share` of all neurons is computed: divided by what the split says that
 /// each layer's share costs ([`thermocline_split::Shares`]), alike in all layers where it says nothing.
 ///
@@ -20,11 +29,10 @@ pub struct LayerActive {
 /// If the split's costs cannot be read.
 pub fn layer_active(split: &Split, share: f32) -> Result<Vec<LayerActive>> {
     let config = &split.manifest().config;
-    let n_active = |share: f32| n_active(share, config.intermediate_size);
-    let Some(shares) = split.shares()? else {
-        return Ok(vec![LayerActive { n_active: n_active(share), left_out: Vec::new() }; config.n_layers]);
+    let Some(shares) = split.shares()? else { return Ok(LayerActive::alike(config, share)) };
+    let of_layer = |(l, share): (usize, f32)| {
+        let n_active = n_active(share, config.intermediate_size);
+        LayerActive { n_active, left_out: shares.left_out(l, share) }
     };
-    let of_layer =
-        |(l, share): (usize, f32)| LayerActive { n_active: n_active(share), left_out: shares.left_out(l, share) };
     Ok(shares.allocate(share).into_iter().enumerate().map(of_layer).collect())
 }

@@ -101,32 +101,37 @@ pub fn energy(h: &[f32], down_norm: &[f32]) -> f64 {
     h.iter().zip(down_norm).map(|(h, d)| f64::from(h * d).powi(2)).sum()
 }
 
+/// Scores are sorted into ranges by the upper 11 bits behind the sign: non-negative floats order like their bits.
+const RANGES: usize = 1 << 11;
+
+/// The bits of a score; of one that is negative or not a number, those of zero.
+fn bits(score: f32) -> u32 {
+    if score > 0.0 { score.to_bits() } else { 0 }
+}
+
+/// The range of such bits.
+fn range(bits: u32) -> usize {
+    (bits >> 20) as usize
+}
+
 /// How many neurons, those of the highest `costs` (not negative), must be computed so that the squares of the other costs add up
 /// to no more than `allowed`.
 pub fn n_needed(costs: &[f32], allowed: f64) -> usize {
-    const LOWER: u32 = 20;
-    // Non-negative floats order like their bits: the squares of each range of bits, from the lowest costs on.
-    let bits = |c: f32| if c > 0.0 { c.to_bits() } else { 0 };
-    let square = |c: f32| if c > 0.0 { f64::from(c).powi(2) } else { 0.0 };
-    let mut ranges = vec![(0.0f64, 0usize); 1 << (31 - LOWER)];
+    let square = |cost: f32| f64::from(cost.max(0.0)).powi(2);
+    let mut ranges = vec![(0.0f64, 0usize); RANGES];
     for &cost in costs {
-        let (sum, n) = &mut ranges[(bits(cost) >> LOWER) as usize];
-        *sum += square(cost);
+        let (squares, n) = &mut ranges[range(bits(cost))];
+        *squares += square(cost);
         *n += 1;
     }
-    let (mut left_out, mut sum) = (0, 0.0);
-    let Some(border) = ranges.iter().position(|(squares, n)| {
-        let fits = sum + squares <= allowed;
-        if fits {
-            sum += squares;
-            left_out += n;
-        }
-        !fits
-    }) else {
-        return 0;
-    };
+    let (mut sum, mut left_out, mut border) = (0.0, 0, 0);
+    while let Some((squares, n)) = ranges.get(border).filter(|(squares, _)| sum + squares <= allowed) {
+        sum += squares;
+        left_out += n;
+        border += 1;
+    }
     // Of the range that does not fit, the lowest.
-    let mut near: Vec<f32> = costs.iter().copied().filter(|&c| (bits(c) >> LOWER) as usize == border).collect();
+    let mut near: Vec<f32> = costs.iter().copied().filter(|&cost| range(bits(cost)) == border).collect();
     near.sort_unstable_by(f32::total_cmp);
     for cost in near {
         sum += square(cost);
@@ -140,19 +145,17 @@ pub fn n_needed(costs: &[f32], allowed: f64) -> usize {
 
 /// The numbers of the `k` highest scores, ascending, into `out`; ties go to the lower number.
 ///
-/// Non-negative floats order like their bits. Counting their upper 11 bits finds the few among which the k-th largest
-/// lies, and a selection among these finds it: two passes without a branch that depends on a score.
+/// Counting the scores of each range finds the few among which the k-th largest lies, and a selection among these finds it: two
+/// passes without a branch that depends on a score.
 pub fn top_k(scores: &[f32], k: usize, out: &mut Vec<u32>) {
-    const LOWER: u32 = 20;
     out.clear();
     let k = k.min(scores.len());
     if k == 0 {
         return;
     }
-    let bits = |s: f32| if s > 0.0 { s.to_bits() } else { 0 };
-    let mut counts = [0u32; 1 << (31 - LOWER)];
+    let mut counts = [0u32; RANGES];
     for &s in scores {
-        counts[(bits(s) >> LOWER) as usize] += 1;
+        counts[range(bits(s))] += 1;
     }
     // `left` of the scores in `bucket` belong to the set, and all in higher ones.
     let (mut bucket, mut left) = (counts.len() - 1, k);
@@ -160,7 +163,7 @@ pub fn top_k(scores: &[f32], k: usize, out: &mut Vec<u32>) {
         left -= counts[bucket] as usize;
         bucket -= 1;
     }
-    let mut near: Vec<u32> = scores.iter().map(|&s| bits(s)).filter(|b| (b >> LOWER) as usize == bucket).collect();
+    let mut near: Vec<u32> = scores.iter().map(|&s| bits(s)).filter(|&b| range(b) == bucket).collect();
     let (above, &mut threshold, _) = near.select_nth_unstable_by(left - 1, |a, b| b.cmp(a));
     let mut ties = left - above.iter().filter(|&&b| b > threshold).count();
     // Every number is written; those that do not belong are written over by the next.

@@ -130,7 +130,7 @@ pub(crate) fn pack_layer(
     })?;
     let fitted =
         predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
-    let sketch = options.sketch.then(|| Sketch::fit(moment, &gate, &up, &down)).transpose()?;
+    let sketch = options.sketch.then(|| Sketch::fit(moment, &gate, &up, &down, norms.clone())).transpose()?;
     let sketch = sketch.map(|sketch| sketch.in_order(&order));
     let (predictor_factors, [gate_residual, up_residual]) = pack_factors(&fitted, &order, l)?;
     let floats = |values: &dyn Fn(usize) -> f32| -> Vec<u8> {

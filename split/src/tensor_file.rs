@@ -298,6 +298,11 @@ impl TensorFile {
         &self.entry.tensors
     }
 
+    /// Bytes of all tensors.
+    pub fn data_bytes(&self) -> u64 {
+        self.entry.tensors.iter().map(|t| t.bytes).sum()
+    }
+
     /// The tensor of that name.
     ///
     /// # Errors

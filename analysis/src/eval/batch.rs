@@ -5,7 +5,7 @@ use super::choosers::Choosers;
 use super::input_costs::InputCosts;
 use super::likelihood::{TokenScores, add, positions_at_once};
 use super::masked_layer::MaskedLayer;
-use super::{Evaluation, Mask, Positions, Windows, active_count};
+use super::{Evaluation, Mask, Positions, Windows};
 use crate::{Error, Result};
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head, Sequence};
 use thermocline_datasets::Checkpoint;
@@ -38,9 +38,7 @@ pub(crate) fn chosen_active(mask: Mask, split: Option<&Split>) -> Result<Vec<Lay
     match (mask, split) {
         (Mask::Predicted(share), Some(split)) => Ok(layer_active(split, share as f32)?),
         (Mask::PredictedAlike(share) | Mask::Graded(share), Some(split)) => {
-            let config = &split.manifest().config;
-            let n_active = active_count(share, config.intermediate_size);
-            Ok(vec![LayerActive { n_active, left_out: Vec::new() }; config.n_layers])
+            Ok(LayerActive::alike(&split.manifest().config, share as f32))
         }
         _ => Ok(Vec::new()),
     }
@@ -61,8 +59,9 @@ pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
 
 /// Runs `model` over `windows` once densely and once under each of `masks`, layer by layer, and compares.
 ///
-/// `split` has the predictors for [`Mask::Predicted`], the sketches for [`Mask::Graded`]; its neurons must be in `model`'s order, as they are if `model`
-/// is the [`thermocline_split::SplitCheckpoint`] of the same split. `costs`, of another text, are for [`Mask::Inputs`].
+/// `split` has the predictors for [`Mask::Predicted`], the sketches for [`Mask::Graded`]; its neurons must be in `model`'s
+/// order, as they are if `model` is the [`thermocline_split::SplitCheckpoint`] of the same split. `costs`, of another text,
+/// are for [`Mask::Inputs`].
 /// Memory: one layer as f32, one window's activations, and `4 * n_tokens * hidden_size` bytes for each mask and the dense
 /// reference. `progress(done, total)` counts layers times streams.
 ///

@@ -4,7 +4,7 @@ use super::Mask;
 use super::input_costs::{InputBytes, weights_of_input};
 use crate::Result;
 use thermocline_datasets::{Checkpoint, ModelConfig};
-use thermocline_split::Split;
+use thermocline_split::{Split, TensorFile};
 
 /// Bytes of all layers' weights. Embedding and head are left out: every method reads the same of them.
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +28,7 @@ impl LayerBytes {
         let neurons = split.layers().iter().map(|l| l.trimmed_bytes(0..l.n_chunks())).sum::<usize>() as f64;
         let used = |name: &str| !name.ends_with(".ahead");
         let predictors = split.predictors().tensors().iter().filter(|t| used(&t.name)).map(|t| t.bytes).sum::<u64>();
-        let sketches = split.sketches().map_or(0, |file| file.tensors().iter().map(|t| t.bytes).sum());
+        let sketches = split.sketches().map_or(0, TensorFile::data_bytes);
         Ok(Self { attention, neurons, predictors: predictors as f64, sketches: sketches as f64 })
     }
 

@@ -20,8 +20,8 @@ pub(crate) struct MaskedLayer<'a> {
 }
 
 impl<'a> MaskedLayer<'a> {
-    /// `down_norm [intermediate_size]`; `active` is what a predicted or graded mask computes of this layer, `choice` the inputs that a mask
-    /// of inputs keeps.
+    /// `down_norm [intermediate_size]`; `active` is what a predicted or graded mask computes of this layer, `choice` the inputs
+    /// that a mask of inputs keeps.
     pub(crate) fn new(
         mask: Mask,
         layer: &'a DenseLayer,

@@ -52,7 +52,8 @@ use thermocline_runtime::quality::Tally;
 /// What one mask did to a model on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `graded`, `cats`, `teal`, `wina` or `inputs`.
+    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `graded`,
+    /// `graded-error`, `cats`, `teal`, `wina` or `inputs`.
     pub mask: String,
     /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -89,7 +90,8 @@ pub struct Evaluation {
     /// as if it cost nothing to ask. `None` where it depends on what is zero, or is not counted here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_share: Option<f64>,
-    /// Bytes of the predictors or sketches that the mask asks, relative to all of the layers' weights; `None` of masks that ask none.
+    /// Bytes of the predictors or sketches that the mask asks, relative to all of the layers' weights; `None` of masks that ask
+    /// none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predictor_bytes_share: Option<f64>,
     /// Tokens whose probability was taken: windows * (ctx - 1).

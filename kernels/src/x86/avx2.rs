@@ -137,9 +137,10 @@ unsafe fn scale<G: Group>(scales: *const u8) -> __m256 {
     if G::STEP == 1.0 { scale } else { _mm256_mul_ps(scale, _mm256_set1_ps(G::STEP)) }
 }
 
+/// The sum of the lanes.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn sum(v: __m256) -> f32 {
+#[target_feature(enable = "avx2")]
+pub(super) fn sum(v: __m256) -> f32 {
     let s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)))

@@ -34,17 +34,21 @@ pub struct Sketch {
 
 impl Sketch {
     /// Fits a layer's: `moment [hidden, hidden]` is the second moment of its inputs, `gate`, `up` and `down [n_neurons, hidden]`
-    /// are rows of neurons.
+    /// are rows of neurons, `down_norm [n_neurons]` the lengths of the last.
     ///
     /// # Errors
     /// If the moment is not finite.
-    pub(crate) fn fit(moment: &Array2<f64>, gate: &[f32], up: &[f32], down: &[f32]) -> Result<Self> {
-        let hidden = moment.nrows();
+    pub(crate) fn fit(
+        moment: &Array2<f64>,
+        gate: &[f32],
+        up: &[f32],
+        down: &[f32],
+        down_norm: Vec<f32>,
+    ) -> Result<Self> {
         let feedback = Feedback::new(moment)?;
         let Rounded { bytes: gate, errors: gate_sd } = feedback.round(SKETCH_BITS[0], gate);
         let Rounded { bytes: up, errors: up_sd } = feedback.round(SKETCH_BITS[1], up);
-        let down_norm = down.chunks_exact(hidden).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
-        let Rounded { bytes: down, errors: down_error } = round_nearest(SKETCH_BITS[2], down, hidden);
+        let Rounded { bytes: down, errors: down_error } = round_nearest(SKETCH_BITS[2], down, moment.nrows());
         Ok(Self { rows: [gate, up, down], gate_sd, up_sd, down_norm, down_error })
     }
 

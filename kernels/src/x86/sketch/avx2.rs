@@ -7,6 +7,7 @@
 use super::{Ahead, Layout, Rows};
 use crate::SKETCH_UNIT;
 use crate::sketch::{CODE_BYTES, HIGH_BYTES};
+use crate::x86::avx2::sum;
 use std::arch::x86_64::*;
 
 /// AVX2 and FMA.
@@ -59,14 +60,6 @@ unsafe fn decode<const HIGH: bool>(layout: &Layout, row: &[u8], u: usize) -> [__
 unsafe fn scale(layout: &Layout, row: &[u8], row_scale: f32, u: usize) -> f32 {
     // SAFETY: one readable byte by contract.
     row_scale * f32::from(unsafe { *row.as_ptr().add(layout.scales + u) })
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn sum(v: __m256) -> f32 {
-    let s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-    let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)))
 }
 
 impl Rows for Avx2 {
