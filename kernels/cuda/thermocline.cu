@@ -13,6 +13,7 @@
 #include "foresee.cuh"
 #include "choose.cu"
 #include "divide.cu"
+#include "host.cuh"
 #include "ffn.cu"
 #include "fetch.cu"
 #include "prefill.cu"
