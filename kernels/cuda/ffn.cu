@@ -11,7 +11,6 @@
 // - The link needs few bytes in flight and much time; a quarter of the teams reads it while the others compute with
 //   what is in device memory, so that the shorter of the two costs nothing.
 // - Nothing depends on which block is faster: the same work gives the same bits.
-#include "host.cuh"
 #include "input.cuh"
 
 namespace ffn_shape {
@@ -367,16 +366,61 @@ extern "C" __global__ void __launch_bounds__(512, 1)
              static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
 }
 
+// What the CPU's threads give back, all in mapped host memory: sums [n_threads, hidden] and a flag each, kFlagWords apart.
+struct HostPart {
+  const float* y;
+  const u32* flags;
+  int n_threads;
+};
+constexpr int kFlagWords = 32;
+
+// Waits until the CPU's threads have raised their flags for this layer; false if one has given up. For one warp of every
+// block.
+//
+// Only the first block looks at the flags themselves and passes the word on: reads of one line over the link come one
+// after another, a microsecond each, and 256 blocks would wait for as long as the layer takes.
+DEVICE bool host_is_done(u32* passed_on, const HostPart& host, const u32* step, int layer, int n_layers) {
+  const u32 wanted = step[2] * static_cast<u32>(n_layers) + static_cast<u32>(layer) + 1;
+  // What choose has put here is not yet done.
+  const u32 done = wanted != 0 ? wanted : 1;
+  volatile u32* word = passed_on;
+  if (blockIdx.x == 0) {
+    bool gave_up = false;
+    for (int first = 0; first < host.n_threads; first += kWarp) {
+      const bool has_flag = first + lane_id() < host.n_threads;
+      const volatile u32* of_thread = host.flags + (has_flag ? first + lane_id() : first) * kFlagWords;
+      // A flag goes up, and may wrap around. All bits set: the thread has given up.
+      while (true) {
+        const u32 flag = *of_thread;
+        gave_up = __any_sync(kAllLanes, flag == kNone);
+        if (gave_up || !__any_sync(kAllLanes, static_cast<int>(flag - wanted) < 0)) break;
+        wait_a_little();
+      }
+      if (gave_up) break;
+    }
+    __threadfence_system();
+    if (lane_id() == 0) *word = gave_up ? kNone : done;
+    return !gave_up;
+  }
+  u32 flag = 0;
+  if (lane_id() == 0) {
+    while (flag = *word, flag != done && flag != kNone) wait_a_little();
+    __threadfence();
+  }
+  return __shfl_sync(kAllLanes, flag, 0) != kNone;
+}
+
 // x [hidden] += the sum of partial [n_partials, hidden], left_out [hidden] if it is given, and the CPU's sums once they are
 // there.
-// Floor: the partial sums from the second-level cache, the CPU's over the link, which hardly anybody else needs then: adding
-// them up on the CPU takes ten times as long as 32 KB a thread do. A block of 256 threads for every 32 columns: eight threads of
+// Floor: the partial sums from the second-level cache, the CPU's over the link, which nobody else needs then: adding them
+// up on the CPU takes longer than 32 KB a thread do. A block of 256 threads for every 32 columns: eight threads of
 // four columns each, 32 of these over the rows, then a fixed tree. hidden is a multiple of 32.
 extern "C" __global__ void __launch_bounds__(256)
     finish(const float* partial, int n_partials, int hidden, u32* counts, const float* left_out, HostPart host,
            const u32* step, int layer, int n_layers, float* x) {
+  // Of the CPU's sums.
+  constexpr int kAtOnce = 16;
   __shared__ float4 sums[8][8];
-  __shared__ HostShared shared;
   let_next_start();
   wait_for_previous();
   const int part = threadIdx.x % 8, first_row = threadIdx.x / 8;
@@ -399,15 +443,22 @@ extern "C" __global__ void __launch_bounds__(256)
   }
   if (lane_id() < 8) sums[warp_id()][part] = sum;
   __syncthreads();
-  const bool has_host = host.n_threads > 0 && counts[4] > 0;
-  const u32 wanted = step[2] * static_cast<u32>(n_layers) + static_cast<u32>(layer) + 1;
-  if (warp_id() == 1 && blockIdx.x == 0 && has_host) watch_host(host, wanted, counts + 7, shared);
   if (warp_id() > 0) return;
 
   const int column = blockIdx.x * 32 + lane_id();
   float total = left_out != nullptr ? left_out[column] : 0.0f;
 #pragma unroll
   for (int warp = 0; warp < 8; warp++) total += reinterpret_cast<const float*>(sums[warp])[lane_id()];
-  if (has_host) total += host_sum(host, wanted, counts + 7, hidden, column, shared);
+  if (host.n_threads > 0 && counts[4] > 0 && host_is_done(counts + 7, host, step, layer, n_layers)) {
+    const volatile float* y = host.y + column;
+    for (int first = 0; first < host.n_threads; first += kAtOnce) {
+      float parts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        parts[i] = first + i < host.n_threads ? y[static_cast<long long>(first + i) * hidden] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) total += parts[i];
+    }
+  }
   x[column] += total;
 }

@@ -13,7 +13,6 @@
 #include "foresee.cuh"
 #include "choose.cu"
 #include "divide.cu"
-#include "host.cuh"
 #include "ffn.cu"
 #include "fetch.cu"
 #include "prefill.cu"

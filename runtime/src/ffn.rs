@@ -183,9 +183,8 @@ pub(crate) struct ColdBundles<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Adds the neurons of `list[piece]` to `sums` `[hidden]`, as [`FfnSums::add`] does within a block; returns the bytes of the rows
-/// that were read. `list` is ascending and counted from the first of `cold`. Most of them should fire: whole bundles are read
-/// ahead, beyond the piece as well.
+/// Adds the neurons of `list`, ascending and counted from the first of `cold`, to `sums` `[hidden]`, as [`FfnSums::add`] does
+/// within a block; returns the bytes of the rows that were read. Most of them should fire: whole bundles are read ahead.
 #[cfg(feature = "cuda")]
 pub(crate) fn add_bundles(
     kernels: &Kernels,
@@ -194,25 +193,22 @@ pub(crate) fn add_bundles(
     x: &PreparedInput,
     sums: &mut [f32],
     list: &[std::sync::atomic::AtomicU32],
-    piece: Range<usize>,
 ) -> u64 {
     let ColdBundles { layout, first, bytes } = cold;
     let from = layout.offset(first);
     let neuron = |at: &std::sync::atomic::AtomicU32| first + at.load(Ordering::Relaxed) as usize;
     let mut block = Block::new(kernels, *layout.coldest().bundles(), activation, true, x, sums);
-    let mut start = 0;
+    let mut rest = list;
     for (neurons, section) in layout.within(first..layout.n_neurons()) {
-        let end = if neurons.end == layout.n_neurons() {
-            list.len()
+        let n = if neurons.end == layout.n_neurons() {
+            rest.len()
         } else {
-            list.partition_point(|at| neuron(at) < neurons.end)
+            rest.partition_point(|at| neuron(at) < neurons.end)
         };
-        let mine = piece.start.max(start)..piece.end.min(end);
-        if !mine.is_empty() {
-            block.begin(section.bundles());
-            block.add_whole(mine, end, |i| section.bundle(bytes, from, neuron(&list[i])));
-        }
-        start = end;
+        let (mine, others) = rest.split_at(n);
+        block.begin(section.bundles());
+        block.add_whole(0..n, |i| section.bundle(bytes, from, neuron(&mine[i])));
+        rest = others;
     }
     block.finish() / 3
 }
@@ -288,18 +284,18 @@ impl<'s, 'a> Block<'s, 'a> {
                 first += GATES;
             }
         }
-        self.add_whole(first..n, n, bundle);
+        self.add_whole(first..n, bundle);
     }
 
     /// Adds neurons of which most should fire. What comes next is asked for all the time, and by the loops that wait
     /// for memory least: a half of a bundle while two rows are multiplied, two while four down rows are added; more
-    /// where these leave less than the next bundle, because neurons do not fire. What is asked for ends at neuron `end`.
-    fn add_whole(&mut self, neurons: Range<usize>, end: usize, bundle: impl Fn(usize) -> &'a [u8]) {
+    /// where these leave less than the next bundle, because neurons do not fire.
+    fn add_whole(&mut self, neurons: Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
         let size = self.layout.bundle_bytes();
         if size < PREFETCH_BYTES {
-            return self.add_short(neurons, end, bundle);
+            return self.add_short(neurons, bundle);
         }
-        let mut next = Upcoming { at: (neurons.start + 1) * size, end: end * size, size, bundle: &bundle };
+        let mut next = Upcoming { at: (neurons.start + 1) * size, end: neurons.end * size, size, bundle: &bundle };
         for i in neurons {
             let ahead = next.up_to((next.at + size / 2).max((i + 2) * size));
             let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x, &ahead);
@@ -311,10 +307,10 @@ impl<'s, 'a> Block<'s, 'a> {
     }
 
     /// The same for short bundles, whose loops are over too soon to divide anything among their steps.
-    fn add_short(&mut self, neurons: Range<usize>, end: usize, bundle: impl Fn(usize) -> &'a [u8]) {
+    fn add_short(&mut self, neurons: Range<usize>, bundle: impl Fn(usize) -> &'a [u8]) {
         let ahead = PREFETCH_BYTES.div_ceil(self.layout.bundle_bytes());
-        for i in neurons {
-            if i + ahead < end {
+        for i in neurons.clone() {
+            if i + ahead < neurons.end {
                 prefetch(bundle(i + ahead));
             }
             let (g, u) = self.kernels.pre_activations(&self.layout, bundle(i), self.x, &[]);

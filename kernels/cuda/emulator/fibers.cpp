@@ -196,11 +196,8 @@ const uint32_t* exchange(uint32_t mine) {
 }
 
 void yield_to_host() {
-  Machine& m = machine;
-  m.idle = 0;
+  machine.idle = 0;
   sched_yield();
-  // Another warp may be what this one waits for.
-  to_next(m, 0, m.n);
 }
 
 void wait_for_previous() { machine.block_waited = true; }

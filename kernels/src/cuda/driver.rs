@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 24] = [
+const SOURCES: [&str; 23] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -29,7 +29,6 @@ const SOURCES: [&str; 24] = [
     include_str!("../../cuda/foresee.cuh"),
     include_str!("../../cuda/choose.cu"),
     include_str!("../../cuda/divide.cu"),
-    include_str!("../../cuda/host.cuh"),
     include_str!("../../cuda/ffn.cu"),
     include_str!("../../cuda/fetch.cu"),
     include_str!("../../cuda/prefill.cu"),

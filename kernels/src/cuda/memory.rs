@@ -77,12 +77,13 @@ impl Memory {
     /// Copies the start of pinned memory, which the device has written: after it has ended, or has raised a flag.
     ///
     /// # Panics
-    /// If it is device memory, or not so long.
+    /// If it is device memory, or shorter than `out`.
     pub fn copy_to(&self, out: &mut [f32]) {
-        let from = &self.words()[..out.len()];
+        let host = self.0.host.as_ref().expect("host memory");
+        assert!(size_of_val(out) <= host.len(), "{} numbers from {} bytes", out.len(), host.len());
         // SAFETY: both are that long and do not overlap, and any bytes are a number. A kernel that still wrote would
         // make the numbers wrong, nothing else: the bytes are copied without being looked at.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().cast::<f32>(), out.as_mut_ptr(), out.len()) }
+        unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), out.as_mut_ptr().cast(), size_of_val(out)) }
     }
 
     /// Copies `from` to pinned memory, from its `offset`-th number on: for the device to read when a flag is raised.

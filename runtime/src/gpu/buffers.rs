@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::AlignedBuf;
 use thermocline_kernels::cuda::launch::{
-    ARRIVALS_BYTES, Foreseen, HostResult, HostWork, INPUT_FLAG, RESULT_FLAG, Step, WorkList, inner_values, most_taken,
+    Foreseen, HostResult, HostWork, INPUT_FLAG, RESULT_FLAG, Step, WorkList, inner_values,
 };
 use thermocline_kernels::cuda::{Device, Memory, View};
 use thermocline_split::{LayerFile, Split};
@@ -45,8 +45,6 @@ pub(super) struct Scratch {
     /// Rows for each block, section by section.
     pub partial: View,
     pub logits: View,
-    /// See [`HostResult`].
-    pub arrivals: View,
 }
 
 /// Buffers of prompt batches.
@@ -75,7 +73,7 @@ pub(super) struct Mapped {
     pub totals: Memory,
     /// In a page each: written by one side, watched by the other.
     pub request_flag: Memory,
-    /// See [`HostResult`].
+    /// A flag and sums of each of the host's threads.
     pub result_flags: Memory,
     pub count: Memory,
     pub list: Memory,
@@ -93,7 +91,7 @@ fn rank(split: &Split) -> usize {
 }
 
 /// Bytes of each part of [`Scratch`], in order.
-fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 16] {
+fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 15] {
     let config = &split.manifest().config;
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     [
@@ -112,7 +110,6 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         TOTALS_BYTES * totals_rows(split),
         4 * request.n_blocks * hidden * most_sections(split),
         4 * config.vocab_size,
-        ARRIVALS_BYTES,
     ]
 }
 
@@ -212,12 +209,10 @@ impl Loader<'_> {
             sections: Vec::new(),
             partial: part(),
             logits: part(),
-            arrivals: part(),
         };
         scratch.sections = self.shared_lists(&scratch.work);
         self.device.write(&scratch.work.totals, &vec![0; scratch.work.totals.len()])?;
         self.device.write(&scratch.attention_arrived, &vec![0; scratch.attention_arrived.len()])?;
-        self.device.write(&scratch.arrivals, &[0; ARRIVALS_BYTES])?;
         Ok(scratch)
     }
 
@@ -250,7 +245,7 @@ impl Loader<'_> {
 
     pub(super) fn mapped(&self) -> Result<Mapped> {
         let config = &self.split.manifest().config;
-        let n_threads = self.plan.request.host_threads();
+        let n_threads = self.plan.request.base.n_threads;
         let pin = |bytes: usize| -> Result<Memory> { Ok(self.device.pin(AlignedBuf::zeroed(bytes)?)?) };
         Ok(Mapped {
             step: pin(Step::BYTES)?,
@@ -261,7 +256,7 @@ impl Loader<'_> {
             count: pin(4)?,
             list: pin(4 * config.intermediate_size)?,
             x: pin(4 * config.hidden_size)?,
-            y: pin(4 * config.hidden_size * n_threads * (1 + most_taken(n_threads)))?,
+            y: pin(4 * config.hidden_size * n_threads)?,
             n_threads,
         })
     }
@@ -274,12 +269,7 @@ impl Mapped {
     }
 
     /// What the kernels read from them.
-    pub(super) fn result(&self, scratch: &Scratch) -> HostResult {
-        HostResult {
-            n_threads: self.n_threads,
-            y: self.y.view(),
-            flags: self.result_flags.view(),
-            arrivals: scratch.arrivals.clone(),
-        }
+    pub(super) fn result(&self) -> HostResult {
+        HostResult { n_threads: self.n_threads, y: self.y.view(), flags: self.result_flags.view() }
     }
 }

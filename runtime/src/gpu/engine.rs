@@ -71,7 +71,7 @@ impl GpuEngine {
         let is_cold = plan.hot_neurons.iter().any(|&h| h < config.intermediate_size);
         let wanted = is_cold && matches!(plan.request.base.mode, Mode::Sparse { .. }) && host_share != Some(0.0);
         let host =
-            wanted.then(|| HostShare::start(&model, config.activation, plan.request.host_threads())).transpose()?;
+            wanted.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
         let mut serial = 0;
         let mut speeds = speeds::of_model(&device, &model)?;
         if let Some(host) = &host {

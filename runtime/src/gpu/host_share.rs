@@ -1,11 +1,10 @@
 //! The host's threads, which compute a share of the cold neurons from pinned memory while the device reads the others.
 //!
 //! No call of the driver is involved: the device writes its input and a list to mapped memory and raises a flag; the
-//! threads watch the flag; each adds up its part of the list, and what it can take of slower ones' (`pieces`), leaves the sums
-//! in mapped memory, and raises flags of its own. They never wait for each other: the device adds up what they leave.
+//! threads watch the flag; each adds up its part of the list, leaves the sums in mapped memory, and raises a flag of its
+//! own. They never wait for each other: the device adds up what they leave.
 
 use super::load::{Layer, Model};
-use super::pieces::{Claims, Pieces};
 use crate::ffn::{ColdBundles, add_bundles, input_encoding};
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
-use thermocline_kernels::cuda::launch::{INPUT_FLAG, RESULT_FLAG, flag_value, most_taken, taken_piece};
+use thermocline_kernels::cuda::launch::{INPUT_FLAG, RESULT_FLAG, flag_value};
 use thermocline_kernels::{Kernels, LayerLayout, PreparedInput};
 
 /// What the device takes for "the host has given up".
@@ -49,7 +48,6 @@ struct Shared {
     list: Memory,
     x: Memory,
     y: Memory,
-    claims: Claims,
     awake: AtomicBool,
     stop: AtomicBool,
     panicked: AtomicBool,
@@ -72,18 +70,10 @@ impl ColdNeurons {
     }
 }
 
-/// What a thread tells the device ([`thermocline_kernels::cuda::launch::HostResult`]).
-struct ResultFlags<'a> {
-    done: &'a AtomicU32,
-    own: &'a AtomicU32,
-    taken: &'a [AtomicU32],
-}
-
 impl Shared {
-    /// The words of thread `t`.
-    fn result_flags(&self, t: usize) -> ResultFlags<'_> {
-        let words = &self.result_flags.words()[t * RESULT_FLAG..];
-        ResultFlags { done: &words[0], own: &words[1], taken: &words[2..2 + most_taken(self.n_threads)] }
+    /// The flag of thread `t`.
+    fn result_flag(&self, t: usize) -> &AtomicU32 {
+        &self.result_flags.words()[t * RESULT_FLAG]
     }
 }
 
@@ -101,7 +91,6 @@ impl HostShare {
             list: m.list.clone(),
             x: m.x.clone(),
             y: m.y.clone(),
-            claims: Claims::new(n_threads),
             awake: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
@@ -116,7 +105,7 @@ impl HostShare {
             let thread = std::thread::Builder::new().name(format!("host-{t}")).spawn(move || {
                 if catch_unwind(AssertUnwindSafe(|| work(&shared, t, seen, prepared))).is_err() {
                     shared.panicked.store(true, Ordering::SeqCst);
-                    shared.result_flags(t).done.store(GIVEN_UP, Ordering::SeqCst);
+                    shared.result_flag(t).store(GIVEN_UP, Ordering::SeqCst);
                 }
             });
             let refused = |source| Error::HostThreads { nth: t + 1, n_threads, source };
@@ -166,7 +155,7 @@ impl HostShare {
             let flag = flag_value(*serial, layer, shared.layers.len());
             let (before, begin) = (self.bytes(), Instant::now());
             shared.request_flag.words()[0].store(flag, Ordering::Release);
-            while (0..shared.n_threads).any(|t| shared.result_flags(t).done.load(Ordering::Acquire) != flag) {
+            while (0..shared.n_threads).any(|t| shared.result_flag(t).load(Ordering::Acquire) != flag) {
                 if shared.panicked.load(Ordering::SeqCst) {
                     return 0.0;
                 }
@@ -201,108 +190,31 @@ enum Request {
 /// What thread `t` does until it is stopped. `seen` and `prepared` are the last requests that are not for it: a thread that
 /// starts late must not take the first one for an old one.
 fn work(shared: &Shared, t: usize, mut seen: u32, mut prepared: u32) {
-    let mut worker = Worker::new(shared, t);
+    let kernels = Kernels::detect();
+    let (n_threads, hidden) = (shared.n_threads, shared.hidden_size);
+    let (mut x, mut input) = (vec![0.0f32; hidden], PreparedInput::default());
+    let mut sums = vec![0.0f32; hidden];
     while let Some(request) = next_request(shared, seen, prepared) {
         let (Request::Input(flag) | Request::Work(flag)) = request;
+        let layer = &shared.layers[(flag.wrapping_sub(1) % shared.layers.len() as u32) as usize];
         if prepared != flag {
             // The device does not write the next layer's before this one is done, if the host has work in it.
             prepared = flag;
-            worker.prepare(flag);
+            shared.x.copy_to(&mut x);
+            kernels.prepare(input_encoding(&layer.layout), &x, &mut input);
         }
-        if matches!(request, Request::Work(_)) {
-            seen = flag;
-            worker.compute(flag);
+        if matches!(request, Request::Input(_)) {
+            continue;
         }
-    }
-}
-
-/// One thread and what it keeps.
-struct Worker<'a> {
-    shared: &'a Shared,
-    t: usize,
-    kernels: Kernels,
-    x: Vec<f32>,
-    input: PreparedInput,
-    /// Of its own list; zeros between requests.
-    sums: Vec<f32>,
-    /// Of a piece; zeros between two.
-    piece: Vec<f32>,
-    bytes: u64,
-}
-
-impl<'a> Worker<'a> {
-    fn new(shared: &'a Shared, t: usize) -> Self {
-        let zeros = || vec![0.0f32; shared.hidden_size];
-        let (kernels, input) = (Kernels::detect(), PreparedInput::default());
-        Self { shared, t, kernels, x: zeros(), input, sums: zeros(), piece: zeros(), bytes: 0 }
-    }
-
-    fn layer(&self, flag: u32) -> &'a ColdNeurons {
-        let layers = &self.shared.layers;
-        &layers[(flag.wrapping_sub(1) % layers.len() as u32) as usize]
-    }
-
-    fn prepare(&mut self, flag: u32) {
-        self.shared.x.copy_to(&mut self.x);
-        self.kernels.prepare(input_encoding(&self.layer(flag).layout), &self.x, &mut self.input);
-    }
-
-    fn compute(&mut self, flag: u32) {
-        let (shared, t, layer) = (self.shared, self.t, self.layer(flag));
+        seen = flag;
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
-        let pieces = Pieces::new(n, shared.n_threads, layer.layout.coldest().bundles().bundle_bytes());
-        let flags = shared.result_flags(t);
-        self.compute_own(flag, layer, &pieces);
-        flags.own.store(flag, Ordering::Release);
-        self.take(flag, layer, &pieces, flags.taken);
-        flags.done.store(flag, Ordering::Release);
+        let mine = &shared.list.words()[n * t / n_threads..n * (t + 1) / n_threads];
+        let bytes = add_bundles(&kernels, layer.bundles(), shared.activation, &input, &mut sums, mine);
+        shared.y.copy_from(t * hidden, &sums);
+        shared.result_flag(t).store(flag, Ordering::Release);
         // While the device is busy with other things.
-        shared.bytes.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
-    }
-
-    /// What nobody takes of this thread's list.
-    fn compute_own(&mut self, flag: u32, layer: &ColdNeurons, pieces: &Pieces) {
-        let (shared, t) = (self.shared, self.t);
-        while let Some(i) = shared.claims.front(t, flag, pieces.n_pieces(t)) {
-            self.add(layer, pieces, t, i);
-            if i == 0 {
-                std::mem::swap(&mut self.sums, &mut self.piece);
-                continue;
-            }
-            for (sum, piece) in self.sums.iter_mut().zip(&mut self.piece) {
-                *sum += std::mem::take(piece);
-            }
-        }
-        shared.y.copy_from(t * shared.hidden_size, &self.sums);
-        self.sums.fill(0.0);
-    }
-
-    /// Takes pieces of the threads that have most left, as long as there are any and there is room for their sums.
-    fn take(&mut self, flag: u32, layer: &ColdNeurons, pieces: &Pieces, taken: &[AtomicU32]) {
-        let (shared, t) = (self.shared, self.t);
-        let mut n_taken = 0;
-        while n_taken < taken.len() {
-            let left = |other: usize| shared.claims.left(other, flag, pieces.n_pieces(other));
-            let others = (t + 1..shared.n_threads).chain(0..t).map(|other| (left(other), other));
-            let Some((_, owner)) = others.filter(|(left, _)| *left > 0).max_by_key(|(left, _)| *left) else { break };
-            let Some(i) = shared.claims.back(owner, flag, pieces.n_pieces(owner)) else { continue };
-            self.add(layer, pieces, owner, i);
-            let row = shared.n_threads + t * taken.len() + n_taken;
-            shared.y.copy_from(row * shared.hidden_size, &self.piece);
-            self.piece.fill(0.0);
-            taken[n_taken].store(taken_piece(flag, owner, i), Ordering::Release);
-            n_taken += 1;
-        }
-        // Of the last request; those of earlier ones might be taken for this one's.
-        taken[n_taken..].iter().for_each(|word| word.store(0, Ordering::Relaxed));
-    }
-
-    /// Adds piece `i` of thread `owner` to `piece`.
-    fn add(&mut self, layer: &ColdNeurons, pieces: &Pieces, owner: usize, i: usize) {
-        let list = &self.shared.list.words()[pieces.stretch(owner)];
-        let (sums, piece) = (&mut self.piece, pieces.piece(owner, i));
-        self.bytes +=
-            add_bundles(&self.kernels, layer.bundles(), self.shared.activation, &self.input, sums, list, piece);
+        shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+        sums.fill(0.0);
     }
 }
 

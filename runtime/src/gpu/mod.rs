@@ -11,7 +11,6 @@
 //! | one token as one CUDA graph | `token` |
 //! | prompts, by whole layers | `prefill` |
 //! | the threads that compute a share of the cold neurons | `host_share` |
-//! | which of them computes what | `pieces` |
 //! | how fast the tiers are | `speeds` |
 //! | tokens in, logits out | `engine` |
 
@@ -20,7 +19,6 @@ mod buffers;
 mod engine;
 mod host_share;
 mod load;
-mod pieces;
 mod plan;
 mod predict;
 mod prefill;

@@ -10,7 +10,6 @@ use crate::{Error, PlanRequest, PlannedSection, Result};
 use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::LayerLayout;
-use thermocline_kernels::cuda::launch::MOST_HOST_THREADS;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
 use thermocline_split::{Format, Split, StoredMatrix, TensorEntry};
 
@@ -61,13 +60,6 @@ pub struct GpuRequest {
     /// Neurons of each layer that are fetched while attention is computed, at most; `None`: room for as many as the link
     /// may bring in that time, of which the engine uses what is fastest.
     pub lookahead: Option<usize>,
-}
-
-impl GpuRequest {
-    /// Threads that compute a share of the cold neurons: all, as far as the device has room for their sums.
-    pub(super) fn host_threads(&self) -> usize {
-        self.base.n_threads.min(MOST_HOST_THREADS)
-    }
 }
 
 /// Device memory, by purpose.

@@ -111,7 +111,7 @@ fn feed_forward(
                     out: &layer.work,
                 },
             )?;
-            host = shared.is_some().then(|| model.mapped.result(&model.scratch));
+            host = shared.is_some().then(|| model.mapped.result());
             if layer.sections.len() > 1 {
                 let parts: Vec<_> = layer.sections.iter().map(|s| (s.neurons.clone(), &s.work)).collect();
                 divide_work(device, &layer.work, layer.n_hot, config.intermediate_size, &parts)?;

@@ -91,50 +91,21 @@ pub fn ffn(
     device.launch(launch, &uses)
 }
 
-/// What the host gives back.
+/// What the host gives back: mapped memory.
 #[derive(Debug, Clone)]
 pub struct HostResult {
-    /// At most [`MOST_HOST_THREADS`].
+    /// Threads that give their sums.
     pub n_threads: usize,
-    /// Mapped memory, `[n_threads * (1 + most_taken(n_threads)), hidden]`: each thread's own sums, then those of pieces that
-    /// each has taken of others' lists.
+    /// `[n_threads, hidden]`.
     pub y: View,
-    /// Mapped memory, u32: for each thread, [`RESULT_FLAG`] apart, the number of the request ([`super::flag_value`]) when it
-    /// has done with it; the same as soon as its own sums are there; and a word for each piece, [`taken_piece`] or one of an
-    /// earlier request. The first is all ones if it gives up.
+    /// u32 for each thread, [`RESULT_FLAG`] apart, raised last ([`super::flag_value`]); all ones if it gives up.
     pub flags: View,
-    /// Device memory, [`ARRIVALS_BYTES`], zeros at first.
-    pub arrivals: View,
 }
 
 /// Words from a thread's flag to the next one's: a line each.
 pub const RESULT_FLAG: usize = 32;
 
-/// Rows of sums that the device has room for: `kMostRows` in kernels/cuda/host.cuh.
-const MOST_ROWS: usize = 128;
-
-/// The host's threads that can give sums.
-pub const MOST_HOST_THREADS: usize = MOST_ROWS;
-
-/// Bytes of [`HostResult::arrivals`].
-pub const ARRIVALS_BYTES: usize = 4 * (1 + 2 * MOST_ROWS);
-
-/// Pieces of others' lists for which each of `n_threads` threads has a row.
-pub fn most_taken(n_threads: usize) -> usize {
-    (MOST_ROWS / n_threads.max(1)).saturating_sub(1).min(8)
-}
-
-/// The word for piece `piece` of the list of thread `owner` in request `flag`.
-///
-/// # Panics
-/// If either has no place in eight bits.
-pub fn taken_piece(flag: u32, owner: usize, piece: usize) -> u32 {
-    let byte = |v: usize| u32::from(u8::try_from(v).expect("eight bits"));
-    flag << 16 | byte(owner) << 8 | byte(piece + 1)
-}
-
-/// `x += left_out + sum over blocks of partial (+ sum over the host's threads)`, in an order that does not depend
-/// on which thread has computed what. `left_out`, `[hidden]`,
+/// `x += left_out + sum over blocks of partial (+ sum over the host's threads)`, in a fixed order. `left_out`, `[hidden]`,
 /// stands for neurons that are not computed.
 ///
 /// # Errors
@@ -156,10 +127,8 @@ pub fn finish(
     floats(x, hidden);
     left_out.iter().for_each(|v| floats(v, hidden));
     if let Some(host) = host {
-        assert!(host.n_threads <= MOST_HOST_THREADS, "{} threads", host.n_threads);
-        floats(&host.y, host.n_threads * (1 + most_taken(host.n_threads)) * hidden);
+        floats(&host.y, host.n_threads * hidden);
         assert!(host.flags.len() >= 4 * RESULT_FLAG * host.n_threads, "flags");
-        assert!(host.arrivals.len() >= ARRIVALS_BYTES, "the list of what has come");
     }
     let launch = Launch {
         kernel: "finish".to_owned(),
@@ -172,11 +141,8 @@ pub fn finish(
             u32_of(hidden),
             address(counts),
             optional(left_out),
-            // The fields of `struct HostPart` in kernels/cuda/host.cuh.
-            Arg::Struct(host.map_or(vec![0; 4], |h| {
-                let counts = h.n_threads as u64 | (most_taken(h.n_threads) as u64) << 32;
-                vec![h.y.address(), h.flags.address(), h.arrivals.address(), counts]
-            })),
+            // The fields of `struct HostPart` in kernels/cuda/ffn.cu.
+            Arg::Struct(host.map_or(vec![0; 3], |h| vec![h.y.address(), h.flags.address(), h.n_threads as u64])),
             address(step),
             u32_of(layer),
             u32_of(n_layers),
@@ -185,6 +151,6 @@ pub fn finish(
     };
     let mut uses = vec![partial, counts, step, x];
     uses.extend(left_out);
-    uses.extend(host.iter().flat_map(|h| [&h.y, &h.flags, &h.arrivals]));
+    uses.extend(host.iter().flat_map(|h| [&h.y, &h.flags]));
     device.launch(launch, &uses)
 }

@@ -26,10 +26,7 @@ pub use choose::{
 };
 pub use divide::divide_work;
 pub use fetch::fetch_bundles;
-pub use ffn::{
-    ARRIVALS_BYTES, Bundles, HostResult, MOST_HOST_THREADS, RESULT_FLAG, ffn, ffn_blocks, finish, most_taken,
-    taken_piece,
-};
+pub use ffn::{Bundles, HostResult, RESULT_FLAG, ffn, ffn_blocks, finish};
 pub use predict::{LayerInput, LowRankPredictor, inner_values, predict_inner, predict_scores};
 pub use product::{Added, Norm, embed, gemv};
 pub use prompt::{add_bias_rows, attend_rows, embed_rows, gate_rows, norm_rows, unpack_bundles, unpack_rows};
