@@ -46,6 +46,8 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
     };
     let model = split.manifest().source.model.clone();
     let wanted = args.n_prompt + args.n_gen;
+    let has_sketches = split.sketches().is_some();
+    #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match))]
     let mut engine = match load(split, &placement, wanted, 128, args.json)? {
         Loaded::Cpu(engine) => engine,
         #[cfg(feature = "cuda")]
@@ -68,7 +70,7 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
         });
     }
     super::plan::print_promise(promise.as_ref());
-    super::plan::print(&report.plan);
+    super::plan::print(&report.plan, has_sketches);
     let (p, d) = (&report.prompt_tok_s, &report.decode_tok_s);
     println!("prompt   {:>8.1} tok/s (+- {:.1} %), {} tokens", p.median, 100.0 * p.spread, settings.n_prompt);
     println!("decode   {:>8.1} tok/s (+- {:.1} %), {} tokens", d.median, 100.0 * d.spread, settings.n_gen);

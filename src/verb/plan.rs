@@ -45,7 +45,7 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
         return output::json(&Output { plan, hardware, predicted, promise });
     }
     print_promise(promise.as_ref());
-    print(&plan);
+    print(&plan, split.sketches().is_some());
     println!(
         "expected per token: {} from RAM, {} from disk",
         format_bytes(plan.ram_bytes_per_token),
@@ -67,7 +67,7 @@ pub fn print_promise(promise: Option<&Promise>) {
 }
 
 /// The tiers as a table.
-pub fn print(plan: &Plan) {
+pub fn print(plan: &Plan, has_sketches: bool) {
     let row = |name: &str, bytes: u64, what: String| println!("  {name:<18} {:>10}  {what}", format_bytes(bytes));
     let budget = plan.request.ram_budget_bytes.map_or("auto".to_owned(), format_bytes);
     println!("RAM budget {budget}; all weights {}", format_bytes(plan.dense_bytes));
@@ -86,7 +86,7 @@ pub fn print(plan: &Plan) {
         ),
     };
     row("neuron cache", plan.cache_bytes, expected);
-    row("predictors", plan.fixed.predictors, String::new());
+    row(if has_sketches { "sketches" } else { "predictors" }, plan.fixed.predictors, String::new());
     row("keys and values", plan.fixed.kv_cache, format!("{} tokens", plan.request.context));
     row("norms, scratch", plan.fixed.vectors + plan.fixed.scratch, String::new());
     row("disk buffers", plan.fixed.staging, String::new());
