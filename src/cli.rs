@@ -566,6 +566,9 @@ pub enum MaskName {
     Graded,
     /// As many of each layer and token as keep what is expected to be lost below a share (--active) of the neurons' energy's root
     GradedError,
+    /// The gate, up and down rows, each alone, whose error would cost most if the split's sketch stood for it, as it does for the
+    /// others: --active is the share of all rows' bytes; needs --fit-text
+    GradedRows,
     /// Peer: all gates, the share of neurons whose gate is largest
     Cats,
     /// Peer: the share of every matrix's inputs that are largest
@@ -645,11 +648,11 @@ pub struct Eval {
     /// Which neurons are computed, at every position; several, separated by commas, give a row each
     #[arg(long, value_enum, default_value = "dense", value_delimiter = ',')]
     pub mask: Vec<MaskName>,
-    /// Shares of the neurons that all masks but dense and exact keep: a row for each
+    /// Shares of the neurons (of inputs and graded-rows: of bytes) that all masks but dense and exact keep: a row for each
     #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
     /// Text on which --mask inputs measures what inputs cost (its first 1024 tokens; takes the time of about 2 dense passes over
-    /// them for each layer)
+    /// them for each layer), and --mask graded-rows what rows are worth (the same tokens; one dense pass)
     #[arg(long, value_name = "FILE")]
     pub fit_text: Option<PathBuf>,
     /// Planes of the weights, where the split has several: base, plus, exact, plus@SHARE or exact@SHARE, as for run

@@ -141,6 +141,38 @@ fn zeros_of_relu_are_found() {
     assert!(evaluated["bytes_share"].as_f64().unwrap() > 0.5, "{evaluated}");
 }
 
+/// From a text that says what rows are worth; what was read is told by kind and by bytes.
+#[test]
+fn rows_are_chosen_one_by_one() {
+    let dir = split(&llama(), "q4", SKETCHED);
+    let corpus = text(support::corpus());
+    let given =
+        ["eval", "-m", text(&dir), "--text", corpus, "--ctx", "64", "--windows", "2", "--mask", "dense,graded-rows"];
+    let fitted = [&given[..], &["--active", "1,0.3", "--fit-text", corpus]].concat();
+    let results = json(&[&fitted[..], &["--json"]].concat())["results"].clone();
+    assert!(results[1]["kl"].as_f64().unwrap() < 1e-9, "everything is read: {results}");
+    assert_eq!(results[1]["perplexity"], results[0]["perplexity"]);
+    let read = &results[2]["rows_read"];
+    assert!((read["bytes"].as_f64().unwrap() - 0.3).abs() < 0.05, "{read}");
+    assert!(results[2]["kl"].as_f64().unwrap() > 1e-6 && results[2].get("recall").unwrap().is_null());
+    let table = ok(&fitted).stdout;
+    assert!(table.contains("graded-rows 0.30: of the rows") && table.contains("by bytes"), "{table}");
+
+    let message = fails(2, &given);
+    assert!(message.contains("graded-rows") && message.contains("give --fit-text"), "{message}");
+    let plain = split(&llama(), "q4", &["--chunk-neurons", "8"]);
+    for (dir, word) in [(plain, "split --sketch"), (model(&llama()), "need a split")] {
+        let given = ["eval", "-m", text(&dir), "--text", corpus, "--mask", "graded-rows", "--fit-text", corpus];
+        let message = fails(2, &given);
+        assert!(message.contains(word), "{message}");
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), r#"{"context": "the lake", "choices": [" was calm", " rose"], "answer": 0}"#).unwrap();
+    let task = format!("cloze={}", text(file.path()));
+    let message = fails(2, &["eval", "-m", text(&dir), "--task", &task, "--mask", "graded-rows"]);
+    assert!(message.contains("graded-rows is measured on a text only"), "{message}");
+}
+
 #[test]
 fn sketches_that_lie_are_refused_or_cost_accuracy_alone() {
     let whole = split(&llama(), "q4", SKETCHED);

@@ -4,8 +4,8 @@
 
 use std::path::Path;
 use thermocline_analysis::eval::{
-    Evaluation, LayerQuality, Mask, Windows, evaluate, evaluate_decode, fit_input_costs, fit_shares, fit_windows,
-    measure_curve,
+    Evaluation, Fitted, LayerQuality, Mask, Windows, evaluate, evaluate_decode, fit_input_costs, fit_row_prices,
+    fit_shares, fit_windows, measure_curve,
 };
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
@@ -85,7 +85,8 @@ fn check(model: &TinyModel, encoding: Encoding) {
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let dense_model = SplitCheckpoint::open(&path).unwrap();
     let masks = [Mask::Dense, Mask::Exact, Mask::Predicted(0.3), Mask::Oracle(0.3)];
-    let by_mask = evaluate(&dense_model, Some(dense_model.split()), &windows, &masks, None, &|_, _| ()).unwrap();
+    let by_mask =
+        evaluate(&dense_model, Some(dense_model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
 
     assert_eq!(by_mask[0].losses, by_mask[1].losses, "leaving out zeros changes nothing");
     assert!(by_mask[0].kl.unwrap() < 1e-9 && by_mask[0].top1_agreement == Some(1.0));
@@ -137,7 +138,7 @@ fn sketches_are_used_alike_by_both_engines() {
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let model = SplitCheckpoint::open(&path).unwrap();
     let masks = [Mask::Dense, Mask::Graded(0.3), Mask::Oracle(0.3), Mask::Graded(1.0)];
-    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, None, &|_, _| ()).unwrap();
+    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
     assert!(
         by_mask[1].kl < by_mask[2].kl,
         "the best choice, with nothing for the rest, is further from the dense model"
@@ -156,6 +157,47 @@ fn sketches_are_used_alike_by_both_engines() {
     assert!(gaps(&by_mask[0], &graded).0 > 0.01);
 }
 
+/// Rows chosen one by one: all of them are the dense model, and of the others as many are read as were asked for, which leaves less
+/// than the same bytes of whole neurons do.
+#[test]
+fn rows_are_read_one_by_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, true);
+    let tokens = tokens(CTX * (WINDOWS + 8));
+    let windows = Windows::new(&tokens[..CTX * WINDOWS], CTX, WINDOWS).unwrap();
+    let others = Windows::new(&tokens[CTX * WINDOWS..], CTX, 8).unwrap();
+    let model = SplitCheckpoint::open(&path).unwrap();
+    let rows = Some(fit_row_prices(&model, Some(model.split()), &others, &|_, _| ()).unwrap());
+    let fitted = Fitted { rows, ..Fitted::default() };
+    let masks = [1.0, 0.6, 0.3].map(Mask::GradedRows);
+    let masks = [&masks[..], &[Mask::Graded(0.3)]].concat();
+    let results = evaluate(&model, Some(model.split()), &windows, &masks, &fitted, &|_, _| ()).unwrap();
+    let [whole, most, some, neurons] = results.as_slice() else { panic!("four results") };
+    assert!(whole.kl.unwrap() < 1e-9, "nothing is left to the sketch: {}", whole.kl.unwrap());
+    assert!(whole.kl < most.kl && most.kl < some.kl, "{:?} {:?}", most.kl, some.kl);
+    assert!(some.kl < neurons.kl, "{:?} by rows, {:?} by neurons", some.kl, neurons.kl);
+    for (result, share) in results.iter().zip([1.0, 0.6, 0.3]) {
+        let read = result.rows_read.unwrap();
+        assert!((read.bytes - share).abs() < 0.03, "{share}: {read:?}");
+        assert!((read.gate + read.up + read.down - 3.0 * read.bytes).abs() < 1e-9, "{read:?}");
+        assert!(result.recall.is_none() && result.computed_share.is_none());
+    }
+    assert_eq!(whole.rows_read.unwrap().threshold, 0.0);
+    assert_eq!(whole.bytes_share.unwrap() - whole.predictor_bytes_share.unwrap(), 1.0);
+    // The same bytes are counted as for whole neurons.
+    let apart = (some.bytes_share.unwrap() - neurons.bytes_share.unwrap()).abs();
+    assert!(neurons.rows_read.is_none() && apart < 0.03, "{apart}");
+
+    let refused = |split, fitted: &Fitted| evaluate(&model, split, &windows, &masks, fitted, &|_, _| ()).unwrap_err();
+    assert!(refused(Some(model.split()), &Fitted::default()).to_string().contains("--fit-text"));
+    assert!(refused(None, &fitted).to_string().contains("need a split"));
+    let without = dir.path().join("without");
+    std::fs::create_dir(&without).unwrap();
+    let plain = SplitCheckpoint::open(&make_with(&without, &TinyModel::default(), Encoding::Q4, false)).unwrap();
+    let unfitted = fit_row_prices(&plain, Some(plain.split()), &others, &|_, _| ()).unwrap_err();
+    assert!(unfitted.to_string().contains("split --sketch"), "{unfitted}");
+}
+
 /// So do errors that are limited: as many neurons as that takes, of every token and layer, in both engines.
 #[test]
 fn errors_are_limited_alike_by_both_engines() {
@@ -166,7 +208,7 @@ fn errors_are_limited_alike_by_both_engines() {
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let model = SplitCheckpoint::open(&path).unwrap();
     let masks = [Mask::Dense, Mask::GradedError(0.1), Mask::GradedError(0.03)];
-    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, None, &|_, _| ()).unwrap();
+    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
     let shares = [1, 2].map(|i| by_mask[i].computed_share.unwrap());
     assert!(0.02 < shares[0] && shares[0] < shares[1] && shares[1] < 0.9, "{shares:?}");
     assert!(by_mask[2].kl < by_mask[1].kl && by_mask[2].kl.unwrap() > 0.0);
@@ -198,7 +240,7 @@ fn shares_are_measured_kept_and_used_by_both_engines() {
     let masks = [Mask::Predicted(0.3), Mask::PredictedAlike(0.3)];
     let both = || {
         let model = SplitCheckpoint::open(&path).unwrap();
-        evaluate(&model, Some(model.split()), &windows, &masks, None, &|_, _| ()).unwrap()
+        evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap()
     };
     let before = both();
     assert_eq!(before[0].losses, before[1].losses, "nothing was measured yet");
@@ -263,7 +305,7 @@ fn a_curve_is_what_the_masks_say_behind_the_fitted_windows() {
     // Behind the first 48 tokens, from the start of the text that is left.
     let rest = Windows::new(&tokens[2 * 24..], 4 * 24, 2).unwrap();
     let masks = [0.1, 0.5, 0.9].map(Mask::Predicted);
-    let said = evaluate(&fitted, Some(fitted.split()), &rest, &masks, None, &|_, _| ()).unwrap();
+    let said = evaluate(&fitted, Some(fitted.split()), &rest, &masks, &Fitted::default(), &|_, _| ()).unwrap();
     let points: Vec<_> = curve.points().collect();
     assert_eq!((points.len(), curve.tokens()), (9, 2 * (4 * 24 - 1)));
     for (i, said) in [0, 4, 8].into_iter().zip(&said) {
@@ -296,9 +338,10 @@ fn peers_keep_what_they_are_told_to() {
     let opened = SplitCheckpoint::open(&path).unwrap();
     let others = Windows::new(&tokens[CTX * WINDOWS..], CTX, WINDOWS).unwrap();
     let costs = fit_input_costs(&opened, &others, &|_, _| ()).unwrap();
+    let fitted = Fitted { inputs: Some(costs), ..Fitted::default() };
     for of in [Mask::Teal, Mask::Wina, Mask::Cats, Mask::Inputs] {
         let masks = [Mask::Dense, of(1.0), of(0.8), of(0.4)];
-        let results = evaluate(&opened, Some(opened.split()), &windows, &masks, Some(&costs), &|_, _| ()).unwrap();
+        let results = evaluate(&opened, Some(opened.split()), &windows, &masks, &fitted, &|_, _| ()).unwrap();
         let [dense, whole, most, some] = results.as_slice() else { panic!("four results") };
         let name = &whole.mask;
         let largest = dense.losses.iter().zip(&whole.losses).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -310,6 +353,6 @@ fn peers_keep_what_they_are_told_to() {
             assert!((shares[1] - 0.8).abs() < 0.1 && (shares[2] - 0.4).abs() < 0.15, "{shares:?}");
         }
     }
-    let nothing_known = evaluate(&opened, None, &windows, &[Mask::Inputs(0.5)], None, &|_, _| ());
+    let nothing_known = evaluate(&opened, None, &windows, &[Mask::Inputs(0.5)], &Fitted::default(), &|_, _| ());
     assert!(nothing_known.unwrap_err().to_string().contains("--fit-text"));
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use thermocline_analysis::eval::{Mask, Windows};
+use thermocline_analysis::eval::{Fitted, Mask, Windows};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
@@ -234,7 +234,7 @@ fn evaluate(
     masks.extend(SHARES.map(Mask::Oracle));
     masks.extend(SHARES.map(Mask::Predicted));
     let model = super::eval::Model::open(split, Precision::Base.into(), None)?;
-    let results = super::eval::batch(&model, &windows, &masks, None, false)?;
+    let results = super::eval::batch(&model, &windows, &masks, &Fitted::default(), false)?;
     let output = super::eval::Output::new(&model, split, text_name, &windows, &results, step)?;
     said("eval", step, &format!("{} tokens under {} masks", windows.tokens().len(), masks.len()));
     super::eval::table(&results);

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{
-    Evaluation, InputCosts, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_input_costs, fit_shares,
-    fit_windows, measure_curve,
+    Evaluation, Fitted, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_input_costs, fit_row_prices,
+    fit_shares, fit_windows, measure_curve,
 };
 use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
@@ -122,8 +122,8 @@ impl Model {
 pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let begin = Instant::now();
     super::run::limit_threads(args.threads)?;
-    if args.fit_text.is_some() && !args.mask.contains(&MaskName::Inputs) {
-        return Err(Usage("--fit-text is for --mask inputs, and there is none".to_owned()).into());
+    if args.fit_text.is_some() && !args.mask.iter().any(|m| matches!(m, MaskName::Inputs | MaskName::GradedRows)) {
+        return Err(Usage("--fit-text is for --mask inputs and graded-rows, and there is none".to_owned()).into());
     }
     let masks = masks(&args.mask, &args.active);
     let model = Model::open(&args.model, args.precision, args.delta.as_deref())?;
@@ -146,9 +146,8 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     }
     let results = match args.engine {
         EngineName::Batch => {
-            let costs =
-                args.fit_text.as_deref().map(|text| input_costs(&model, &tokenizer, text, args.json)).transpose()?;
-            batch(&model, &windows, &masks, costs.as_ref(), args.json)?
+            let fitted = args.fit_text.as_deref().map(|text| fitted(args, &model, &tokenizer, text)).transpose()?;
+            batch(&model, &windows, &masks, &fitted.unwrap_or_default(), args.json)?
         }
         EngineName::Decode => decode(args, &windows, &masks)?,
     };
@@ -166,7 +165,7 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
 
 /// What `eval --fit-shares --json` prints.
 #[derive(Serialize)]
-struct Fitted<'a> {
+struct FittedShares<'a> {
     model: String,
     text: String,
     ctx: usize,
@@ -220,7 +219,7 @@ fn fit(
     Split::put_shares(split.dir(), &shares)?;
     let divided = [0.3, 0.5].map(|active| Divided { active, layers: shares.allocate(active) });
     if args.json {
-        return output::json(&Fitted {
+        return output::json(&FittedShares {
             model: model_name(&args.model),
             text: name(text_path(args)),
             ctx: windows.ctx(),
@@ -318,8 +317,8 @@ fn planes(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> 
 const FIT_WINDOWS: usize = 4;
 const FIT_CTX: usize = 256;
 
-/// What inputs cost on `text`.
-fn input_costs(model: &Model, tokenizer: &Tokenizer, text: &Path, quiet: bool) -> anyhow::Result<InputCosts> {
+/// What inputs cost, and rows are worth, on `text`, as far as masks ask for it.
+fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path) -> anyhow::Result<Fitted> {
     let read = std::fs::read_to_string(text).with_context(|| format!("--fit-text {}", text.display()))?;
     let tokens = tokenizer.encode(&read, false).with_context(|| format!("--fit-text {}", text.display()))?;
     if tokens.len() < FIT_WINDOWS * FIT_CTX {
@@ -329,11 +328,13 @@ fn input_costs(model: &Model, tokenizer: &Tokenizer, text: &Path, quiet: bool) -
         );
     }
     let windows = Windows::new(&tokens, FIT_CTX, FIT_WINDOWS).map_err(usage)?;
-    let progress = Progress::new("fit", quiet);
+    let progress = Progress::new("fit", args.json);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let costs = fit_input_costs(model.dense(), &windows, &on_step);
+    let asked = |name: MaskName| args.mask.contains(&name).then_some(());
+    let inputs = asked(MaskName::Inputs).map(|()| fit_input_costs(model.dense(), &windows, &on_step));
+    let rows = asked(MaskName::GradedRows).map(|()| fit_row_prices(model.dense(), model.split(), &windows, &on_step));
     progress.finish();
-    costs.map_err(usage)
+    Ok(Fitted { inputs: inputs.transpose().map_err(usage)?, rows: rows.transpose().map_err(usage)? })
 }
 
 /// Evaluates with a progress bar.
@@ -341,12 +342,12 @@ pub fn batch(
     model: &Model,
     windows: &Windows<'_>,
     masks: &[Mask],
-    costs: Option<&InputCosts>,
+    fitted: &Fitted,
     quiet: bool,
 ) -> anyhow::Result<Vec<Evaluation>> {
     let progress = Progress::new("eval", quiet);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let results = evaluate(model.dense(), model.split(), windows, masks, costs, &on_step);
+    let results = evaluate(model.dense(), model.split(), windows, masks, fitted, &on_step);
     progress.finish();
     results.map_err(usage)
 }
@@ -412,6 +413,7 @@ fn masks(names: &[MaskName], active: &[f64]) -> Vec<Mask> {
         MaskName::PredictedAlike => each(Mask::PredictedAlike),
         MaskName::Graded => each(Mask::Graded),
         MaskName::GradedError => each(Mask::GradedError),
+        MaskName::GradedRows => each(Mask::GradedRows),
         MaskName::Cats => each(Mask::Cats),
         MaskName::Teal => each(Mask::Teal),
         MaskName::Wina => each(Mask::Wina),
@@ -485,6 +487,16 @@ pub fn table(results: &[Evaluation]) {
             or_dash(r.energy_recall, 3),
             or_dash(r.energy_recall_of_oracle, 3),
             r.tokens
+        );
+    }
+    for (r, rows) in results.iter().filter_map(|r| Some((r, r.rows_read?))) {
+        let [gate, up, down, bytes] = [rows.gate, rows.up, rows.down, rows.bytes].map(|share| 100.0 * share);
+        println!(
+            "{} {:.2}: of the rows {bytes:.1} % were read by bytes (gate {gate:.1}, up {up:.1}, down {down:.1} %), above \
+             {:.2e}",
+            r.mask,
+            r.active.unwrap_or(1.0),
+            rows.threshold
         );
     }
 }

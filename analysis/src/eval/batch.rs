@@ -2,10 +2,9 @@
 
 use super::bytes::LayerBytes;
 use super::choosers::Choosers;
-use super::input_costs::InputCosts;
 use super::likelihood::{TokenScores, add, positions_at_once};
 use super::masked_layer::MaskedLayer;
-use super::{Evaluation, Mask, Positions, Windows};
+use super::{Evaluation, Fitted, Mask, Positions, RowsRead, Windows};
 use crate::{Error, Result};
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head, Sequence};
 use thermocline_datasets::Checkpoint;
@@ -24,12 +23,25 @@ struct Stream {
     thresholds: Vec<[f32; 4]>,
     /// Inputs that were read, by group.
     kept: [u64; 4],
+    /// For [`Mask::GradedRows`]: the threshold of all layers.
+    row_threshold: f32,
+    /// Gate, up and down rows that were read.
+    rows_read: [u64; 3],
 }
 
 impl Stream {
     fn new(mask: Mask, x: Vec<f32>, split: Option<&Split>) -> Result<Self> {
         let active = chosen_active(mask, split)?;
-        Ok(Stream { mask, x, tally: Vec::new(), active, thresholds: Vec::new(), kept: [0; 4] })
+        Ok(Stream {
+            mask,
+            x,
+            tally: Vec::new(),
+            active,
+            thresholds: Vec::new(),
+            kept: [0; 4],
+            row_threshold: 0.0,
+            rows_read: [0; 3],
+        })
     }
 }
 
@@ -60,8 +72,8 @@ pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
 /// Runs `model` over `windows` once densely and once under each of `masks`, layer by layer, and compares.
 ///
 /// `split` has the predictors for [`Mask::Predicted`], the sketches for [`Mask::Graded`]; its neurons must be in `model`'s
-/// order, as they are if `model` is the [`thermocline_split::SplitCheckpoint`] of the same split. `costs`, of another text,
-/// are for [`Mask::Inputs`].
+/// order, as they are if `model` is the [`thermocline_split::SplitCheckpoint`] of the same split. `fitted`, on another text,
+/// is for [`Mask::Inputs`] and [`Mask::GradedRows`].
 /// Memory: one layer as f32, one window's activations, and `4 * n_tokens * hidden_size` bytes for each mask and the dense
 /// reference. `progress(done, total)` counts layers times streams.
 ///
@@ -73,15 +85,11 @@ pub fn evaluate(
     split: Option<&Split>,
     windows: &Windows<'_>,
     masks: &[Mask],
-    costs: Option<&InputCosts>,
+    fitted: &Fitted,
     progress: &dyn Fn(usize, usize),
 ) -> Result<Vec<Evaluation>> {
     check_masks(masks, split)?;
-    if costs.is_none() && masks.iter().any(|m| matches!(m, Mask::Inputs(_))) {
-        let reason =
-            "inputs needs to know what they cost: give --fit-text a text, better not the one of --text".to_owned();
-        return Err(Error::Setting { flag: "--mask", reason });
-    }
+    fitted.check(masks)?;
     let config = model.config();
     let bytes = LayerBytes::of(model, split)?;
     let of_inputs = bytes.of_inputs(config);
@@ -91,8 +99,11 @@ pub fn evaluate(
     let own = masks.iter().filter(|m| **m != Mask::Dense);
     let mut masked: Vec<Stream> = own.map(|&mask| Stream::new(mask, dense.x.clone(), split)).collect::<Result<_>>()?;
     for stream in &mut masked {
-        if let (Mask::Inputs(share), Some(costs)) = (stream.mask, costs) {
+        if let (Mask::Inputs(share), Some(costs)) = (stream.mask, &fitted.inputs) {
             stream.thresholds = costs.thresholds(of_inputs, share);
+        }
+        if let (Mask::GradedRows(share), Some(prices)) = (stream.mask, &fitted.rows) {
+            stream.row_threshold = prices.threshold(share);
         }
     }
     let total = config.n_layers * (1 + masked.len());
@@ -103,7 +114,7 @@ pub fn evaluate(
         let before = index * (1 + masked.len());
         for (i, stream) in std::iter::once(&mut dense).chain(&mut masked).enumerate() {
             progress(before + i, total);
-            stream.advance((index, &layer), &down_norm, &choosers, costs, windows.ctx())?;
+            stream.advance((index, &layer), &down_norm, &choosers, fitted, windows.ctx())?;
         }
     }
     progress(total, total);
@@ -111,11 +122,20 @@ pub fn evaluate(
         let each = kept.iter().zip(of_inputs).map(|(&kept, bytes)| kept as f64 * bytes);
         bytes.share_of(each.sum::<f64>() / windows.tokens().len() as f64)
     };
-    let read: Vec<(Mask, f64)> = masked.iter().map(|s| (s.mask, read(s.kept))).collect();
+    let n_neurons = (windows.tokens().len() * config.n_layers * config.intermediate_size) as u64;
+    let read: Vec<(Mask, f64, RowsRead)> =
+        masked.iter().map(|s| (s.mask, read(s.kept), RowsRead::new(s.rows_read, n_neurons, s.row_threshold))).collect();
     let mut evaluations = compare(model, windows, masks, dense, masked)?;
     for (evaluation, mask) in evaluations.iter_mut().zip(masks) {
-        let counted = read.iter().find(|(m, _)| m == mask && matches!(m, Mask::Inputs(_)));
-        evaluation.bytes_share = counted.map(|(_, read)| *read).or_else(|| bytes.share(*mask));
+        let counted = read.iter().find(|(m, ..)| m == mask);
+        evaluation.bytes_share = match (mask, counted) {
+            (Mask::Inputs(_), Some((_, inputs, _))) => Some(*inputs),
+            (Mask::GradedRows(_), Some((_, _, rows))) => {
+                evaluation.rows_read = Some(*rows);
+                Some(bytes.graded_share(rows.bytes))
+            }
+            _ => bytes.share(*mask),
+        };
         evaluation.predictor_bytes_share = bytes.chooser_share(*mask);
     }
     Ok(evaluations)
@@ -128,20 +148,23 @@ impl Stream {
         (index, layer): (usize, &DenseLayer),
         down_norm: &[f32],
         choosers: &Choosers,
-        costs: Option<&InputCosts>,
+        fitted: &Fitted,
         ctx: usize,
     ) -> Result<()> {
-        let priced = costs.and_then(|c| c.layer(index)).zip(self.thresholds.get(index).copied());
-        let choice = self.mask.input_choice(priced);
-        let is_of_inputs = choice.is_some();
+        let costs = fitted.inputs.as_ref().and_then(|c| c.layer(index));
+        let choice = self.mask.input_choice(costs.zip(self.thresholds.get(index).copied()));
+        let prices = fitted.rows.as_ref().filter(|_| matches!(self.mask, Mask::GradedRows(_)));
+        let least = prices.map(|prices| prices.least(index, self.row_threshold));
+        let chooses_neurons = choice.is_none() && least.is_none();
         let active = self.active.get(index);
-        let masked = MaskedLayer::new(self.mask, layer, down_norm, choosers, active, choice)?;
+        let masked = MaskedLayer::new(self.mask, layer, down_norm, choosers, active, choice, least)?;
         let (mut tally, sequences) = (Tally::default(), [Sequence::plain(ctx)]);
         for window in self.x.chunks_exact_mut(ctx * layer.hidden_size()) {
             tally = tally + masked.forward(window, &sequences, Positions::All)?;
         }
         self.kept.iter_mut().zip(masked.kept()).for_each(|(sum, kept)| *sum += kept);
-        if !is_of_inputs {
+        self.rows_read.iter_mut().zip(masked.rows_read()).for_each(|(sum, read)| *sum += read);
+        if chooses_neurons {
             self.tally.push(tally);
         }
         Ok(())

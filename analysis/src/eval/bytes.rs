@@ -51,6 +51,11 @@ impl LayerBytes {
         (mask.asks_predictor() || mask.asks_sketch()).then(|| self.share_of(asked))
     }
 
+    /// What a mask reads that asks the sketches and reads this share of the neurons' bytes, relative to everything.
+    pub(crate) fn graded_share(&self, of_neurons: f64) -> f64 {
+        self.share_of(self.attention + self.sketches + of_neurons * self.neurons)
+    }
+
     /// What `mask` reads, relative to everything.
     pub(crate) fn share(&self, mask: Mask) -> Option<f64> {
         let read = match mask {
@@ -60,11 +65,11 @@ impl LayerBytes {
             Mask::Predicted(share) | Mask::PredictedAlike(share) => {
                 self.attention + self.predictors + share * self.neurons
             }
-            Mask::Graded(share) => self.attention + self.sketches + share * self.neurons,
+            Mask::Graded(share) => return Some(self.graded_share(share)),
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
             // It depends on the text.
-            Mask::Inputs(_) | Mask::GradedError(_) => return None,
+            Mask::Inputs(_) | Mask::GradedError(_) | Mask::GradedRows(_) => return None,
         };
         Some(self.share_of(read))
     }

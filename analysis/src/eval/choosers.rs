@@ -1,6 +1,6 @@
 //! What a layer's neurons are chosen by, beside their own activations.
 
-use super::Mask;
+use super::{Mask, rows};
 use crate::Result;
 use rayon::prelude::*;
 use thermocline_calibrate::dense::GatedNeurons;
@@ -42,7 +42,8 @@ pub(crate) struct Sketched {
 }
 
 impl SketchedLayer {
-    fn load(split: &Split, index: usize) -> Result<Option<Self>> {
+    /// Layer `index`'s, if the split has sketches.
+    pub(crate) fn load(split: &Split, index: usize) -> Result<Option<Self>> {
         let Some(stored) = split.sketch(index)? else { return Ok(None) };
         let (config, places) = (&split.manifest().config, split.layers()[index].places());
         let sketch = stored.in_order(&places);
@@ -51,9 +52,47 @@ impl SketchedLayer {
         Ok(Some(Self { sketch, neurons, activation: config.activation }))
     }
 
+    /// What it knows of each neuron, without the rows.
+    pub(crate) fn without_rows(self) -> Sketch {
+        Sketch { rows: Default::default(), ..self.sketch }
+    }
+
+    /// Gate and up products for the layer's normalised input `[n_tokens, hidden_size]`, `[n_tokens, n_neurons]` each.
+    pub(crate) fn pre_activations(&self, input: &[f32]) -> Result<[Vec<f32>; 2]> {
+        Ok(self.neurons.pre_activations(input)?)
+    }
+
+    /// The activations `[n_tokens, n_neurons]` from those gate and up rows that are worth reading, if reading a row must spare a squared
+    /// error of `least`: of neurons whose down row is read, and of those whose down row is the sketch's, 0 for the others each; and
+    /// how many gate, up and down rows are read. `input` is as above, `exact` has the rows' own products.
+    pub(crate) fn choose_rows(
+        &self,
+        input: &[f32],
+        exact: [Vec<f32>; 2],
+        least: f32,
+    ) -> Result<([Vec<f32>; 2], [u64; 3])> {
+        let [gate, up] = self.pre_activations(input)?;
+        let n = self.sketch.n_neurons();
+        // Both are overwritten in place.
+        let [mut h, mut sketched] = exact;
+        let tokens = h.par_chunks_mut(n).zip(sketched.par_chunks_mut(n)).zip(gate.par_chunks(n).zip(up.par_chunks(n)));
+        let counts = tokens.map(|((h, sketched), (gate, up))| {
+            let mut counts = [0u64; 3];
+            for i in 0..n {
+                let (of_neuron, read) =
+                    rows::choose(&self.sketch, self.activation, i, [gate[i], up[i]], [h[i], sketched[i]], least);
+                (h[i], sketched[i]) = if read[2] { (of_neuron, 0.0) } else { (0.0, of_neuron) };
+                counts.iter_mut().zip(read).for_each(|(count, read)| *count += u64::from(read));
+            }
+            counts
+        });
+        let counts = counts.reduce(|| [0; 3], |a, b| std::array::from_fn(|part| a[part] + b[part]));
+        Ok(([h, sketched], counts))
+    }
+
     /// For the layer's normalised input, `[n_tokens, hidden_size]`.
     pub(crate) fn look(&self, input: &[f32]) -> Result<Sketched> {
-        let [gate, up] = self.neurons.pre_activations(input)?;
+        let [gate, up] = self.pre_activations(input)?;
         let n = self.sketch.n_neurons();
         let (mut scores, mut h) = (vec![0.0f32; gate.len()], vec![0.0f32; gate.len()]);
         let rows = scores.par_chunks_mut(n).zip(h.par_chunks_mut(n)).zip(gate.par_chunks(n).zip(up.par_chunks(n)));

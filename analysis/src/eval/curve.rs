@@ -1,6 +1,6 @@
 //! What sparse mode costs at every share of the neurons, measured on text that the shares were not fitted to.
 
-use super::{Mask, Windows, evaluate};
+use super::{Fitted, Mask, Windows, evaluate};
 use crate::{Error, Result};
 use thermocline_datasets::Checkpoint;
 use thermocline_split::{Curve, Split};
@@ -55,7 +55,7 @@ pub fn measure_curve(
     text_digest: u128,
     progress: &dyn Fn(usize, usize),
 ) -> Result<Curve> {
-    let results = evaluate(model, Some(split), windows, &SHARES.map(Mask::Predicted), None, progress)?;
+    let results = evaluate(model, Some(split), windows, &SHARES.map(Mask::Predicted), &Fitted::default(), progress)?;
     let (mut increases, mut highs) = (Vec::new(), Vec::new());
     for result in &results {
         // Every mask was compared with the dense model.

@@ -27,6 +27,9 @@ pub enum Mask {
     /// Of every layer as few as leave to the sketch a squared error that is expected to be at most the square of the given share of
     /// the neurons' energy: more where the sketch is unsure, few where most are zero.
     GradedError(f64),
+    /// Of all neurons' gate, up and down rows the given share, each chosen alone by what reading it spares ([`super::RowPrices`]); the
+    /// sketch's rows stand for the others.
+    GradedRows(f64),
     /// CATS (arXiv 2404.08763): all gates, and of up and down the given share of neurons, those whose gate reaches a
     /// threshold of the window.
     Cats(f64),
@@ -56,6 +59,7 @@ impl Mask {
             Mask::PredictedAlike(_) => "predicted-alike",
             Mask::Graded(_) => "graded",
             Mask::GradedError(_) => "graded-error",
+            Mask::GradedRows(_) => "graded-rows",
             Mask::Cats(_) => "cats",
             Mask::Teal(_) => "teal",
             Mask::Wina(_) => "wina",
@@ -73,6 +77,7 @@ impl Mask {
             | Mask::PredictedAlike(share)
             | Mask::Graded(share)
             | Mask::GradedError(share)
+            | Mask::GradedRows(share)
             | Mask::Cats(share)
             | Mask::Teal(share)
             | Mask::Wina(share)
@@ -104,9 +109,14 @@ impl Mask {
         matches!(self, Mask::Predicted(_) | Mask::PredictedAlike(_))
     }
 
+    /// Whether it has thresholds of another text.
+    pub(crate) fn is_fitted(self) -> bool {
+        matches!(self, Mask::Inputs(_) | Mask::GradedRows(_))
+    }
+
     /// Whether it asks the sketch.
     pub(crate) fn asks_sketch(self) -> bool {
-        matches!(self, Mask::Graded(_) | Mask::GradedError(_))
+        matches!(self, Mask::Graded(_) | Mask::GradedError(_) | Mask::GradedRows(_))
     }
 
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
@@ -170,7 +180,7 @@ impl Mask {
                 // Gates that are kept; the others were set to zero.
                 kept.extend(scores.unwrap_or(h).iter().zip(0..).filter(|(gate, _)| **gate != 0.0).map(|(_, i)| i));
             }
-            Mask::Teal(_) | Mask::Wina(_) | Mask::Inputs(_) => kept.extend(0..n as u32),
+            Mask::Teal(_) | Mask::Wina(_) | Mask::Inputs(_) | Mask::GradedRows(_) => kept.extend(0..n as u32),
         }
     }
 }

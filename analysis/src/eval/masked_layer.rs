@@ -4,6 +4,7 @@ use super::choosers::{Choosers, SketchedLayer};
 use super::inputs::{self, InputChoice, InputMethod};
 use super::{Mask, Positions};
 use crate::Result;
+use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_calibrate::dense::{DenseLayer, Sequence};
 use thermocline_runtime::LayerActive;
 use thermocline_runtime::quality::Tally;
@@ -17,11 +18,15 @@ pub(crate) struct MaskedLayer<'a> {
     active: Option<&'a LayerActive>,
     /// How inputs are left out, if the mask does that.
     of_inputs: Option<InputMethod<'a>>,
+    /// Squared error from which a row is read, if the mask chooses rows.
+    least: Option<f32>,
+    /// Gate, up and down rows that were read so far, if the mask chooses rows.
+    rows_read: [AtomicU64; 3],
 }
 
 impl<'a> MaskedLayer<'a> {
     /// `down_norm [intermediate_size]`; `active` is what a predicted or graded mask computes of this layer, `choice` the inputs
-    /// that a mask of inputs keeps.
+    /// that a mask of inputs keeps, `least` the squared error from which a mask of rows reads them.
     pub(crate) fn new(
         mask: Mask,
         layer: &'a DenseLayer,
@@ -29,14 +34,21 @@ impl<'a> MaskedLayer<'a> {
         choosers: &'a Choosers,
         active: Option<&'a LayerActive>,
         choice: Option<InputChoice<'a>>,
+        least: Option<f32>,
     ) -> Result<Self> {
         let of_inputs = choice.map(|choice| InputMethod::new(layer, choice)).transpose()?;
-        Ok(MaskedLayer { mask, layer, down_norm, choosers, active, of_inputs })
+        let rows_read = Default::default();
+        Ok(MaskedLayer { mask, layer, down_norm, choosers, active, of_inputs, least, rows_read })
     }
 
     /// Inputs of each group of matrices that were kept by thresholds so far.
     pub(crate) fn kept(&self) -> [u64; 4] {
         self.of_inputs.as_ref().map_or([0; 4], InputMethod::kept)
+    }
+
+    /// Gate, up and down rows that were read so far.
+    pub(crate) fn rows_read(&self) -> [u64; 3] {
+        self.rows_read.each_ref().map(|n| n.load(Ordering::Relaxed))
     }
 
     /// Takes the rows `x [n_rows, hidden_size]` of `sequences` through the layer. The mask applies at `positions`; a threshold
@@ -52,6 +64,15 @@ impl<'a> MaskedLayer<'a> {
         }
         let mut next = self.layer.attention_in(x, sequences)?;
         let input = self.layer.ffn_input(&next)?;
+        if let Some((sketch, least)) = self.sketch().zip(self.least) {
+            let ([h, sketched], read) = sketch.choose_rows(&input, self.layer.pre_activations(&input)?, least)?;
+            self.layer.ffn_output(&mut next, h)?;
+            sketch.add(&mut next, sketched)?;
+            self.rows_read.iter().zip(read).for_each(|(sum, n)| _ = sum.fetch_add(n, Ordering::Relaxed));
+            x.copy_from_slice(&next);
+            // Of most neurons a part is computed: recall says nothing of it.
+            return Ok(Tally::default());
+        }
         let mut h = self.layer.neurons(&input)?.h;
         let mut sketched = Vec::new();
         let tally = self.leave_out(&input, &mut h, &mut sketched, sequences, positions)?;

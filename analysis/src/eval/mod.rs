@@ -10,6 +10,7 @@
 //! | what each layer's share of the neurons costs | [`fit_shares`] |
 //! | what they cost together | [`measure_curve`] |
 //! | what each input of a matrix costs | [`fit_input_costs`] |
+//! | what each row of a neuron is worth | [`fit_row_prices`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
 //! | zero-shot tasks under the same masks | [`tasks`] |
 //!
@@ -29,6 +30,7 @@ mod likelihood;
 mod mask;
 mod masked_layer;
 mod planes;
+mod rows;
 mod shares;
 pub mod tasks;
 mod windows;
@@ -39,6 +41,7 @@ pub use decode::evaluate_decode;
 pub use input_costs::{InputCosts, fit_input_costs};
 pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
+pub use rows::{RowPrices, RowsRead, fit_row_prices};
 pub use shares::fit_shares;
 pub use tasks::{Positions, TaskFile, TaskKind, TaskResult, evaluate_task, read_task};
 pub use thermocline_runtime::quality::LayerQuality;
@@ -53,12 +56,13 @@ use thermocline_runtime::quality::Tally;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `graded`,
-    /// `graded-error`, `cats`, `teal`, `wina` or `inputs`.
+    /// `graded-error`, `graded-rows`, `cats`, `teal`, `wina` or `inputs`.
     pub mask: String,
     /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub planes: Option<String>,
-    /// Share of each layer's neurons that the mask keeps, where it has one.
+    /// Share of each layer's neurons that the mask keeps, where it has one; of `inputs` and `graded-rows` the share of the bytes
+    /// that it was fitted to.
     pub active: Option<f64>,
     /// `batch` (dense forward, mask applied to all positions) or `decode` (token engine).
     pub engine: String,
@@ -94,6 +98,9 @@ pub struct Evaluation {
     /// none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predictor_bytes_share: Option<f64>,
+    /// What of the neurons' rows was read, where they were chosen one by one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_read: Option<RowsRead>,
     /// Tokens whose probability was taken: windows * (ctx - 1).
     pub tokens: usize,
     /// Layer by layer; empty if the engine does not tell.
@@ -101,6 +108,31 @@ pub struct Evaluation {
     /// Cross-entropy of each of the tokens, in nats.
     #[serde(skip)]
     pub losses: Vec<f32>,
+}
+
+/// What masks know from another text than the one they are evaluated on.
+#[derive(Debug, Clone, Default)]
+pub struct Fitted {
+    /// For [`Mask::Inputs`].
+    pub inputs: Option<InputCosts>,
+    /// For [`Mask::GradedRows`].
+    pub rows: Option<RowPrices>,
+}
+
+impl Fitted {
+    /// Refuses masks that need what is not there.
+    fn check(&self, masks: &[Mask]) -> Result<()> {
+        let lacks = |mask: &&Mask| match mask {
+            Mask::Inputs(_) => self.inputs.is_none(),
+            Mask::GradedRows(_) => self.rows.is_none(),
+            _ => false,
+        };
+        let Some(mask) = masks.iter().find(lacks) else { return Ok(()) };
+        let what = if matches!(mask, Mask::Inputs(_)) { "they cost" } else { "rows are worth" };
+        let name = mask.name();
+        let reason = format!("{name} needs to know what {what}: give --fit-text a text, better not the one of --text");
+        Err(Error::Setting { flag: "--mask", reason })
+    }
 }
 
 impl Evaluation {
@@ -140,6 +172,7 @@ impl Evaluation {
             computed_share: mean(|l| l.computed_share),
             bytes_share: None,
             predictor_bytes_share: None,
+            rows_read: None,
             tokens: scores.losses.len(),
             layers,
             losses: scores.losses,

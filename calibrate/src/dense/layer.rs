@@ -194,6 +194,18 @@ impl DenseLayer {
         Ok(Activations { h, n_tokens, intermediate_size: ffn })
     }
 
+    /// Gate and up pre-activations for `input` of [`DenseLayer::ffn_input`], `[n_tokens, intermediate_size]` each.
+    ///
+    /// # Errors
+    /// If `input` is not a whole number of rows.
+    pub fn pre_activations(&self, input: &[f32]) -> Result<[Vec<f32>; 2]> {
+        let (hidden, n) = (self.hidden_size(), input.len() / self.hidden_size());
+        check_len("pre-activations' input", input.len(), n * hidden)?;
+        let input = tensor(input.to_vec(), &[n, hidden])?;
+        let product = |matrix: &Linear| with_values(&matrix.forward(&input)?, <[f32]>::to_vec);
+        Ok([product(&self.gate)?, product(&self.up)?])
+    }
+
     fn activate(&self, gate: &Tensor, up: &Tensor, n_tokens: usize) -> Result<Vec<f32>> {
         let ffn = self.intermediate_size();
         let mut h = vec![0.0f32; n_tokens * ffn];

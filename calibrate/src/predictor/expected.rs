@@ -19,6 +19,21 @@ pub fn expected_error(activation: Activation, gate: f32, up: f32, gate_sd: f32, 
     (g.square * u.square - 2.0 * value * (g.mean * u.mean) + value * value).max(0.0).sqrt()
 }
 
+/// Expected `(h - v)^2` if only the up row's product is in doubt, normal around `up` with this standard deviation: what reading
+/// that row spares where the gate stays as it is.
+#[inline]
+pub fn up_row_error(activation: Activation, gate: f32, up: f32, up_sd: f32) -> f32 {
+    let [gate, up] = factors(activation, gate, up, 0.0, up_sd);
+    gate.value * gate.value * up.error
+}
+
+/// The same of the gate row, where up is known with this standard deviation: 0 where its row was read.
+#[inline]
+pub fn gate_row_error(activation: Activation, gate: f32, up: f32, gate_sd: f32, up_sd: f32) -> f32 {
+    let [gate, up] = factors(activation, gate, up, gate_sd, up_sd);
+    gate.error * up.square
+}
+
 /// One of the two factors of an activation, as a function of a normal pre-activation.
 #[derive(Clone, Copy)]
 struct Factor {
@@ -28,12 +43,16 @@ struct Factor {
     mean: f32,
     /// Expected square.
     square: f32,
+    /// Expected square of the distance from `value`.
+    error: f32,
 }
 
 #[inline]
 fn factors(activation: Activation, gate: f32, up: f32, gate_sd: f32, up_sd: f32) -> [Factor; 2] {
     let up = match activation {
-        Activation::Silu | Activation::Relu => Factor { value: up, mean: up, square: up * up + up_sd * up_sd },
+        Activation::Silu | Activation::Relu => {
+            Factor { value: up, mean: up, square: up * up + up_sd * up_sd, error: up_sd * up_sd }
+        }
         Activation::Drelu => relu(up, up_sd),
     };
     let gate = match activation {
@@ -60,7 +79,8 @@ fn exp(x: f32) -> f32 {
 fn silu(mean: f32, sd: f32) -> Factor {
     let sigmoid = 1.0 / (1.0 + exp(-mean));
     let (value, slope) = (mean * sigmoid, sigmoid * (1.0 + mean * (1.0 - sigmoid)));
-    Factor { value, mean: value, square: value * value + (slope * sd).powi(2) }
+    let error = (slope * sd).powi(2);
+    Factor { value, mean: value, square: value * value + error, error }
 }
 
 /// `max(v, 0)`; the normal distribution function is replaced by a logistic one (within 0.01 everywhere), so that a kernel
@@ -69,14 +89,17 @@ fn silu(mean: f32, sd: f32) -> Factor {
 fn relu(mean: f32, sd: f32) -> Factor {
     let value = mean.max(0.0);
     if sd <= 1e-6 * mean.abs() {
-        return Factor { value, mean: value, square: value * value };
+        return Factor { value, mean: value, square: value * value, error: 0.0 };
     }
     let t = mean / sd;
     let below = 1.0 / (1.0 + exp(-1.702 * t));
     let density = 0.398_942_3 * exp(-0.5 * t * t);
     // The approximation can make a tiny value negative.
     let square = ((mean * mean + sd * sd) * below + mean * sd * density).max(0.0);
-    Factor { value, mean: (mean * below + sd * density).max(0.0), square }
+    let expected = (mean * below + sd * density).max(0.0);
+    // Roundings can leave less than nothing.
+    let error = (square - 2.0 * value * expected + value * value).max(0.0);
+    Factor { value, mean: expected, square, error }
 }
 
 #[cfg(test)]
@@ -111,6 +134,39 @@ mod tests {
                     (got - expected).abs() < 0.05 * expected + 0.004,
                     "{activation:?} {gate} {up}: {got} {expected}"
                 );
+            }
+        }
+    }
+
+    /// Each row's error against samples in which the other row is known: small noise for SiLU, any for ReLU.
+    #[test]
+    fn errors_of_rows_are_those_of_samples() {
+        let mut random = Random::new(5);
+        let cases = [
+            (Activation::Silu, 0.7, -1.3, 0.05, 0.2),
+            (Activation::Silu, -3.0, 2.0, 0.1, 0.1),
+            (Activation::Relu, 0.5, 1.0, 0.8, 0.3),
+            (Activation::Relu, -1.0, 1.0, 0.8, 0.3),
+            (Activation::Drelu, 0.5, -0.2, 0.5, 0.5),
+        ];
+        for (activation, gate, up, gate_sd, up_sd) in cases {
+            let value = |gate: f32, up: f32| f64::from(activation.apply(gate, up));
+            let mut errors = [0.0; 3];
+            const N: usize = 20_000;
+            for _ in 0..N {
+                let (g, u) = (gate + gate_sd * random.normal(), up + up_sd * random.normal());
+                let of =
+                    [value(gate, u) - value(gate, up), value(g, up) - value(gate, up), value(g, u) - value(gate, u)];
+                errors.iter_mut().zip(of).for_each(|(sum, of)| *sum += of * of / N as f64);
+            }
+            let got = [
+                up_row_error(activation, gate, up, up_sd),
+                gate_row_error(activation, gate, up, gate_sd, 0.0),
+                gate_row_error(activation, gate, up, gate_sd, up_sd),
+            ];
+            for (got, expected) in got.into_iter().zip(errors) {
+                let got = f64::from(got);
+                assert!((got - expected).abs() < 0.1 * expected + 1e-4, "{activation:?} {gate} {up}: {got} {expected}");
             }
         }
     }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | low-rank stand-ins for gate and up | [`LowRank`], [`fit_low_rank`] |
 //! | what a rough guess of gate and up says of a neuron | [`expected_magnitude`], [`expected_error`] |
+//! | what each of its rows would tell | [`up_row_error`], [`gate_row_error`] |
 //! | how much of the output a guess keeps | [`energy_recall`] |
 
 mod expected;
@@ -11,7 +12,7 @@ mod fit;
 mod low_rank;
 mod recall;
 
-pub use expected::{expected_error, expected_magnitude};
+pub use expected::{expected_error, expected_magnitude, gate_row_error, up_row_error};
 pub use fit::fit_low_rank;
 pub use low_rank::LowRank;
 pub use recall::energy_recall;

@@ -7,7 +7,7 @@ use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile};
 use feedback::{Feedback, Rounded, round_nearest};
 use ndarray::Array2;
-use thermocline_calibrate::predictor::expected_error;
+use thermocline_calibrate::predictor::{expected_error, gate_row_error, up_row_error};
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, unsketch};
 
@@ -66,6 +66,28 @@ impl Sketch {
         let cost = of_h.hypot(h * self.down_error[i]);
         // A neuron of which nothing can be said costs accuracy, never a crash.
         if cost.is_nan() || !h.is_finite() { (0.0, 0.0) } else { (cost, h) }
+    }
+
+    /// What reading the up row of neuron `i` is expected to spare, as a squared length in the layer's output, if the products of
+    /// its sketch are `gate` and `up`. Infinite where these say nothing: such a row must be read.
+    #[inline]
+    pub fn up_row_error(&self, activation: Activation, i: usize, gate: f32, up: f32) -> f32 {
+        let error = up_row_error(activation, gate, up, self.up_sd[i]) * self.down_norm[i].powi(2);
+        if error.is_nan() || !up.is_finite() { f32::INFINITY } else { error }
+    }
+
+    /// The same of the gate row, once it is decided whether `up` is the product of the up row itself.
+    #[inline]
+    pub fn gate_row_error(&self, activation: Activation, i: usize, gate: f32, up: f32, up_is_read: bool) -> f32 {
+        let up_sd = if up_is_read { 0.0 } else { self.up_sd[i] };
+        let error = gate_row_error(activation, gate, up, self.gate_sd[i], up_sd) * self.down_norm[i].powi(2);
+        if error.is_nan() || !gate.is_finite() { f32::INFINITY } else { error }
+    }
+
+    /// The same of the down row, for the activation `h` that is taken.
+    #[inline]
+    pub fn down_row_error(&self, i: usize, h: f32) -> f32 {
+        (h * self.down_error[i]).powi(2)
     }
 
     /// With neuron `order[p]` at place p.

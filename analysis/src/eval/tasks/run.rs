@@ -39,8 +39,8 @@ pub fn evaluate_task(
     progress: &dyn Fn(usize, usize),
 ) -> Result<Vec<TaskResult>> {
     check_masks(masks, split)?;
-    if masks.iter().any(|m| matches!(m, Mask::Inputs(_))) {
-        let reason = "inputs is measured on a text only (--text), not on tasks".to_owned();
+    if let Some(mask) = masks.iter().find(|m| m.is_fitted()) {
+        let reason = format!("{} is measured on a text only (--text), not on tasks", mask.name());
         return Err(Error::Setting { flag: "--mask", reason });
     }
     let hidden_size = model.config().hidden_size;
@@ -88,7 +88,7 @@ fn run_pass(
         for (i, stream) in streams.iter_mut().enumerate() {
             on_step(index * masks.len() + i);
             let (active, choice) = (stream.active.get(index), stream.mask.input_choice(None));
-            let masked = MaskedLayer::new(stream.mask, &layer, &down_norm, &choosers, active, choice)?;
+            let masked = MaskedLayer::new(stream.mask, &layer, &down_norm, &choosers, active, choice, None)?;
             for (sequences, rows) in &groups {
                 let x = &mut stream.x[rows.start * hidden..rows.end * hidden];
                 masked.forward(x, &pass.sequences[sequences.clone()], positions)?;
