@@ -154,10 +154,10 @@ impl Stream {
         let costs = fitted.inputs.as_ref().and_then(|c| c.layer(index));
         let choice = self.mask.input_choice(costs.zip(self.thresholds.get(index).copied()));
         let prices = fitted.rows.as_ref().filter(|_| matches!(self.mask, Mask::GradedRows(_)));
-        let least = prices.map(|prices| prices.least(index, self.row_threshold));
-        let chooses_neurons = choice.is_none() && least.is_none();
+        let of_rows = prices.and_then(|prices| prices.layer(index, self.row_threshold));
+        let chooses_neurons = choice.is_none() && of_rows.is_none();
         let active = self.active.get(index);
-        let masked = MaskedLayer::new(self.mask, layer, down_norm, choosers, active, choice, least)?;
+        let masked = MaskedLayer::new(self.mask, layer, down_norm, choosers, active, choice, of_rows)?;
         let (mut tally, sequences) = (Tally::default(), [Sequence::plain(ctx)]);
         for window in self.x.chunks_exact_mut(ctx * layer.hidden_size()) {
             tally = tally + masked.forward(window, &sequences, Positions::All)?;

@@ -64,15 +64,16 @@ impl SketchedLayer {
 
     /// The activations `[n_tokens, n_neurons]` from those gate and up rows that are worth reading, if reading a row must spare a squared
     /// error of `least`: of neurons whose down row is read, and of those whose down row is the sketch's, 0 for the others each; and
-    /// how many gate, up and down rows are read. `input` is as above, `exact` has the rows' own products.
+    /// how many gate, up and down rows are read. `input` is as above, `exact` has the rows' own products, `known` what is known of the
+    /// neurons.
     pub(crate) fn choose_rows(
         &self,
         input: &[f32],
         exact: [Vec<f32>; 2],
-        least: f32,
+        (known, least): (&Sketch, f32),
     ) -> Result<([Vec<f32>; 2], [u64; 3])> {
         let [gate, up] = self.pre_activations(input)?;
-        let n = self.sketch.n_neurons();
+        let n = known.n_neurons();
         // Both are overwritten in place.
         let [mut h, mut sketched] = exact;
         let tokens = h.par_chunks_mut(n).zip(sketched.par_chunks_mut(n)).zip(gate.par_chunks(n).zip(up.par_chunks(n)));
@@ -80,7 +81,7 @@ impl SketchedLayer {
             let mut counts = [0u64; 3];
             for i in 0..n {
                 let (of_neuron, read) =
-                    rows::choose(&self.sketch, self.activation, i, [gate[i], up[i]], [h[i], sketched[i]], least);
+                    rows::choose(known, self.activation, i, [gate[i], up[i]], [h[i], sketched[i]], least);
                 (h[i], sketched[i]) = if read[2] { (of_neuron, 0.0) } else { (0.0, of_neuron) };
                 counts.iter_mut().zip(read).for_each(|(count, read)| *count += u64::from(read));
             }

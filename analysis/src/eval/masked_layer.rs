@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_calibrate::dense::{DenseLayer, Sequence};
 use thermocline_runtime::LayerActive;
 use thermocline_runtime::quality::Tally;
+use thermocline_split::Sketch;
 
 /// A layer with what `mask` needs to know of it.
 pub(crate) struct MaskedLayer<'a> {
@@ -18,15 +19,15 @@ pub(crate) struct MaskedLayer<'a> {
     active: Option<&'a LayerActive>,
     /// How inputs are left out, if the mask does that.
     of_inputs: Option<InputMethod<'a>>,
-    /// Squared error from which a row is read, if the mask chooses rows.
-    least: Option<f32>,
+    /// What is known of the neurons, and the squared error from which a row is read, if the mask chooses rows.
+    of_rows: Option<(&'a Sketch, f32)>,
     /// Gate, up and down rows that were read so far, if the mask chooses rows.
     rows_read: [AtomicU64; 3],
 }
 
 impl<'a> MaskedLayer<'a> {
     /// `down_norm [intermediate_size]`; `active` is what a predicted or graded mask computes of this layer, `choice` the inputs
-    /// that a mask of inputs keeps, `least` the squared error from which a mask of rows reads them.
+    /// that a mask of inputs keeps, `of_rows` what a mask of rows knows and reads them from.
     pub(crate) fn new(
         mask: Mask,
         layer: &'a DenseLayer,
@@ -34,11 +35,11 @@ impl<'a> MaskedLayer<'a> {
         choosers: &'a Choosers,
         active: Option<&'a LayerActive>,
         choice: Option<InputChoice<'a>>,
-        least: Option<f32>,
+        of_rows: Option<(&'a Sketch, f32)>,
     ) -> Result<Self> {
         let of_inputs = choice.map(|choice| InputMethod::new(layer, choice)).transpose()?;
         let rows_read = Default::default();
-        Ok(MaskedLayer { mask, layer, down_norm, choosers, active, of_inputs, least, rows_read })
+        Ok(MaskedLayer { mask, layer, down_norm, choosers, active, of_inputs, of_rows, rows_read })
     }
 
     /// Inputs of each group of matrices that were kept by thresholds so far.
@@ -64,8 +65,8 @@ impl<'a> MaskedLayer<'a> {
         }
         let mut next = self.layer.attention_in(x, sequences)?;
         let input = self.layer.ffn_input(&next)?;
-        if let Some((sketch, least)) = self.sketch().zip(self.least) {
-            let ([h, sketched], read) = sketch.choose_rows(&input, self.layer.pre_activations(&input)?, least)?;
+        if let Some((sketch, of_rows)) = self.sketch().zip(self.of_rows) {
+            let ([h, sketched], read) = sketch.choose_rows(&input, self.layer.pre_activations(&input)?, of_rows)?;
             self.layer.ffn_output(&mut next, h)?;
             sketch.add(&mut next, sketched)?;
             self.rows_read.iter().zip(read).for_each(|(sum, n)| _ = sum.fetch_add(n, Ordering::Relaxed));

@@ -5,6 +5,9 @@
 //! mean square of the stream behind it, that of the median token, because few tokens are a thousand times larger than the
 //! others. A row is read if its error times its layer's price reaches one threshold for all layers, tokens and kinds of rows,
 //! which is fitted on a text: there it leaves the share of the rows that was asked for.
+//!
+//! What a sketch says of its products' errors is true of the text that it was rounded for, and too little elsewhere, where that
+//! text was short: the errors that are made on the fitted text correct it, by one factor for gate and one for up in each layer.
 
 use super::batch::check_masks;
 use super::choosers::SketchedLayer;
@@ -78,7 +81,7 @@ pub struct RowPrices {
     activation: Activation,
     /// What a squared error costs, by layer.
     prices: Vec<f32>,
-    /// Each layer's sketch, of which the rows are left out.
+    /// Each layer's sketch, of which the rows are left out, with standard deviations that are true of the text.
     sketches: Vec<Sketch>,
     samples: Vec<Sample>,
 }
@@ -98,17 +101,16 @@ impl RowPrices {
         high.exp()
     }
 
-    /// Squared error from which a row of layer `index` is read.
-    pub(crate) fn least(&self, index: usize, threshold: f32) -> f32 {
-        self.prices.get(index).map_or(0.0, |price| threshold / price)
+    /// What is known of the neurons of layer `index`, and the squared error from which a row of it is read.
+    pub(crate) fn layer(&self, index: usize, threshold: f32) -> Option<(&Sketch, f32)> {
+        self.sketches.get(index).zip(self.prices.get(index)).map(|(sketch, price)| (sketch, threshold / price))
     }
 
     /// The share of the rows that is read at this threshold.
     fn share(&self, threshold: f32) -> f64 {
         let read = |s: &Sample| {
-            let (layer, neuron) = (s.layer as usize, s.neuron as usize);
-            let least = self.least(layer, threshold);
-            let (_, read) = choose(&self.sketches[layer], self.activation, neuron, s.sketched, s.exact, least);
+            let Some((sketch, least)) = self.layer(s.layer as usize, threshold) else { return 0 };
+            let (_, read) = choose(sketch, self.activation, s.neuron as usize, s.sketched, s.exact, least);
             read.into_iter().filter(|&read| read).count()
         };
         self.samples.par_iter().map(read).sum::<usize>() as f64 / (3 * self.samples.len()).max(1) as f64
@@ -139,7 +141,7 @@ pub fn fit_row_prices(
         let Some(sketch) = split.map(|split| SketchedLayer::load(split, index)).transpose()?.flatten() else {
             continue;
         };
-        let ffn = layer.intermediate_size();
+        let (ffn, first) = (layer.intermediate_size(), fitted.samples.len());
         for window in x.chunks_exact_mut(windows.ctx() * layer.hidden_size()) {
             let mut next = layer.attention(window, 1, windows.ctx())?;
             let input = layer.ffn_input(&next)?;
@@ -155,10 +157,27 @@ pub fn fit_row_prices(
             window.copy_from_slice(&next);
         }
         fitted.prices.push(price(&x, layer.hidden_size()).ok_or(Error::NotFinite { mask: "dense", position: 0 })?);
-        fitted.sketches.push(sketch.without_rows());
+        fitted.sketches.push(measured(sketch.without_rows(), &fitted.samples[first..]));
     }
     progress(config.n_layers, config.n_layers);
     Ok(fitted)
+}
+
+/// `sketch` with standard deviations of gate and up that are right in the mean square over `samples` of its layer.
+fn measured(mut sketch: Sketch, samples: &[Sample]) -> Sketch {
+    for (part, sds) in [&mut sketch.gate_sd, &mut sketch.up_sd].into_iter().enumerate() {
+        let (mut told, mut made) = (0.0f64, 0.0f64);
+        for s in samples {
+            told += f64::from(sds[s.neuron as usize]).powi(2);
+            made += f64::from(s.exact[part] - s.sketched[part]).powi(2);
+        }
+        let factor = (made / told).sqrt() as f32;
+        // Of a product that is no number nothing is learnt.
+        if factor.is_finite() {
+            sds.iter_mut().for_each(|sd| *sd *= factor);
+        }
+    }
+    sketch
 }
 
 /// One over the mean square of the median token of `x [n_tokens, hidden_size]`, if that is a number.
@@ -255,6 +274,24 @@ mod tests {
             one.share(prices.threshold(0.3))
         };
         assert!((of_layer(0) - of_layer(1)).abs() < 0.05, "{} {}", of_layer(0), of_layer(1));
+    }
+
+    #[test]
+    fn errors_are_those_of_the_text() {
+        let sketch = prices(2).sketches[0].clone();
+        let sample = |neuron: usize, made: f32| Sample {
+            layer: 0,
+            neuron: neuron as u32,
+            sketched: [0.0; 2],
+            exact: [made * sketch.gate_sd[neuron], 0.5 * sketch.up_sd[neuron]],
+        };
+        let found = measured(sketch.clone(), &[sample(0, 3.0), sample(1, -3.0)]);
+        for i in 0..2 {
+            assert!((found.gate_sd[i] / sketch.gate_sd[i] - 3.0).abs() < 1e-5);
+            assert!((found.up_sd[i] / sketch.up_sd[i] - 0.5).abs() < 1e-5);
+        }
+        assert_eq!(measured(sketch.clone(), &[sample(0, f32::NAN)]).gate_sd, sketch.gate_sd);
+        assert_eq!(measured(sketch.clone(), &[]), sketch);
     }
 
     /// A product that is no number says nothing, so its row is read, and the neuron is exact.
