@@ -652,7 +652,8 @@ pub struct Eval {
     #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
     /// Text on which --mask inputs measures what inputs cost (its first 1024 tokens; takes the time of about 2 dense passes over
-    /// them for each layer), and --mask graded-rows what rows are worth (the same tokens; one dense pass)
+    /// them for each layer), and --mask graded-rows what rows are worth (the same tokens; one dense pass; better not the
+    /// text of the split's calibration, on which its sketch errs least)
     #[arg(long, value_name = "FILE")]
     pub fit_text: Option<PathBuf>,
     /// Planes of the weights, where the split has several: base, plus, exact, plus@SHARE or exact@SHARE, as for run
