@@ -330,9 +330,13 @@ fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path) -> any
     let windows = Windows::new(&tokens, FIT_CTX, FIT_WINDOWS).map_err(usage)?;
     let progress = Progress::new("fit", args.json);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let asked = |name: MaskName| args.mask.contains(&name).then_some(());
-    let inputs = asked(MaskName::Inputs).map(|()| fit_input_costs(model.dense(), &windows, &on_step));
-    let rows = asked(MaskName::GradedRows).map(|()| fit_row_prices(model.dense(), model.split(), &windows, &on_step));
+    let (mut inputs, mut rows) = (None, None);
+    if args.mask.contains(&MaskName::Inputs) {
+        inputs = Some(fit_input_costs(model.dense(), &windows, &on_step));
+    }
+    if args.mask.contains(&MaskName::GradedRows) {
+        rows = Some(fit_row_prices(model.dense(), model.split(), &windows, &on_step));
+    }
     progress.finish();
     Ok(Fitted { inputs: inputs.transpose().map_err(usage)?, rows: rows.transpose().map_err(usage)? })
 }
