@@ -138,9 +138,11 @@ pub fn fit_row_prices(
     for index in 0..config.n_layers {
         progress(index, config.n_layers);
         let layer = DenseLayer::load(model, index)?;
-        let Some(sketch) = split.map(|split| SketchedLayer::load(split, index)).transpose()?.flatten() else {
-            continue;
-        };
+        let sketch = split.map(|split| SketchedLayer::load(split, index)).transpose()?.flatten();
+        let sketch = sketch.ok_or_else(|| {
+            let reason = format!("graded-rows needs a sketch of every layer, and layer {index} has none");
+            Error::Setting { flag: "--mask", reason }
+        })?;
         let (ffn, first) = (layer.intermediate_size(), fitted.samples.len());
         for window in x.chunks_exact_mut(windows.ctx() * layer.hidden_size()) {
             let mut next = layer.attention(window, 1, windows.ctx())?;
