@@ -27,8 +27,8 @@ pub(crate) struct MaskedLayer<'a> {
 
 impl<'a> MaskedLayer<'a> {
     /// `down_norm [intermediate_size]`; `active` is what a predicted or graded mask computes of this layer, `choice` the inputs
-    /// that a mask of inputs keeps, `of_rows` what a mask of rows knows of the
-    /// neurons, and the squared error from which it reads a row.
+    /// that a mask of inputs keeps, `of_rows` what a mask of rows knows of the neurons, and the squared error from which it
+    /// reads a row.
     pub(crate) fn new(
         mask: Mask,
         layer: &'a DenseLayer,

@@ -107,18 +107,21 @@ mod tests {
     use super::*;
     use thermocline_datasets::Random;
 
-    /// Against samples, where the formulas are exact or close to it: small noise for SiLU, any for ReLU.
+    /// Activations, gate, up and their standard deviations where the formulas are exact or close to it: small noise for SiLU, any
+    /// for ReLU.
+    const CASES: [(Activation, f32, f32, f32, f32); 5] = [
+        (Activation::Silu, 0.7, -1.3, 0.05, 0.2),
+        (Activation::Silu, -3.0, 2.0, 0.1, 0.1),
+        (Activation::Relu, 0.5, 1.0, 0.8, 0.3),
+        (Activation::Relu, -1.0, 1.0, 0.8, 0.3),
+        (Activation::Drelu, 0.5, -0.2, 0.5, 0.5),
+    ];
+
+    /// Against samples.
     #[test]
     fn expectations_are_those_of_samples() {
         let mut random = Random::new(3);
-        let cases = [
-            (Activation::Silu, 0.7, -1.3, 0.05, 0.2),
-            (Activation::Silu, -3.0, 2.0, 0.1, 0.1),
-            (Activation::Relu, 0.5, 1.0, 0.8, 0.3),
-            (Activation::Relu, -1.0, 1.0, 0.8, 0.3),
-            (Activation::Drelu, 0.5, -0.2, 0.5, 0.5),
-        ];
-        for (activation, gate, up, gate_sd, up_sd) in cases {
+        for (activation, gate, up, gate_sd, up_sd) in CASES {
             let value = f64::from(activation.apply(gate, up));
             let (mut square, mut error) = (0.0, 0.0);
             const N: usize = 20_000;
@@ -138,18 +141,11 @@ mod tests {
         }
     }
 
-    /// Each row's error against samples in which the other row is known: small noise for SiLU, any for ReLU.
+    /// Each row's error against samples, in the first two of which the other row is known.
     #[test]
     fn errors_of_rows_are_those_of_samples() {
         let mut random = Random::new(5);
-        let cases = [
-            (Activation::Silu, 0.7, -1.3, 0.05, 0.2),
-            (Activation::Silu, -3.0, 2.0, 0.1, 0.1),
-            (Activation::Relu, 0.5, 1.0, 0.8, 0.3),
-            (Activation::Relu, -1.0, 1.0, 0.8, 0.3),
-            (Activation::Drelu, 0.5, -0.2, 0.5, 0.5),
-        ];
-        for (activation, gate, up, gate_sd, up_sd) in cases {
+        for (activation, gate, up, gate_sd, up_sd) in CASES {
             let value = |gate: f32, up: f32| f64::from(activation.apply(gate, up));
             let mut errors = [0.0; 3];
             const N: usize = 20_000;
