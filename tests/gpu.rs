@@ -13,7 +13,7 @@ use thermocline_datasets::write::TinyModel;
 use thermocline_kernels::cuda::launch::ffn_blocks;
 use thermocline_kernels::cuda::{Device, build_emulator};
 use thermocline_runtime::{
-    Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode, Plan, PlanRequest, layer_active,
+    Decoder, Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode, Plan, PlanRequest, layer_active,
 };
 use thermocline_split::{LayerCost, LayerFile, Planes, Precision, Shares, Split};
 
@@ -250,6 +250,56 @@ fn agree(open: &dyn Fn() -> Split, request: GpuRequest, share: f32, what: &str) 
     }
     assert!(same >= 7, "{what}: {same} of 8 tokens with the same neurons");
     gpu
+}
+
+/// Sketches choose and stand for the others as on the CPU, wherever the neurons are; and their bytes are counted.
+#[test]
+fn sketches_choose_and_stand_in_as_on_the_cpu() {
+    let sketched: &[&str] = &["--chunk-neurons", "8", "--sketch"];
+    for (made, encoding) in [(llama(), "q4"), (qwen_relu(), "q8"), (four_layers(), "q4,hot@0.25=q8")] {
+        let dir = split(&made, encoding, sketched);
+        let open = || Split::open(&dir).unwrap();
+        let sketch_bytes: u64 = open().sketches().unwrap().tensors().iter().map(|t| t.bytes).sum();
+        for active in [0.1, 0.4, 1.0] {
+            let mode = Mode::Sparse { active };
+            let (least, whole) = vram_range_of(&open(), &device(), mode);
+            for (vram, cache, share) in [
+                (whole, 0.0, 0.0),
+                (least + (whole - least) / 2, 0.5, 0.0),
+                (least + (whole - least) / 3, 0.3, 0.6),
+                (least, 0.0, 1.0),
+            ] {
+                let what = format!("{encoding}, {active} active, {vram} bytes, cache {cache}, host {share}");
+                let request = gpu_request(&device(), mode, vram, Some(cache));
+                let gpu = agree(&open, request, share, &what);
+                assert!(gpu.plan().fixed.predictors >= sketch_bytes, "{what}");
+                assert_eq!(gpu.plan().lookahead_neurons, 0, "{what}");
+                let n_active = layer_active(&open(), active).unwrap().last().unwrap().n_active;
+                assert_eq!(gpu.last_active().unwrap().len(), n_active, "{what}");
+                assert!(Decoder::warnings(&gpu).iter().all(|w| !w.contains("sketch")), "{what}");
+            }
+            let request = GpuRequest { lookahead: Some(4), ..gpu_request(&device(), mode, whole, None) };
+            let refused = GpuPlan::new(&open(), request);
+            assert!(matches!(refused, Err(Error::Setting { flag: "--lookahead", .. })), "{refused:?}");
+        }
+    }
+}
+
+/// Of a sketch a token reads gate and up rows of all neurons, and down rows of those that are not computed.
+#[test]
+fn bytes_of_sketches_are_those_of_the_rows_that_are_read() {
+    let dir = split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]);
+    let mode = Mode::Sparse { active: 0.25 };
+    let (_, whole) = vram_range(&dir, &device(), mode);
+    let mut gpu = gpu(&dir, gpu_request(&device(), mode, whole, Some(0.0)), 0.0);
+    gpu.forward(3).unwrap();
+    let (config, fixed) = (gpu.split().manifest().config.clone(), gpu.plan().fixed);
+    let n_active = gpu.account().neurons_computed;
+    let down_row = thermocline_split::SKETCH_BITS[2].row_bytes(config.hidden_size) as u64;
+    let bundle = gpu.split().layers()[0].bundles().of(0).bundle_bytes() as u64;
+    let kv = (4 * config.n_layers * config.n_kv_heads * config.head_dim) as u64;
+    let want = fixed.matrices + fixed.predictors + kv + n_active * bundle - n_active * down_row;
+    assert_eq!(gpu.account().bytes.device, want);
 }
 
 /// Where hot neurons end in a layer, by its first section.

@@ -14,41 +14,8 @@
 //
 // The same x, under the next layer's norm, tells most of what that layer will need: both kernels take a second
 // predictor, of which nothing but the scores is wanted (foresee.cuh).
+#include "expected.cuh"
 #include "input.cuh"
-
-// exp within 3e-5 of itself: a power of two by its exponent bits, the rest by a polynomial.
-DEVICE float quick_exp(float x) {
-  const float t = fminf(fmaxf(x * 1.44269504f, -126.0f), 126.0f);
-  // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
-  const float whole = (t + 12582912.0f) - 12582912.0f, f = t - whole;
-  const float p = 1.0f + f * (0.69314718f + f * (0.2402265f + f * (0.0555041f + f * 0.0096181f)));
-  return __uint_as_float(static_cast<u32>(static_cast<int>(whole) + 127) << 23) * p;
-}
-
-// E[silu(v)^2] for v ~ N(mean, sd^2), to first order in the noise.
-DEVICE float silu_square(float mean, float sd) {
-  const float sigmoid = reciprocal(1.0f + quick_exp(-mean));
-  const float value = mean * sigmoid, slope = sigmoid * (1.0f + mean * (1.0f - sigmoid)) * sd;
-  return value * value + slope * slope;
-}
-
-// E[max(v, 0)^2] for v ~ N(mean, sd^2), with a logistic function in place of the normal distribution's.
-DEVICE float relu_square(float mean, float sd) {
-  if (sd <= 1e-6f * fabsf(mean)) {
-    const float value = fmaxf(mean, 0.0f);
-    return value * value;
-  }
-  const float t = mean * reciprocal(sd);
-  const float below = reciprocal(1.0f + quick_exp(-1.702f * t)), density = 0.3989423f * quick_exp(-0.5f * t * t);
-  return fmaxf((mean * mean + sd * sd) * below + mean * sd * density, 0.0f);
-}
-
-// Root of the expected h^2 if gate and up are normal with these means and standard deviations.
-DEVICE float expected_magnitude(int activation, float gate, float up, float gate_sd, float up_sd) {
-  const float gate_square = activation == 0 ? silu_square(gate, gate_sd) : relu_square(gate, gate_sd);
-  const float up_square = activation == 2 ? relu_square(up, up_sd) : up * up + up_sd * up_sd;
-  return sqrtf(gate_square * up_square);
-}
 
 namespace predict_shape {
 // Columns of a slice: four for each thread.

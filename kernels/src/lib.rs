@@ -57,4 +57,6 @@ pub use layer_layout::{LayerLayout, LayoutSection};
 pub use matmul::{matmul, matmul_nn};
 pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};
+#[cfg(feature = "cuda")]
+pub use sketch::sketch_planes;
 pub use sketch::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_row, sketch_scales, unsketch};

@@ -27,7 +27,7 @@ pub(crate) struct SketchedLayer {
     hidden_size: usize,
 }
 
-/// Whether sparse mode on a CPU chooses by sketches: where the split has them.
+/// Whether sparse mode chooses by sketches: where the split has them.
 pub(crate) fn has_sketches(split: &Split) -> bool {
     split.sketches().is_some()
 }
@@ -49,7 +49,7 @@ pub(crate) fn check_max_error(error: f32, mode: Mode, has_sketches: bool) -> Res
     Ok(())
 }
 
-/// What sparse mode on a CPU computes of each layer so that `share` of all neurons is computed. Costs of shares were measured for
+/// What sparse mode computes of each layer so that `share` of all neurons is computed. Costs of shares were measured for
 /// low-rank predictors: with sketches all layers compute the same share.
 ///
 /// # Errors

@@ -133,7 +133,7 @@ fn on_gpu(
         });
     }
     super::plan::print_promise(promise.as_ref());
-    super::plan::print_gpu(&report.plan);
+    super::plan::print_gpu(&report.plan, engine.split().sketches().is_some());
     let (p, d, h) = (&report.prompt_tok_s, &report.decode_tok_s, &report.hardware);
     let gb = |speed: f64| speed / 1e9;
     // A model that is in VRAM as a whole uses nothing else.

@@ -36,7 +36,7 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
             return output::json(&GpuOutput { plan, hardware, predicted, promise });
         }
         print_promise(promise.as_ref());
-        return print_gpu_plan(&plan, &device, &predicted);
+        return print_gpu_plan(&plan, split.sketches().is_some(), &device, &predicted);
     }
     let plan = Plan::new(&split, request)?;
     let hardware = Hardware::measure(&split, plan.request.n_threads)?;
@@ -66,6 +66,11 @@ pub fn print_promise(promise: Option<&Promise>) {
     }
 }
 
+/// What the memory of that which chooses neurons is called.
+fn chooser_name(has_sketches: bool) -> &'static str {
+    if has_sketches { "sketches" } else { "predictors" }
+}
+
 /// The tiers as a table.
 pub fn print(plan: &Plan, has_sketches: bool) {
     let row = |name: &str, bytes: u64, what: String| println!("  {name:<18} {:>10}  {what}", format_bytes(bytes));
@@ -86,7 +91,7 @@ pub fn print(plan: &Plan, has_sketches: bool) {
         ),
     };
     row("neuron cache", plan.cache_bytes, expected);
-    row(if has_sketches { "sketches" } else { "predictors" }, plan.fixed.predictors, String::new());
+    row(chooser_name(has_sketches), plan.fixed.predictors, String::new());
     row("keys and values", plan.fixed.kv_cache, format!("{} tokens", plan.request.context));
     row("norms, scratch", plan.fixed.vectors + plan.fixed.scratch, String::new());
     row("disk buffers", plan.fixed.staging, String::new());
@@ -135,11 +140,12 @@ struct GpuOutput {
 #[cfg(feature = "cuda")]
 fn print_gpu_plan(
     plan: &thermocline_runtime::GpuPlan,
+    has_sketches: bool,
     device: &thermocline_kernels::cuda::Device,
     predicted: &thermocline_runtime::GpuPrediction,
 ) -> anyhow::Result<()> {
     println!("{}", device.name());
-    print_gpu(plan);
+    print_gpu(plan, has_sketches);
     println!(
         "expected per token: VRAM {}, cache {}, RAM {}",
         format_bytes(plan.device_bytes_per_token),
@@ -153,7 +159,7 @@ fn print_gpu_plan(
 
 /// The tiers of a GPU as a table.
 #[cfg(feature = "cuda")]
-pub fn print_gpu(plan: &thermocline_runtime::GpuPlan) {
+pub fn print_gpu(plan: &thermocline_runtime::GpuPlan, has_sketches: bool) {
     let row = |name: &str, bytes: u64, what: String| println!("  {name:<18} {:>10}  {what}", format_bytes(bytes));
     println!(
         "VRAM budget {}; all weights {}",
@@ -184,7 +190,7 @@ pub fn print_gpu(plan: &thermocline_runtime::GpuPlan) {
         let layers = plan.mixed_cold_layers;
         println!("    several encodings in RAM in {layers} layers: no cache, and only the last is fetched early");
     }
-    row("predictors", fixed.predictors, String::new());
+    row(chooser_name(has_sketches), fixed.predictors, String::new());
     row("keys and values", fixed.kv_cache, format!("{} tokens", plan.request.base.context));
     row("norms, scratch", fixed.vectors + fixed.scratch, String::new());
     row("prompt buffers", fixed.prefill, String::new());

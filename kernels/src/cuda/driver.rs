@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 23] = [
+const SOURCES: [&str; 25] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -24,12 +24,14 @@ const SOURCES: [&str; 23] = [
     include_str!("../../cuda/gemv.cu"),
     include_str!("../../cuda/gemv_int.cu"),
     include_str!("../../cuda/attention.cu"),
+    include_str!("../../cuda/expected.cuh"),
     include_str!("../../cuda/predict.cu"),
     include_str!("../../cuda/scores.cuh"),
     include_str!("../../cuda/foresee.cuh"),
     include_str!("../../cuda/choose.cu"),
     include_str!("../../cuda/divide.cu"),
     include_str!("../../cuda/ffn.cu"),
+    include_str!("../../cuda/sketch.cu"),
     include_str!("../../cuda/fetch.cu"),
     include_str!("../../cuda/prefill.cu"),
     include_str!("../../cuda/attend_rows.cu"),

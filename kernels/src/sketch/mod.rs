@@ -15,8 +15,12 @@
 //! `bits + 1/8 + 16/n` bits.
 
 mod kernels;
+#[cfg(feature = "cuda")]
+mod planes;
 mod row;
 
+#[cfg(feature = "cuda")]
+pub use planes::sketch_planes;
 pub(crate) use row::Parts;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use row::{CODE_BYTES, HIGH_BYTES};

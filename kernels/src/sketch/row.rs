@@ -52,7 +52,7 @@ impl SketchBits {
     }
 
     /// Bytes of a unit's third bits.
-    fn high_bytes(self) -> usize {
+    pub(super) fn high_bytes(self) -> usize {
         match self {
             SketchBits::Two => 0,
             SketchBits::Three => HIGH_BYTES,

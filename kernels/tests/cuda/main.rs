@@ -15,6 +15,7 @@ mod ffn;
 mod matrix;
 mod predict;
 mod prefill;
+mod sketch;
 
 use std::path::Path;
 use std::sync::OnceLock;

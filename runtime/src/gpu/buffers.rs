@@ -5,11 +5,12 @@ use super::load::Loader;
 use super::plan::{GpuRequest, aligned, device_matrices, heads, largest_coldest_bundle};
 use super::sections::{COUNTS_BYTES, TOTALS_BYTES, lists_bytes, most_sections, totals_rows};
 use crate::Result;
+use crate::plan::sketched_neurons;
 use std::sync::Mutex;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::AlignedBuf;
 use thermocline_kernels::cuda::launch::{
-    Foreseen, HostResult, HostWork, INPUT_FLAG, RESULT_FLAG, Step, WorkList, inner_values,
+    Foreseen, HostResult, HostWork, INPUT_FLAG, RESULT_FLAG, Step, WorkList, inner_values, sketch_rows,
 };
 use thermocline_kernels::cuda::{Device, Memory, View};
 use thermocline_split::{LayerFile, Split};
@@ -38,11 +39,13 @@ pub(super) struct Scratch {
     pub attention: View,
     pub inner: View,
     pub scores: View,
+    /// Activations as the sketch has them; empty without one.
+    pub sketched: View,
     /// Of the layer in progress, with the totals of all ([`super::sections::totals_rows`]).
     pub work: WorkList,
     /// Of the sections of a layer that has several.
     pub sections: Vec<WorkList>,
-    /// Rows for each block, section by section.
+    /// Rows for each block, section by section, then the sketch's.
     pub partial: View,
     pub logits: View,
 }
@@ -90,8 +93,17 @@ fn rank(split: &Split) -> usize {
     split.predictors().entry("predictors.0.input").map_or(0, |t| t.rows)
 }
 
+/// Rows of sums that a layer's sketch leaves.
+pub(super) fn n_sketch_rows(split: &Split, request: &GpuRequest) -> usize {
+    let config = &split.manifest().config;
+    match sketched_neurons(split, request.base.mode) {
+        0 => 0,
+        n => sketch_rows(request.n_blocks, n, config.hidden_size),
+    }
+}
+
 /// Bytes of each part of [`Scratch`], in order.
-fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 15] {
+fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 16] {
     let config = &split.manifest().config;
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     [
@@ -104,11 +116,12 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * config.n_heads * config.head_dim,
         4 * inner_values(hidden, rank(split)),
         4 * ffn.next_multiple_of(4),
+        4 * sketched_neurons(split, request.base.mode),
         4 * ffn,
         8 * ffn,
         COUNTS_BYTES,
         TOTALS_BYTES * totals_rows(split),
-        4 * request.n_blocks * hidden * most_sections(split),
+        4 * hidden * (request.n_blocks * most_sections(split) + n_sketch_rows(split, request)),
         4 * config.vocab_size,
     ]
 }
@@ -205,6 +218,7 @@ impl Loader<'_> {
             attention: part(),
             inner: part(),
             scores: part(),
+            sketched: part(),
             work: WorkList { ids: part(), items: part(), counts: part(), totals: part() },
             sections: Vec::new(),
             partial: part(),

@@ -1,7 +1,7 @@
 //! Tokens in, logits out, on a GPU.
 
 use super::host_share::HostShare;
-use super::load::Model;
+use super::load::{DeviceChooser, Model};
 use super::plan::GpuPlan;
 use super::predict::{GpuPrediction, GpuSpeeds};
 use super::prefill::Batch;
@@ -9,6 +9,7 @@ use super::sections::TOTALS_BYTES;
 use super::token::Parts;
 use super::{speeds, token};
 use crate::account::{Account, TierBytes};
+use crate::chooser::has_sketches;
 use crate::decoder::{Decoder, Speeds, unknown_token};
 use crate::plan::Mode;
 use crate::sampler::greedy;
@@ -332,6 +333,10 @@ impl GpuEngine {
                 a.foreseen += fetched;
                 a.foreseen_used += used;
                 a.neurons_computed += active;
+                // The others' down rows are the sketch's.
+                if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
+                    bytes.device -= active * sketch.down_row_bytes();
+                }
             }
             bytes.host += a.link_bytes - before + host_bytes;
         }
@@ -361,6 +366,10 @@ impl Decoder for GpuEngine {
 
     fn mode(&self) -> Mode {
         self.plan.request.base.mode
+    }
+
+    fn is_graded(&self) -> bool {
+        has_sketches(&self.split)
     }
 
     fn context(&self) -> usize {
@@ -403,12 +412,6 @@ impl Decoder for GpuEngine {
 
     fn warnings(&self) -> Vec<String> {
         let emulated = self.device.is_emulated().then(|| "the GPU is emulated on the CPU".to_owned());
-        let is_sparse = self.mode() != Mode::Exact;
-        let sketches = (is_sparse && self.split().sketches().is_some()).then(|| {
-            "a GPU does not use the split's sketches yet: neurons are chosen by the low-rank predictor, which loses more; \
-             --vram-budget 0 runs on the CPU"
-                .to_owned()
-        });
-        emulated.into_iter().chain(sketches).collect()
+        emulated.into_iter().collect()
     }
 }

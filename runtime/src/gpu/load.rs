@@ -1,19 +1,20 @@
 //! A split's bytes, on the device and in pinned host memory, as a plan says.
 
-use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch};
+use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch, n_sketch_rows};
 use super::plan::{GpuPlan, heads, pinned_embedding};
 use super::sections::{Section, first_totals_row};
-use crate::layer_active::{LayerActive, layer_active};
+use crate::chooser::chosen_active;
+use crate::layer_active::LayerActive;
 use crate::plan::Mode;
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::cuda::launch::{
-    CacheTables, DeviceMatrix, LowRankPredictor, Nonlinearity, Selection, WorkList, ffn_blocks,
+    CacheTables, DeviceMatrix, DeviceSketch, LowRankPredictor, Nonlinearity, Selection, WorkList, ffn_blocks,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
-use thermocline_kernels::{AlignedBuf, Encoding, LayerLayout};
+use thermocline_kernels::{AlignedBuf, Encoding, LayerLayout, sketch_planes};
 use thermocline_split::{Flaw, LayerFile, Split, StoredPredictor, TensorEntry};
 
 /// Neurons, or rows of a matrix, of a prompt batch's piece: large enough for the tensor cores, small in memory.
@@ -39,7 +40,7 @@ pub(super) struct Layer {
     pub cache: CacheTables,
     pub slots: View,
     /// Sparse mode.
-    pub predictor: Option<DevicePredictor>,
+    pub chooser: Option<DeviceChooser>,
     /// Neurons that a token computes.
     pub selection: Selection,
     /// Sparse mode: stands for the others.
@@ -60,6 +61,22 @@ impl Layer {
     pub(super) fn last_section(&self) -> &Section {
         &self.sections[self.sections.len() - 1]
     }
+
+    /// What it chooses by, if that is a predictor of low rank.
+    pub(super) fn predictor(&self) -> Option<&DevicePredictor> {
+        match &self.chooser {
+            Some(DeviceChooser::Predictor(predictor)) => Some(predictor),
+            _ => None,
+        }
+    }
+}
+
+/// What a layer's neurons are chosen by.
+#[derive(Debug)]
+pub(super) enum DeviceChooser {
+    Predictor(DevicePredictor),
+    /// It stands for the others, too.
+    Sketch(DeviceSketch),
 }
 
 #[derive(Debug)]
@@ -85,6 +102,8 @@ pub(super) struct Model {
     pub prefill: PrefillBuffers,
     pub mapped: Mapped,
     pub n_blocks: usize,
+    /// Rows of sums that a sketch leaves.
+    pub sketch_rows: usize,
     pub flaws: Vec<Flaw>,
 }
 
@@ -122,7 +141,7 @@ impl Model {
         let arena = Arena::new(memory);
         let active = match plan.request.base.mode {
             Mode::Exact => Vec::new(),
-            Mode::Sparse { active } => layer_active(split, active)?,
+            Mode::Sparse { active } => chosen_active(split, active)?,
         };
         let loader = Loader { split, plan, device, arena: &arena, active: &active };
         let scratch = loader.scratch()?;
@@ -187,6 +206,7 @@ impl Model {
             prefill: loader.prefill(),
             mapped: loader.mapped()?,
             n_blocks: ffn_blocks(device),
+            sketch_rows: n_sketch_rows(split, &plan.request),
             flaws,
         })
     }
@@ -269,9 +289,9 @@ impl Loader<'_> {
         } else {
             None
         };
-        let predictor = match self.plan.request.base.mode {
+        let chooser = match self.plan.request.base.mode {
             Mode::Exact => None,
-            Mode::Sparse { .. } => Some(self.predictor(l)?),
+            Mode::Sparse { .. } => Some(self.chooser(l)?),
         };
         let file = &self.split.layers()[l];
         let n_hot = self.plan.hot_neurons[l];
@@ -309,13 +329,26 @@ impl Loader<'_> {
             sections,
             cache,
             slots: self.arena.take(slots * file.bundles().coldest().bundles().bundle_bytes()),
-            predictor,
+            chooser,
             selection: active.map_or(Selection::Every, |a| Selection::Top(a.n_active)),
             left_out: left_out.transpose()?,
             work,
             totals: first_totals_row(self.split, l),
         };
         Ok((layer, flaws.into_iter().next().or(hot_flaw).or(cold_flaw)))
+    }
+
+    fn chooser(&self, l: usize) -> Result<DeviceChooser> {
+        let (hidden, ffn) = (self.plan.hidden_size, self.split.layers()[l].order().len());
+        let Some(sketch) = self.split.sketch(l)? else {
+            return Ok(DeviceChooser::Predictor(self.predictor(l)?));
+        };
+        let put = |bytes: &[u8]| self.arena.put(self.device, bytes);
+        let rows = |part: usize| put(&sketch_planes(sketch.matrix(part, hidden)));
+        let [gate, up, down] = [rows(0)?, rows(1)?, rows(2)?];
+        let values = [&sketch.gate_sd, &sketch.up_sd, &sketch.down_norm, &sketch.down_error].map(Vec::as_slice);
+        let neurons = put(bytemuck::cast_slice(&values.concat()))?;
+        Ok(DeviceChooser::Sketch(DeviceSketch { gate, up, down, neurons, ffn, hidden }))
     }
 
     fn predictor(&self, l: usize) -> Result<DevicePredictor> {

@@ -3,6 +3,7 @@
 use super::replay::{LayerTrace, Policy, Replayed, WAYS};
 use crate::attention::Rope;
 use crate::budget::format_bytes;
+use crate::chooser::has_sketches;
 use crate::divide::{active_bundle, equal_prefixes, hot_prefixes, layers_by_rate};
 use crate::kv::KvCache;
 use crate::plan::{Mode, check_request, sections};
@@ -11,7 +12,7 @@ use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::LayerLayout;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
-use thermocline_split::{Format, Split, StoredMatrix, TensorEntry};
+use thermocline_split::{Format, SKETCH_BITS, Split, StoredMatrix, TensorEntry};
 
 /// Every piece of device memory begins at a multiple of this.
 pub(super) const ALIGN: u64 = 256;
@@ -69,7 +70,7 @@ pub struct GpuBytes {
     pub matrices: u64,
     /// Norms, biases, what stands for neurons that are left out.
     pub vectors: u64,
-    /// Predictors, in sparse mode.
+    /// Predictors or sketches, in sparse mode.
     pub predictors: u64,
     /// Keys and values, and the tables of rotary embeddings.
     pub kv_cache: u64,
@@ -139,7 +140,7 @@ pub struct GpuPlan {
     pub n_splits: usize,
     /// Neurons of a prompt batch's piece.
     pub prefill_neurons: usize,
-    /// Device bytes that every token reads: matrices, predictors, keys and values of a full context, hot neurons.
+    /// Device bytes that every token reads: matrices, predictors or sketches, keys and values of a full context, hot neurons.
     pub device_bytes_per_token: u64,
     /// Bytes that a token is expected to read from the cache.
     pub cache_bytes_per_token: u64,
@@ -202,6 +203,10 @@ impl GpuPlan {
     /// `--ram-budget` cannot hold the rest.
     pub fn new(split: &Split, request: GpuRequest) -> Result<Self> {
         check_request(&request.base)?;
+        if request.lookahead.is_some_and(|n| n > 0) && is_sketched(split, &request) {
+            let reason = "goes by low-rank predictors; of a split with sketches nothing is fetched early".to_owned();
+            return Err(Error::Setting { flag: "--lookahead", reason });
+        }
         let config = &split.manifest().config;
         let (n, n_layers) = (config.intermediate_size, config.n_layers);
         let context = request.base.context;
@@ -270,7 +275,12 @@ impl GpuPlan {
                 plan.host_bytes_per_token = cold;
                 plan.device_bytes_per_token += cold_bytes(split, &vec![0; n_layers]) - cold;
             }
-            Mode::Sparse { active } => plan.expect_bytes(split, f64::from(active), replayed)?,
+            Mode::Sparse { active } => {
+                plan.expect_bytes(split, f64::from(active), replayed)?;
+                // Down rows of sketches are read of the neurons that are not computed.
+                let n_active = n_layers * crate::predictor::n_active(active, n);
+                plan.device_bytes_per_token -= n_active as u64 * sketched_down_row_bytes(split);
+            }
         }
         Ok(plan)
     }
@@ -301,7 +311,7 @@ impl GpuPlan {
             bytes.saturating_sub(super::buffers::lookahead_bytes(split, 0)) / bundle
         };
         let n = self.request.lookahead.unwrap_or_else(|| meanwhile() as usize).min(n_active);
-        if n == 0 || n_layers == 1 {
+        if n == 0 || n_layers == 1 || is_sketched(split, &self.request) {
             return Ok(left);
         }
         self.lookahead_neurons = n;
@@ -482,9 +492,9 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
     let vectors = sum(&mut split.resident().tensors().iter().filter(|t| t.format == Format::F32));
     let predictors = match request.base.mode {
         Mode::Exact => 0,
-        Mode::Sparse { .. } => sum(&mut split.predictors().tensors().iter()),
+        Mode::Sparse { .. } => sum(&mut split.sketches().unwrap_or(split.predictors()).tensors().iter()),
     };
-    let has_left_out = predictors > 0 && split.manifest().shares.is_some();
+    let has_left_out = predictors > 0 && split.manifest().shares.is_some() && !has_sketches(split);
     let left_out = if has_left_out { config.n_layers as u64 * aligned(4 * config.hidden_size as u64) } else { 0 };
     let context = request.base.context;
     let kv_cache = KvCache::bytes(config, context)
@@ -503,6 +513,17 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
     }
 }
 
+/// Bytes of a down row of a sketch; 0 if there is none.
+fn sketched_down_row_bytes(split: &Split) -> u64 {
+    let hidden = split.manifest().config.hidden_size;
+    if has_sketches(split) { SKETCH_BITS[2].row_bytes(hidden) as u64 } else { 0 }
+}
+
+/// Whether neurons are chosen by sketches.
+fn is_sketched(split: &Split, request: &GpuRequest) -> bool {
+    request.base.mode != Mode::Exact && has_sketches(split)
+}
+
 /// The shape of attention.
 pub(super) fn heads(config: &thermocline_datasets::ModelConfig, capacity: usize) -> Heads {
     Heads { n_heads: config.n_heads, n_kv_heads: config.n_kv_heads, head_dim: config.head_dim, capacity }
@@ -510,7 +531,7 @@ pub(super) fn heads(config: &thermocline_datasets::ModelConfig, capacity: usize)
 
 fn describe(b: &GpuBytes) -> String {
     format!(
-        "attention and head {}, predictors {}, keys and values {}, scratch {}, prompt buffers {}, CUDA context {}",
+        "attention and head {}, predictors or sketches {}, keys and values {}, scratch {}, prompt buffers {}, CUDA context {}",
         format_bytes(b.matrices),
         format_bytes(b.predictors),
         format_bytes(b.kv_cache),

@@ -1,13 +1,13 @@
 //! One token, from its number to its logits, as one CUDA graph: what it is and where it stands is read from mapped
 //! memory, so that the same graph serves every token.
 
-use super::load::{Layer, Model};
+use super::load::{DeviceChooser, Layer, Model};
 use super::plan::{GpuPlan, heads};
 use crate::Result;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
-    Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, attend, choose,
-    divide_work, embed, fetch_bundles, ffn, finish, gemv, predict_inner, predict_scores,
+    Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, Sketched, add_sketched,
+    attend, choose, divide_work, embed, fetch_bundles, ffn, finish, gemv, predict_inner, predict_scores, sketch_scores,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue, View};
 
@@ -73,11 +73,8 @@ fn feed_forward(
     let place = (l, config.n_layers);
     let mut host = None;
     let [fetched, next] = [l, l + 1].map(|l| parts.lookahead.then(|| foreseen(config, model, l)).flatten());
-    match &layer.predictor {
-        Some(predictor) => {
-            let own = predictor.of_layer(layer, s);
-            let predictors: Vec<_> = [own].into_iter().chain(next.map(|next| next.predictor)).collect();
-            predict_inner(device, &predictors, &s.x)?;
+    match &layer.chooser {
+        Some(chooser) => {
             let shared = (parts.host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
             let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
             let input = LayerInput {
@@ -87,7 +84,18 @@ fn feed_forward(
                 normed: &s.normed,
                 host_x: shared.is_some().then_some(&host_x),
             };
-            predict_scores(device, &predictors, input, model.activation)?;
+            match chooser {
+                DeviceChooser::Predictor(predictor) => {
+                    let own = predictor.of_layer(layer, s);
+                    let predictors: Vec<_> = [own].into_iter().chain(next.map(|next| next.predictor)).collect();
+                    predict_inner(device, &predictors, &s.x)?;
+                    predict_scores(device, &predictors, input, model.activation)?;
+                }
+                DeviceChooser::Sketch(sketch) => {
+                    let out = Sketched { scores: &s.scores, activations: &s.sketched };
+                    sketch_scores(device, sketch, input, &layer.ffn_norm, model.activation, out)?;
+                }
+            }
             let ahead = next.map(|next| Ahead {
                 scores: next.predictor.scores,
                 n_hot: next.layer.last_section().first_cold(),
@@ -130,7 +138,13 @@ fn feed_forward(
         device.order(Queue::Copy, Queue::Compute)?;
     }
     // Each section leaves a row for every block; the last brings what comes next into the second-level cache.
-    let rows = 4 * model.n_blocks * config.hidden_size;
+    let row = 4 * config.hidden_size;
+    let (rows, mut n_rows) = (row * model.n_blocks, layer.sections.len() * model.n_blocks);
+    if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
+        let partial = s.partial.slice(row * n_rows, row * model.sketch_rows);
+        add_sketched(device, sketch, &s.sketched, &layer.work, model.sketch_rows, &partial)?;
+        n_rows += model.sketch_rows;
+    }
     for (i, section) in layer.sections.iter().enumerate() {
         let ahead = ahead.filter(|_| i + 1 == layer.sections.len());
         let bundles = Bundles { hot: &section.hot, cold: &section.cold, cache: &layer.slots, fetched: places, ahead };
@@ -143,8 +157,7 @@ fn feed_forward(
         let section = next.layer.last_section();
         fetch_bundles(device, section.layout, next.list, &section.cold, next.places, &next.layer.work.totals)?;
     }
-    let (n_rows, hidden) = (layer.sections.len() * model.n_blocks, config.hidden_size);
-    let (counts, left_out) = (&layer.work.counts, layer.left_out.as_ref());
+    let (hidden, counts, left_out) = (config.hidden_size, &layer.work.counts, layer.left_out.as_ref());
     finish(device, &s.partial, n_rows, hidden, counts, left_out, host.as_ref(), &s.step, place, &s.x)
 }
 
@@ -162,8 +175,8 @@ struct NextLayer<'a> {
 fn foreseen<'a>(config: &ModelConfig, model: &'a Model, l: usize) -> Option<NextLayer<'a>> {
     let (lookahead, before) = (model.lookahead.as_ref()?, model.layers.get(l.checked_sub(1)?)?);
     let layer = model.layers.get(l).filter(|layer| layer.n_hot < config.intermediate_size)?;
-    let own = before.predictor.as_ref()?.of_layer(before, &model.scratch);
-    let predictor = layer.predictor.as_ref()?.ahead(layer, lookahead);
+    let own = before.predictor()?.of_layer(before, &model.scratch);
+    let predictor = layer.predictor()?.ahead(layer, lookahead);
     let shape = |p: &LowRankPredictor<'_>| [p.input, p.factors].map(|m| (m.encoding, m.rows, m.columns));
     let (list, places) = (&lookahead.foreseen[l % 2], &lookahead.places);
     (shape(&predictor) == shape(&own)).then_some(NextLayer { layer, predictor, list, places })

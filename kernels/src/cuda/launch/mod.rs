@@ -18,6 +18,7 @@ mod ffn;
 mod predict;
 mod product;
 mod prompt;
+mod sketch;
 
 pub use attention::{Heads, MAX_SPLITS, RopeTables, attend};
 pub use choose::{
@@ -30,6 +31,9 @@ pub use ffn::{Bundles, HostResult, RESULT_FLAG, ffn, ffn_blocks, finish};
 pub use predict::{LayerInput, LowRankPredictor, inner_values, predict_inner, predict_scores};
 pub use product::{Added, Norm, embed, gemv};
 pub use prompt::{add_bias_rows, attend_rows, embed_rows, gate_rows, norm_rows, unpack_bundles, unpack_rows};
+pub use sketch::{DeviceSketch, Sketched, add_sketched, sketch_rows, sketch_scores};
+
+use predict::layer_input;
 
 use super::backend::Arg;
 use super::memory::View;

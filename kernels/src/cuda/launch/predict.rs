@@ -97,6 +97,20 @@ pub struct LayerInput<'a> {
     pub host_x: Option<&'a View>,
 }
 
+/// The fields of `struct LayerInput` in kernels/cuda/predict.cu.
+pub(super) fn layer_input(from: LayerInput<'_>, norm_weight: &View) -> Arg {
+    for view in [from.x, from.normed].into_iter().chain(from.host_x) {
+        floats(view, from.hidden);
+    }
+    Arg::Struct(vec![
+        from.x.address(),
+        norm_weight.address(),
+        u64::from(from.eps.to_bits()) | (from.hidden as u64) << 32,
+        from.normed.address(),
+        from.host_x.map_or(0, View::address),
+    ])
+}
+
 /// Scores of all neurons, after [`predict_inner`] with the same predictors.
 ///
 /// # Errors
@@ -111,20 +125,10 @@ pub fn predict_scores(
     let (ffn, rank) = (first.factors.rows / 2, first.factors.columns);
     assert!(rank.is_multiple_of(GROUP), "the rank is a multiple of {GROUP}");
     assert_eq!(from.hidden, first.input.columns, "the input's width");
-    for view in [from.x, from.normed].into_iter().chain(from.host_x) {
-        floats(view, from.hidden);
-    }
     // A lane for each chunk of a row, up to a warp; each such team takes two neurons.
     let lanes = rank.div_ceil(chunk_columns(first.factors.encoding)).next_power_of_two().min(32);
     let neurons_of_block = 2 * THREADS as usize / lanes;
-    // The fields of `struct LayerInput` and `struct Outer` in kernels/cuda/predict.cu.
-    let input = vec![
-        from.x.address(),
-        first.norm_weight.address(),
-        u64::from(from.eps.to_bits()) | (from.hidden as u64) << 32,
-        from.normed.address(),
-        from.host_x.map_or(0, View::address),
-    ];
+    // The fields of `struct Outer` in kernels/cuda/predict.cu.
     let words = |p: &LowRankPredictor<'_>| {
         [p.inner.address(), p.factors.data.address(), p.neurons.address(), p.scores.address()]
     };
@@ -133,7 +137,13 @@ pub fn predict_scores(
         grid: [ffn.div_ceil(neurons_of_block).min(8 * device.n_multiprocessors()) as u32, predictors.len() as u32],
         block: THREADS,
         shared_bytes: input_shared_bytes(first.factors.encoding, rank),
-        args: vec![both(predictors, words), u32_of(rank), Arg::Struct(input), u32_of(ffn), Arg::U32(activation as u32)],
+        args: vec![
+            both(predictors, words),
+            u32_of(rank),
+            layer_input(from, first.norm_weight),
+            u32_of(ffn),
+            Arg::U32(activation as u32),
+        ],
     };
     let uses = predictors.iter().flat_map(|p| [&p.factors.data, p.neurons, p.norm_weight, p.inner, p.scores]);
     device.launch(launch, &uses.chain([from.x, from.normed]).chain(from.host_x).collect::<Vec<_>>())

@@ -1,0 +1,140 @@
+//! A layer's sketch: scores of all neurons, and what stands for those that are not computed.
+
+use super::{LayerInput, Nonlinearity, THREADS, WorkList, address, floats, layer_input, u32_of};
+use crate::cuda::backend::{Arg, Launch};
+use crate::cuda::device::Device;
+use crate::cuda::error::Result;
+use crate::cuda::memory::View;
+use crate::{SKETCH_UNIT, SketchBits};
+
+/// Columns of a thread of [`add_sketched`], and of its blocks.
+const WORD_COLUMNS: usize = SKETCH_UNIT / 4;
+const BLOCK_COLUMNS: usize = WORD_COLUMNS * THREADS as usize;
+
+/// A layer's sketch on the device, parts laid out by [`crate::sketch_planes`].
+#[derive(Debug, Clone)]
+pub struct DeviceSketch {
+    /// Rows of two bits `[ffn, hidden]`.
+    pub gate: View,
+    /// Rows of three bits `[ffn, hidden]`.
+    pub up: View,
+    /// Rows of two bits `[ffn, hidden]`.
+    pub down: View,
+    /// `[4, ffn]`: root mean squares of what the gate's and the up row's products miss, lengths of the down columns and of what
+    /// these miss.
+    pub neurons: View,
+    /// Neurons.
+    pub ffn: usize,
+    /// Columns.
+    pub hidden: usize,
+}
+
+impl DeviceSketch {
+    /// Bytes of a neuron's down row.
+    pub fn down_row_bytes(&self) -> u64 {
+        SketchBits::Two.row_bytes(self.hidden) as u64
+    }
+
+    fn check(&self) {
+        let (two, three) = (SketchBits::Two.row_bytes(self.hidden), SketchBits::Three.row_bytes(self.hidden));
+        for (view, row) in [(&self.gate, two), (&self.up, three), (&self.down, two)] {
+            assert!(view.len() >= self.ffn * row && view.address().is_multiple_of(16), "a sketch's rows");
+        }
+        floats(&self.neurons, 4 * self.ffn);
+    }
+}
+
+/// What a sketch says of a layer's neurons, `[ffn]` each.
+#[derive(Debug, Clone, Copy)]
+pub struct Sketched<'a> {
+    /// What leaving a neuron to its sketch is expected to cost, as a length in the layer's output.
+    pub scores: &'a View,
+    /// Its activation as the sketch has it.
+    pub activations: &'a View,
+}
+
+/// Scores and activations of all neurons for `norm(x)`, which is given away as by [`super::predict_scores`]; `norm_weight`
+/// `[hidden]`.
+///
+/// # Errors
+/// See the module.
+pub fn sketch_scores(
+    device: &Device,
+    sketch: &DeviceSketch,
+    from: LayerInput<'_>,
+    norm_weight: &View,
+    activation: Nonlinearity,
+    out: Sketched<'_>,
+) -> Result<()> {
+    let (ffn, hidden) = (sketch.ffn, sketch.hidden);
+    sketch.check();
+    floats(norm_weight, hidden);
+    floats(out.scores, ffn);
+    floats(out.activations, ffn);
+    assert_eq!(from.hidden, hidden, "the input's width");
+    let units = hidden / SKETCH_UNIT;
+    // A lane for each unit of a row, up to a warp; each such team takes two neurons.
+    let neurons_of_block = 2 * THREADS as usize / units.next_power_of_two().min(32);
+    let launch = Launch {
+        kernel: "sketch_scores".to_owned(),
+        grid: [ffn.div_ceil(neurons_of_block).min(2 * device.n_multiprocessors()) as u32, 1],
+        block: THREADS,
+        // As kernels/cuda/input.cuh lays it out.
+        shared_bytes: (units * (4 * SKETCH_UNIT + 16)) as u32,
+        args: vec![
+            // The fields of `struct Sketch` in kernels/cuda/sketch.cu.
+            Arg::Struct(vec![sketch.gate.address(), sketch.up.address(), sketch.neurons.address()]),
+            layer_input(from, norm_weight),
+            u32_of(ffn),
+            Arg::U32(activation as u32),
+            address(out.scores),
+            address(out.activations),
+        ],
+    };
+    let uses =
+        [&sketch.gate, &sketch.up, &sketch.neurons, norm_weight, from.x, from.normed, out.scores, out.activations];
+    device.launch(launch, &uses.into_iter().chain(from.host_x).collect::<Vec<_>>())
+}
+
+/// Rows that [`add_sketched`] leaves with at most `n_blocks` blocks of which each has a few neurons.
+pub fn sketch_rows(n_blocks: usize, ffn: usize, hidden: usize) -> usize {
+    const LEAST_NEURONS: usize = 16;
+    (n_blocks / hidden.div_ceil(BLOCK_COLUMNS)).clamp(1, ffn.div_ceil(LEAST_NEURONS))
+}
+
+/// `partial[b, :] = sum h_i d_i` over those of an equal part of the neurons that are not active, as the sketch has them. `activations` `[ffn]` are
+/// those of [`sketch_scores`]; `work`, what was chosen by its scores; `partial`, `[n_rows, hidden]`, see
+/// [`sketch_rows`].
+///
+/// # Errors
+/// See the module.
+pub fn add_sketched(
+    device: &Device,
+    sketch: &DeviceSketch,
+    activations: &View,
+    work: &WorkList,
+    n_rows: usize,
+    partial: &View,
+) -> Result<()> {
+    let (ffn, hidden) = (sketch.ffn, sketch.hidden);
+    sketch.check();
+    floats(activations, ffn);
+    floats(partial, n_rows * hidden);
+    assert!(n_rows > 0 && work.ids.len() >= 4 * ffn && work.counts.len() >= 32, "what was chosen");
+    let launch = Launch {
+        kernel: "add_sketched".to_owned(),
+        grid: [n_rows as u32, hidden.div_ceil(BLOCK_COLUMNS) as u32],
+        block: THREADS,
+        shared_bytes: (4 * ffn.div_ceil(n_rows)).max(4 * WORD_COLUMNS * THREADS as usize) as u32,
+        args: vec![
+            address(&sketch.down),
+            address(activations),
+            address(&work.ids),
+            address(&work.counts),
+            u32_of(ffn),
+            u32_of(hidden),
+            address(partial),
+        ],
+    };
+    device.launch(launch, &[&sketch.down, activations, &work.ids, &work.counts, partial])
+}

@@ -1,0 +1,192 @@
+use crate::{Random, U, additions, assert_near, device, pinned, poisoned, read, upload, wide};
+use proptest::prelude::*;
+use thermocline_kernels::cuda::launch::{
+    DeviceSketch, LayerInput, Nonlinearity, Sketched, WorkList, add_sketched, sketch_rows, sketch_scores,
+};
+use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_planes, sketch_row, unsketch};
+
+/// Random rows of one part of a sketch.
+struct Part {
+    planes: Vec<u8>,
+    columns: usize,
+    /// `[rows, columns]`.
+    weights: Vec<f32>,
+    /// The largest number that a kernel multiplies and adds on its own for a weight: codes are taken from 0 on, and the middle of
+    /// the levels is subtracted at the end.
+    sizes: Vec<f64>,
+}
+
+impl Part {
+    fn random(bits: SketchBits, n_rows: usize, columns: usize, random: &mut Random) -> Self {
+        let row_bytes = bits.row_bytes(columns);
+        let (mut bytes, mut weights) = (vec![0; n_rows * row_bytes], vec![0.0; n_rows * columns]);
+        for (row, weights) in bytes.chunks_exact_mut(row_bytes).zip(weights.chunks_exact_mut(columns)) {
+            let codes: Vec<u8> = (0..columns).map(|_| random.below(bits.levels()) as u8).collect();
+            let scales: Vec<f32> = random.values(columns / SKETCH_UNIT).iter().map(|v| v.abs()).collect();
+            sketch_row(bits, &codes, &scales, row);
+            unsketch(bits, row, weights);
+        }
+        // A weight is at least half a step.
+        let sizes = weights.iter().map(|w| 2.0 * bits.levels() as f64 * 1.5 * f64::from(w.abs())).collect();
+        let planes = sketch_planes(SketchMatrix::new(bits, columns, &bytes));
+        assert_eq!(planes.len(), bytes.len());
+        Self { planes, columns, weights, sizes }
+    }
+
+    /// `row . x`, and a bound of what the kernel's sum misses.
+    fn dot(&self, row: usize, x: &[f64]) -> (f64, f64) {
+        let of = row * self.columns..(row + 1) * self.columns;
+        let product: f64 = self.weights[of.clone()].iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
+        let size: f64 = self.sizes[of].iter().zip(x).map(|(s, x)| s * x.abs()).sum();
+        (product, (additions(self.columns) + 64.0) * U * size)
+    }
+}
+
+/// Value, expected value and expected square of `act(v)` for `v ~ N(mean, sd^2)`, as calibrate defines them.
+fn factor(is_silu: bool, mean: f64, sd: f64) -> [f64; 3] {
+    if is_silu {
+        let sigmoid = 1.0 / (1.0 + (-mean).exp());
+        let (value, slope) = (mean * sigmoid, sigmoid * (1.0 + mean * (1.0 - sigmoid)) * sd);
+        return [value, value, value * value + slope * slope];
+    }
+    let value = mean.max(0.0);
+    if sd <= 1e-6 * mean.abs() {
+        return [value, value, value * value];
+    }
+    let t = mean / sd;
+    let (below, density) = (1.0 / (1.0 + (-1.702 * t).exp()), 0.398_942_3 * (-0.5 * t * t).exp());
+    let square = (mean * mean + sd * sd) * below + mean * sd * density;
+    [value, (mean * below + sd * density).max(0.0), square.max(0.0)]
+}
+
+/// What one neuron should come out as: activation, squared score, and how far each may be off.
+fn judged(
+    activation: Nonlinearity,
+    [(gate, gate_error), (up, up_error)]: [(f64, f64); 2],
+    [gate_sd, up_sd, down, down_error]: [f64; 4],
+) -> [(f64, f64); 2] {
+    let g = factor(activation == Nonlinearity::Silu, gate, gate_sd);
+    let u = match activation {
+        Nonlinearity::Drelu => factor(false, up, up_sd),
+        _ => [up, up, up * up + up_sd * up_sd],
+    };
+    let h = g[0] * u[0];
+    let square = (g[2] * u[2] - 2.0 * h * (g[1] * u[1]) + h * h).max(0.0);
+    // Sizes of the factors, and what errors of the products and exponentials that are right to 3e-5 make of them.
+    let (gate_size, up_size) = (gate.abs() + gate_sd + gate_error, up.abs() + up_sd + up_error);
+    let relative = 1e-3 + 8.0 * (gate_error / gate_size.max(1e-30) + up_error / up_size.max(1e-30));
+    let size = (gate_size * up_size).powi(2);
+    let h_error = 1.2 * (gate_error * up_size + up_error * gate_size) + 1e-6 * h.abs();
+    let of_down = 2.0 * (h.abs() + h_error) * h_error + 1e-6 * h * h;
+    let score = square * down * down + h * h * down_error * down_error;
+    [(h, h_error), (score, size * relative * down * down + of_down * down_error * down_error + 1e-5 * score + 1e-30)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn sketches_judge_neurons_as_their_rows_say(
+        units in prop_oneof![1usize..40, Just(64)],
+        ffn in 1usize..200,
+        activation in 0usize..3,
+        with_host in any::<bool>(),
+        seed: u64,
+    ) {
+        let random = &mut Random::new(seed);
+        let hidden = units * SKETCH_UNIT;
+        let activation = [Nonlinearity::Silu, Nonlinearity::Relu, Nonlinearity::Drelu][activation];
+        let [gate, down] = [0, 1].map(|_| Part::random(SketchBits::Two, ffn, hidden, random));
+        let up = Part::random(SketchBits::Three, ffn, hidden, random);
+        let mut neurons: Vec<f32> = random.values(4 * ffn).iter().map(|v| v.abs()).collect();
+        // Some miss nothing; one is broken, and neither chosen nor added.
+        neurons[..ffn].iter_mut().step_by(3).for_each(|sd| *sd = 0.0);
+        let broken = random.below(ffn);
+        neurons[2 * ffn + broken] = f32::NAN;
+        let (x, weight, eps) = (random.values(hidden), random.values(hidden), 1e-3f32);
+        let (host_x, normed) = (pinned(&vec![7f32; hidden + 1]), pinned(&vec![7f32; hidden + 1]));
+        let (scores, activations) = (poisoned(4 * ffn + 4), poisoned(4 * ffn + 4));
+        let sketch = DeviceSketch {
+            gate: upload(&gate.planes).view(), up: upload(&up.planes).view(), down: upload(&down.planes).view(),
+            neurons: upload(&neurons).view(), ffn, hidden,
+        };
+        let (x_view, host_view, normed_view) = (upload(&x).view(), host_x.view(), normed.view());
+        let from = LayerInput { hidden, x: &x_view, eps, normed: &normed_view, host_x: with_host.then_some(&host_view) };
+        let out = Sketched { scores: &scores.view(), activations: &activations.view() };
+        sketch_scores(device(), &sketch, from, &upload(&weight).view(), activation, out).unwrap();
+
+        let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
+        let scale = 1.0 / (squares / hidden as f64 + f64::from(eps)).sqrt();
+        let scale_error = (additions(hidden) + 8.0) * U;
+        let input: Vec<f64> = wide(&x).iter().zip(wide(&weight)).map(|(x, w)| x * scale * w).collect();
+        let (normed, copy) = (read::<f32>(&normed), read::<f32>(&host_x));
+        for (got, want) in normed.iter().zip(&input) {
+            assert_near(*got, *want, (scale_error + 3.0 * U) * want.abs(), "normalised input");
+        }
+        prop_assert!(normed[hidden] == 7.0 && copy[hidden] == 7.0, "nothing after the end");
+        let untouched = vec![7.0; hidden];
+        prop_assert_eq!(&copy[..hidden], if with_host { &normed[..hidden] } else { &untouched });
+
+        let (scores, activations) = (read::<f32>(&scores), read::<f32>(&activations));
+        prop_assert!(scores[ffn].is_nan() && activations[ffn].is_nan(), "nothing after the end");
+        for i in 0..ffn {
+            if i == broken {
+                prop_assert_eq!([scores[i], activations[i]], [0.0, 0.0]);
+                continue;
+            }
+            let product = |part: &Part| {
+                let (product, error) = part.dot(i, &input);
+                (product, error + scale_error * error / U)
+            };
+            let of = |which: usize| f64::from(neurons[which * ffn + i]);
+            let [(h, h_error), (score, score_error)] =
+                judged(activation, [product(&gate), product(&up)], [of(0), of(1), of(2), of(3)]);
+            assert_near(activations[i], h, h_error, &format!("{activation:?}, activation of neuron {i}"));
+            let got = f64::from(scores[i]).powi(2);
+            prop_assert!((got - score).abs() <= score_error, "{:?}, neuron {}: {} {} {:e}", activation, i, got, score, score_error);
+        }
+    }
+
+    #[test]
+    fn down_rows_of_neurons_that_are_not_active_are_added(
+        units in prop_oneof![1usize..40, Just(64), Just(65)],
+        ffn in 1usize..300,
+        n_blocks in prop_oneof![1usize..9, Just(0)],
+        active_share in 0usize..5,
+        seed: u64,
+    ) {
+        let random = &mut Random::new(seed);
+        let hidden = units * SKETCH_UNIT;
+        let n_blocks = if n_blocks == 0 { sketch_rows(2 * device().n_multiprocessors(), ffn, hidden) } else { n_blocks };
+        let down = Part::random(SketchBits::Two, ffn, hidden, random);
+        let h = random.values(ffn);
+        let active: Vec<u32> = (0..ffn as u32).filter(|_| random.below(4) < active_share).collect();
+        let mut ids = active.clone();
+        // What the list held before.
+        ids.resize(ffn, (ffn / 2) as u32);
+        let nothing = upload(&[0u8; 16]).view();
+        let sketch = DeviceSketch {
+            gate: upload(&down.planes).view(), up: upload(&vec![0u8; ffn * SketchBits::Three.row_bytes(hidden)]).view(),
+            down: upload(&down.planes).view(), neurons: upload(&vec![0f32; 4 * ffn]).view(), ffn, hidden,
+        };
+        let work = WorkList {
+            ids: upload(&ids).view(), items: nothing.clone(), totals: nothing,
+            counts: upload(&[1, 2, 3, 4, 5, active.len() as u32, 6, 7u32]).view(),
+        };
+        let partial = poisoned(4 * (n_blocks * hidden + 1));
+        add_sketched(device(), &sketch, &upload(&h).view(), &work, n_blocks, &partial.view()).unwrap();
+        let partial = read::<f32>(&partial);
+        prop_assert!(partial[n_blocks * hidden].is_nan(), "nothing after the end");
+        let of_block = ffn.div_ceil(n_blocks);
+        for (b, got) in partial[..n_blocks * hidden].chunks_exact(hidden).enumerate() {
+            let mine = (b * of_block).min(ffn)..((b + 1) * of_block).min(ffn);
+            let mine: Vec<usize> = mine.filter(|&i| active.binary_search(&(i as u32)).is_err()).collect();
+            for (c, got) in got.iter().enumerate() {
+                let term = |i: &usize, w: f64| f64::from(h[*i]) * w;
+                let want: f64 = mine.iter().map(|i| term(i, f64::from(down.weights[i * hidden + c]))).sum();
+                let size: f64 = mine.iter().map(|i| term(i, down.sizes[i * hidden + c]).abs()).sum();
+                assert_near(*got, want, (of_block as f64 + 12.0) * U * size, &format!("block {b}, column {c}"));
+            }
+        }
+    }
+}
