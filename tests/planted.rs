@@ -174,7 +174,7 @@ fn eighty_layers_leave_codes_and_names_alone() {
     let deep = Shape { name: "deep", n_layers: 80, ..Shape::named("tiny").unwrap() };
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("deep");
-    split_planted(&model(deep), &out, &|_, _| ()).unwrap();
+    split_planted(&model(deep), false, &out, &|_, _| ()).unwrap();
     for mode in [Mode::Exact, Mode::Sparse { active: 0.1 }] {
         let mut engine = engine(&out, request(mode, None, 2)).unwrap();
         for token in 480..544u32 {
@@ -205,9 +205,9 @@ fn an_interrupted_planted_split_is_continued() {
     let dir = TempDir::new().unwrap();
     let (out, model) = (dir.path().join("split"), model(Shape::named("tiny").unwrap()));
     let stop = |done: usize, _: usize| assert!(done < 3, "stopped");
-    let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| split_planted(&model, &out, &stop)));
+    let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| split_planted(&model, false, &out, &stop)));
     assert!(stopped.is_err() && !out.exists());
-    let report = split_planted(&model, &out, &|_, _| ()).unwrap();
+    let report = split_planted(&model, false, &out, &|_, _| ()).unwrap();
     assert!(report.resumed_layers > 0, "{report:?}");
     assert!(files(&out) == files(&tiny()));
 }
