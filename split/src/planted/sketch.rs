@@ -61,11 +61,12 @@ impl LayerSketch {
     fn round(&mut self, part: usize, layout: &BundleLayout, bundle: &[u8]) -> Vec<f32> {
         let (bits, hidden) = (SKETCH_BITS[part], self.row.len());
         unpack(Encoding::Q4, layout.row(bundle, part), &mut self.row);
-        // A gate row has a few units that are not zero, of a pattern, a threshold and zeros: for these the scale is searched.
-        let (columns, scale): (usize, fn(SketchBits, &[f32]) -> f32) =
-            if part == 0 { (self.gate_columns, unit_scale) } else { (hidden, uniform_scale) };
-        let mut wished: Vec<f32> =
-            self.row[..columns].chunks_exact(SKETCH_UNIT).map(|unit| scale(bits, unit)).collect();
+        let mut wished: Vec<f32> = if part == 0 {
+            // The few units that are not zero are of a pattern, thresholds and zeros: their scales are searched.
+            self.row[..self.gate_columns].chunks_exact(SKETCH_UNIT).map(|unit| unit_scale(bits, unit)).collect()
+        } else {
+            self.row.chunks_exact(SKETCH_UNIT).map(|unit| uniform_scale(bits, unit)).collect()
+        };
         wished.resize(hidden / SKETCH_UNIT, 0.0);
         let rows = &mut self.sketch.rows[part];
         let start = rows.len();
