@@ -437,14 +437,14 @@ pub struct Split {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Planted models: random weights, chosen activations")]
 pub struct Planted {
-    /// Write a split of random weights with planted activations: 70b, 34b, 13b, 7b or tiny; in q4
+    /// Write a split of random weights with planted activations: 70b, 34b, 13b, 7b or tiny; in q4, with --sketch too
     #[arg(
         long = "planted",
         id = "planted",
         value_name = "SHAPE",
         conflicts_with_all = [
             "model", "profile", "encoding", "resident_encoding", "order", "chunk_neurons", "zstd_level", "archive",
-            "predictor_rank", "scales", "sketch",
+            "predictor_rank", "scales",
         ]
     )]
     pub shape: Option<String>,

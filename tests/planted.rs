@@ -8,15 +8,21 @@ use std::path::{Path, PathBuf};
 use support::{copy, engine, fails, files, json, llama, ok, once, request, split, text};
 use tempfile::TempDir;
 use thermocline_calibrate::coactivation::BitMatrix;
+use thermocline_calibrate::dense::{DenseLayer, Embedding};
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
+use thermocline_datasets::Checkpoint;
 use thermocline_datasets::planted::{PlantedModel, Shape, Statistics, n_hot};
 use thermocline_runtime::{Logits, Mode};
-use thermocline_split::{Split, SplitCheckpoint, split_planted};
+use thermocline_split::{SKETCH_BITS, Split, SplitCheckpoint, planted_bytes, split_planted, split_planted_sketched};
 
 const VOCAB: usize = 1024;
 
 fn tiny() -> PathBuf {
     once("planted-tiny-a", |path| drop(ok(&["split", "--planted", "tiny", "-o", text(path)])))
+}
+
+fn sketched() -> PathBuf {
+    once("planted-tiny-a-sketched", |path| drop(ok(&["split", "--planted", "tiny", "--sketch", "-o", text(path)])))
 }
 
 fn model(shape: Shape) -> PlantedModel {
@@ -155,8 +161,8 @@ fn statistics_move_as_asked() {
 
 #[test]
 fn greedy_tokens_walk_through_the_vocabulary_and_around_its_end() {
-    let dir = tiny();
-    for mode in [&["--mode", "exact"][..], &["--mode", "sparse", "--active", "0.1"]] {
+    let sparse = &["--mode", "sparse", "--active", "0.1"][..];
+    for (dir, mode) in [(tiny(), &["--mode", "exact"][..]), (tiny(), sparse), (sketched(), sparse)] {
         for start in [0, 470, 990] {
             let prompt = format!("t{start} t{}", start + 1);
             let given = ["run", "-m", text(&dir), "-p", &prompt, "-n", "80", "--temp", "0", "-t", "2", "--json"];
@@ -174,7 +180,7 @@ fn eighty_layers_leave_codes_and_names_alone() {
     let deep = Shape { name: "deep", n_layers: 80, ..Shape::named("tiny").unwrap() };
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("deep");
-    split_planted(&model(deep), &out, &|_, _| ()).unwrap();
+    split_planted_sketched(&model(deep), &out, &|_, _| ()).unwrap();
     for mode in [Mode::Exact, Mode::Sparse { active: 0.1 }] {
         let mut engine = engine(&out, request(mode, None, 2)).unwrap();
         for token in 480..544u32 {
@@ -200,27 +206,124 @@ fn equal_settings_give_equal_bytes_on_any_number_of_threads() {
     assert!(made("other", &["--planted-seed", "1"]) != bytes);
 }
 
+/// If it is the same split that is asked for: sketches make it another one.
 #[test]
 fn an_interrupted_planted_split_is_continued() {
     let dir = TempDir::new().unwrap();
-    let (out, model) = (dir.path().join("split"), model(Shape::named("tiny").unwrap()));
-    let stop = |done: usize, _: usize| assert!(done < 3, "stopped");
-    let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| split_planted(&model, &out, &stop)));
-    assert!(stopped.is_err() && !out.exists());
-    let report = split_planted(&model, &out, &|_, _| ()).unwrap();
-    assert!(report.resumed_layers > 0, "{report:?}");
-    assert!(files(&out) == files(&tiny()));
+    let model = model(Shape::named("tiny").unwrap());
+    let write = |sketch: bool| if sketch { split_planted_sketched } else { split_planted };
+    for (first, then) in [(false, false), (true, true), (false, true), (true, false)] {
+        let out = dir.path().join(format!("split-{first}-{then}"));
+        let stop = |done: usize, _: usize| assert!(done < 3, "stopped");
+        let stopping = std::panic::AssertUnwindSafe(|| write(first)(&model, &out, &stop));
+        assert!(std::panic::catch_unwind(stopping).is_err() && !out.exists());
+        let report = write(then)(&model, &out, &|_, _| ()).unwrap();
+        assert_eq!(report.resumed_layers > 0, first == then, "{report:?}");
+        assert!(files(&out) == files(&if then { sketched() } else { tiny() }), "{first} {then}");
+    }
+}
+
+/// Of each layer, over the whole vocabulary as the dense engine computes it.
+#[test]
+fn what_a_planted_sketch_says_of_its_errors_is_so() {
+    let model = model(Shape::named("tiny").unwrap());
+    let dense = SplitCheckpoint::open(&sketched()).unwrap();
+    let (hidden, n) = (model.shape().hidden_size, model.shape().intermediate_size);
+    let tokens: Vec<u32> = (0..VOCAB as u32).collect();
+    let mut x = Embedding::load(&dense).unwrap().rows(&tokens).unwrap();
+    for l in 0..model.shape().n_layers {
+        let layer = DenseLayer::load(&dense, l).unwrap();
+        x = layer.attention(&x, VOCAB / 128, 128).unwrap();
+        let input = layer.ffn_input(&x).unwrap();
+        let sketch = dense.split().sketch(l).unwrap().unwrap();
+        let row = |part: &str| dense.load(&format!("model.layers.{l}.mlp.{part}_proj.weight")).unwrap();
+        for (part, name, told) in [(0, "gate", &sketch.gate_sd), (1, "up", &sketch.up_sd)] {
+            let (weights, stored) = (row(name), sketch.decoded(part, hidden));
+            let ratios = (0..n).step_by(13).map(|i| {
+                let range = i * hidden..(i + 1) * hidden;
+                let lost: Vec<f32> = weights[range.clone()].iter().zip(&stored[range]).map(|(w, s)| w - s).collect();
+                let product = |x: &[f32]| lost.iter().zip(x).map(|(l, x)| l * x).sum::<f32>();
+                let square = input.chunks_exact(hidden).map(|x| product(x).powi(2)).sum::<f32>() / VOCAB as f32;
+                square.sqrt() / told[i]
+            });
+            let ratios: Vec<f32> = ratios.collect();
+            let mean = ratios.iter().sum::<f32>() / ratios.len() as f32;
+            assert!((mean - 1.0).abs() < 0.05, "layer {l}, {name}: {mean} of what the sketch says");
+            assert!(ratios.iter().all(|r| (0.8..1.2).contains(r)), "layer {l}, {name}: {ratios:?}");
+        }
+        let (down, stored) = (row("down"), sketch.decoded(2, hidden));
+        for i in (0..n).step_by(13) {
+            let column: Vec<f32> = (0..hidden).map(|c| down[c * n + i]).collect();
+            let lost = column.iter().zip(&stored[i * hidden..]).map(|(w, s)| w - s);
+            let length = |v: &mut dyn Iterator<Item = f32>| v.map(|v| v * v).sum::<f32>().sqrt();
+            let (norm, lost) = (length(&mut column.iter().copied()), length(&mut lost.into_iter()));
+            assert!((norm - sketch.down_norm[i]).abs() < 1e-3 * norm, "layer {l}, neuron {i}");
+            assert!((lost - sketch.down_error[i]).abs() < 1e-3 * lost, "layer {l}, neuron {i}");
+            // The root of 1.43 of 21.5, the squared error of random codes in four levels.
+            assert!((0.2..0.32).contains(&(lost / norm)), "{lost} of {norm}");
+        }
+        // What the sketch would choose for the trace's first tokens is no more among the hot neurons, that have 60 % of what
+        // fires, than anywhere.
+        let rows = [0, 1].map(|part| sketch.decoded(part, hidden));
+        let (mut chosen, mut of_hot) = (0, 0);
+        for x in input.chunks_exact(hidden).take(16) {
+            let cost = |i: usize| {
+                let row = |rows: &[f32]| rows[i * hidden..(i + 1) * hidden].iter().zip(x).map(|(w, x)| w * x).sum();
+                sketch.judge(dense.config().activation, i, row(&rows[0]), row(&rows[1])).0
+            };
+            let mut costs: Vec<(f32, usize)> = (0..n).map(|i| (cost(i), i)).collect();
+            costs.sort_by(|a, b| b.0.total_cmp(&a.0));
+            chosen += n / 10;
+            of_hot += costs[..n / 10].iter().filter(|(_, i)| *i < n_hot(n)).count();
+        }
+        let share = f64::from(of_hot as u32) / f64::from(chosen as u32);
+        assert!((0.06..0.2).contains(&share), "layer {l}: {share}");
+        let neurons = layer.neurons(&input).unwrap();
+        layer.ffn_output(&mut x, neurons.h).unwrap();
+    }
+}
+
+/// In sparse mode the sketch is used, and everything else is as without it.
+#[test]
+fn a_planted_sketch_is_added_to_an_equal_split() {
+    let (plain, with) = (files(&tiny()), files(&sketched()));
+    let differ: Vec<&str> = with.iter().filter(|f| !plain.contains(f)).map(|f| f.0.as_str()).collect();
+    assert_eq!(differ, ["manifest.json", "sketches.safetensors"]);
+    let split = Split::open(&sketched()).unwrap();
+    assert_eq!(split.manifest().version, 4);
+    let model = model(Shape::named("tiny").unwrap());
+    let shape = model.shape();
+    let neuron: usize = SKETCH_BITS.iter().map(|bits| bits.row_bytes(shape.hidden_size)).sum::<usize>() + 16;
+    let expected = planted_bytes(&model, true).unwrap();
+    assert_eq!(expected.sketches, (shape.n_layers * shape.intermediate_size * neuron) as u64);
+    assert_eq!(split.sketches().unwrap().data_bytes(), expected.sketches);
+    assert_eq!(expected.needed - planted_bytes(&model, false).unwrap().needed, 2 * expected.sketches);
+    assert!(json(&["inspect", text(&sketched()), "--json"])["sketch_bytes"].as_u64().unwrap() > expected.sketches);
+
+    let logits = |dir: &Path, mode: Mode| {
+        let mut engine = engine(dir, request(mode, None, 2)).unwrap();
+        engine.forward(&[100], Logits::Last).unwrap()
+    };
+    let (exact, sparse) = (Mode::Exact, Mode::Sparse { active: 0.1 });
+    assert!(logits(&sketched(), exact) == logits(&tiny(), exact));
+    assert!(logits(&sketched(), sparse) != logits(&tiny(), sparse));
 }
 
 #[test]
 fn verify_needs_no_checkpoint_for_a_planted_split_and_only_for_one() {
     assert!(ok(&["verify", text(&tiny())]).stdout.contains("made without a checkpoint"));
     let (_guard, damaged) = copy(&tiny());
-    let layer = damaged.join("layers/002.thm");
-    let mut bytes = std::fs::read(&layer).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    std::fs::write(&layer, bytes).unwrap();
+    let damage = |path: PathBuf| {
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    };
+    damage(damaged.join("layers/002.thm"));
     assert!(fails(4, &["verify", text(&damaged)]).contains("layer 2"));
+    ok(&["verify", text(&sketched())]);
+    let (_guard, damaged) = copy(&sketched());
+    damage(damaged.join("sketches.safetensors"));
+    assert!(fails(4, &["verify", text(&damaged)]).contains("sketches.3.neurons"));
     assert!(fails(2, &["verify", text(&split(&llama(), "q4", &[]))]).contains("needs -m"));
 }
 
@@ -236,6 +339,12 @@ fn what_cannot_be_planted_is_refused_by_name() {
         refused(&["--planted", "tiny", "--planted-active", "0.5", "--planted-hot-cover", "0.9"]).contains("at most")
     );
     assert!(refused(&["--planted", "tiny", "-m", "model"]).contains("--model"));
+    assert!(refused(&["--planted", "tiny", "--sketch", "--scales", "absmax"]).contains("--scales"));
     assert!(refused(&["--planted-seed", "3", "-m", "model", "--profile", "p"]).contains("is for --planted"));
     assert!(!out.exists());
+
+    let narrow = model(Shape { name: "narrow", hidden_size: 288, ..Shape::named("tiny").unwrap() });
+    let error = split_planted_sketched(&narrow, &out, &|_, _| ()).unwrap_err().to_string();
+    assert!(error.contains("288 is no multiple of 64") && !out.exists(), "{error}");
+    split_planted(&narrow, &out, &|_, _| ()).unwrap();
 }

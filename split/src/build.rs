@@ -157,8 +157,8 @@ fn build(
         return Err(settings(format!("--predictor-rank {} is not a multiple of 32", options.predictor_rank)));
     }
 
-    if options.sketch && !sketch::fits(config.hidden_size) {
-        return Err(settings(format!("--sketch: hidden size {} is no multiple of 64", config.hidden_size)));
+    if options.sketch {
+        sketch::check_width(config.hidden_size)?;
     }
 
     let surveyed = survey(profile)?;
@@ -223,8 +223,9 @@ fn build(
     progress(config.n_layers, config.n_layers + 1);
     let (resident, resident_planes) = write_resident(checkpoint, profile, options, dir)?;
     let places: Vec<u64> = profile.sample_tokens()?.into_iter().take(TRACE_TOKENS_MAX).collect();
-    let (predictors, statistics) = assemble_parts(config, packing.predictor_rank, false, &places, &partial)?;
-    let sketches = options.sketch.then(|| assemble_sketches(config, &partial)).transpose()?;
+    let rank = packing.predictor_rank;
+    let Assembled { predictors, statistics, sketches } =
+        assemble_parts(config, rank, false, options.sketch, &places, &partial)?;
     let files = write_plain_files(checkpoint, dir)?;
     let of_layer = |l: &LayerEntry| l.file_bytes + l.others().map(|p| p.file_bytes).sum::<u64>();
     let ffn_bytes: u64 = layers.iter().map(of_layer).sum();
@@ -379,15 +380,24 @@ fn write_resident(
     Ok((writer.finish()?, further.map(Writer::finish).transpose()?))
 }
 
-/// Puts the layers' parts together: predictors of rank `rank`, `with_ahead` those for the input of the layer before, and
-/// statistics with the trace of the tokens at `places`.
+/// The files that the layers' parts become.
+pub(crate) struct Assembled {
+    pub predictors: TensorFileEntry,
+    pub statistics: TensorFileEntry,
+    /// If the layers have sketches.
+    pub sketches: Option<TensorFileEntry>,
+}
+
+/// Puts the layers' parts together: predictors of rank `rank`, `with_ahead` those for the input of the layer before,
+/// statistics with the trace of the tokens at `places`, and sketches if there are any.
 pub(crate) fn assemble_parts(
     config: &ModelConfig,
     rank: usize,
     with_ahead: bool,
+    with_sketches: bool,
     places: &[u64],
     partial: &Partial,
-) -> Result<(TensorFileEntry, TensorFileEntry)> {
+) -> Result<Assembled> {
     let (ffn, n_trace) = (config.intermediate_size, places.len());
     let mut predictors = Vec::new();
     let mut statistics = vec![("trace.token".to_owned(), Format::U8, n_trace, 8)];
@@ -404,6 +414,11 @@ pub(crate) fn assemble_parts(
     }
     let mut predictors = Writer::create(partial.dir(), "predictors.safetensors", predictors)?;
     let mut statistics = Writer::create(partial.dir(), "stats.safetensors", statistics)?;
+    let create_sketches = || {
+        let tensors = (0..config.n_layers).flat_map(|l| sketch::tensors(l, config));
+        Writer::create(partial.dir(), "sketches.safetensors", tensors.collect())
+    };
+    let mut sketches = with_sketches.then(create_sketches).transpose()?;
     let tokens: Vec<u8> = places.iter().flat_map(|t| t.to_le_bytes()).collect();
     statistics.write("trace.token", &tokens)?;
     for l in 0..config.n_layers {
@@ -418,22 +433,18 @@ pub(crate) fn assemble_parts(
         statistics.write(&format!("layers.{l}.energy"), &part.energy)?;
         let width = ffn.div_ceil(8);
         statistics.write(&format!("layers.{l}.trace"), part.trace.get(..n_trace * width).unwrap_or_default())?;
-    }
-    Ok((predictors.finish()?, statistics.finish()?))
-}
-
-/// Puts the layers' sketches together.
-fn assemble_sketches(config: &ModelConfig, partial: &Partial) -> Result<TensorFileEntry> {
-    let tensors = (0..config.n_layers).flat_map(|l| sketch::tensors(l, config));
-    let mut writer = Writer::create(partial.dir(), "sketches.safetensors", tensors.collect())?;
-    for l in 0..config.n_layers {
-        let PackedLayer { sketch_rows, sketch_neurons, .. } = partial.read_part(l)?;
-        let parts = sketch_rows.iter().chain([&sketch_neurons]);
-        for ((name, ..), bytes) in sketch::tensors(l, config).iter().zip(parts) {
-            writer.write(name, bytes)?;
+        if let Some(sketches) = &mut sketches {
+            let parts = part.sketch_rows.iter().chain([&part.sketch_neurons]);
+            for ((name, ..), bytes) in sketch::tensors(l, config).iter().zip(parts) {
+                sketches.write(name, bytes)?;
+            }
         }
     }
-    writer.finish()
+    Ok(Assembled {
+        predictors: predictors.finish()?,
+        statistics: statistics.finish()?,
+        sketches: sketches.map(Writer::finish).transpose()?,
+    })
 }
 
 fn write_plain_files(checkpoint: &dyn Checkpoint, dir: &Path) -> Result<Vec<PlainFile>> {
@@ -473,8 +484,8 @@ fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
     let predictors = config.n_layers
         * (options.predictor_rank * config.hidden_size * 2
             + 2 * config.intermediate_size * (options.predictor_rank * 2));
-    let sketch: usize = crate::SKETCH_BITS.iter().map(|bits| bits.row_bytes(config.hidden_size)).sum();
-    let sketches = if options.sketch { config.n_layers * config.intermediate_size * (sketch + 16) } else { 0 };
+    let neurons = config.n_layers * config.intermediate_size;
+    let sketches = if options.sketch { neurons * sketch::bytes_per_neuron(config.hidden_size) } else { 0 };
     // They lie in their parts, too, until they are put together.
     (ffn + resident + predictors + 2 * sketches) as u64 + (16 << 20)
 }

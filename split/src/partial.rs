@@ -7,10 +7,10 @@ use crate::plane_file::PlaneFile;
 use crate::planes::further_planes;
 use crate::{LayerFile, Precision};
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use thermocline_kernels::Encoding;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::Xxh3;
 
 /// The directory, and what is finished in it.
 pub(crate) struct Partial {
@@ -83,15 +83,20 @@ impl Partial {
     /// Writes the part file, then moves the layer's files in place.
     pub(crate) fn finish_layer(&self, l: usize, files: &[Vec<String>], packed: &PackedLayer) -> Result<()> {
         let path = self.part_path(l);
-        let mut body = Vec::new();
-        for field in packed.parts() {
-            body.extend_from_slice(&(field.len() as u64).to_le_bytes());
-            body.extend_from_slice(field);
+        // Field by field: with a sketch they are too large for a copy of them all.
+        let fields = || packed.parts().into_iter().map(|field| ((field.len() as u64).to_le_bytes(), field));
+        let mut hash = Xxh3::new();
+        for (len, field) in fields() {
+            hash.update(&len);
+            hash.update(field);
         }
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&path)?;
-            file.write_all(&xxh3_64(&body).to_le_bytes())?;
-            file.write_all(&body)?;
+            file.write_all(&hash.digest().to_le_bytes())?;
+            for (len, field) in fields() {
+                file.write_all(&len)?;
+                file.write_all(field)?;
+            }
             file.sync_all()
         };
         write().map_err(io(&path))?;
@@ -106,19 +111,29 @@ impl Partial {
 
     pub(crate) fn read_part(&self, l: usize) -> Result<PackedLayer> {
         let path = self.part_path(l);
-        let bytes = fs::read(&path).map_err(io(&path))?;
-        let bad = |reason: &str| corrupt(&path, "part", reason);
-        let (sum, mut rest) = bytes.split_first_chunk::<8>().ok_or_else(|| bad("too short"))?;
-        if xxh3_64(rest).to_le_bytes() != *sum {
-            return Err(bad("checksum mismatch"));
-        }
+        let mut file = File::open(&path).map_err(io(&path))?;
+        let file_bytes = file.metadata().map_err(io(&path))?.len();
+        let word = |file: &mut File| -> Result<[u8; 8]> {
+            let mut bytes = [0; 8];
+            file.read_exact(&mut bytes).map_err(io(&path))?;
+            Ok(bytes)
+        };
+        let sum = word(&mut file)?;
+        let mut hash = Xxh3::new();
         let mut packed = PackedLayer::default();
         for field in packed.parts_mut() {
-            let (len, tail) = rest.split_first_chunk::<8>().ok_or_else(|| bad("too short"))?;
-            let (body, tail) =
-                tail.split_at_checked(u64::from_le_bytes(*len) as usize).ok_or_else(|| bad("too short"))?;
-            *field = body.to_vec();
-            rest = tail;
+            let len = word(&mut file)?;
+            // Lengths are read before the checksum of them is: a damaged one must not ask for all memory.
+            if u64::from_le_bytes(len) > file_bytes {
+                return Err(corrupt(&path, "part", "too short"));
+            }
+            *field = vec![0; u64::from_le_bytes(len) as usize];
+            file.read_exact(field).map_err(io(&path))?;
+            hash.update(&len);
+            hash.update(field);
+        }
+        if hash.digest().to_le_bytes() != sum {
+            return Err(corrupt(&path, "part", "checksum mismatch"));
         }
         Ok(packed)
     }

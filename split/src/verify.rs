@@ -87,7 +87,7 @@ impl Split {
     /// # Errors
     /// If a file cannot be read or is damaged, and [`Error::Unsound`] as from [`Split::check_weights`].
     pub fn check(&self, progress: &dyn Fn(usize, usize)) -> Result<()> {
-        check_tensors(self.statistics())?;
+        [Some(self.statistics()), self.sketches()].into_iter().flatten().try_for_each(check_tensors)?;
         check_plain_files(self)?;
         self.check_weights(progress)
     }

@@ -11,7 +11,10 @@ use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_split::order::{OrderKind, TABLE_CHUNKS};
-use thermocline_split::{Compression, LayerEncodings, Scales, SplitOptions, SplitReport, planted_bytes, split_planted};
+use thermocline_split::{
+    Compression, LayerEncodings, Scales, SplitOptions, SplitReport, planted_bytes, split_planted,
+    split_planted_sketched,
+};
 
 pub fn split(args: &Split) -> anyhow::Result<()> {
     super::run::limit_threads(args.threads)?;
@@ -73,10 +76,11 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
     statistics.cluster_neurons = given.planted_clusters.unwrap_or(statistics.cluster_neurons);
     let case = if statistics == of_case { case } else { "custom" };
     let model = PlantedModel::new(Shape::named(shape)?, case, statistics, given.planted_seed.unwrap_or(0))?;
-    let bytes = planted_bytes(&model)?;
+    let bytes = planted_bytes(&model, args.sketch)?;
     if !args.json {
+        let sketches = if args.sketch { format!(", sketches {}", format_bytes(bytes.sketches)) } else { String::new() };
         println!(
-            "{}: neurons {}, attention and head {}, predictors {}; {} of disk while it is written",
+            "{}: neurons {}, attention and head {}, predictors {}{sketches}; {} of disk while it is written",
             model.name(),
             format_bytes(bytes.ffn),
             format_bytes(bytes.resident),
@@ -89,7 +93,8 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
         let progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
         progress.set(done as u64, total as u64, format!("part {done}/{total}"));
     };
-    let report = split_planted(&model, &args.output, &on_layer);
+    let write = if args.sketch { split_planted_sketched } else { split_planted };
+    let report = write(&model, &args.output, &on_layer);
     progress.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
     let report = report?;
     if args.json {

@@ -84,4 +84,38 @@ impl Scales {
     pub fn norm(&self, l: usize) -> f32 {
         1.0 / (self.shares[0] + self.shares[1] * l as f32 / self.n_layers as f32).sqrt()
     }
+
+    /// About the mean square of each channel that layer `l`'s neurons read, `[hidden]`, over the tokens of both domains; for a
+    /// model of this shape, which the scales are of.
+    pub fn input_mean_squares(&self, shape: &Shape, l: usize) -> Vec<f32> {
+        let channels = shape.channels();
+        let mut squares = vec![1.0 + GROWTH * l as f32 / self.n_layers as f32; shape.hidden_size];
+        squares[channels.pattern].fill((self.pattern * CODE_SD).powi(2));
+        for group in channels.constants {
+            squares[group.clone()].fill(0.0);
+            // Half of the tokens have it.
+            squares[group.start] = self.constant * self.constant / 2.0;
+        }
+        squares[channels.identity].fill(1.0);
+        let norm = self.norm(l);
+        squares.iter_mut().for_each(|square| *square *= norm * norm);
+        squares
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn normed_inputs_have_a_mean_square_of_one() {
+        for shape in Shape::ALL {
+            let scales = Scales::new(&shape, &Statistics::case("a").unwrap());
+            for l in [0, shape.n_layers / 2, shape.n_layers - 1] {
+                let squares = scales.input_mean_squares(&shape, l);
+                let mean = squares.iter().sum::<f32>() / shape.hidden_size as f32;
+                assert!((mean - 1.0).abs() < 1e-3, "{}, layer {l}: {mean}", shape.name);
+            }
+        }
+    }
 }

@@ -1,6 +1,7 @@
-//! One layer of a planted model: bundles to the disk, piece by piece, and with them predictor and statistics.
+//! One layer of a planted model: bundles to the disk, piece by piece, and with them predictor, statistics and sketch.
 
 use super::rows::Row;
+use super::sketch::LayerSketch;
 use super::{BUNDLE, CHUNK_NEURONS, FACTOR};
 use crate::content::Content;
 use crate::error::Result;
@@ -27,10 +28,17 @@ pub(super) fn rank(model: &PlantedModel) -> usize {
 }
 
 /// Makes layer `l`; its file is left under the temporary name that [`Partial::finish_layer`] expects.
-pub(super) fn write(model: &PlantedModel, l: usize, layout: &BundleLayout, partial: &Partial) -> Result<PackedLayer> {
+pub(super) fn write(
+    model: &PlantedModel,
+    l: usize,
+    layout: &BundleLayout,
+    with_sketch: bool,
+    partial: &Partial,
+) -> Result<PackedLayer> {
     let (layer, n) = (model.layer(l), model.shape().intermediate_size);
     let order: Vec<u32> = (0..n as u32).collect();
     let mut rest = Rest::new(model, l);
+    let mut sketch = with_sketch.then(|| LayerSketch::new(model, l));
     let path = partial.temporary_layer(l, 0, 0);
     let place = Place { layer: l, neurons: 0..n, layer_neurons: n };
     let mut file = PlaneWriter::create(&path, place, Content::Bundles(*layout), &order, CHUNK_NEURONS)?;
@@ -43,11 +51,18 @@ pub(super) fn write(model: &PlantedModel, l: usize, layout: &BundleLayout, parti
             let random = &mut Random::at(model.seed(), &[BUNDLE, l as u64, place as u64]);
             let length = fill_bundle(model, &neuron, random, layout, bundle);
             rest.add(place, &neuron, length);
+            if let Some(sketch) = &mut sketch {
+                sketch.add(layout, bundle, length);
+            }
         }
         file.stored(piece)?;
     }
     file.finish()?;
-    Ok(rest.finish(order))
+    let mut packed = rest.finish(order);
+    if let Some(sketch) = sketch {
+        (packed.sketch_rows, packed.sketch_neurons) = sketch.finish();
+    }
+    Ok(packed)
 }
 
 /// Fills a neuron's bundle; returns the length of its down column.
@@ -79,7 +94,7 @@ fn fill_bundle(
     scale * (down.square_sum(channels.free) as f32).sqrt()
 }
 
-/// Everything of a layer but the bundles, while it grows neuron by neuron.
+/// Everything of a layer but the bundles and their sketch, while it grows neuron by neuron.
 struct Rest<'m> {
     model: &'m PlantedModel,
     l: usize,

@@ -3,9 +3,11 @@
 
 mod feedback;
 
+use crate::Error;
 use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile};
 use feedback::{Feedback, Rounded, round_nearest};
+pub(crate) use feedback::{round_row, unit_scale};
 use ndarray::Array2;
 use thermocline_calibrate::predictor::{expected_error, gate_row_error, up_row_error};
 use thermocline_datasets::{Activation, ModelConfig};
@@ -157,9 +159,17 @@ fn name(layer: usize, part: &str) -> String {
     format!("sketches.{layer}.{part}")
 }
 
-/// Whether a model of this width can have sketches.
-pub(crate) fn fits(hidden_size: usize) -> bool {
-    hidden_size.is_multiple_of(SKETCH_UNIT)
+/// Refuses a width that no sketch can have.
+pub(crate) fn check_width(hidden_size: usize) -> Result<()> {
+    if hidden_size.is_multiple_of(SKETCH_UNIT) {
+        return Ok(());
+    }
+    Err(Error::Settings { what: format!("--sketch: hidden size {hidden_size} is no multiple of {SKETCH_UNIT}") })
+}
+
+/// Bytes of a neuron's sketch: three rows and four numbers.
+pub(crate) fn bytes_per_neuron(hidden_size: usize) -> usize {
+    SKETCH_BITS.iter().map(|bits| bits.row_bytes(hidden_size)).sum::<usize>() + 4 * size_of::<f32>()
 }
 
 /// The tensors of a layer's sketch, in file order.
