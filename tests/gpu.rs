@@ -361,7 +361,7 @@ fn layers_that_differ_and_layers_of_several_encodings_give_what_the_cpu_engine_g
             let budgets = budgets_by_hot_end(&open(), &device(), mode);
             assert_eq!(budgets.len() == 4, has_sections, "{encoding} at {planes}: {budgets:?}");
             for (i, (end, vram)) in budgets.into_iter().enumerate() {
-                let share = if mode == Mode::Exact { 0.0 } else { [0.5, 0.0, 1.0][i % 3] };
+                let share = [0.5, 0.0, 1.0][i % 3];
                 let what = format!("{encoding} at {planes}, {mode:?}, hot ends {end:?}, host {share}");
                 let request = GpuRequest { lookahead: Some(0), ..gpu_request(&device(), mode, vram, Some(0.0)) };
                 agree(&open, request, share, &what);

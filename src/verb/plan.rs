@@ -29,8 +29,8 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
         let n_threads = super::load::host_threads(&placement);
         let hardware =
             thermocline_runtime::measure_tiers(&device, *split.layers()[0].bundles().largest().bundles(), n_threads)?;
-        // What `--cpu-share 0` and exact mode leave to the link.
-        let on_host = plan.request.base.mode != Mode::Exact && placement.cpu_share != Some(0.0);
+        // What `--cpu-share 0` leaves to the link.
+        let on_host = placement.cpu_share != Some(0.0);
         let predicted = plan.predict(&GpuSpeeds { host: if on_host { hardware.host } else { 0.0 }, ..hardware });
         if args.json {
             return output::json(&GpuOutput { plan, hardware, predicted, promise });

@@ -61,7 +61,9 @@ impl GpuEngine {
         progress: &dyn Fn(usize, usize),
     ) -> Result<Self> {
         let config = split.manifest().config.clone();
-        let model = Model::load(&split, &plan, &device, progress)?;
+        let is_cold = plan.hot_neurons.iter().any(|&h| h < config.intermediate_size);
+        let with_host = is_cold && host_share != Some(0.0);
+        let model = Model::load(&split, &plan, &device, with_host, progress)?;
         for layer in model.layers.iter().filter(|l| l.cache.n_sets > 0) {
             device.fill(&layer.cache.slot_of, 0xff)?;
             device.fill(&layer.cache.owner, 0xff)?;
@@ -69,10 +71,8 @@ impl GpuEngine {
             device.fill(&layer.cache.key, 0xfe)?;
             device.fill(&layer.cache.used, 0)?;
         }
-        let is_cold = plan.hot_neurons.iter().any(|&h| h < config.intermediate_size);
-        let wanted = is_cold && matches!(plan.request.base.mode, Mode::Sparse { .. }) && host_share != Some(0.0);
         let host =
-            wanted.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
+            with_host.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
         let mut serial = 0;
         let mut speeds = speeds::of_model(&device, &model)?;
         if let Some(host) = &host {
@@ -307,39 +307,38 @@ impl GpuEngine {
         let kv = 2 * 2 * (config.n_layers * config.n_kv_heads * config.head_dim * self.len) as u64;
         let mut bytes = TierBytes { device: fixed.matrices + fixed.predictors + kv, ..TierBytes::default() };
         let a = &mut self.account;
-        if self.plan.request.base.mode == Mode::Exact {
-            for layer in &self.model.layers {
+        let since = added(&self.model.mapped.totals, &mut self.totals);
+        let before = a.link_bytes;
+        for layer in &self.model.layers {
+            if !layer.is_chosen {
                 bytes.device += layer.layout.bytes(0..layer.n_hot) as u64;
-                bytes.host += layer.cold_bytes();
+                a.link_bytes += layer.cold_bytes();
+                a.neurons_computed += config.intermediate_size as u64;
+                continue;
             }
-            a.neurons_computed += n;
-        } else {
-            let since = added(&self.model.mapped.totals, &mut self.totals);
-            let before = a.link_bytes;
-            for layer in &self.model.layers {
-                for section in &layer.sections {
-                    let bundle = section.layout.bundle_bytes() as u64;
-                    let [_, link, cached, hot, ..] = since[section.totals];
-                    bytes.device += hot * bundle;
-                    bytes.cache += cached * bundle;
-                    a.link_bytes += link * bundle;
-                }
-                let [_, link, cached, _, host, active, used, fetched] = since[layer.totals];
-                let early_bytes = fetched * layer.last_section().layout.bundle_bytes() as u64;
-                a.link_bytes += early_bytes;
-                a.early_link_bytes += early_bytes;
-                a.cache_hits += cached;
-                a.cache_misses += link + host + used;
-                a.foreseen += fetched;
-                a.foreseen_used += used;
-                a.neurons_computed += active;
-                // The others' down rows are the sketch's.
-                if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
-                    bytes.device -= active * sketch.down_row_bytes();
-                }
+            for section in &layer.sections {
+                let bundle = section.layout.bundle_bytes() as u64;
+                let [_, link, cached, hot, ..] = since[section.totals];
+                bytes.device += hot * bundle;
+                bytes.cache += cached * bundle;
+                a.link_bytes += link * bundle;
             }
-            bytes.host += a.link_bytes - before + host_bytes;
+            let [_, link, cached, _, host, active, used, fetched] = since[layer.totals];
+            let early_bytes = fetched * layer.last_section().layout.bundle_bytes() as u64;
+            a.link_bytes += early_bytes;
+            a.early_link_bytes += early_bytes;
+            a.cache_hits += cached;
+            // A cache is for what changes from token to token.
+            a.cache_misses += if layer.chooser.is_some() { link + host + used } else { 0 };
+            a.foreseen += fetched;
+            a.foreseen_used += used;
+            a.neurons_computed += active;
+            // The others' down rows are the sketch's.
+            if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
+                bytes.device -= active * sketch.down_row_bytes();
+            }
         }
+        bytes.host = a.link_bytes - before + host_bytes;
         a.neurons_total += n;
         a.bytes.device += bytes.device;
         a.bytes.cache += bytes.cache;

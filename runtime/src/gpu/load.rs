@@ -45,7 +45,9 @@ pub(super) struct Layer {
     pub selection: Selection,
     /// Sparse mode: stands for the others.
     pub left_out: Option<View>,
-    /// What a token of sparse mode computes, all sections together.
+    /// Whether that is listed anew for each token, and by the kernel that divides it with the host.
+    pub is_chosen: bool,
+    /// What a token computes then, all sections together.
     pub work: WorkList,
     /// Its row of the totals.
     pub totals: usize,
@@ -120,11 +122,13 @@ fn kernel_activation(activation: Activation) -> Nonlinearity {
 }
 
 impl Model {
-    /// Reads, checks and places everything. `progress(done, total)` counts layers.
+    /// Reads, checks and places everything; `with_host`: the host's threads may have a part of the cold neurons.
+    /// `progress(done, total)` counts layers.
     pub(super) fn load(
         split: &Split,
         plan: &GpuPlan,
         device: &Device,
+        with_host: bool,
         progress: &dyn Fn(usize, usize),
     ) -> Result<Self> {
         let config = &split.manifest().config;
@@ -143,7 +147,7 @@ impl Model {
             Mode::Exact => Vec::new(),
             Mode::Sparse { active } => chosen_active(split, active)?,
         };
-        let loader = Loader { split, plan, device, arena: &arena, active: &active };
+        let loader = Loader { split, plan, device, arena: &arena, active: &active, with_host };
         let scratch = loader.scratch()?;
         let n_threads = plan.request.base.n_threads.min(n_layers);
         let next = AtomicUsize::new(0);
@@ -220,6 +224,7 @@ pub(super) struct Loader<'a> {
     pub arena: &'a Arena,
     /// Sparse mode: what is computed of each layer.
     pub active: &'a [LayerActive],
+    pub with_host: bool,
 }
 
 impl Loader<'_> {
@@ -332,6 +337,7 @@ impl Loader<'_> {
             chooser,
             selection: active.map_or(Selection::Every, |a| Selection::Top(a.n_active)),
             left_out: left_out.transpose()?,
+            is_chosen: self.is_chosen(n_hot),
             work,
             totals: first_totals_row(self.split, l),
         };

@@ -55,7 +55,8 @@ impl GpuPlan {
         let n_layers = self.hot_neurons.len() as f64;
         let device_seconds = device / speeds.device;
         let exchange = if speeds.host > 0.0 && host > 0.0 { EXCHANGE_SECONDS } else { 0.0 };
-        let choice = if matches!(self.request.base.mode, Mode::Sparse { .. }) { CHOICE_SECONDS } else { 0.0 };
+        let is_chosen = exchange > 0.0 || matches!(self.request.base.mode, Mode::Sparse { .. });
+        let choice = if is_chosen { CHOICE_SECONDS } else { 0.0 };
         let between = n_layers * (LAYER_SECONDS + choice + COLUMN_SECONDS * self.hidden_size as f64 + exchange);
         let early = if speeds.host > 0.0 {
             0.0

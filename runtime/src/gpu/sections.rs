@@ -26,7 +26,7 @@ pub(super) struct Section {
     pub hot: View,
     /// Those of the others, pinned.
     pub cold: View,
-    /// What a token computes; in exact mode all of it, listed once.
+    /// What a token computes. In exact mode that is all of it, listed once, unless the host's threads have a part.
     pub work: WorkList,
     /// Its row of the totals.
     pub totals: usize,
@@ -62,10 +62,10 @@ pub(super) fn most_sections(split: &Split) -> usize {
 }
 
 /// Lists, beside the one that `choose` makes, which layers share: one for each section of the layer that has most.
-fn n_shared_lists(split: &Split, mode: Mode) -> usize {
-    match (mode, most_sections(split)) {
-        (Mode::Exact, _) | (_, 1) => 0,
-        (Mode::Sparse { .. }, n) => n,
+fn n_shared_lists(split: &Split) -> usize {
+    match most_sections(split) {
+        1 => 0,
+        n => n,
     }
 }
 
@@ -80,7 +80,7 @@ pub(super) fn lists_bytes(split: &Split, mode: Mode) -> u64 {
         Mode::Exact => sections.map(|s| list_bytes(s.neurons().len())).sum(),
         Mode::Sparse { .. } => 0,
     };
-    own + n_shared_lists(split, mode) as u64 * list_bytes(split.manifest().config.intermediate_size)
+    own + n_shared_lists(split) as u64 * list_bytes(split.manifest().config.intermediate_size)
 }
 
 impl Scratch {
@@ -96,7 +96,14 @@ impl Loader<'_> {
         let n = self.split.manifest().config.intermediate_size;
         let list =
             |_| WorkList { items: self.arena.take(8 * n), counts: self.arena.take(COUNTS_BYTES), ..work.clone() };
-        (0..n_shared_lists(self.split, self.plan.request.base.mode)).map(list).collect()
+        (0..n_shared_lists(self.split)).map(list).collect()
+    }
+
+    /// Whether the list of a layer whose first `n_hot` neurons are in device memory is made anew for each token: in sparse mode,
+    /// and where the host's threads may have a part.
+    pub(super) fn is_chosen(&self, n_hot: usize) -> bool {
+        let is_cold = n_hot < self.split.manifest().config.intermediate_size;
+        self.plan.request.base.mode != Mode::Exact || (self.with_host && is_cold)
     }
 
     /// What `choose` makes for layer `l`, and the layer's sections; `hot` holds the first `n_hot` bundles, `cold` the others.
@@ -116,10 +123,10 @@ impl Loader<'_> {
             let border = n_hot.clamp(neurons.start, neurons.end);
             let (n_section_hot, n_cold) = (border - neurons.start, neurons.end - border);
             let totals = if several { row + 1 + i } else { row };
-            let work = match self.plan.request.base.mode {
-                Mode::Exact => self.list_all(n_cold, n_section_hot, &chosen)?,
-                Mode::Sparse { .. } if several => scratch.with_totals(&scratch.sections[i], totals),
-                Mode::Sparse { .. } => chosen.clone(),
+            let work = match self.is_chosen(n_hot) {
+                false => self.list_all(n_cold, n_section_hot, &chosen)?,
+                true if several => scratch.with_totals(&scratch.sections[i], totals),
+                true => chosen.clone(),
             };
             let (hot_at, cold_at) = (neurons.start.min(n_hot), border.max(n_hot));
             sections.push(Section {

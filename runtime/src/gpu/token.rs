@@ -71,67 +71,66 @@ fn feed_forward(
 ) -> Result<(), CudaError> {
     let s = &model.scratch;
     let place = (l, config.n_layers);
-    let mut host = None;
     let [fetched, next] = [l, l + 1].map(|l| parts.lookahead.then(|| foreseen(config, model, l)).flatten());
+    let shared = (parts.host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
+    let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
+    let input = LayerInput {
+        hidden: config.hidden_size,
+        x: &s.x,
+        eps: config.rms_norm_eps,
+        normed: &s.normed,
+        host_x: shared.is_some().then_some(&host_x),
+    };
     match &layer.chooser {
-        Some(chooser) => {
-            let shared = (parts.host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
-            let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
-            let input = LayerInput {
-                hidden: config.hidden_size,
-                x: &s.x,
-                eps: config.rms_norm_eps,
-                normed: &s.normed,
-                host_x: shared.is_some().then_some(&host_x),
-            };
-            match chooser {
-                DeviceChooser::Predictor(predictor) => {
-                    let own = predictor.of_layer(layer, s);
-                    let predictors: Vec<_> = [own].into_iter().chain(next.map(|next| next.predictor)).collect();
-                    predict_inner(device, &predictors, &s.x)?;
-                    predict_scores(device, &predictors, input, model.activation)?;
-                }
-                DeviceChooser::Sketch(sketch) => {
-                    let out = Sketched { scores: &s.scores, activations: &s.sketched };
-                    sketch_scores(device, sketch, input, &layer.ffn_norm, model.activation, out)?;
-                }
-            }
-            let ahead = next.map(|next| Ahead {
-                scores: next.predictor.scores,
-                n_hot: next.layer.last_section().first_cold(),
-                cache: &next.layer.cache,
-                foreseen: next.list,
-            });
-            choose(
-                device,
-                &Choose {
-                    scores: &s.scores,
-                    ffn: config.intermediate_size,
-                    n_hot: layer.n_hot,
-                    selection: layer.selection,
-                    cache: &layer.cache,
-                    step: &s.step,
-                    layer: l,
-                    n_layers: config.n_layers,
-                    host: shared.as_ref(),
-                    fetched: fetched.map(|own| own.list),
-                    ahead,
-                    out: &layer.work,
-                },
-            )?;
-            host = shared.is_some().then(|| model.mapped.result());
-            if layer.sections.len() > 1 {
-                let parts: Vec<_> = layer.sections.iter().map(|s| (s.neurons.clone(), &s.work)).collect();
-                divide_work(device, &layer.work, layer.n_hot, config.intermediate_size, &parts)?;
-            }
+        Some(DeviceChooser::Predictor(predictor)) => {
+            let own = predictor.of_layer(layer, s);
+            let predictors: Vec<_> = [own].into_iter().chain(next.map(|next| next.predictor)).collect();
+            predict_inner(device, &predictors, &s.x)?;
+            predict_scores(device, &predictors, input, model.activation)?;
+        }
+        Some(DeviceChooser::Sketch(sketch)) => {
+            let out = Sketched { scores: &s.scores, activations: &s.sketched };
+            sketch_scores(device, sketch, input, &layer.ffn_norm, model.activation, out)?;
         }
         None => {
             // No rows: only the normalised input is wanted.
-            let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: Some(&s.normed) };
             let none = thermocline_kernels::cuda::launch::DeviceMatrix { rows: 0, ..layer.qkv.clone() };
-            gemv(device, &none, &s.x, Some(norm), Added::default(), &s.qkv)?;
+            for out in [Some(input.normed), input.host_x].into_iter().flatten() {
+                let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: Some(out) };
+                gemv(device, &none, &s.x, Some(norm), Added::default(), &s.qkv)?;
+            }
         }
     }
+    if layer.is_chosen {
+        let ahead = next.map(|next| Ahead {
+            scores: next.predictor.scores,
+            n_hot: next.layer.last_section().first_cold(),
+            cache: &next.layer.cache,
+            foreseen: next.list,
+        });
+        choose(
+            device,
+            &Choose {
+                scores: &s.scores,
+                ffn: config.intermediate_size,
+                n_hot: layer.n_hot,
+                selection: layer.selection,
+                cache: &layer.cache,
+                step: &s.step,
+                layer: l,
+                n_layers: config.n_layers,
+                host: shared.as_ref(),
+                fetched: fetched.map(|own| own.list),
+                ahead,
+                out: &layer.work,
+            },
+        )?;
+        if layer.sections.len() > 1 {
+            let parts: Vec<_> = layer.sections.iter().map(|s| (s.neurons.clone(), &s.work)).collect();
+            divide_work(device, &layer.work, layer.n_hot, config.intermediate_size, &parts)?;
+        }
+    }
+    let host = shared.map(|_| model.mapped.result());
     let ahead = Some(model.layers.get(l + 1).map_or(&model.head.data, |next| &next.qkv.data));
     let places = fetched.map(|own| own.places);
     if places.is_some() {
