@@ -127,11 +127,12 @@ impl GpuEngine {
 
     /// That of `candidates` with which tokens are fastest; the first, if there is no room for a few tokens.
     fn fastest<T: Copy>(&mut self, candidates: &[T], set: impl Fn(&mut Self, T)) -> Result<T> {
-        const TOKENS: usize = 6;
         const ROUNDS: usize = 3;
         // A slow machine tries fewer.
         const LONG_ENOUGH: Duration = Duration::from_secs(3);
-        if self.context() < TOKENS {
+        // Every token of exact mode needs the same.
+        let n_tokens = if self.plan.request.base.mode == Mode::Exact { 2 } else { 6 };
+        if self.context() < n_tokens {
             return Ok(candidates[0]);
         }
         let mut seconds = vec![f64::INFINITY; candidates.len()];
@@ -146,7 +147,7 @@ impl GpuEngine {
                 let mut token = 1 % self.split.manifest().config.vocab_size as u32;
                 // Tokens differ in how much they need; the same ones are compared.
                 let begin = Instant::now();
-                for _ in 0..TOKENS {
+                for _ in 0..n_tokens {
                     token = greedy(&self.forward(token)?);
                 }
                 *best = best.min(begin.elapsed().as_secs_f64());

@@ -131,26 +131,29 @@ impl HostShare {
         self.shared.bytes.load(Ordering::Relaxed)
     }
 
-    /// Bytes a second of rows read and computed with, on `n` neurons of the layer that has most cold ones; 0 if none
+    /// Bytes a second of rows read and computed with, on `n` neurons of each of several layers that have cold ones; 0 if none
     /// has. The device must be idle. Takes numbers of tokens after `serial`, which is moved on: flags never go back.
     pub(super) fn measure(&self, n: usize, serial: &mut u32) -> f64 {
+        const LAYERS: usize = 6;
+        const ROUNDS: usize = 2;
         let shared = &self.shared;
-        let Some(layer) = (0..shared.layers.len()).max_by_key(|&l| shared.layers[l].memory.len()) else { return 0.0 };
-        let available = shared.layers[layer].layout.n_neurons() - shared.layers[layer].n_hot;
-        let n = n.min(available).min(shared.list.words().len());
-        if n == 0 {
-            return 0.0;
-        }
-        for (i, word) in shared.list.words()[..n].iter().enumerate() {
-            word.store((i * available / n) as u32, Ordering::Relaxed);
-        }
+        let layers: Vec<usize> = (0..shared.layers.len()).filter(|&l| !shared.layers[l].memory.is_empty()).collect();
         for (i, word) in shared.x.words()[..shared.hidden_size].iter().enumerate() {
             word.store(((i % 7) as f32 - 3.0).to_bits(), Ordering::Relaxed);
         }
-        shared.count.words()[0].store(n as u32, Ordering::Relaxed);
         self.wake();
         let mut best = 0.0f64;
-        for _ in 0..6 {
+        // Each time other rows, because what was read just now lies in the caches; in the second round of pages that the
+        // threads have seen.
+        let n_layers = LAYERS.min(layers.len());
+        for (round, i) in (0..ROUNDS).flat_map(|round| (0..n_layers).map(move |i| (round, i))) {
+            let layer = layers[i * layers.len() / n_layers];
+            let available = shared.layers[layer].layout.n_neurons() - shared.layers[layer].n_hot;
+            let n = n.min(available).min(shared.list.words().len());
+            for (i, word) in shared.list.words()[..n].iter().enumerate() {
+                word.store(((ROUNDS * i + round) * available / (ROUNDS * n)) as u32, Ordering::Relaxed);
+            }
+            shared.count.words()[0].store(n as u32, Ordering::Relaxed);
             *serial += 1;
             let flag = flag_value(*serial, layer, shared.layers.len());
             let (before, begin) = (self.bytes(), Instant::now());
