@@ -285,6 +285,27 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
     }
 }
 
+/// Where no share is given, some are tried; nothing of that is left in the account.
+#[test]
+fn a_share_is_found_where_none_is_given() {
+    let dir = split(&llama(), "q4", &["--chunk-neurons", "8"]);
+    for mode in [Mode::Exact, Mode::Sparse { active: 0.5 }] {
+        let (least, _) = vram_range(&dir, &device(), mode);
+        let split = Split::open(&dir).unwrap();
+        let request = GpuRequest { lookahead: Some(0), ..gpu_request(&device(), mode, least, Some(0.0)) };
+        let plan = GpuPlan::new(&split, request).unwrap();
+        let mut gpu = GpuEngine::load(split, plan, device(), None, &|_, _| ()).unwrap();
+        let (share, account) = (gpu.host_share(), gpu.account());
+        assert!(!gpu.host_share_given() && gpu.is_empty() && (0.0..=1.0).contains(&share), "{mode:?}: {share}");
+        assert_eq!((account.neurons_total, account.bytes.host), (0, 0), "{mode:?}");
+        assert!(gpu.measured().host > 0.0, "{mode:?}");
+        gpu.forward(1).unwrap();
+        assert_eq!(gpu.host_share(), share, "{mode:?}: the same for every token");
+        let account = gpu.account();
+        assert_eq!(account.bytes.host > account.link_bytes, share > 0.0, "{mode:?}");
+    }
+}
+
 /// Of a sketch a token reads gate and up rows of all neurons, and down rows of those that are not computed.
 #[test]
 fn bytes_of_sketches_are_those_of_the_rows_that_are_read() {

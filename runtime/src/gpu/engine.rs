@@ -76,7 +76,8 @@ impl GpuEngine {
         let mut serial = 0;
         let mut speeds = speeds::of_model(&device, &model)?;
         if let Some(host) = &host {
-            speeds.host = host.measure(speeds::PROBE_NEURONS, &mut serial);
+            let is_scattered = plan.request.base.mode != Mode::Exact;
+            speeds.host = host.measure(speeds::PROBE_NEURONS, is_scattered, &mut serial);
         }
         let parts = Parts { host: host.is_some(), lookahead: plan.lookahead_neurons > 0 };
         let token = token::record(&device, &config, &plan, &model, parts)?;
@@ -108,10 +109,11 @@ impl GpuEngine {
     }
 
     /// Finds how much to fetch beforehand and the host's share that make tokens fastest, unless they were given. The share
-    /// is near the expected one: link and threads are measured apart, but share the RAM when they work together.
+    /// is near the expected one, and oftener above than below it: link and threads are measured apart, but share the RAM when they
+    /// work together, so that threads are faster where the link is done before them.
     fn tune(&mut self) -> Result<()> {
         const LOOKAHEADS: [f32; 4] = [1.0, 0.6, 0.3, 0.0];
-        const STEPS: [f32; 7] = [0.0, 0.05, -0.05, 0.1, -0.1, 0.15, -0.15];
+        const STEPS: [f32; 7] = [0.0, 0.05, 0.1, 0.15, 0.2, -0.05, -0.1];
         let most = self.plan.lookahead_neurons;
         if most > 0 && self.plan.request.lookahead.is_none() {
             let candidates = LOOKAHEADS.map(|share| (share * most as f32) as usize);

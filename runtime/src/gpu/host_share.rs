@@ -131,9 +131,10 @@ impl HostShare {
         self.shared.bytes.load(Ordering::Relaxed)
     }
 
-    /// Bytes a second of rows read and computed with, on `n` neurons of each of several layers that have cold ones; 0 if none
-    /// has. The device must be idle. Takes numbers of tokens after `serial`, which is moved on: flags never go back.
-    pub(super) fn measure(&self, n: usize, serial: &mut u32) -> f64 {
+    /// Bytes a second of rows read and computed with, on `n` neurons of each of several layers that have cold ones, spread over
+    /// all of them or one behind the other; 0 if none has. The device must be idle. Takes numbers of tokens after `serial`,
+    /// which is moved on: flags never go back.
+    pub(super) fn measure(&self, n: usize, is_scattered: bool, serial: &mut u32) -> f64 {
         const LAYERS: usize = 6;
         const ROUNDS: usize = 2;
         let shared = &self.shared;
@@ -151,7 +152,8 @@ impl HostShare {
             let available = shared.layers[layer].layout.n_neurons() - shared.layers[layer].n_hot;
             let n = n.min(available).min(shared.list.words().len());
             for (i, word) in shared.list.words()[..n].iter().enumerate() {
-                word.store(((ROUNDS * i + round) * available / (ROUNDS * n)) as u32, Ordering::Relaxed);
+                let spread = (ROUNDS * i + round) * available / (ROUNDS * n);
+                word.store(if is_scattered { spread } else { round * (available - n) + i } as u32, Ordering::Relaxed);
             }
             shared.count.words()[0].store(n as u32, Ordering::Relaxed);
             *serial += 1;
