@@ -13,7 +13,7 @@ use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::Checkpoint;
 use thermocline_datasets::planted::{PlantedModel, Shape, Statistics, n_hot};
 use thermocline_runtime::{Logits, Mode};
-use thermocline_split::{SKETCH_BITS, Split, SplitCheckpoint, planted_bytes, split_planted, split_planted_sketched};
+use thermocline_split::{SKETCH_BITS, Split, SplitCheckpoint, planted_bytes, split_planted};
 
 const VOCAB: usize = 1024;
 
@@ -180,7 +180,7 @@ fn eighty_layers_leave_codes_and_names_alone() {
     let deep = Shape { name: "deep", n_layers: 80, ..Shape::named("tiny").unwrap() };
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("deep");
-    split_planted_sketched(&model(deep), &out, &|_, _| ()).unwrap();
+    split_planted(&model(deep), true, &out, &|_, _| ()).unwrap();
     for mode in [Mode::Exact, Mode::Sparse { active: 0.1 }] {
         let mut engine = engine(&out, request(mode, None, 2)).unwrap();
         for token in 480..544u32 {
@@ -211,13 +211,12 @@ fn equal_settings_give_equal_bytes_on_any_number_of_threads() {
 fn an_interrupted_planted_split_is_continued() {
     let dir = TempDir::new().unwrap();
     let model = model(Shape::named("tiny").unwrap());
-    let write = |sketch: bool| if sketch { split_planted_sketched } else { split_planted };
     for (first, then) in [(false, false), (true, true), (false, true), (true, false)] {
         let out = dir.path().join(format!("split-{first}-{then}"));
         let stop = |done: usize, _: usize| assert!(done < 3, "stopped");
-        let stopping = std::panic::AssertUnwindSafe(|| write(first)(&model, &out, &stop));
+        let stopping = std::panic::AssertUnwindSafe(|| split_planted(&model, first, &out, &stop));
         assert!(std::panic::catch_unwind(stopping).is_err() && !out.exists());
-        let report = write(then)(&model, &out, &|_, _| ()).unwrap();
+        let report = split_planted(&model, then, &out, &|_, _| ()).unwrap();
         assert_eq!(report.resumed_layers > 0, first == then, "{report:?}");
         assert!(files(&out) == files(&if then { sketched() } else { tiny() }), "{first} {then}");
     }
@@ -344,7 +343,7 @@ fn what_cannot_be_planted_is_refused_by_name() {
     assert!(!out.exists());
 
     let narrow = model(Shape { name: "narrow", hidden_size: 288, ..Shape::named("tiny").unwrap() });
-    let error = split_planted_sketched(&narrow, &out, &|_, _| ()).unwrap_err().to_string();
+    let error = split_planted(&narrow, true, &out, &|_, _| ()).unwrap_err().to_string();
     assert!(error.contains("288 is no multiple of 64") && !out.exists(), "{error}");
-    split_planted(&narrow, &out, &|_, _| ()).unwrap();
+    split_planted(&narrow, false, &out, &|_, _| ()).unwrap();
 }

@@ -10,7 +10,7 @@
 //! | what each layer's share of the neurons costs | [`Shares`] |
 //! | low-bit copies of the neurons | [`Sketch`] |
 //! | orders and chunk lengths, measured | [`mod@order`] |
-//! | make one of a planted model, without either | [`split_planted()`], [`split_planted_sketched`], [`planted_bytes`] |
+//! | make one of a planted model, without either | [`split_planted()`], [`planted_bytes`] |
 //! | a split seen as the dense model that it encodes | [`SplitCheckpoint`] |
 //! | proof against the checkpoint | [`verify()`] |
 //! | a fine-tuned model as what differs from its base | [`delta`] |
@@ -58,7 +58,7 @@ pub use layer_encodings::LayerEncodings;
 pub use layer_file::{FileRange, LayerFile};
 pub use manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, PlaneEntry, SectionEntry, Source};
 pub use open::{Split, StoredPredictor};
-pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted, split_planted_sketched};
+pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use precision::{Planes, Precision};
 pub use resident::StoredMatrix;
 pub use shares::{LayerCost, Shares};

@@ -11,10 +11,7 @@ use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_split::order::{OrderKind, TABLE_CHUNKS};
-use thermocline_split::{
-    Compression, LayerEncodings, Scales, SplitOptions, SplitReport, planted_bytes, split_planted,
-    split_planted_sketched,
-};
+use thermocline_split::{Compression, LayerEncodings, Scales, SplitOptions, SplitReport, planted_bytes, split_planted};
 
 pub fn split(args: &Split) -> anyhow::Result<()> {
     super::run::limit_threads(args.threads)?;
@@ -93,8 +90,7 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
         let progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
         progress.set(done as u64, total as u64, format!("part {done}/{total}"));
     };
-    let write = if args.sketch { split_planted_sketched } else { split_planted };
-    let report = write(&model, &args.output, &on_layer);
+    let report = split_planted(&model, args.sketch, &args.output, &on_layer);
     progress.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
     let report = report?;
     if args.json {

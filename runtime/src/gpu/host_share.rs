@@ -138,7 +138,8 @@ impl HostShare {
         const LAYERS: usize = 6;
         const ROUNDS: usize = 2;
         let shared = &self.shared;
-        let layers: Vec<usize> = (0..shared.layers.len()).filter(|&l| !shared.layers[l].memory.is_empty()).collect();
+        let n_cold = |l: usize| shared.layers[l].layout.n_neurons() - shared.layers[l].n_hot;
+        let layers: Vec<usize> = (0..shared.layers.len()).filter(|&l| n_cold(l) > 0).collect();
         for (i, word) in shared.x.words()[..shared.hidden_size].iter().enumerate() {
             word.store(((i % 7) as f32 - 3.0).to_bits(), Ordering::Relaxed);
         }
@@ -149,7 +150,7 @@ impl HostShare {
         let n_layers = LAYERS.min(layers.len());
         for (round, i) in (0..ROUNDS).flat_map(|round| (0..n_layers).map(move |i| (round, i))) {
             let layer = layers[i * layers.len() / n_layers];
-            let available = shared.layers[layer].layout.n_neurons() - shared.layers[layer].n_hot;
+            let available = n_cold(layer);
             let n = n.min(available).min(shared.list.words().len());
             for (i, word) in shared.list.words()[..n].iter().enumerate() {
                 let spread = (ROUNDS * i + round) * available / (ROUNDS * n);

@@ -107,36 +107,18 @@ fn layout(model: &PlantedModel) -> Result<BundleLayout> {
         .ok_or_else(|| Error::Settings { what: format!("hidden size {hidden_size} is no multiple of 32") })
 }
 
-/// Writes the split of a planted model to `out`, which must not exist. `progress(done, total)` counts layers.
+/// Writes the split of a planted model to `out`, which must not exist; with a [`crate::Sketch`] of each layer if `sketch`.
+/// `progress(done, total)` counts layers.
 ///
 /// As [`crate::split()`] does, it grows as `OUT.partial`, can be continued after an interruption, and is renamed when it
 /// is complete. Layers are made in parallel. Memory: a few megabytes of bundles, and what is not bundles of one layer, a
-/// thread; one attention matrix or the embedding; the tokens' codes. Equal settings
-/// give equal bytes.
+/// thread (0.22 GB more with a sketch at 70B); one attention matrix or the embedding; the tokens' codes. Equal settings give
+/// equal bytes.
 ///
 /// # Errors
-/// If the disk is full or cannot be written to, or another process writes the same split.
+/// If the disk is full or cannot be written to, another process writes the same split, or the hidden size is no multiple of 64
+/// where there is to be a sketch.
 pub fn split_planted(
-    model: &PlantedModel,
-    out: &Path,
-    progress: &(dyn Fn(usize, usize) + Sync),
-) -> Result<PlantedSplit> {
-    write(model, false, out, progress)
-}
-
-/// The same with a [`crate::Sketch`] of each layer. Memory: a layer's sketch more a thread, 0.22 GB at 70B.
-///
-/// # Errors
-/// As [`split_planted`], and if the hidden size is no multiple of 64.
-pub fn split_planted_sketched(
-    model: &PlantedModel,
-    out: &Path,
-    progress: &(dyn Fn(usize, usize) + Sync),
-) -> Result<PlantedSplit> {
-    write(model, true, out, progress)
-}
-
-fn write(
     model: &PlantedModel,
     sketch: bool,
     out: &Path,

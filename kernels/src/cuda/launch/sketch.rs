@@ -20,8 +20,8 @@ pub struct DeviceSketch {
     pub up: View,
     /// Rows of two bits `[ffn, hidden]`.
     pub down: View,
-    /// `[4, ffn]`: root mean squares of what the gate's and the up row's products miss, lengths of the down columns and of what
-    /// these miss.
+    /// `[4, ffn]`: root mean squares of what the gate's and the up row's products miss, lengths of the down columns and of
+    /// what these miss.
     pub neurons: View,
     /// Neurons.
     pub ffn: usize,
@@ -102,9 +102,9 @@ pub fn sketch_rows(n_blocks: usize, ffn: usize, hidden: usize) -> usize {
     (n_blocks / hidden.div_ceil(BLOCK_COLUMNS)).clamp(1, ffn.div_ceil(LEAST_NEURONS))
 }
 
-/// `partial[b, :] = sum h_i d_i` over those of an equal part of the neurons that are not active, as the sketch has them. `activations` `[ffn]` are
-/// those of [`sketch_scores`]; `work`, what was chosen by its scores; `partial`, `[n_rows, hidden]`, see
-/// [`sketch_rows`].
+/// `partial[b, :] = sum h_i d_i` over those of an equal part of the neurons that are not active, as the sketch has them.
+/// `activations` `[ffn]` are those of [`sketch_scores`]; `work`, what was chosen by its scores; `partial`, `[n_rows, hidden]`,
+/// see [`sketch_rows`].
 ///
 /// # Errors
 /// See the module.
