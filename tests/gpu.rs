@@ -13,7 +13,7 @@ use thermocline_datasets::write::TinyModel;
 use thermocline_kernels::cuda::launch::ffn_blocks;
 use thermocline_kernels::cuda::{Device, build_emulator};
 use thermocline_runtime::{
-    Engine, Error, GpuEngine, GpuPlan, GpuRequest, Logits, Mode, Plan, PlanRequest, layer_active,
+    Decoder, Engine, Error, GpuEngine, GpuPlan, GpuRequest, LayerAudit, Logits, Mode, Plan, PlanRequest, layer_active,
 };
 use thermocline_split::{LayerCost, LayerFile, Planes, Precision, Shares, Split};
 
@@ -281,6 +281,42 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
             let refused = GpuPlan::new(&open(), request);
             assert!(matches!(refused, Err(Error::Setting { flag: "--lookahead", .. })), "{refused:?}");
         }
+    }
+}
+
+/// Audits find what the CPU engine's find, and change no bit of what is computed.
+#[test]
+fn audits_say_what_the_cpu_engine_says_and_change_nothing() {
+    let mode = Mode::Sparse { active: 0.3 };
+    let sketched = split(&four_layers(), "q4,hot@0.25=q8", &["--chunk-neurons", "8", "--sketch"]);
+    for dir in [demo("q4"), sketched] {
+        let (least, whole) = vram_range(&dir, &device(), mode);
+        for (vram, share) in [(whole, 0.0), (least + (whole - least) / 3, 0.5)] {
+            let what = format!("{}, {vram} bytes, host {share}", dir.display());
+            let gpu = || gpu(&dir, gpu_request(&device(), mode, vram, None), share);
+            let (mut plain, mut audited) = (gpu(), gpu());
+            let mut cpu = engine(&dir, request(mode, None, 2)).unwrap();
+            cpu.start_audit(2).unwrap();
+            audited.start_audit(2).unwrap();
+            for token in tokens(6, cpu.split().manifest().config.vocab_size) {
+                cpu.forward(&[token], Logits::Last).unwrap();
+                assert_eq!(audited.forward(token).unwrap(), plain.forward(token).unwrap(), "{what}");
+            }
+            assert_eq!(format!("{:?}", audited.account()), format!("{:?}", plain.account()), "{what}");
+            let (want, got) = (cpu.audit().unwrap(), Decoder::audit(&audited).unwrap());
+            assert!(Decoder::audit(&plain).is_none() && got.seconds > 0.0);
+            assert_eq!((got.every, got.tokens, got.layers.len()), (2, 3, want.layers.len()));
+            for (got, want) in got.layers.iter().zip(&want.layers) {
+                let figures = |l: &LayerAudit| [l.quality.recall, l.quality.energy_recall, l.output_error];
+                for (got, want) in figures(got).into_iter().zip(figures(want)) {
+                    assert!((got - want).abs() < 0.005, "{what}: {got}, the CPU {want}");
+                }
+            }
+            audited.start_audit(0).unwrap();
+            assert!(Decoder::audit(&audited).is_none());
+        }
+        let mut exact = gpu_of(Split::open(&dir).unwrap(), gpu_request(&device(), Mode::Exact, whole * 2, None), 0.0);
+        assert!(matches!(exact.start_audit(2), Err(Error::Setting { flag: "--audit-every", .. })));
     }
 }
 

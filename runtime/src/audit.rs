@@ -15,6 +15,7 @@ use crate::{Error, Result};
 use serde::Serialize;
 use std::time::{Duration, Instant};
 use thermocline_datasets::ModelConfig;
+use thermocline_kernels::LayerLayout;
 
 /// What audits found. Means are over layers, and in each layer over the audited tokens; `null` if no token was audited.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -54,21 +55,45 @@ pub struct LayerAudit {
     pub output_error: f64,
 }
 
-/// Refuses audits, one in `every` tokens (0: none), where there is nothing to audit, or nobody who can.
+/// Refuses audits, one in `every` tokens (0: none), where there is nothing to audit.
 ///
 /// # Errors
-/// [`Error::Setting`] in exact mode, and on a GPU.
-pub fn check_audit(every: usize, mode: Mode, on_gpu: bool) -> Result<()> {
-    let reason = match (every, mode) {
-        (0, _) => return Ok(()),
-        (_, Mode::Exact) => {
-            "exact mode leaves out only neurons that are zero, so there is nothing to audit; add --mode sparse, or give \
-             --audit-every 0"
-        }
-        _ if on_gpu => "the GPU engine has no audits; add --vram-budget 0 to run on the CPU, or give --audit-every 0",
-        _ => return Ok(()),
-    };
+/// [`Error::Setting`] in exact mode.
+pub fn check_audit(every: usize, mode: Mode) -> Result<()> {
+    if every == 0 || mode != Mode::Exact {
+        return Ok(());
+    }
+    let reason = "exact mode leaves out only neurons that are zero, so there is nothing to audit; add --mode sparse, or give \
+                  --audit-every 0";
     Err(Error::Setting { flag: "--audit-every", reason: reason.to_owned() })
+}
+
+/// Where an audit finds the neurons of all layers.
+pub(crate) trait AllNeurons {
+    /// How the bundles of layer `l` are laid out.
+    fn layout(&self, l: usize) -> &LayerLayout;
+    /// Shows `see` every bundle of layer `l`, in order and in pieces: where the bundles of a piece lie, its first neuron, its
+    /// bytes.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    fn for_all(&self, l: usize, see: &mut dyn FnMut(&LayerLayout, usize, &[u8])) -> Result<()>;
+}
+
+/// Those of the CPU engine.
+pub(crate) struct InMemoryAndOnDisk<'a> {
+    pub layers: &'a [LayerFfn],
+    pub fetcher: Option<&'a Fetcher>,
+}
+
+impl AllNeurons for InMemoryAndOnDisk<'_> {
+    fn layout(&self, l: usize) -> &LayerLayout {
+        self.layers[l].layout()
+    }
+
+    fn for_all(&self, l: usize, see: &mut dyn FnMut(&LayerLayout, usize, &[u8])) -> Result<()> {
+        self.layers[l].for_all(self.fetcher, see)
+    }
 }
 
 /// Sums over audited tokens of one layer.
@@ -142,16 +167,15 @@ impl Audit {
         self.time
     }
 
-    /// Keeps what layer `l` made of `x`: `active` (ascending) are the neurons that it computed, in `sums` is what they give, and
-    /// `left_out` stands for the others.
-    pub(crate) fn keep(&mut self, l: usize, x: &[f32], active: &[u32], sums: &FfnSums, left_out: &[f32]) {
+    /// Keeps what layer `l` made of `x`: `active` (ascending) are the neurons that it computed, and `output` writes what it added
+    /// to the residual stream over zeros.
+    pub(crate) fn keep(&mut self, l: usize, x: &[f32], active: &[u32], output: impl FnOnce(&mut [f32])) {
         let begin = Instant::now();
         let (hidden, ffn) = (x.len(), self.weights.len());
         self.inputs[l * hidden..][..hidden].copy_from_slice(x);
-        let output = &mut self.outputs[l * hidden..][..hidden];
-        output.fill(0.0);
-        sums.finish(output);
-        output.iter_mut().zip(left_out).for_each(|(y, mean)| *y += mean);
+        let added = &mut self.outputs[l * hidden..][..hidden];
+        added.fill(0.0);
+        output(added);
         let computed = &mut self.computed[l * ffn..][..ffn];
         computed.fill(false);
         active.iter().for_each(|&n| computed[n as usize] = true);
@@ -161,16 +185,10 @@ impl Audit {
     /// Audits the token that was kept. `sums` are used and left in no particular state.
     ///
     /// # Errors
-    /// If the disk fails; then nothing of this token counts.
-    pub(crate) fn run(
-        &mut self,
-        layers: &[LayerFfn],
-        compute: &mut Compute,
-        fetcher: Option<&Fetcher>,
-        sums: &mut FfnSums,
-    ) -> Result<()> {
+    /// If neurons cannot be read; then nothing of this token counts.
+    pub(crate) fn run(&mut self, neurons: &dyn AllNeurons, compute: &mut Compute, sums: &mut FfnSums) -> Result<()> {
         let begin = Instant::now();
-        let found = layers.iter().enumerate().map(|(l, layer)| self.judge(l, layer, compute, fetcher, sums));
+        let found = (0..self.sums.len()).map(|l| self.judge(l, neurons, compute, sums));
         let found: Result<Vec<LayerSums>> = found.collect();
         self.time += begin.elapsed();
         for (sum, found) in self.sums.iter_mut().zip(found?) {
@@ -184,15 +202,14 @@ impl Audit {
     fn judge(
         &mut self,
         l: usize,
-        layer: &LayerFfn,
+        neurons: &dyn AllNeurons,
         compute: &mut Compute,
-        fetcher: Option<&Fetcher>,
         sums: &mut FfnSums,
     ) -> Result<LayerSums> {
         let (hidden, ffn) = (self.all.len(), self.weights.len());
-        sums.start(&compute.kernels, layer.layout(), &self.inputs[l * hidden..][..hidden]);
+        sums.start(&compute.kernels, neurons.layout(l), &self.inputs[l * hidden..][..hidden]);
         let weights = &mut self.weights;
-        layer.for_all(fetcher, &mut |layout, first, bytes| {
+        neurons.for_all(l, &mut |layout, first, bytes| {
             let n = layout.n_in(first, bytes.len());
             sums.add(&compute.kernels, &mut compute.pool, layout, Span::Contiguous { first, bytes });
             let weights = &mut weights[first..first + n];

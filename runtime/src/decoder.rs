@@ -1,7 +1,7 @@
 //! Tokens in, logits out, on whatever computes: what generation, evaluation and measurement need of an engine.
 
 use crate::account::{Account, TierBytes};
-use crate::audit::{AuditReport, check_audit};
+use crate::audit::AuditReport;
 use crate::chooser::{check_max_error, has_sketches};
 use crate::engine::{Engine, Logits};
 use crate::plan::Mode;
@@ -45,10 +45,8 @@ pub trait Decoder {
     /// Starts audits of the first token that is decoded and of every one `every` tokens after it; none if `every` is 0.
     ///
     /// # Errors
-    /// If this engine has no audits, or its mode nothing to audit.
-    fn start_audit(&mut self, every: usize) -> Result<()> {
-        check_audit(every, self.mode(), true)
-    }
+    /// If its mode has nothing to audit.
+    fn start_audit(&mut self, every: usize) -> Result<()>;
     /// Lets sparse mode compute fewer neurons where sketches expect an error below `error`.
     ///
     /// # Errors
@@ -57,13 +55,9 @@ pub trait Decoder {
         check_max_error(error, self.mode(), false)
     }
     /// What audits found since they were started; `None` if there are none.
-    fn audit(&self) -> Option<AuditReport> {
-        None
-    }
+    fn audit(&self) -> Option<AuditReport>;
     /// What audits took since they were started: part of the time that decoding took.
-    fn audit_time(&self) -> Duration {
-        Duration::ZERO
-    }
+    fn audit_time(&self) -> Duration;
     /// The speeds of what it reads from, measured now or when it was loaded.
     ///
     /// # Errors

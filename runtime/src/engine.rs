@@ -2,7 +2,7 @@
 
 use crate::account::Account;
 use crate::attention::{Rope, attend_batch, attend_one};
-use crate::audit::{Audit, AuditReport, check_audit};
+use crate::audit::{Audit, AuditReport, InMemoryAndOnDisk, check_audit};
 use crate::cache::NeuronCache;
 use crate::chooser::{Chooser, check_max_error, chosen_active, has_sketches};
 use crate::divide::slot_bytes;
@@ -236,7 +236,7 @@ impl Engine {
     /// # Errors
     /// If the plan is not for sparse mode: exact mode chooses nothing.
     pub fn start_audit(&mut self, every: usize) -> Result<()> {
-        check_audit(every, self.plan.request.mode, false)?;
+        check_audit(every, self.plan.request.mode)?;
         self.audit = (every > 0).then(|| Audit::new(&self.config, every));
         Ok(())
     }
@@ -439,7 +439,11 @@ impl Engine {
                 let left_out = &self.layers_active[l].left_out;
                 x.iter_mut().zip(left_out).for_each(|(x, mean)| *x += mean);
                 if let Some(audit) = self.audit.as_mut().filter(|_| is_audited) {
-                    audit.keep(l, &normed, &active, &self.sums, left_out);
+                    let sums = &self.sums;
+                    audit.keep(l, &normed, &active, |output| {
+                        sums.finish(output);
+                        output.iter_mut().zip(left_out).for_each(|(y, mean)| *y += mean);
+                    });
                 }
             }
         }
@@ -448,7 +452,8 @@ impl Engine {
         if let Some(audit) = self.audit.as_mut().filter(|_| is_sparse) {
             if is_audited {
                 let fetcher = self.streams.as_ref().map(|streams| &streams.fetcher);
-                audit.run(&self.ffn, &mut self.compute, fetcher, &mut self.sums)?;
+                let neurons = InMemoryAndOnDisk { layers: &self.ffn, fetcher };
+                audit.run(&neurons, &mut self.compute, &mut self.sums)?;
             }
             audit.count();
         }

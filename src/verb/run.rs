@@ -38,7 +38,8 @@ struct Output<'a> {
 }
 
 pub fn run(args: &Run) -> anyhow::Result<()> {
-    check_audits(args)?;
+    // Before anything is loaded.
+    check_audit(args.audit_every, super::load::request(&args.placement, 0, 1).mode)?;
     let split = super::load::placed_split(&args.placement)?;
     let (placement, promise) = super::load::promised(&split, &args.placement)?;
     if let Some(promise) = promise.as_ref().filter(|_| !args.json) {
@@ -114,17 +115,6 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     println!("{}", account(&report));
     if let Some(audit) = &report.audit {
         println!("{}", audited(audit));
-    }
-    Ok(())
-}
-
-/// Refuses audits where there are none, before anything is loaded.
-fn check_audits(args: &Run) -> anyhow::Result<()> {
-    let (every, mode) = (args.audit_every, super::load::request(&args.placement, 0, 1).mode);
-    check_audit(every, mode, false)?;
-    #[cfg(feature = "cuda")]
-    if every > 0 {
-        check_audit(every, mode, super::load::open_device(&args.placement, true)?.is_some())?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Tokens in, logits out, on a GPU.
 
+use super::audit::GpuAudit;
 use super::host_share::HostShare;
 use super::load::{DeviceChooser, Model};
 use super::plan::GpuPlan;
@@ -9,6 +10,7 @@ use super::sections::TOTALS_BYTES;
 use super::token::Parts;
 use super::{speeds, token};
 use crate::account::{Account, TierBytes};
+use crate::audit::{AuditReport, check_audit};
 use crate::chooser::has_sketches;
 use crate::decoder::{Decoder, Speeds, unknown_token};
 use crate::plan::Mode;
@@ -33,6 +35,8 @@ pub struct GpuEngine {
     /// Neurons of each layer that are fetched while attention is computed; at most the plan's.
     lookahead: usize,
     token: Graph,
+    parts: Parts,
+    audit: Option<GpuAudit>,
     /// Tokens in the context.
     len: usize,
     /// Tokens that were ever computed; the caches' clock.
@@ -94,6 +98,8 @@ impl GpuEngine {
             host_share: host_share.unwrap_or(expected).clamp(0.0, 1.0),
             host_share_given: host_share.is_some(),
             token,
+            parts,
+            audit: None,
             len: 0,
             serial,
             speeds,
@@ -102,8 +108,8 @@ impl GpuEngine {
         };
         engine.tune()?;
         if engine.lookahead == 0 && engine.plan.lookahead_neurons > 0 {
-            let parts = Parts { lookahead: false, ..parts };
-            engine.token = token::record(&engine.device, &config, &engine.plan, &engine.model, parts)?;
+            engine.parts.lookahead = false;
+            engine.token = token::record(&engine.device, &config, &engine.plan, &engine.model, engine.parts)?;
         }
         Ok(engine)
     }
@@ -284,16 +290,31 @@ impl GpuEngine {
             word.store(value, Ordering::Release);
         }
         let before = self.host.as_ref().map_or(0, HostShare::bytes);
-        let started = self.token.start();
+        let audit = self.audit.as_ref().filter(|audit| audit.audit.is_due());
+        let is_audited = audit.is_some();
+        let started = match audit {
+            None => self.token.start(),
+            Some(audit) => {
+                let config = &self.split.manifest().config;
+                token::launch(&self.device, config, &self.plan, &self.model, self.parts, Some(&audit.kept))
+            }
+        };
         // The device is some kernels away from its first request.
         if let Some(host) = &self.host {
             host.wake();
         }
-        let ran = started.and_then(|()| self.device.synchronize());
+        // Also after an error, so that no work is left.
+        let ran = started.and(self.device.synchronize());
         if let Some(host) = &self.host {
             host.rest()?;
         }
         ran?;
+        if let Some(audit) = &mut self.audit {
+            if is_audited {
+                audit.run(&self.device, &self.model)?;
+            }
+            audit.audit.count();
+        }
         self.len += 1;
         let host_bytes = self.host.as_ref().map_or(0, HostShare::bytes) - before;
         self.count(host_bytes);
@@ -396,6 +417,23 @@ impl Decoder for GpuEngine {
 
     fn account(&self) -> Account {
         self.account
+    }
+
+    fn start_audit(&mut self, every: usize) -> Result<()> {
+        check_audit(every, self.mode())?;
+        let config = &self.split.manifest().config;
+        let n_threads = self.plan.request.base.n_threads;
+        let audit = (every > 0).then(|| GpuAudit::new(&self.device, config, every, n_threads));
+        self.audit = audit.transpose()?;
+        Ok(())
+    }
+
+    fn audit(&self) -> Option<AuditReport> {
+        self.audit.as_ref().map(|audit| audit.audit.report())
+    }
+
+    fn audit_time(&self) -> Duration {
+        self.audit.as_ref().map_or(Duration::ZERO, |audit| audit.audit.time())
     }
 
     fn speeds(&mut self) -> Result<Speeds> {

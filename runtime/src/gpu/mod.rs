@@ -14,6 +14,7 @@
 //! | how fast the tiers are | `speeds` |
 //! | tokens in, logits out | `engine` |
 
+mod audit;
 mod bench;
 mod buffers;
 mod engine;

@@ -1,6 +1,7 @@
 //! One token, from its number to its logits, as one CUDA graph: what it is and where it stands is read from mapped
 //! memory, so that the same graph serves every token.
 
+use super::audit::Kept;
 use super::load::{DeviceChooser, Layer, Model};
 use super::plan::{GpuPlan, heads};
 use crate::Result;
@@ -28,18 +29,30 @@ pub(super) fn record(
     model: &Model,
     parts: Parts,
 ) -> Result<Graph> {
-    Ok(device.capture(|| {
-        let (s, mapped) = (&model.scratch, &model.mapped);
-        embed(device, &model.embedding, &mapped.step.view(), &s.step, &s.x)?;
-        for (l, layer) in model.layers.iter().enumerate() {
-            attention(device, config, plan, model, layer)?;
-            feed_forward(device, config, model, (l, layer), parts)?;
-        }
-        let norm = Norm { weight: &model.final_norm, eps: config.rms_norm_eps, out: None };
-        gemv(device, &model.head, &s.x, Some(norm), Added::default(), &s.logits)?;
-        device.copy(Queue::Compute, &mapped.logits.slice(0, s.logits.len()), &s.logits)?;
-        device.copy(Queue::Compute, &mapped.totals.slice(0, s.work.totals.len()), &s.work.totals)
-    })?)
+    Ok(device.capture(|| launch(device, config, plan, model, parts, None))?)
+}
+
+/// Gives the device a token, kernel by kernel; what each layer makes of its input is `kept`.
+pub(super) fn launch(
+    device: &Device,
+    config: &ModelConfig,
+    plan: &GpuPlan,
+    model: &Model,
+    parts: Parts,
+    kept: Option<&Kept>,
+) -> Result<(), CudaError> {
+    let (s, mapped) = (&model.scratch, &model.mapped);
+    embed(device, &model.embedding, &mapped.step.view(), &s.step, &s.x)?;
+    for (l, layer) in model.layers.iter().enumerate() {
+        attention(device, config, plan, model, layer)?;
+        kept.map_or(Ok(()), |kept| kept.before(device, model, l))?;
+        feed_forward(device, config, model, (l, layer), parts)?;
+        kept.map_or(Ok(()), |kept| kept.after(device, model, l))?;
+    }
+    let norm = Norm { weight: &model.final_norm, eps: config.rms_norm_eps, out: None };
+    gemv(device, &model.head, &s.x, Some(norm), Added::default(), &s.logits)?;
+    device.copy(Queue::Compute, &mapped.logits.slice(0, s.logits.len()), &s.logits)?;
+    device.copy(Queue::Compute, &mapped.totals.slice(0, s.work.totals.len()), &s.work.totals)
 }
 
 fn attention(
