@@ -82,6 +82,20 @@ fn over(
     series
 }
 
+/// The axis of [`over`] for the share that was asked for: of the neurons, but for masks that leave out something else.
+fn share_axis(families: &[Family<'_>]) -> Axis {
+    const OTHERS: [(&str, &str); 4] =
+        [("teal", "inputs"), ("wina", "inputs"), ("inputs", "bytes"), ("graded-rows", "rows' bytes")];
+    let is_shown = |mask: &str| families.iter().flat_map(|f| &f.results).any(|(_, r)| r.mask == mask);
+    let shown = OTHERS.into_iter().filter(|(mask, _)| is_shown(mask));
+    let others: Vec<String> = shown.map(|(mask, what)| format!("{mask}: of {what}")).collect();
+    let label = match others.as_slice() {
+        [] => "neurons computed (% of each layer)".to_owned(),
+        others => format!("share (% of each layer's neurons; {})", others.join(", ")),
+    };
+    Axis::new(label).from_to(0.0, 100.0)
+}
+
 fn perplexity(families: &[Family<'_>], lowest: f64) -> Figure {
     let results: Vec<&Evaluation> = families.iter().flat_map(|f| f.results.iter().map(|r| r.1)).collect();
     let cost = |mask: &str| {
@@ -103,7 +117,7 @@ fn perplexity(families: &[Family<'_>], lowest: f64) -> Figure {
     Figure::new(
         Chart {
             title: "Perplexity against active share".to_owned(),
-            x: Axis::new("neurons computed (% of each layer)").from_to(0.0, 100.0),
+            x: share_axis(families),
             y: Axis::new("perplexity").log(),
             body: Body::Lines(series),
         },
@@ -171,7 +185,7 @@ fn divergence(families: &[Family<'_>]) -> Option<Figure> {
     Some(Figure::new(
         Chart {
             title: "Distance from the dense model".to_owned(),
-            x: Axis::new("neurons computed (% of each layer)").from_to(0.0, 100.0),
+            x: share_axis(families),
             y: Axis::new("KL(dense || masked), nats per token").log(),
             body: Body::Lines(series),
         },

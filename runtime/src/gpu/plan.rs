@@ -218,7 +218,7 @@ impl GpuPlan {
             return Err(Error::VramTooSmall {
                 budget_bytes: budget,
                 needed_bytes: fixed.total(),
-                what: describe(&fixed),
+                what: describe(&fixed, split),
             });
         };
         let mut plan = Self {
@@ -320,7 +320,7 @@ impl GpuPlan {
         left.checked_sub(self.fixed.lookahead).ok_or_else(|| Error::VramTooSmall {
             budget_bytes: self.request.vram_budget_bytes,
             needed_bytes: self.fixed.total(),
-            what: describe(&self.fixed),
+            what: describe(&self.fixed, split),
         })
     }
 
@@ -529,10 +529,11 @@ pub(super) fn heads(config: &thermocline_datasets::ModelConfig, capacity: usize)
     Heads { n_heads: config.n_heads, n_kv_heads: config.n_kv_heads, head_dim: config.head_dim, capacity }
 }
 
-fn describe(b: &GpuBytes) -> String {
+fn describe(b: &GpuBytes, split: &Split) -> String {
     format!(
-        "attention and head {}, predictors or sketches {}, keys and values {}, scratch {}, prompt buffers {}, CUDA context {}",
+        "attention and head {}, {} {}, keys and values {}, scratch {}, prompt buffers {}, CUDA context {}",
         format_bytes(b.matrices),
+        if has_sketches(split) { "sketches" } else { "predictors" },
         format_bytes(b.predictors),
         format_bytes(b.kv_cache),
         format_bytes(b.scratch + b.vectors),
