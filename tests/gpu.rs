@@ -545,4 +545,10 @@ fn what_bench_and_run_print_is_reported() {
         let record: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         assert_eq!((record["planted"].as_bool(), record["model"].as_str()), (Some(true), Some("planted-tiny-a")));
     }
+    // A plan for sparse mode says what exact mode would do.
+    for (mode, says) in [("sparse", true), ("exact", false)] {
+        let path = record("plan", true, &["plan", "-m", model, "--mode", mode, "--json"]);
+        let plan: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        assert_eq!(plan["predicted_exact"]["tok_s"].as_f64().is_some_and(|speed| speed > 0.0), says, "{plan}");
+    }
 }

@@ -5,9 +5,11 @@ use crate::output;
 use serde::Serialize;
 use thermocline_runtime::budget::format_bytes;
 #[cfg(feature = "cuda")]
-use thermocline_runtime::{GpuSpeeds, Mode};
+use thermocline_runtime::{GpuPlan, GpuRequest, GpuSpeeds, Mode, PlanRequest};
 use thermocline_runtime::{Hardware, Plan, PlannedSection, Prediction};
 use thermocline_split::Promise;
+#[cfg(feature = "cuda")]
+use thermocline_split::Split;
 
 /// What `plan --json` prints.
 #[derive(Serialize)]
@@ -31,12 +33,18 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
             thermocline_runtime::measure_tiers(&device, *split.layers()[0].bundles().largest().bundles(), n_threads)?;
         // What `--cpu-share 0` leaves to the link.
         let on_host = placement.cpu_share != Some(0.0);
-        let predicted = plan.predict(&GpuSpeeds { host: if on_host { hardware.host } else { 0.0 }, ..hardware });
+        let speeds = GpuSpeeds { host: if on_host { hardware.host } else { 0.0 }, ..hardware };
+        let (predicted, exact) = (plan.predict(&speeds), exact_plan(&split, &plan));
+        let predicted_exact = exact.map(|plan| plan.predict(&speeds));
         if args.json {
-            return output::json(&GpuOutput { plan, hardware, predicted, promise });
+            return output::json(&GpuOutput { plan, hardware, predicted, predicted_exact, promise });
         }
         print_promise(promise.as_ref());
-        return print_gpu_plan(&plan, split.sketches().is_some(), &device, &predicted);
+        print_gpu_plan(&plan, split.sketches().is_some(), &device, &predicted);
+        if let Some(exact) = predicted_exact {
+            println!("in exact mode      {:.1} tok/s", exact.tok_s);
+        }
+        return Ok(());
     }
     let plan = Plan::new(&split, request)?;
     let hardware = Hardware::measure(&split, plan.request.n_threads)?;
@@ -130,20 +138,31 @@ fn print_sections(sections: &[PlannedSection]) {
 #[cfg(feature = "cuda")]
 #[derive(Serialize)]
 struct GpuOutput {
-    plan: thermocline_runtime::GpuPlan,
+    plan: GpuPlan,
     hardware: GpuSpeeds,
     predicted: thermocline_runtime::GpuPrediction,
+    /// Of exact mode, where the plan is for sparse mode and both fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predicted_exact: Option<thermocline_runtime::GpuPrediction>,
     #[serde(skip_serializing_if = "Option::is_none")]
     promise: Option<Promise>,
 }
 
+/// The same for exact mode, if `plan` is for sparse mode, which should be the faster one.
+#[cfg(feature = "cuda")]
+fn exact_plan(split: &Split, plan: &GpuPlan) -> Option<GpuPlan> {
+    let base = PlanRequest { mode: Mode::Exact, ..plan.request.base };
+    let request = GpuRequest { base, cache_share: None, lookahead: None, ..plan.request };
+    (plan.request.base.mode != Mode::Exact).then(|| GpuPlan::new(split, request).ok()).flatten()
+}
+
 #[cfg(feature = "cuda")]
 fn print_gpu_plan(
-    plan: &thermocline_runtime::GpuPlan,
+    plan: &GpuPlan,
     has_sketches: bool,
     device: &thermocline_kernels::cuda::Device,
     predicted: &thermocline_runtime::GpuPrediction,
-) -> anyhow::Result<()> {
+) {
     println!("{}", device.name());
     print_gpu(plan, has_sketches);
     println!(
@@ -154,12 +173,11 @@ fn print_gpu_plan(
     );
     println!("expected speed     {:.1} tok/s, bound by {}", predicted.tok_s, predicted.bottleneck);
     println!("                   {}", predicted.formula);
-    Ok(())
 }
 
 /// The tiers of a GPU as a table.
 #[cfg(feature = "cuda")]
-pub fn print_gpu(plan: &thermocline_runtime::GpuPlan, has_sketches: bool) {
+pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
     let row = |name: &str, bytes: u64, what: String| println!("  {name:<18} {:>10}  {what}", format_bytes(bytes));
     println!(
         "VRAM budget {}; all weights {}",
