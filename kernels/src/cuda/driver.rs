@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-const SOURCES: [&str; 25] = [
+pub(super) const SOURCES: [&str; 25] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),

@@ -2,6 +2,7 @@
 //! another. For tests and for debugging; it computes in hours what a GPU does in seconds.
 
 use super::backend::{Arg, Backend, BackendEvent, BackendGraph, Launch, Queue};
+use super::driver::SOURCES;
 use super::error::{CudaError, Result};
 use super::fault::{EmulatedFault, Faults};
 use crate::AlignedBuf;
@@ -15,8 +16,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Version of the emulator's interface.
-const ABI: u32 = 2;
+/// What the emulator's interface is made of besides the kernels.
+const INTERFACE: [&str; 3] = [
+    include_str!("../../cuda/emulator/emulator.cpp"),
+    include_str!("../../cuda/emulator/emulator.hpp"),
+    include_str!("../../cuda/emulator/kernels.hpp"),
+];
+
+/// A number that changes with the interface and with every kernel: a library of other sources would read other arguments.
+fn abi() -> u32 {
+    let mut digest = xxhash_rust::xxh3::Xxh3::new();
+    SOURCES.iter().chain(&INTERFACE).for_each(|source| digest.update(source.as_bytes()));
+    digest.digest() as u32
+}
 
 /// Memory that the emulated device has, so that tests can run out of it.
 const MEMORY_BYTES: usize = 4 << 30;
@@ -58,12 +70,12 @@ impl Emulator {
         // SAFETY: the library is the one that `build_emulator` makes; it has no constructors but a table of functions.
         let library = unsafe { Library::new(path) }.map_err(refused)?;
         // SAFETY: the types are those of the emulator's header.
-        let (abi, emulate) = unsafe {
+        let (found, emulate) = unsafe {
             let abi = library.get::<unsafe extern "C" fn() -> u32>(b"thermocline_emulator_abi\0").map_err(refused)?;
             (abi(), *library.get::<Emulate>(b"thermocline_emulate\0").map_err(refused)?)
         };
-        if abi != ABI {
-            let reason = format!("interface {abi}, expected {ABI}; build it again");
+        if found != abi() {
+            let reason = "made from other sources than this program; build it again".to_owned();
             return Err(CudaError::Emulator { path: path.to_owned(), reason });
         }
         let faults = Faults::new(fault);
@@ -315,7 +327,8 @@ pub fn build_emulator(folder: &Path) -> Result<PathBuf> {
     let unfinished = library.with_extension("partial");
     let mut command = Command::new("g++");
     command.args(["-O2", "-g1", "-std=c++17", "-shared", "-fPIC", "-DTHERMOCLINE_EMULATED", "-x", "c++", "-o"]);
-    let output = command.arg(&unfinished).arg(sources.join("emulator/emulator.cpp")).output();
+    command.arg(&unfinished).arg(format!("-DTHERMOCLINE_ABI={}u", abi()));
+    let output = command.arg(sources.join("emulator/emulator.cpp")).output();
     let output = output.map_err(refused(Path::new("g++")))?;
     if !output.status.success() {
         return Err(CudaError::Compile(String::from_utf8_lossy(&output.stderr).into_owned()));

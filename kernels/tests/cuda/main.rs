@@ -8,6 +8,7 @@
 mod attention;
 mod choose;
 mod divide;
+mod emulator;
 mod exact;
 mod fatbin;
 mod fetch;
