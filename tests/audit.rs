@@ -353,19 +353,25 @@ fn exact_mode_has_nothing_to_audit() {
     assert!(engine.start_audit(0).is_ok() && engine.audit().is_none());
 }
 
-/// With a GPU (the emulated one) the refusal comes before the model is loaded.
+/// With a GPU (the emulated one) as without.
 #[cfg(feature = "cuda")]
 #[test]
-fn a_gpu_has_no_audits() {
+fn run_on_a_gpu_tells_what_audits_found() {
     let emulator = thermocline_kernels::cuda::build_emulator(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
     let dir = split(&llama(), "q4", &["--chunk-neurons", "16", "--order", "random"]);
-    for budget in ["auto", "1GiB"] {
+    let run = |budget: &str, more: &[&str]| -> String {
         let mut command = support::thermocline();
         command.env("THERMOCLINE_CUDA_EMULATOR", &emulator).env("THERMOCLINE_VRAM_BUDGET", budget);
-        let more = ["--mode", "sparse", "-n", "2", "--audit-every", "2"];
-        let ran: support::Ran = command.args(given(&dir, &more)).output().unwrap().into();
-        assert_eq!(ran.code, Some(2), "{}", ran.stderr);
-        assert!(ran.stderr.contains("--audit-every") && ran.stderr.contains("--vram-budget 0"), "{}", ran.stderr);
-        assert!(!ran.stderr.contains("pinned in RAM") && ran.stdout.is_empty(), "{}", ran.stderr);
+        let sparse = ["--mode", "sparse", "--active", "0.3", "-n", "6", "--temp", "0", "--ignore-eos"];
+        let ran: support::Ran = command.args(given(&dir, &[&sparse[..], more].concat())).output().unwrap().into();
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        ran.stdout
+    };
+    for budget in ["0", "1GiB"] {
+        let (plain, audited) = (run(budget, &[]), run(budget, &["--audit-every", "2"]));
+        let line = audited.lines().last().unwrap();
+        // The prompt gives the first token, five are decoded, of which the first, third and fifth are audited.
+        assert!(line.starts_with("audit of 3 tokens: recall 0.") && line.contains(", output error 0."), "{line}");
+        assert_eq!(plain.lines().next(), audited.lines().next(), "{budget}");
     }
 }
