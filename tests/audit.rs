@@ -362,7 +362,7 @@ fn run_on_a_gpu_tells_what_audits_found() {
     let run = |budget: &str, more: &[&str]| -> String {
         let mut command = support::thermocline();
         command.env("THERMOCLINE_CUDA_EMULATOR", &emulator).env("THERMOCLINE_VRAM_BUDGET", budget);
-        let sparse = ["--mode", "sparse", "--active", "0.3", "-n", "6", "--temp", "0", "--ignore-eos"];
+        let sparse = ["--mode", "sparse", "-n", "6"];
         let ran: support::Ran = command.args(given(&dir, &[&sparse[..], more].concat())).output().unwrap().into();
         assert_eq!(ran.code, Some(0), "{}", ran.stderr);
         ran.stdout
