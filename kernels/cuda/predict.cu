@@ -141,11 +141,8 @@ DEVICE void predict_scores(const Outers& outers, int rank, const LayerInput& fro
   const float* neurons = is_ahead ? outers.of[1].neurons : outers.of[0].neurons;
   float* scores = is_ahead ? outers.of[1].scores : outers.of[0].scores;
   const int n_chunks = rank / E::kColumns;
-  int team_lanes = 1;
-  while (team_lanes < kWarp && team_lanes < n_chunks) team_lanes *= 2;
+  const LaneTeams teams(n_chunks);
   const int thread = blockIdx.x * blockDim.x + threadIdx.x, n_threads = gridDim.x * blockDim.x;
-  const int team = thread / team_lanes, n_teams = n_threads / team_lanes;
-  const int me = lane_id() % team_lanes, first_of_warp = (thread - lane_id()) / team_lanes;
   const u32 stride = row_stride<E>(rank);
 
   struct Rows {
@@ -170,7 +167,7 @@ DEVICE void predict_scores(const Outers& outers, int rank, const LayerInput& fro
 #pragma unroll
     for (int i = 0; i < kNeurons; i++) {
       const int neuron = first + i;
-      if ((i & (team_lanes - 1)) != me || neuron >= ffn) continue;
+      if (!teams.finishes(i) || neuron >= ffn) continue;
       spread.gate[i] = neurons[neuron];
       spread.up[i] = neurons[ffn + neuron];
       spread.down[i] = neurons[2 * ffn + neuron];
@@ -179,8 +176,8 @@ DEVICE void predict_scores(const Outers& outers, int rank, const LayerInput& fro
   // As a rule all that a lane needs, asked for before z is there.
   Rows rows;
   Spread spread;
-  if (me < n_chunks && team * kNeurons < ffn) fetch(team * kNeurons, me, rows);
-  fetch_spread(team * kNeurons, spread);
+  if (teams.me < n_chunks && teams.team * kNeurons < ffn) fetch(teams.team * kNeurons, teams.me, rows);
+  fetch_spread(teams.team * kNeurons, spread);
   const float early_weight = thread < from.hidden ? from.norm_weight[thread] : 0.0f;
 
   wait_for_previous();
@@ -225,24 +222,22 @@ DEVICE void predict_scores(const Outers& outers, int rank, const LayerInput& fro
   __syncthreads();
 
   // All teams of a warp take part in its shuffles as long as the first of them has work.
-  for (int turn = 0; (first_of_warp + turn * n_teams) * kNeurons < ffn; turn++) {
-    const int first = (team + turn * n_teams) * kNeurons;
+  for (int turn = 0; (teams.first_of_warp + turn * teams.n_teams) * kNeurons < ffn; turn++) {
+    const int first = (teams.team + turn * teams.n_teams) * kNeurons;
     if (turn > 0) fetch_spread(first, spread);
     float sums[2 * kNeurons] = {};
-    for (int chunk = me; chunk < n_chunks; chunk += team_lanes) {
-      if (turn > 0 || chunk > me) fetch(first, chunk, rows);
+    for (int chunk = teams.me; chunk < n_chunks; chunk += teams.lanes) {
+      if (turn > 0 || chunk > teams.me) fetch(first, chunk, rows);
       float dots[2 * kNeurons];
       input.template dot<2 * kNeurons>(chunk, rows.codes, dots);
 #pragma unroll
       for (int r = 0; r < 2 * kNeurons; r++) sums[r] += scale_value<E>(rows.scales[r]) * dots[r];
     }
-    for (int step = team_lanes / 2; step > 0; step /= 2)
-#pragma unroll
-      for (int r = 0; r < 2 * kNeurons; r++) sums[r] += __shfl_xor_sync(kAllLanes, sums[r], step);
+    teams.sum(sums);
 #pragma unroll
     for (int i = 0; i < kNeurons; i++) {
       const int neuron = first + i;
-      if ((i & (team_lanes - 1)) != me || neuron >= ffn) continue;
+      if (!teams.finishes(i) || neuron >= ffn) continue;
       const float gate = sums[2 * i] * E::kOut, up = sums[2 * i + 1] * E::kOut;
       const float score = expected_magnitude(activation, gate, up, spread.gate[i], spread.up[i]) * spread.down[i];
       // A score that is not a number counts as zero: a broken predictor costs accuracy, nothing else.

@@ -49,3 +49,32 @@ DEVICE float block_sum(float v, float* scratch) {
   const int n_warps = blockDim.x / kWarp;
   return warp_sum(lane_id() < n_warps ? scratch[lane_id()] : 0.0f);
 }
+
+// The threads of a grid, divided into teams of neighbouring lanes: as many as a row has parts, rounded up to a power of two,
+// at most a warp.
+struct LaneTeams {
+  int lanes;
+  // Of this thread: its place in its team, its team, and the first team of its warp.
+  int me, team, first_of_warp;
+  int n_teams;
+
+  DEVICE explicit LaneTeams(int n_parts) : lanes(1) {
+    while (lanes < kWarp && lanes < n_parts) lanes *= 2;
+    const int thread = blockIdx.x * blockDim.x + threadIdx.x;
+    me = lane_id() % lanes;
+    team = thread / lanes;
+    first_of_warp = (thread - lane_id()) / lanes;
+    n_teams = gridDim.x * blockDim.x / lanes;
+  }
+
+  // Whether this lane finishes what the team has added up for its i-th row.
+  DEVICE bool finishes(int i) const { return (i & (lanes - 1)) == me; }
+
+  // Every lane gets its team's sums. All lanes of the warp take part.
+  template <int N>
+  DEVICE void sum(float (&v)[N]) const {
+    for (int step = lanes / 2; step > 0; step /= 2)
+#pragma unroll
+      for (int i = 0; i < N; i++) v[i] += __shfl_xor_sync(kAllLanes, v[i], step);
+  }
+};

@@ -5,8 +5,8 @@
 // for each unit of 64 columns; third bits, 8 bytes a unit; a bfloat16 for each row; a scale code for each unit. So lanes that
 // take neighbouring units read whole lines.
 //
-// Floor: the sketch from device memory. Beside bundles that cross the link it is little: in a model of 34 billion weights
-// 8 GB for each token, of which the link needs as long as for 90 MB.
+// Floor: the sketch from device memory. Beside bundles that cross the link it is little: the 8 GB of a model of 34 billion
+// weights take an H200 as long as 100 MB over its link.
 #include "expected.cuh"
 #include "input.cuh"
 
@@ -84,11 +84,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   let_next_start();
   const int units = from.hidden / SketchUnit::kColumns;
   const SketchRows gates(sketch.gate, ffn, units, false), ups(sketch.up, ffn, units, true);
-  int team_lanes = 1;
-  while (team_lanes < kWarp && team_lanes < units) team_lanes *= 2;
+  const LaneTeams teams(units);
   const int thread = blockIdx.x * blockDim.x + threadIdx.x, n_threads = gridDim.x * blockDim.x;
-  const int team = thread / team_lanes, n_teams = n_threads / team_lanes;
-  const int me = lane_id() % team_lanes, first_of_warp = (thread - lane_id()) / team_lanes;
 
   struct Units {
     uint4 gate[kNeurons], up[kNeurons];
@@ -109,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   };
   // As a rule all that a lane needs, asked for before the input is there.
   Units of;
-  if (me < units && team * kNeurons < ffn) fetch(team * kNeurons, me, of);
+  if (teams.me < units && teams.team * kNeurons < ffn) fetch(teams.team * kNeurons, teams.me, of);
 
   const Input<SketchUnit> input;
   input.stage_normed(from.x, from.norm_weight, from.eps, from.hidden, from.normed);
@@ -119,15 +116,15 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       const float4 v = input.part(i / 4);
       const float x = i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
       // By powers of two.
-      from.host_x[i] = x * (1.0f / SketchUnit::kIn) * (1.0f / SketchUnit::factor(i % SketchUnit::kColumns));
+      from.host_x[i] = x * (1.0f / SketchUnit::kIn) * (1.0f / SketchUnit::factor(i));
     }
 
   // All teams of a warp take part in its shuffles as long as the first of them has work.
-  for (int turn = 0; (first_of_warp + turn * n_teams) * kNeurons < ffn; turn++) {
-    const int first = (team + turn * n_teams) * kNeurons;
+  for (int turn = 0; (teams.first_of_warp + turn * teams.n_teams) * kNeurons < ffn; turn++) {
+    const int first = (teams.team + turn * teams.n_teams) * kNeurons;
     float sums[2 * kNeurons] = {};
-    for (int unit = me; unit < units; unit += team_lanes) {
-      if (turn > 0 || unit > me) fetch(first, unit, of);
+    for (int unit = teams.me; unit < units; unit += teams.lanes) {
+      if (turn > 0 || unit > teams.me) fetch(first, unit, of);
       const float start = input.start(unit);
       float gate[kNeurons], up[kNeurons];
 #pragma unroll
@@ -158,13 +155,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         sums[2 * i + 1] += of.up_scale[i] * up[i];
       }
     }
-    for (int step = team_lanes / 2; step > 0; step /= 2)
-#pragma unroll
-      for (int r = 0; r < 2 * kNeurons; r++) sums[r] += __shfl_xor_sync(kAllLanes, sums[r], step);
+    teams.sum(sums);
 #pragma unroll
     for (int i = 0; i < kNeurons; i++) {
       const int neuron = first + i;
-      if ((i & (team_lanes - 1)) != me || neuron >= ffn) continue;
+      if (!teams.finishes(i) || neuron >= ffn) continue;
       const float gate = sums[2 * i] * SketchUnit::kOut * gates.row_scale(neuron);
       const float up = sums[2 * i + 1] * SketchUnit::kOut * ups.row_scale(neuron);
       const float gate_sd = sketch.neurons[neuron], up_sd = sketch.neurons[ffn + neuron];
