@@ -32,6 +32,11 @@ pub(crate) fn has_sketches(split: &Split) -> bool {
     split.sketches().is_some()
 }
 
+/// Whether `mode` chooses by sketches.
+pub(crate) fn is_sketched(split: &Split, mode: Mode) -> bool {
+    mode != Mode::Exact && has_sketches(split)
+}
+
 /// Refuses a limit of errors where nobody can tell them.
 pub(crate) fn check_max_error(error: f32, mode: Mode, has_sketches: bool) -> Result<()> {
     let refuse = |reason: String| Err(Error::Setting { flag: "--max-error", reason });

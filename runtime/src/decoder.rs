@@ -18,7 +18,7 @@ pub trait Decoder {
     fn mode(&self) -> Mode;
     /// Whether sparse mode chooses by the split's sketches, and lets these stand for the neurons that it leaves out.
     fn is_graded(&self) -> bool {
-        false
+        has_sketches(self.split())
     }
     /// Tokens that its context holds.
     fn context(&self) -> usize;
@@ -114,10 +114,6 @@ impl Decoder for Engine {
 
     fn mode(&self) -> Mode {
         self.plan().request.mode
-    }
-
-    fn is_graded(&self) -> bool {
-        has_sketches(self.split())
     }
 
     fn context(&self) -> usize {

@@ -4,7 +4,7 @@ use crate::attention::{Rope, batch_scratch_bytes};
 use crate::audit::Audit;
 use crate::budget::format_bytes;
 use crate::cache::NeuronCache;
-use crate::chooser::{Chooser, has_sketches};
+use crate::chooser::{Chooser, is_sketched};
 use crate::divide::{activation_rates, active_bundle, divide, equal_prefixes, prefix_bytes, slot_bytes};
 use crate::fetch::Fetcher;
 use crate::ffn::FfnSums;
@@ -346,7 +346,7 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
 
 /// Neurons of a layer whose activations a sketch gives: none in exact mode, and where there are no sketches.
 pub(crate) fn sketched_neurons(split: &Split, mode: Mode) -> usize {
-    if mode == Mode::Exact || !has_sketches(split) { 0 } else { split.manifest().config.intermediate_size }
+    if is_sketched(split, mode) { split.manifest().config.intermediate_size } else { 0 }
 }
 
 /// Rows of `t` that `left` bytes hold.

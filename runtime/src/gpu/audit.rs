@@ -10,7 +10,7 @@ use crate::ffn::FfnSums;
 use crate::matrix::Compute;
 use std::sync::atomic::Ordering;
 use thermocline_datasets::ModelConfig;
-use thermocline_kernels::cuda::{CudaError, Device, Memory, Queue};
+use thermocline_kernels::cuda::{CudaError, Device, Memory, Queue, View};
 use thermocline_kernels::{AlignedBuf, Kernels, LayerLayout, Pool};
 
 /// What is kept of an audited token, layer by layer.
@@ -53,14 +53,7 @@ impl Kept {
         self.copy(device, &self.counts, l, COUNTS_BYTES, &s.work.counts)
     }
 
-    fn copy(
-        &self,
-        device: &Device,
-        to: &Memory,
-        l: usize,
-        bytes: usize,
-        from: &thermocline_kernels::cuda::View,
-    ) -> Result<(), CudaError> {
+    fn copy(&self, device: &Device, to: &Memory, l: usize, bytes: usize, from: &View) -> Result<(), CudaError> {
         device.copy(Queue::Compute, &to.slice(l * bytes, bytes), &from.slice(0, bytes))
     }
 

@@ -11,7 +11,6 @@ use super::token::Parts;
 use super::{speeds, token};
 use crate::account::{Account, TierBytes};
 use crate::audit::{AuditReport, check_audit};
-use crate::chooser::has_sketches;
 use crate::decoder::{Decoder, Speeds, unknown_token};
 use crate::plan::Mode;
 use crate::sampler::greedy;
@@ -389,10 +388,6 @@ impl Decoder for GpuEngine {
 
     fn mode(&self) -> Mode {
         self.plan.request.base.mode
-    }
-
-    fn is_graded(&self) -> bool {
-        has_sketches(&self.split)
     }
 
     fn context(&self) -> usize {

@@ -3,7 +3,7 @@
 use super::replay::{LayerTrace, Policy, Replayed, WAYS};
 use crate::attention::Rope;
 use crate::budget::format_bytes;
-use crate::chooser::has_sketches;
+use crate::chooser::{has_sketches, is_sketched};
 use crate::divide::{active_bundle, equal_prefixes, hot_prefixes, layers_by_rate};
 use crate::kv::KvCache;
 use crate::plan::{Mode, check_request, sections};
@@ -203,7 +203,7 @@ impl GpuPlan {
     /// `--ram-budget` cannot hold the rest.
     pub fn new(split: &Split, request: GpuRequest) -> Result<Self> {
         check_request(&request.base)?;
-        if request.lookahead.is_some_and(|n| n > 0) && is_sketched(split, &request) {
+        if request.lookahead.is_some_and(|n| n > 0) && is_sketched(split, request.base.mode) {
             let reason = "goes by low-rank predictors; of a split with sketches nothing is fetched early".to_owned();
             return Err(Error::Setting { flag: "--lookahead", reason });
         }
@@ -311,7 +311,7 @@ impl GpuPlan {
             bytes.saturating_sub(super::buffers::lookahead_bytes(split, 0)) / bundle
         };
         let n = self.request.lookahead.unwrap_or_else(|| meanwhile() as usize).min(n_active);
-        if n == 0 || n_layers == 1 || is_sketched(split, &self.request) {
+        if n == 0 || n_layers == 1 || is_sketched(split, self.request.base.mode) {
             return Ok(left);
         }
         self.lookahead_neurons = n;
@@ -517,11 +517,6 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
 fn sketched_down_row_bytes(split: &Split) -> u64 {
     let hidden = split.manifest().config.hidden_size;
     if has_sketches(split) { SKETCH_BITS[2].row_bytes(hidden) as u64 } else { 0 }
-}
-
-/// Whether neurons are chosen by sketches.
-fn is_sketched(split: &Split, request: &GpuRequest) -> bool {
-    request.base.mode != Mode::Exact && has_sketches(split)
 }
 
 /// The shape of attention.

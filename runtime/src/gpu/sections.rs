@@ -123,10 +123,12 @@ impl Loader<'_> {
             let border = n_hot.clamp(neurons.start, neurons.end);
             let (n_section_hot, n_cold) = (border - neurons.start, neurons.end - border);
             let totals = if several { row + 1 + i } else { row };
-            let work = match self.is_chosen(n_hot) {
-                false => self.list_all(n_cold, n_section_hot, &chosen)?,
-                true if several => scratch.with_totals(&scratch.sections[i], totals),
-                true => chosen.clone(),
+            let work = if !self.is_chosen(n_hot) {
+                self.list_all(n_cold, n_section_hot, &chosen)?
+            } else if several {
+                scratch.with_totals(&scratch.sections[i], totals)
+            } else {
+                chosen.clone()
             };
             let (hot_at, cold_at) = (neurons.start.min(n_hot), border.max(n_hot));
             sections.push(Section {
