@@ -156,9 +156,13 @@ pub struct Placement {
     /// How neurons are chosen
     #[arg(long, value_enum, default_value = "exact", env = "THERMOCLINE_MODE")]
     pub mode: ModeName,
-    /// Share of each layer's neurons that sparse mode computes, above 0 and at most 1
+    /// Share of each layer's neurons that sparse mode computes, above 0 and at most 1; of those that are not computed always
     #[arg(long, value_name = "SHARE", default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
     pub active: f32,
+    /// In sparse mode, of a split with sketches: share of each layer's neurons, the hottest, that every token computes, so that
+    /// no sketch of them is in memory: 0 to 1, or auto, which on a GPU is what fits into VRAM, on a CPU 0
+    #[arg(long, default_value = "auto", value_parser = parse_share, value_name = "SHARE", env = "THERMOCLINE_ALWAYS")]
+    pub always: std::option::Option<f64>,
     /// In sparse mode, of a split with sketches: compute fewer than --active of a layer's neurons where that is expected to change
     /// its output by less than this, relative to its neurons' energy. For models whose neurons are mostly zero
     #[arg(long, value_name = "ERROR")]
@@ -651,6 +655,10 @@ pub struct Eval {
     /// Shares of the neurons (of inputs and graded-rows: of bytes) that all masks but dense and exact keep: a row for each
     #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
+    /// Shares of each layer's neurons, the first in the split's order, that --mask graded keeps at every token; --active is that of
+    /// the others then: a row for each
+    #[arg(long, default_value = "0", value_delimiter = ',', value_name = "SHARE")]
+    pub always: Vec<f64>,
     /// Text on which --mask inputs measures what inputs cost (its first 1024 tokens; takes the time of about 2 dense passes over
     /// them for each layer), and --mask graded-rows what rows are worth (the same tokens; one dense pass; better not the
     /// text of the split's calibration, on which its sketch errs least)

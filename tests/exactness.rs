@@ -72,6 +72,36 @@ fn sparse_logits_are_the_same_bits_for_every_budget_and_thread_count() {
     }
 }
 
+/// Also where a part of the neurons has no sketch, because every token computes it: wherever these lie.
+#[test]
+fn neurons_that_are_always_computed_give_the_same_bits_for_every_budget_and_thread_count() {
+    let dir = split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]);
+    let exact = bits(&trajectory(&mut engine(&dir, request(Mode::Exact, None, 1)).unwrap()));
+    let (mode, mut before) = (Mode::Sparse { active: 0.1 }, Vec::new());
+    for share in [0.0, 0.3, 0.77, 1.0] {
+        let always = |budget, threads| PlanRequest { always: Some(share), ..request(mode, budget, threads) };
+        let mut all = engine(&dir, always(None, 2)).unwrap();
+        let expected = bits(&trajectory(&mut all));
+        assert!(!before.contains(&expected), "{share} is like another share");
+        assert_eq!(expected == exact, share == 1.0);
+        before.push(expected.clone());
+        let (first, n) = (all.plan().always_neurons, all.split().manifest().config.intermediate_size);
+        assert_eq!(first, (share * n as f32).round() as usize);
+        let active = all.last_active();
+        assert!(active[..first].iter().copied().eq(0..first as u32), "{active:?}");
+        assert_eq!(active.len() - first, ((n - first) as f32 * 0.1).round() as usize);
+        let whole = engine(&dir, request(mode, None, 2)).unwrap();
+        let sketches = |engine: &Engine| engine.plan().fixed.predictors as f64;
+        let left = sketches(&all) / sketches(&whole);
+        assert!((left - (n - first) as f64 / n as f64).abs() < 1e-9, "{left} of the sketches");
+        for (i, budget) in budgets(&dir, mode).into_iter().enumerate() {
+            let mut streamed = engine(&dir, always(budget, 3 - i % 3)).unwrap();
+            let got = bits(&trajectory(&mut streamed));
+            assert!(got == expected, "{share} always, {budget:?}");
+        }
+    }
+}
+
 #[test]
 fn sparse_with_every_neuron_is_exact() {
     for dir in splits() {

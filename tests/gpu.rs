@@ -14,6 +14,7 @@ use thermocline_kernels::cuda::launch::ffn_blocks;
 use thermocline_kernels::cuda::{Device, build_emulator};
 use thermocline_runtime::{
     Decoder, Engine, Error, GpuEngine, GpuPlan, GpuRequest, LayerAudit, Logits, Mode, Plan, PlanRequest, layer_active,
+    n_active,
 };
 use thermocline_split::{LayerCost, LayerFile, Planes, Precision, Shares, Split};
 
@@ -232,8 +233,13 @@ fn greedy(logits: &[f32]) -> u32 {
 /// Logits and greedy tokens of both engines: after a prompt in exact mode, then token by token; in sparse mode where both
 /// chose the same neurons, which they nearly always must.
 fn agree(open: &dyn Fn() -> Split, request: GpuRequest, share: f32, what: &str) -> GpuEngine {
-    let base = PlanRequest { ram_budget_bytes: None, ..request.base };
-    let (mut cpu, mut gpu) = (engine_of(open(), base).unwrap(), gpu_of(open(), request, share));
+    let mut gpu = gpu_of(open(), request, share);
+    let n = gpu.split().manifest().config.intermediate_size;
+    let sketched = gpu.is_graded() && request.base.mode != Mode::Exact;
+    // What a GPU always computes goes by its memory; a CPU is told.
+    let always = sketched.then(|| gpu.plan().always_neurons as f32 / n as f32);
+    let base = PlanRequest { always, ram_budget_bytes: None, ..request.base };
+    let mut cpu = engine_of(open(), base).unwrap();
     let prompt = tokens(20, cpu.split().manifest().config.vocab_size);
     let (want, got) = (cpu.prefill(&prompt).unwrap(), gpu.prefill(&prompt).unwrap());
     assert_close(&got, &want, &format!("{what}, after the prompt"));
@@ -259,27 +265,52 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
     for (made, encoding) in [(llama(), "q4"), (qwen_relu(), "q8"), (four_layers(), "q4,hot@0.25=q8")] {
         let dir = split(&made, encoding, sketched);
         let open = || Split::open(&dir).unwrap();
+        let config = open().manifest().config.clone();
+        let n = config.intermediate_size;
         let sketch_bytes: u64 = open().sketches().unwrap().tensors().iter().map(|t| t.bytes).sum();
         for active in [0.1, 0.4] {
             let mode = Mode::Sparse { active };
             let (least, whole) = vram_range_of(&open(), &device(), mode);
-            for (vram, cache, share) in [
-                (whole, 0.0, 0.0),
-                (least + (whole - least) / 2, 0.5, 0.0),
-                (least + (whole - least) / 3, 0.3, 0.6),
-                (least, 0.0, 1.0),
+            let request = |vram: u64, always: Option<f32>| {
+                let request = gpu_request(&device(), mode, vram, None);
+                GpuRequest { base: PlanRequest { always, ..request.base }, ..request }
+            };
+            for (vram, always, share) in [
+                (whole, None, 0.0),
+                (whole + sketch_bytes, Some(0.3), 0.0),
+                (least + (whole - least) / 2, None, 0.0),
+                (least + (whole - least) / 2, Some(0.1), 0.6),
+                (least + (whole - least) / 3, None, 0.6),
+                (least, None, 1.0),
+                (whole + sketch_bytes, Some(1.0), 0.0),
             ] {
-                let what = format!("{encoding}, {active} active, {vram} bytes, cache {cache}, host {share}");
-                let request = gpu_request(&device(), mode, vram, Some(cache));
-                let gpu = agree(&open, request, share, &what);
-                assert!(gpu.plan().fixed.predictors >= sketch_bytes, "{what}");
-                assert_eq!(gpu.plan().lookahead_neurons, 0, "{what}");
-                let n_active = layer_active(&open(), active).unwrap().last().unwrap().n_active;
-                assert_eq!(gpu.last_active().unwrap().len(), n_active, "{what}");
+                let what = format!("{encoding}, {active} active, {vram} bytes, always {always:?}, host {share}");
+                let gpu = agree(&open, request(vram, always), share, &what);
+                let plan = gpu.plan();
+                let n_always = plan.always_neurons;
+                assert!(plan.hot_neurons.iter().all(|&hot| hot >= n_always), "{what}");
+                match always {
+                    Some(share) => assert_eq!(n_always, (share * n as f32).round() as usize, "{what}"),
+                    None => assert_eq!((n_always == n, n_always == 0), (vram == whole, vram == least), "{what}"),
+                }
+                let of_rest = sketch_bytes * (n - n_always) as u64 / n as u64;
+                let rounding = (4 * 256 * config.n_layers) as u64;
+                assert!((of_rest..=of_rest + rounding).contains(&plan.fixed.predictors), "{what}");
+                assert_eq!((plan.lookahead_neurons, plan.cache_slots()), (0, 0), "{what}");
+                let n_chosen = if n_always < n { n_active(active, n - n_always) } else { 0 };
+                assert_eq!(gpu.last_active().unwrap().len(), n_always + n_chosen, "{what}");
+                let computed = (8 * config.n_layers * (n_always + n_chosen)) as u64;
+                assert_eq!(gpu.account().neurons_computed, computed, "{what}");
             }
-            let request = GpuRequest { lookahead: Some(4), ..gpu_request(&device(), mode, whole, None) };
-            let refused = GpuPlan::new(&open(), request);
-            assert!(matches!(refused, Err(Error::Setting { flag: "--lookahead", .. })), "{refused:?}");
+            let flag = |request: GpuRequest| match GpuPlan::new(&open(), request) {
+                Err(Error::Setting { flag, .. }) => flag,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(flag(GpuRequest { lookahead: Some(4), ..request(whole, None) }), "--lookahead");
+            assert_eq!(flag(GpuRequest { cache_share: Some(0.5), ..request(whole, None) }), "--cache-share");
+            assert_eq!(flag(request(whole, Some(1.5))), "--always");
+            let too_small = GpuPlan::new(&open(), request(least, Some(0.9)));
+            assert!(matches!(too_small, Err(Error::VramTooSmall { needed_bytes, .. }) if needed_bytes > least));
         }
     }
 }
@@ -295,7 +326,9 @@ fn audits_say_what_the_cpu_engine_says_and_change_nothing() {
             let what = format!("{}, {vram} bytes, host {share}", dir.display());
             let gpu = || gpu(&dir, gpu_request(&device(), mode, vram, None), share);
             let (mut plain, mut audited) = (gpu(), gpu());
-            let mut cpu = engine(&dir, request(mode, None, 2)).unwrap();
+            let n = audited.split().manifest().config.intermediate_size as f32;
+            let always = audited.is_graded().then(|| audited.plan().always_neurons as f32 / n);
+            let mut cpu = engine(&dir, PlanRequest { always, ..request(mode, None, 2) }).unwrap();
             cpu.start_audit(2).unwrap();
             audited.start_audit(2).unwrap();
             for token in tokens(6, cpu.split().manifest().config.vocab_size) {
@@ -341,20 +374,24 @@ fn a_share_is_found_where_none_is_given() {
     }
 }
 
-/// Of a sketch a token reads gate and up rows of all neurons, and down rows of those that are not computed.
+/// Of a sketch a token reads gate and up rows of all neurons that it has, and down rows of those that are not computed.
 #[test]
 fn bytes_of_sketches_are_those_of_the_rows_that_are_read() {
     let dir = split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]);
     let mode = Mode::Sparse { active: 0.25 };
     let (_, whole) = vram_range(&dir, &device(), mode);
-    let mut gpu = gpu(&dir, gpu_request(&device(), mode, whole, Some(0.0)), 0.0);
+    let request = gpu_request(&device(), mode, 2 * whole, None);
+    let request = GpuRequest { base: PlanRequest { always: Some(0.25), ..request.base }, ..request };
+    let mut gpu = gpu(&dir, request, 0.0);
     gpu.forward(3).unwrap();
     let (config, fixed) = (gpu.split().manifest().config.clone(), gpu.plan().fixed);
     let n_active = gpu.account().neurons_computed;
     let down_row = thermocline_split::SKETCH_BITS[2].row_bytes(config.hidden_size) as u64;
     let bundle = gpu.split().layers()[0].bundles().of(0).bundle_bytes() as u64;
     let kv = (4 * config.n_layers * config.n_kv_heads * config.head_dim) as u64;
-    let want = fixed.matrices + fixed.predictors + kv + n_active * bundle - n_active * down_row;
+    let n_always = (config.n_layers * gpu.plan().always_neurons) as u64;
+    assert!(n_always > 0 && n_always < n_active);
+    let want = fixed.matrices + fixed.predictors + kv + n_active * bundle - (n_active - n_always) * down_row;
     assert_eq!(gpu.account().bytes.device, want);
 }
 

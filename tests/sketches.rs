@@ -245,6 +245,7 @@ fn what_has_no_sketches_says_so() {
         (&plain, &["--mode", "sparse"][..], "--sketch"),
         (&with, &["--mode", "exact"], "--mode sparse"),
         (&with, &["--mode", "sparse", "--max-error", "1.5"], "below 1"),
+        (&with, &["--mode", "sparse", "--max-error", "0.1", "--always", "0.5"], "--always"),
     ] {
         let more: Vec<&str> = if more.contains(&"--max-error") {
             [&run[..run.len() - 2], &["-m", text(dir)], more].concat()
@@ -253,6 +254,15 @@ fn what_has_no_sketches_says_so() {
         };
         let message = fails(2, &more);
         assert!(message.contains("--max-error") && message.contains(word), "{message}");
+    }
+    let run = ["run", "-p", "the lake", "-n", "2", "--vram-budget", "0"];
+    for (dir, more, code, word) in [
+        (&plain, ["--mode", "sparse", "--always", "0.5"], 2, "--sketch"),
+        (&with, ["--mode", "exact", "--always", "0.5"], 2, "--mode sparse"),
+        (&with, ["--mode", "sparse", "--always", "1.5"], 2, "0 to 1"),
+    ] {
+        let message = fails(code, &[&run[..], &["-m", text(dir)], &more].concat());
+        assert!(message.contains("--always") && message.contains(word), "{message}");
     }
     refused(&plain, &["--mask", "graded"], "split --sketch");
     refused(&model(&llama()), &["--mask", "graded"], "need a split");

@@ -48,8 +48,18 @@ fn make_with(dir: &Path, model: &TinyModel, encoding: Encoding, sketch: bool) ->
 
 /// With what audits of every token found, in sparse mode.
 fn decode(dir: &Path, mode: Mode, windows: &Windows<'_>) -> (Evaluation, Option<AuditReport>) {
+    decode_with(dir, mode, None, windows)
+}
+
+/// The same with a share of the neurons that is always computed.
+fn decode_with(
+    dir: &Path,
+    mode: Mode,
+    always: Option<f32>,
+    windows: &Windows<'_>,
+) -> (Evaluation, Option<AuditReport>) {
     let split = Split::open(dir).unwrap();
-    let request = PlanRequest { mode, ram_budget_bytes: None, context: CTX, batch: 1, n_threads: 2 };
+    let request = PlanRequest { mode, always, ram_budget_bytes: None, context: CTX, batch: 1, n_threads: 2 };
     let plan = Plan::new(&split, request).unwrap();
     let mut engine = Engine::load(split, plan, &|_, _| ()).unwrap();
     engine.start_audit(usize::from(mode != Mode::Exact)).unwrap();
@@ -129,6 +139,10 @@ fn relu_q8_with_biases() {
     check(&model, Encoding::Q8);
 }
 
+fn graded(active: f64) -> Mask {
+    Mask::Graded { active, always: 0.0 }
+}
+
 /// Sketches choose the same neurons in both engines, and stand for the others in the same way.
 #[test]
 fn sketches_are_used_alike_by_both_engines() {
@@ -137,7 +151,7 @@ fn sketches_are_used_alike_by_both_engines() {
     let tokens = tokens(CTX * WINDOWS);
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let model = SplitCheckpoint::open(&path).unwrap();
-    let masks = [Mask::Dense, Mask::Graded(0.3), Mask::Oracle(0.3), Mask::Graded(1.0)];
+    let masks = [Mask::Dense, graded(0.3), Mask::Oracle(0.3), graded(1.0)];
     let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
     assert!(
         by_mask[1].kl < by_mask[2].kl,
@@ -157,6 +171,45 @@ fn sketches_are_used_alike_by_both_engines() {
     assert!(gaps(&by_mask[0], &graded).0 > 0.01);
 }
 
+/// Neurons that are always computed are the same in both engines, which choose among the others alike; the more, the nearer to the
+/// dense model, and the less of a sketch is read.
+#[test]
+fn neurons_are_always_computed_alike_by_both_engines() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, true);
+    let tokens = tokens(CTX * WINDOWS);
+    let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
+    let model = SplitCheckpoint::open(&path).unwrap();
+    let masks = [0.0, 0.4, 0.8, 1.0].map(|always| Mask::Graded { active: 0.2, always });
+    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
+    assert!(by_mask.windows(2).all(|pair| pair[0].kl > pair[1].kl));
+    assert!(by_mask[3].kl.unwrap() < 1e-9, "nothing is left to the sketch");
+    let n = model.split().manifest().config.intermediate_size as f64;
+    for (result, always) in by_mask.iter().zip([0.0f64, 0.4, 0.8, 1.0]) {
+        let first = (always * n).round();
+        let computed = first + if first < n { f64::round(0.2 * (n - first)) } else { 0.0 };
+        assert!((result.computed_share.unwrap() - computed / n).abs() < 1e-9, "{always}: {:?}", result.computed_share);
+        assert_eq!(result.always, Some(always).filter(|a| *a > 0.0));
+        let sketches = result.predictor_bytes_share.unwrap() / by_mask[0].predictor_bytes_share.unwrap();
+        assert!((sketches - (1.0 - always)).abs() < 1e-9, "{always}: {sketches}");
+    }
+    let mode = Mode::Sparse { active: 0.2 };
+    for (want, always) in by_mask.iter().zip([0.0, 0.4, 0.8, 1.0]) {
+        let (got, audit) = decode_with(&path, mode, Some(always), &windows);
+        assert_eq!(got.active, want.active);
+        assert!((got.always.unwrap_or(0.0) - want.always.unwrap_or(0.0)).abs() < 0.5 / n);
+        for (want, got) in want.layers.iter().zip(&audit.unwrap().layers) {
+            assert!((want.energy_recall - got.quality.energy_recall).abs() < 0.01, "{always}: {want:?} {got:?}");
+            assert!((want.recall - got.quality.recall).abs() < 0.01, "{always}: {want:?} {got:?}");
+        }
+        let (largest, mean) = gaps(want, &got);
+        assert!(largest < 0.2 && mean < 1e-2, "{always}: largest gap {largest}, mean {mean}");
+    }
+    let refused = Mask::Graded { active: 0.2, always: 1.5 };
+    let refused = evaluate(&model, Some(model.split()), &windows, &[refused], &Fitted::default(), &|_, _| ());
+    assert!(refused.unwrap_err().to_string().contains("--always"));
+}
+
 /// Rows chosen one by one: all of them are the dense model, and of the others as many are read as were asked for, which leaves less
 /// than the same bytes of whole neurons do.
 #[test]
@@ -170,7 +223,7 @@ fn rows_are_read_one_by_one() {
     let rows = Some(fit_row_prices(&model, Some(model.split()), &others, &|_, _| ()).unwrap());
     let fitted = Fitted { rows, ..Fitted::default() };
     let masks = [1.0, 0.6, 0.3].map(Mask::GradedRows);
-    let masks = [&masks[..], &[Mask::Graded(0.3)]].concat();
+    let masks = [&masks[..], &[graded(0.3)]].concat();
     let results = evaluate(&model, Some(model.split()), &windows, &masks, &fitted, &|_, _| ()).unwrap();
     let [whole, most, some, neurons] = results.as_slice() else { panic!("four results") };
     assert!(whole.kl.unwrap() < 1e-9, "nothing is left to the sketch: {}", whole.kl.unwrap());
@@ -215,7 +268,7 @@ fn errors_are_limited_alike_by_both_engines() {
 
     let split = Split::open(&path).unwrap();
     let mode = Mode::Sparse { active: 1.0 };
-    let request = PlanRequest { mode, ram_budget_bytes: None, context: CTX, batch: 1, n_threads: 2 };
+    let request = PlanRequest { mode, always: None, ram_budget_bytes: None, context: CTX, batch: 1, n_threads: 2 };
     let plan = Plan::new(&split, request).unwrap();
     let mut engine = Engine::load(split, plan, &|_, _| ()).unwrap();
     for refused in [0.0, 1.0, f32::NAN] {

@@ -133,7 +133,7 @@ fn use_it(dir: &Path, precision: Precision) {
         let _ = checkpoint.load(&name);
     }
     for (mode, budget) in [(Mode::Exact, None), (Mode::Sparse { active: 0.3 }, None), (Mode::Exact, Some(300_000))] {
-        let request = PlanRequest { mode, ram_budget_bytes: budget, context: 16, batch: 4, n_threads: 1 };
+        let request = PlanRequest { mode, always: None, ram_budget_bytes: budget, context: 16, batch: 4, n_threads: 1 };
         let Ok(split) = Split::open_at(dir, precision) else { return };
         let Ok(plan) = Plan::new(&split, request) else { continue };
         let Ok(mut engine) = Engine::load(split, plan, &|_, _| ()) else { continue };

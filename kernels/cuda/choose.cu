@@ -19,10 +19,12 @@
 #include "foresee.cuh"
 
 struct Choose {
+  // Neurons here, their scores and their numbers are those behind the `n_always` first, which are active and hot at every token;
+  // but for `ids` and `items`, which have all.
   const float* scores;  // [ffn] and room up to a multiple of four, not read if `every` is 1
   u32 ffn, k, n_hot, every;
   float threshold;  // if k and every are 0
-  u32 n_sets, n_ways;
+  u32 n_sets, n_ways, n_always;
   u32* slot_of;  // [ffn - n_hot]
   u32* owner;    // [n_sets * n_ways]; slot = set * n_ways + way, set = cold index % n_sets
   float* key;    // [ffn - n_hot]
@@ -96,7 +98,7 @@ struct List {
   DEVICE u32 number(u32 round) const {
     const u32 i = begin + round * kWarp;
     if (round >= n_rounds || i >= n) return kNone;
-    return all ? i : c.ids[i];
+    return all ? i : c.ids[c.n_always + i];
   }
   DEVICE Listed look_up(u32 neuron) const {
     Listed it = {neuron, kNone, 0.0f};
@@ -210,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     for (u32 at = n + before; word != 0; word &= word - 1, at++) {
       const u32 neuron = first + __ffs(word) - 1;
       if (!is_guess) {
-        c.ids[at] = neuron;
+        c.ids[c.n_always + at] = neuron;
       } else if (at < kListed) {
         shared.listed[at] = neuron;
       }
@@ -362,7 +364,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   auto before = [&](u32 n) { return __reduce_add_sync(kAllLanes, lane < warp ? n : 0); };
   auto all = [&](u32 n) { return __reduce_add_sync(kAllLanes, n); };
   u32 at = before(kinds.x), hit_at = before(kinds.z), fetched_at = before(kinds.w);
-  const u32 all_active = all(kinds.x), all_hot = all(kinds.y), hits = all(kinds.z), all_fetched = all(kinds.w);
+  const u32 chosen_hot = all(kinds.y), hits = all(kinds.z), all_fetched = all(kinds.w);
+  const u32 all_active = c.n_always + all(kinds.x), all_hot = c.n_always + chosen_hot;
   const u32 misses = all_active - all_hot - hits - all_fetched;
   const u32 n_cpu = min(misses, static_cast<u32>(fmaf(cpu_share, static_cast<float>(misses), 0.5f)));
   const u32 n_link = misses - n_cpu, first_hit = n_link + all_fetched;
@@ -384,9 +387,9 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     hit_at += __popc(hit);
     fetched_at += __popc(fetched);
     if (it.neuron == kNone) return;
-    c.ids[place] = it.neuron;
+    c.ids[c.n_always + place] = c.n_always + it.neuron;
     if (it.neuron < c.n_hot) {
-      c.items[first_hit + hits + place] = make_uint2(it.neuron, kNone);
+      c.items[first_hit + hits + c.n_always + place] = make_uint2(c.n_always + it.neuron, kNone);
       return;
     }
     const u32 cold = it.neuron - c.n_hot;
@@ -401,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
       return;
     }
     // The hot ones come first among the active.
-    u32 m = place - all_hot - n_hits - n_fetched, from = 0x40000000u | cold;
+    u32 m = place - chosen_hot - n_hits - n_fetched, from = 0x40000000u | cold;
     if (it.is_fetched()) {
       m = n_link + n_fetched;
       from = 0x80000000u | it.slot;
@@ -416,6 +419,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
       chain(m, cold, 0);
     }
   });
+  for (u32 i = thread; i < c.n_always; i += kThreads) {
+    c.ids[i] = i;
+    c.items[first_hit + hits + i] = make_uint2(i, kNone);
+  }
   if (n_cpu > 0 && thread == 0) *c.cpu_count = n_cpu;
   // Candidates and the CPU's list are complete.
   __syncthreads();

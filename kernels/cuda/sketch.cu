@@ -176,13 +176,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 }
 
 // partial [n_blocks, hidden]: row b is the sum of h d of its neurons but for the active ones, with h from `sketched` and d from
-// `down`, planes of `ffn` rows in two bits; active are the first counts[5] of `ids`, ascending.
+// `down`, planes of `ffn` rows in two bits; active are the first counts[5] of `ids`, ascending, of which the first `first`, before
+// those that the sketch has, are all neurons up to there.
 // Grid (n_blocks, columns / 4096, rounded up), 256 threads. A thread has the sixteen columns of a word; if a block's columns have
 // at most 128 words, several groups of warps share its neurons. Dynamic shared memory: a float for each neuron of a block, or
 // 16 for each thread if that is more.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    add_sketched(const unsigned char* down, const float* sketched, const u32* ids, const u32* counts, int ffn, int hidden,
-                 float* partial) {
+    add_sketched(const unsigned char* down, const float* sketched, const u32* ids, const u32* counts, u32 first, int ffn,
+                 int hidden, float* partial) {
   using namespace sketch_shape;
   let_next_start();
   const u32 units = hidden / SketchUnit::kColumns, n_words = 4 * units;
@@ -201,8 +202,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   __syncthreads();
   const u32 n_active = counts[5];
 #pragma unroll 4
-  for (u32 i = threadIdx.x; i < n_active; i += kThreads) {
-    const u32 place = ids[i] - begin;
+  for (u32 i = first + threadIdx.x; i < n_active; i += kThreads) {
+    const u32 place = ids[i] - first - begin;
     if (place < n_mine) factors[place] = 0.0f;
   }
   __syncthreads();

@@ -7,7 +7,7 @@ use crate::predictor::{Predictor, energy, n_needed, top_k};
 use crate::{Error, Result};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Kernels, Pool, SketchMatrix};
-use thermocline_split::{Sketch, Split};
+use thermocline_split::{Sketch, Split, sketch_bytes_per_neuron};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
 const TASK_NEURONS: usize = 256;
@@ -19,10 +19,12 @@ pub(crate) enum Chooser {
     Sketch(SketchedLayer),
 }
 
-/// A layer's sketch, in memory.
+/// A layer's sketch, in memory, without that of the neurons that every token computes.
 #[derive(Debug)]
 pub(crate) struct SketchedLayer {
     sketch: Sketch,
+    /// The first neurons of the split's order, which are not asked.
+    n_always: usize,
     activation: Activation,
     hidden_size: usize,
 }
@@ -38,7 +40,7 @@ pub(crate) fn is_sketched(split: &Split, mode: Mode) -> bool {
 }
 
 /// Refuses a limit of errors where nobody can tell them.
-pub(crate) fn check_max_error(error: f32, mode: Mode, has_sketches: bool) -> Result<()> {
+pub(crate) fn check_max_error(error: f32, mode: Mode, has_sketches: bool, n_always: usize) -> Result<()> {
     let refuse = |reason: String| Err(Error::Setting { flag: "--max-error", reason });
     if !(error > 0.0 && error < 1.0) {
         return refuse(format!("{error} is not above 0 and below 1"));
@@ -51,35 +53,67 @@ pub(crate) fn check_max_error(error: f32, mode: Mode, has_sketches: bool) -> Res
             "needs sketches, which tell errors: make the split with --sketch, and run it on a CPU".to_owned(),
         );
     }
+    if n_always > 0 {
+        return refuse("is a share of the energy that sketches see of all neurons; leave out --always".to_owned());
+    }
     Ok(())
 }
 
-/// What sparse mode computes of each layer so that `share` of all neurons is computed. Costs of shares were measured for
-/// low-rank predictors: with sketches all layers compute the same share.
+/// The neurons of a layer that every token computes, if they are this share of it.
+pub fn always_neurons(share: f32, n_neurons: usize) -> usize {
+    ((share * n_neurons as f32).round() as usize).min(n_neurons)
+}
+
+/// Refuses a share of neurons that are always computed where nothing would be different for it.
+pub(crate) fn check_always(split: &Split, mode: Mode, share: Option<f32>) -> Result<()> {
+    let Some(share) = share else { return Ok(()) };
+    let refuse = |reason: String| Err(Error::Setting { flag: "--always", reason });
+    if !(0.0..=1.0).contains(&share) {
+        return refuse(format!("{share} is not from 0 to 1"));
+    }
+    if mode == Mode::Exact {
+        return refuse("is for --mode sparse; exact mode always computes all neurons".to_owned());
+    }
+    if !has_sketches(split) {
+        return refuse(
+            "spares sketches, and this split has none: make it with --sketch, or leave the flag out".to_owned(),
+        );
+    }
+    Ok(())
+}
+
+/// What sparse mode computes of each layer: with sketches the first `n_always` neurons, and `share` of the others. Costs of shares
+/// were measured for low-rank predictors: with sketches all layers compute the same share.
 ///
 /// # Errors
 /// If the split's costs cannot be read.
-pub(crate) fn chosen_active(split: &Split, share: f32) -> Result<Vec<LayerActive>> {
+pub(crate) fn chosen_active(split: &Split, share: f32, n_always: usize) -> Result<Vec<LayerActive>> {
     if !has_sketches(split) {
         return layer_active(split, share);
     }
-    Ok(LayerActive::alike(&split.manifest().config, share))
+    Ok(LayerActive::behind(&split.manifest().config, n_always, share))
 }
 
 impl Chooser {
-    pub(crate) fn load(split: &Split, layer: usize) -> Result<Self> {
+    /// Of a layer whose first `n_always` neurons every token computes; 0 for a predictor, which is asked about all.
+    pub(crate) fn load(split: &Split, layer: usize, n_always: usize) -> Result<Self> {
         let Some(sketch) = split.sketch(layer).map_err(Error::from)? else {
             return Ok(Chooser::Predictor(Predictor::load(split, layer)?));
         };
         let config = &split.manifest().config;
         let (activation, hidden_size) = (config.activation, config.hidden_size);
-        Ok(Chooser::Sketch(SketchedLayer { sketch, activation, hidden_size }))
+        let sketch = sketch.behind(n_always);
+        Ok(Chooser::Sketch(SketchedLayer { sketch, n_always, activation, hidden_size }))
     }
 
-    /// Bytes of all choosers of a split, in memory.
-    pub(crate) fn total_bytes(split: &Split) -> u64 {
+    /// Bytes of all choosers of a split, in memory, where every token computes the first `n_always` neurons of each layer.
+    pub(crate) fn total_bytes(split: &Split, n_always: usize) -> u64 {
+        let config = &split.manifest().config;
         match split.sketches() {
-            Some(file) => file.data_bytes(),
+            Some(_) => {
+                let n_sketched = config.n_layers * (config.intermediate_size - n_always);
+                (n_sketched * sketch_bytes_per_neuron(config.hidden_size)) as u64
+            }
             None => {
                 let shares = split.manifest().shares.as_ref().map_or(0, |file| file.file_bytes);
                 split.predictors().data_bytes() + shares
@@ -98,8 +132,8 @@ impl Chooser {
         }
     }
 
-    /// Scores `[ffn]` of all neurons for the normalised input `x`, and, from a sketch, their activations: `sketched [ffn]`, which a
-    /// predictor leaves alone. If `ahead`, `x` is the input of the layer before, under this layer's norm.
+    /// Scores of all neurons that it is asked about for the normalised input `x`, and, from a sketch, their activations: `scores` and
+    /// `sketched` are of the layer's last neurons, as many as it knows; a predictor leaves the second alone. If `ahead`, `x` is the input of the layer before, under this layer's norm.
     pub(crate) fn scores(
         &self,
         (kernels, pool): (&Kernels, &mut Pool),
@@ -115,8 +149,8 @@ impl Chooser {
         }
     }
 
-    /// The neurons that are computed, ascending, into `active`: of the highest scores `n_active`, or as many fewer as leave a
-    /// squared error of at most `max_error`^2 of the energy that a sketch sees.
+    /// The neurons that are computed, ascending, into `active`: `n_active` in all, those that always are and of the others the
+    /// highest scores, or as many fewer of these as leave a squared error of at most `max_error`^2 of the energy that a sketch sees.
     pub(crate) fn choose(
         &self,
         scores: &[f32],
@@ -125,14 +159,16 @@ impl Chooser {
         max_error: Option<f32>,
         active: &mut Vec<u32>,
     ) {
-        let n = match (self, max_error) {
-            (Chooser::Sketch(layer), Some(error)) => {
-                let allowed = f64::from(error).powi(2) * energy(sketched, &layer.sketch.down_norm);
-                n_needed(scores, allowed).min(n_active)
-            }
-            _ => n_active,
-        };
+        let Chooser::Sketch(layer) = self else { return top_k(scores, n_active, active) };
+        let n_chosen = n_active.saturating_sub(layer.n_always);
+        let n = max_error.map_or(n_chosen, |error| {
+            let allowed = f64::from(error).powi(2) * energy(sketched, &layer.sketch.down_norm);
+            n_needed(scores, allowed).min(n_chosen)
+        });
         top_k(scores, n, active);
+        let first = layer.n_always as u32;
+        active.iter_mut().for_each(|neuron| *neuron += first);
+        active.splice(0..0, 0..first);
     }
 
     /// Adds to `sums` what stands for the neurons that are not in `active`, where that is a sketch of them: `sketched` are the
@@ -146,8 +182,9 @@ impl Chooser {
         active: &[u32],
     ) -> u64 {
         let Chooser::Sketch(layer) = self else { return 0 };
-        active.iter().for_each(|&n| sketched[n as usize] = 0.0);
-        sums.add_sketched(kernels, pool, layer.matrix(2), sketched)
+        let first = layer.n_always;
+        active.iter().map(|&n| n as usize).filter(|&n| n >= first).for_each(|n| sketched[n - first] = 0.0);
+        sums.add_sketched(kernels, pool, layer.matrix(2), first, sketched)
     }
 }
 

@@ -20,6 +20,10 @@ pub trait Decoder {
     fn is_graded(&self) -> bool {
         has_sketches(self.split())
     }
+    /// The share of each layer's neurons that every token of sparse mode computes, without being chosen.
+    fn always_share(&self) -> f64 {
+        0.0
+    }
     /// Tokens that its context holds.
     fn context(&self) -> usize;
     /// Tokens in the context.
@@ -52,7 +56,7 @@ pub trait Decoder {
     /// # Errors
     /// If this engine has no sketches, or the number is out of range.
     fn limit_error(&mut self, error: f32) -> Result<()> {
-        check_max_error(error, self.mode(), false)
+        check_max_error(error, self.mode(), false, 0)
     }
     /// What audits found since they were started; `None` if there are none.
     fn audit(&self) -> Option<AuditReport>;
@@ -114,6 +118,10 @@ impl Decoder for Engine {
 
     fn mode(&self) -> Mode {
         self.plan().request.mode
+    }
+
+    fn always_share(&self) -> f64 {
+        self.plan().always_neurons as f64 / self.split().manifest().config.intermediate_size as f64
     }
 
     fn context(&self) -> usize {

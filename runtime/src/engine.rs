@@ -139,12 +139,12 @@ impl Engine {
             let certified = plan.certificate_bytes > 0;
             ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], certified, run_bytes, decoded)?);
             if matches!(plan.request.mode, Mode::Sparse { .. }) {
-                choosers.push(Chooser::load(&split, l)?);
+                choosers.push(Chooser::load(&split, l, plan.always_neurons)?);
             }
         }
         let layers_active = match plan.request.mode {
             Mode::Exact => Vec::new(),
-            Mode::Sparse { active } => chosen_active(&split, active)?,
+            Mode::Sparse { active } => chosen_active(&split, active, plan.always_neurons)?,
         };
         let vocab = (config.vocab_size, hidden);
         let embedding = matrix("model.embed_tokens.weight", vocab)?;
@@ -247,7 +247,8 @@ impl Engine {
     /// # Errors
     /// [`Error::Setting`] if there are no sketches to tell errors, or the number is out of range.
     pub fn limit_error(&mut self, error: f32) -> Result<()> {
-        check_max_error(error, self.plan.request.mode, has_sketches(&self.split))?;
+        let plan = &self.plan;
+        check_max_error(error, plan.request.mode, has_sketches(&self.split), plan.always_neurons)?;
         self.max_error = Some(error);
         Ok(())
     }
@@ -382,8 +383,8 @@ impl Engine {
         }
         let is_audited = is_sparse && self.audit.as_ref().is_some_and(Audit::is_due);
         let mut foreseen = Foreseen::default();
-        let mut scores = vec![0.0; self.config.intermediate_size];
-        let n_sketched = sketched_neurons(&self.split, self.plan.request.mode);
+        let mut scores = vec![0.0; self.config.intermediate_size - self.plan.always_neurons];
+        let n_sketched = sketched_neurons(&self.split, &self.plan.request);
         let (mut sketched, mut sketched_ahead) = (vec![0.0; n_sketched], vec![0.0; n_sketched]);
         let mut active = std::mem::take(&mut self.active);
         let mut normed = vec![0.0; n * hidden];

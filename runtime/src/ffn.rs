@@ -139,18 +139,20 @@ impl FfnSums {
         });
     }
 
-    /// Adds the down rows of a sketch, `[n_neurons, hidden_size]`, times `h` of all neurons; returns the bytes of the rows that
-    /// were read, those of neurons whose h is not 0. It comes after all spans of the layer.
+    /// Adds the down rows of a sketch of the neurons from `first` on, `[n_neurons - first, hidden_size]`, times `h` of these; returns
+    /// the bytes of the rows that were read, those of neurons whose h is not 0. It comes after all spans of the layer.
     pub(crate) fn add_sketched(
         &mut self,
         kernels: &Kernels,
         pool: &mut Pool,
         down: SketchMatrix<'_>,
+        first: usize,
         h: &[f32],
     ) -> u64 {
         let (block_neurons, n_rows) = (self.block_neurons, AtomicU64::new(0));
         pool.for_each_chunk(&mut self.partials, self.hidden_size, |b, sums| {
-            let neurons = b * block_neurons..((b + 1) * block_neurons).min(h.len());
+            let place = |neuron: usize| neuron.saturating_sub(first).min(h.len());
+            let neurons = place(b * block_neurons)..place((b + 1) * block_neurons);
             let rows: Vec<u32> = neurons.filter(|&n| h[n] != 0.0).map(|n| n as u32).collect();
             let factors: Vec<f32> = rows.iter().map(|&n| h[n as usize]).collect();
             kernels.sketch_axpys(down, &rows, &factors, sums);

@@ -15,9 +15,15 @@ pub struct LayerActive {
 }
 
 impl LayerActive {
-    /// What `share` of the neurons is in each layer where all layers compute the same, and nothing stands for the others.
+    /// What `share` of the neurons is in each layer where all layers compute the same, and no mean stands for the others.
     pub fn alike(config: &ModelConfig, share: f32) -> Vec<Self> {
-        let n_active = n_active(share, config.intermediate_size);
+        Self::behind(config, 0, share)
+    }
+
+    /// The same where every token computes the first `n_always` neurons of each layer: `share` is that of the others.
+    pub fn behind(config: &ModelConfig, n_always: usize, share: f32) -> Vec<Self> {
+        let n_others = config.intermediate_size - n_always;
+        let n_active = n_always + if n_others > 0 { n_active(share, n_others) } else { 0 };
         vec![Self { n_active, left_out: Vec::new() }; config.n_layers]
     }
 }

@@ -50,6 +50,7 @@ mod stress;
 pub use account::{Account, TierBytes};
 pub use audit::{AuditReport, LayerAudit, check_audit};
 pub use bench::{BenchReport, BenchSettings, Timing, bench};
+pub use chooser::always_neurons;
 pub use decoder::{Decoder, Speeds};
 pub use engine::{Engine, Logits};
 pub use error::{Error, Result};

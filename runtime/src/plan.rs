@@ -4,7 +4,7 @@ use crate::attention::{Rope, batch_scratch_bytes};
 use crate::audit::Audit;
 use crate::budget::format_bytes;
 use crate::cache::NeuronCache;
-use crate::chooser::{Chooser, is_sketched};
+use crate::chooser::{Chooser, always_neurons, check_always, is_sketched};
 use crate::divide::{activation_rates, active_bundle, divide, equal_prefixes, prefix_bytes, slot_bytes};
 use crate::fetch::Fetcher;
 use crate::ffn::FfnSums;
@@ -26,7 +26,7 @@ pub enum Mode {
     Exact,
     /// The predicted top share.
     Sparse {
-        /// Share of each layer's neurons that are computed, above 0 and at most 1.
+        /// Share of each layer's neurons that are computed, above 0 and at most 1; of those that are not always computed.
         active: f32,
     },
 }
@@ -36,6 +36,9 @@ pub enum Mode {
 pub struct PlanRequest {
     /// How neurons are chosen.
     pub mode: Mode,
+    /// Sparse mode of splits with sketches: the share of each layer's neurons, the first in the split's order, that every token computes
+    /// and that have no sketch in memory. `None`: on a GPU as many as fit into VRAM, on a CPU none.
+    pub always: Option<f32>,
     /// Bytes that weights, caches and buffers may take; `None`: whatever the model needs.
     pub ram_budget_bytes: Option<u64>,
     /// Tokens of context.
@@ -83,6 +86,8 @@ pub struct Plan {
     pub hot_neurons: Vec<usize>,
     /// Bytes of them.
     pub hot_bytes: u64,
+    /// The first neurons of each layer, which every token of sparse mode computes and of which no sketch is in memory.
+    pub always_neurons: usize,
     /// Layers whose neurons are not all laid out alike: what each of their sections is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sections: Vec<PlannedSection>,
@@ -149,6 +154,7 @@ impl Plan {
     /// [`Error::DoesNotFit`] if the budget cannot hold what must be in memory.
     pub fn new(split: &Split, request: PlanRequest) -> Result<Self> {
         check_request(&request)?;
+        check_always(split, request.mode, request.always)?;
         let config = &split.manifest().config;
         let n = config.intermediate_size;
         let matrices = split.matrices()?;
@@ -199,6 +205,7 @@ impl Plan {
             pinned_bytes,
             hot_neurons: hot,
             hot_bytes,
+            always_neurons: n_always(split, &request),
             sections: sections(split),
             certificate_bytes,
             cache_slots,
@@ -213,7 +220,7 @@ impl Plan {
         };
         plan.expect_bytes(split, &matrices, replayed)?;
         if plan.streams() && request.mode != Mode::Exact {
-            let exact = Self::new(split, PlanRequest { mode: Mode::Exact, ..request })?;
+            let exact = Self::new(split, PlanRequest { mode: Mode::Exact, always: None, ..request })?;
             plan.exact_disk_bytes_per_token = Some(exact.disk_bytes_per_token);
         }
         Ok(plan)
@@ -237,6 +244,7 @@ impl Plan {
             disk += ((t.entry().rows - rows) * t.row_bytes()) as f64;
         }
         let total = (config.n_layers * config.intermediate_size) as f64;
+        let always = self.always_neurons as f64 / config.intermediate_size as f64;
         let mut run_bytes = self.staging.run_bytes as f64;
         match (self.request.mode, replayed) {
             (Mode::Exact, _) => {
@@ -248,11 +256,12 @@ impl Plan {
             }
             (Mode::Sparse { active }, None) => {
                 let bundle = active_bundle(split, |_| 0..config.intermediate_size)?;
-                ram += f64::from(active) * total * used * bundle;
+                ram += (always + (1.0 - always) * f64::from(active)) * total * used * bundle;
             }
             (Mode::Sparse { active }, Some(r)) => {
                 // The trace holds the profile's active share; another share is scaled.
-                let scale = if r.active > 0.0 { f64::from(active) * total / r.active } else { 0.0 };
+                let share = always + (1.0 - always) * f64::from(active);
+                let scale = if r.active > 0.0 { share * total / r.active } else { 0.0 };
                 ram += scale * used * r.ram_bytes;
                 let cold = prefix_bytes(split, &vec![config.intermediate_size; config.n_layers]) - self.hot_bytes;
                 let of_neurons = (scale * r.disk_bytes).min(cold as f64);
@@ -320,12 +329,12 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     let vectors = split.resident().tensors().iter().filter(|t| t.format == Format::F32).map(|t| t.bytes).sum();
     let predictors = match request.mode {
         Mode::Exact => 0,
-        Mode::Sparse { .. } => Chooser::total_bytes(split),
+        Mode::Sparse { .. } => Chooser::total_bytes(split, n_always(split, request)),
     };
     let width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.n_heads * config.head_dim;
     let widest = hidden.max(config.n_heads * config.head_dim);
     let activations =
-        4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 8 * ffn + 8 * sketched_neurons(split, request.mode);
+        4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 8 * ffn + 8 * sketched_neurons(split, request);
     // A matrix piece and its products, or a feed-forward piece and its gate and up products.
     // Rows with streams are decoded, up to four at a time by each thread.
     let streams = split.layers().iter().any(|f| f.bundles().encodings().any(|e| e.has_stream()));
@@ -344,9 +353,15 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     FixedBytes { vectors, predictors, kv_cache: KvCache::bytes(config, request.context), scratch, staging: 0 }
 }
 
-/// Neurons of a layer whose activations a sketch gives: none in exact mode, and where there are no sketches.
-pub(crate) fn sketched_neurons(split: &Split, mode: Mode) -> usize {
-    if is_sketched(split, mode) { split.manifest().config.intermediate_size } else { 0 }
+/// The first neurons of each layer, which a CPU always computes.
+fn n_always(split: &Split, request: &PlanRequest) -> usize {
+    always_neurons(request.always.unwrap_or(0.0), split.manifest().config.intermediate_size)
+}
+
+/// Neurons of a layer whose activations a sketch gives on a CPU: none in exact mode, and where there are no sketches.
+pub(crate) fn sketched_neurons(split: &Split, request: &PlanRequest) -> usize {
+    let n = split.manifest().config.intermediate_size;
+    if is_sketched(split, request.mode) { n - n_always(split, request) } else { 0 }
 }
 
 /// Rows of `t` that `left` bytes hold.

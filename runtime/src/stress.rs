@@ -128,14 +128,14 @@ fn answers(engine: &mut Engine) -> Vec<u32> {
 /// An engine whose cache has at least so many slots, which the plan may not want.
 fn engine(dir: &Path, mode: Mode, ram_budget_bytes: Option<u64>, slots: usize) -> Engine {
     let split = Split::open(dir).expect("a split");
-    let request = PlanRequest { mode, ram_budget_bytes, context: 32, batch: 8, n_threads: 3 };
+    let request = PlanRequest { mode, always: None, ram_budget_bytes, context: 32, batch: 8, n_threads: 3 };
     let mut plan = Plan::new(&split, request).expect("a plan");
     plan.cache_slots = plan.cache_slots.max(slots);
     Engine::load(split, plan, &|_, _| ()).expect("an engine")
 }
 
 fn least_bytes(dir: &Path, mode: Mode) -> u64 {
-    let request = PlanRequest { mode, ram_budget_bytes: Some(1), context: 32, batch: 8, n_threads: 3 };
+    let request = PlanRequest { mode, always: None, ram_budget_bytes: Some(1), context: 32, batch: 8, n_threads: 3 };
     match Plan::new(&Split::open(dir).expect("a split"), request) {
         Err(Error::DoesNotFit { needed_bytes, .. }) => needed_bytes,
         other => panic!("a budget of one byte: {other:?}"),

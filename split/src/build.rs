@@ -485,7 +485,7 @@ fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
         * (options.predictor_rank * config.hidden_size * 2
             + 2 * config.intermediate_size * (options.predictor_rank * 2));
     let neurons = config.n_layers * config.intermediate_size;
-    let sketches = if options.sketch { neurons * sketch::bytes_per_neuron(config.hidden_size) } else { 0 };
+    let sketches = if options.sketch { neurons * sketch::sketch_bytes_per_neuron(config.hidden_size) } else { 0 };
     // They lie in their parts, too, until they are put together.
     (ffn + resident + predictors + 2 * sketches) as u64 + (16 << 20)
 }

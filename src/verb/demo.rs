@@ -168,6 +168,7 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
         model: split.to_owned(),
         mode,
         active: 0.3,
+        always: None,
         max_error: None,
         max_ppl_increase: None,
         precision: Precision::Base.into(),

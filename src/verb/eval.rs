@@ -125,7 +125,7 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     if args.fit_text.is_some() && !args.mask.iter().any(|m| matches!(m, MaskName::Inputs | MaskName::GradedRows)) {
         return Err(Usage("--fit-text is for --mask inputs and graded-rows, and there is none".to_owned()).into());
     }
-    let masks = masks(&args.mask, &args.active);
+    let masks = masks(&args.mask, &args.active, &args.always);
     let model = Model::open(&args.model, args.precision, args.delta.as_deref())?;
     if !args.task.is_empty() {
         return super::eval_tasks::eval_tasks(args, &model, &masks, begin);
@@ -362,16 +362,17 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
     for (i, mask) in masks.iter().enumerate() {
         let (mode, active) = match mask {
             Mask::Dense | Mask::Exact => (ModeName::Exact, 1.0),
-            Mask::Predicted(active) | Mask::Graded(active) => (ModeName::Sparse, *active as f32),
+            Mask::Predicted(active) | Mask::Graded { active, .. } => (ModeName::Sparse, *active as f32),
             _ => {
                 let text = "--engine decode runs dense, exact, predicted and graded; other masks need --engine batch";
                 return Err(Usage(text.to_owned()).into());
             }
         };
-        let placement = Placement {
+        let mut placement = Placement {
             model: args.model.clone(),
             mode,
             active,
+            always: None,
             max_error: None,
             max_ppl_increase: None,
             precision: args.precision,
@@ -385,8 +386,11 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             threads: args.threads,
         };
         let split = super::load::placed_split(&placement).with_context(|| "--engine decode needs a split")?;
+        if let Mask::Graded { always, .. } = mask {
+            placement.always = split.sketches().map(|_| *always);
+        }
         let mut loaded = super::load::load(split, &placement, windows.ctx(), 1, true)?;
-        let (is_graded, asked) = (loaded.decoder().is_graded(), matches!(mask, Mask::Graded(_)));
+        let (is_graded, asked) = (loaded.decoder().is_graded(), matches!(mask, Mask::Graded { .. }));
         if mode == ModeName::Sparse && is_graded != asked {
             let text = if is_graded {
                 "--engine decode: sparse mode chooses by this split's sketches; --mask graded evaluates that"
@@ -406,7 +410,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
 }
 
 /// For each name one mask a share, or one alone.
-fn masks(names: &[MaskName], active: &[f64]) -> Vec<Mask> {
+fn masks(names: &[MaskName], active: &[f64], always: &[f64]) -> Vec<Mask> {
     let each = |of: fn(f64) -> Mask| active.iter().map(|&share| of(share)).collect();
     let of_name = |name: &MaskName| match name {
         MaskName::Dense => vec![Mask::Dense],
@@ -415,7 +419,10 @@ fn masks(names: &[MaskName], active: &[f64]) -> Vec<Mask> {
         MaskName::OracleH => each(Mask::OracleH),
         MaskName::Predicted => each(Mask::Predicted),
         MaskName::PredictedAlike => each(Mask::PredictedAlike),
-        MaskName::Graded => each(Mask::Graded),
+        MaskName::Graded => {
+            let behind = |&always: &f64| active.iter().map(move |&active| Mask::Graded { active, always });
+            always.iter().flat_map(behind).collect()
+        }
         MaskName::GradedError => each(Mask::GradedError),
         MaskName::GradedRows => each(Mask::GradedRows),
         MaskName::Cats => each(Mask::Cats),
@@ -457,10 +464,14 @@ pub fn encoding(model: &Model) -> String {
 
 /// A line a result.
 pub fn table(results: &[Evaluation]) {
+    // A column that few tables need.
+    let with_always = results.iter().any(|r| r.always.is_some());
+    let always = |text: String| if with_always { format!(" {text:>7}") } else { String::new() };
     println!(
-        "{:>15} {:>7} {:>7} {:>11} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
+        "{:>15} {:>7}{} {:>7} {:>11} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
         "mask",
         "active",
+        always("always".to_owned()),
         "bytes",
         "perplexity",
         "+-",
@@ -477,9 +488,10 @@ pub fn table(results: &[Evaluation]) {
         let range = |r: [f64; 2]| format!("{:.2}..{:.2}", r[0], r[1]);
         let or_dash = |v: Option<f64>, digits: usize| v.map_or("-".to_owned(), |v| format!("{v:.digits$}"));
         println!(
-            "{:>15} {:>7} {:>7} {:>11.3} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
+            "{:>15} {:>7}{} {:>7} {:>11.3} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
             r.mask,
             or_dash(r.active, 2),
+            always(or_dash(r.always, 2)),
             or_dash(r.bytes_share, 3),
             r.perplexity,
             range(r.perplexity_ci95),

@@ -117,6 +117,7 @@ pub fn request(args: &Placement, wanted: usize, batch: usize) -> PlanRequest {
             ModeName::Exact => Mode::Exact,
             ModeName::Sparse => Mode::Sparse { active: args.active },
         },
+        always: args.always.map(|share| share as f32),
         ram_budget_bytes: args.ram_budget,
         context: args.ctx_size.unwrap_or(wanted),
         batch,

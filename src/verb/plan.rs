@@ -79,6 +79,14 @@ fn chooser_name(has_sketches: bool) -> &'static str {
     if has_sketches { "sketches" } else { "predictors" }
 }
 
+/// Of which neurons there is no sketch, if `n` of each layer are computed by every token.
+fn always_computed(n: usize, hot_neurons: &[usize]) -> String {
+    match n {
+        0 => String::new(),
+        n => format!("but of the first {n} neurons of each of {} layers, which are always computed", hot_neurons.len()),
+    }
+}
+
 /// The tiers as a table.
 pub fn print(plan: &Plan, has_sketches: bool) {
     let row = |name: &str, bytes: u64, what: String| println!("  {name:<18} {:>10}  {what}", format_bytes(bytes));
@@ -99,7 +107,7 @@ pub fn print(plan: &Plan, has_sketches: bool) {
         ),
     };
     row("neuron cache", plan.cache_bytes, expected);
-    row(chooser_name(has_sketches), plan.fixed.predictors, String::new());
+    row(chooser_name(has_sketches), plan.fixed.predictors, always_computed(plan.always_neurons, &plan.hot_neurons));
     row("keys and values", plan.fixed.kv_cache, format!("{} tokens", plan.request.context));
     row("norms, scratch", plan.fixed.vectors + plan.fixed.scratch, String::new());
     row("disk buffers", plan.fixed.staging, String::new());
@@ -151,7 +159,7 @@ struct GpuOutput {
 /// The same for exact mode, if `plan` is for sparse mode, which should be the faster one.
 #[cfg(feature = "cuda")]
 fn exact_plan(split: &Split, plan: &GpuPlan) -> Option<GpuPlan> {
-    let base = PlanRequest { mode: Mode::Exact, ..plan.request.base };
+    let base = PlanRequest { mode: Mode::Exact, always: None, ..plan.request.base };
     let request = GpuRequest { base, cache_share: None, lookahead: None, ..plan.request };
     (plan.request.base.mode != Mode::Exact).then(|| GpuPlan::new(split, request).ok()).flatten()
 }
@@ -208,7 +216,7 @@ pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
         let layers = plan.mixed_cold_layers;
         println!("    several encodings in RAM in {layers} layers: no cache, and only the last is fetched early");
     }
-    row(chooser_name(has_sketches), fixed.predictors, String::new());
+    row(chooser_name(has_sketches), fixed.predictors, always_computed(plan.always_neurons, &plan.hot_neurons));
     row("keys and values", fixed.kv_cache, format!("{} tokens", plan.request.base.context));
     row("norms, scratch", fixed.vectors + fixed.scratch, String::new());
     row("prompt buffers", fixed.prefill, String::new());

@@ -286,7 +286,7 @@ pub fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
 }
 
 pub fn request(mode: Mode, budget: Option<u64>, n_threads: usize) -> PlanRequest {
-    PlanRequest { mode, ram_budget_bytes: budget, context: 160, batch: 32, n_threads }
+    PlanRequest { mode, always: None, ram_budget_bytes: budget, context: 160, batch: 32, n_threads }
 }
 
 pub fn engine(dir: &Path, request: PlanRequest) -> Result<Engine, Error> {

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 use thermocline_calibrate::dense::{DenseLayer, Embedding, Head, Sequence};
 use thermocline_datasets::Checkpoint;
 use thermocline_runtime::quality::Tally;
-use thermocline_runtime::{LayerActive, layer_active};
+use thermocline_runtime::{LayerActive, always_neurons, layer_active};
 use thermocline_split::Split;
 
 /// Hidden states of all positions under one mask, `[n_tokens, hidden_size]`, and what it lost, per layer.
@@ -49,8 +49,11 @@ impl Stream {
 pub(crate) fn chosen_active(mask: Mask, split: Option<&Split>) -> Result<Vec<LayerActive>> {
     match (mask, split) {
         (Mask::Predicted(share), Some(split)) => Ok(layer_active(split, share as f32)?),
-        (Mask::PredictedAlike(share) | Mask::Graded(share), Some(split)) => {
-            Ok(LayerActive::alike(&split.manifest().config, share as f32))
+        (Mask::PredictedAlike(share), Some(split)) => Ok(LayerActive::alike(&split.manifest().config, share as f32)),
+        (Mask::Graded { active, always }, Some(split)) => {
+            let config = &split.manifest().config;
+            let n_always = always_neurons(always as f32, config.intermediate_size);
+            Ok(LayerActive::behind(config, n_always, active as f32))
         }
         _ => Ok(Vec::new()),
     }

@@ -47,7 +47,7 @@ impl LayerBytes {
 
     /// What the predictors or sketches that `mask` asks take, relative to everything; `None` if it asks none.
     pub(crate) fn chooser_share(&self, mask: Mask) -> Option<f64> {
-        let asked = if mask.asks_sketch() { self.sketches } else { self.predictors };
+        let asked = if mask.asks_sketch() { (1.0 - mask.always()) * self.sketches } else { self.predictors };
         (mask.asks_predictor() || mask.asks_sketch()).then(|| self.share_of(asked))
     }
 
@@ -65,7 +65,10 @@ impl LayerBytes {
             Mask::Predicted(share) | Mask::PredictedAlike(share) => {
                 self.attention + self.predictors + share * self.neurons
             }
-            Mask::Graded(share) => return Some(self.graded_share(share)),
+            Mask::Graded { active, always } => {
+                let sketches = (1.0 - always) * self.sketches;
+                self.attention + sketches + (always + (1.0 - always) * active) * self.neurons
+            }
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
             // It depends on the text.

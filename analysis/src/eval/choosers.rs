@@ -30,6 +30,8 @@ impl Choosers {
 pub(crate) struct SketchedLayer {
     sketch: Sketch,
     neurons: GatedNeurons,
+    /// Each neuron's place in the split's order.
+    places: Vec<u32>,
     activation: Activation,
 }
 
@@ -49,7 +51,7 @@ impl SketchedLayer {
         let sketch = stored.in_order(&places);
         let rows = [0, 1, 2].map(|part| sketch.decoded(part, config.hidden_size));
         let neurons = GatedNeurons::new(rows, config.hidden_size)?;
-        Ok(Some(Self { sketch, neurons, activation: config.activation }))
+        Ok(Some(Self { sketch, neurons, places, activation: config.activation }))
     }
 
     /// What it knows of each neuron, without the rows.
@@ -91,8 +93,9 @@ impl SketchedLayer {
         Ok(([h, sketched], counts))
     }
 
-    /// For the layer's normalised input, `[n_tokens, hidden_size]`.
-    pub(crate) fn look(&self, input: &[f32]) -> Result<Sketched> {
+    /// For the layer's normalised input, `[n_tokens, hidden_size]`; the first `n_always` neurons of the split's order, which are
+    /// not asked, come before all others.
+    pub(crate) fn look(&self, input: &[f32], n_always: usize) -> Result<Sketched> {
         let [gate, up] = self.pre_activations(input)?;
         let n = self.sketch.n_neurons();
         let (mut scores, mut h) = (vec![0.0f32; gate.len()], vec![0.0f32; gate.len()]);
@@ -100,6 +103,9 @@ impl SketchedLayer {
         rows.for_each(|((scores, h), (gate, up))| {
             for i in 0..n {
                 (scores[i], h[i]) = self.sketch.judge(self.activation, i, gate[i], up[i]);
+                if (self.places[i] as usize) < n_always {
+                    scores[i] = f32::INFINITY;
+                }
             }
         });
         Ok(Sketched { scores, h })

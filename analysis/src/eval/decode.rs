@@ -38,8 +38,12 @@ pub fn evaluate_decode(
         Mode::Exact => Mask::Exact,
         // 0.3 as f32 is 0.30000001 as f64; nobody asked for more than six digits.
         Mode::Sparse { active } => {
-            let of = if engine.is_graded() { Mask::Graded } else { Mask::Predicted };
-            of((f64::from(active) * 1e6).round() / 1e6)
+            let rounded = |share: f64| (share * 1e6).round() / 1e6;
+            let active = rounded(f64::from(active));
+            match engine.is_graded() {
+                true => Mask::Graded { active, always: rounded(engine.always_share()) },
+                false => Mask::Predicted(active),
+            }
         }
     };
     let mut evaluation = Evaluation::new(mask, windows, scores, None, &[])?;

@@ -22,8 +22,14 @@ pub enum Mask {
     Predicted(f64),
     /// The given share of each layer that the predictor scores highest, and nothing for the others.
     PredictedAlike(f64),
-    /// The given share of each layer whose error, left to the split's sketch, would be largest; the sketch stands for the others.
-    Graded(f64),
+    /// The first `always` of each layer in the split's order, as a share, and of the others the share `active` whose error, left
+    /// to the split's sketch, would be largest; the sketch stands for the rest.
+    Graded {
+        /// Of those that are not always kept.
+        active: f64,
+        /// 0 to 1.
+        always: f64,
+    },
     /// Of every layer as few as leave to the sketch a squared error that is expected to be at most the square of the given share of
     /// the neurons' energy: more where the sketch is unsure, few where most are zero.
     GradedError(f64),
@@ -57,7 +63,7 @@ impl Mask {
             Mask::OracleH(_) => "oracle-h",
             Mask::Predicted(_) => "predicted",
             Mask::PredictedAlike(_) => "predicted-alike",
-            Mask::Graded(_) => "graded",
+            Mask::Graded { .. } => "graded",
             Mask::GradedError(_) => "graded-error",
             Mask::GradedRows(_) => "graded-rows",
             Mask::Cats(_) => "cats",
@@ -75,7 +81,7 @@ impl Mask {
             | Mask::OracleH(share)
             | Mask::Predicted(share)
             | Mask::PredictedAlike(share)
-            | Mask::Graded(share)
+            | Mask::Graded { active: share, .. }
             | Mask::GradedError(share)
             | Mask::GradedRows(share)
             | Mask::Cats(share)
@@ -85,7 +91,16 @@ impl Mask {
         }
     }
 
+    /// The share of each layer that it keeps at every token.
+    pub(crate) fn always(self) -> f64 {
+        if let Mask::Graded { always, .. } = self { always } else { 0.0 }
+    }
+
     pub(crate) fn check(self) -> Result<()> {
+        if !(0.0..=1.0).contains(&self.always()) {
+            let reason = format!("{} is not from 0 to 1", self.always());
+            return Err(Error::Setting { flag: "--always", reason });
+        }
         match self.active() {
             Some(share) if !(share > 0.0 && share <= 1.0) => {
                 Err(Error::Setting { flag: "--active", reason: format!("{share} is not above 0 and at most 1") })
@@ -116,7 +131,7 @@ impl Mask {
 
     /// Whether it asks the sketch.
     pub(crate) fn asks_sketch(self) -> bool {
-        matches!(self, Mask::Graded(_) | Mask::GradedError(_) | Mask::GradedRows(_))
+        matches!(self, Mask::Graded { .. } | Mask::GradedError(_) | Mask::GradedRows(_))
     }
 
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
@@ -170,7 +185,7 @@ impl Mask {
                 let magnitude: Vec<f32> = h.iter().map(|h| h.abs()).collect();
                 top_k(&magnitude, active_count(share, n), kept);
             }
-            Mask::Predicted(_) | Mask::PredictedAlike(_) | Mask::Graded(_) | Mask::GradedError(_) => {
+            Mask::Predicted(_) | Mask::PredictedAlike(_) | Mask::Graded { .. } | Mask::GradedError(_) => {
                 // As in the runtime: a score that is not a number counts as zero.
                 let clean = |s: &f32| if s.is_nan() { 0.0 } else { *s };
                 let scores: Vec<f32> = scores.unwrap_or(weight).iter().map(clean).collect();

@@ -6,8 +6,8 @@ use super::{Mask, Positions};
 use crate::Result;
 use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_calibrate::dense::{DenseLayer, Sequence};
-use thermocline_runtime::LayerActive;
 use thermocline_runtime::quality::Tally;
+use thermocline_runtime::{LayerActive, always_neurons};
 use thermocline_split::Sketch;
 
 /// A layer with what `mask` needs to know of it.
@@ -129,7 +129,8 @@ impl<'a> MaskedLayer<'a> {
     /// into `sketched`.
     fn scores(&self, input: &[f32], sketched: &mut Vec<f32>, sequences: &[Sequence]) -> Result<Option<Vec<f32>>> {
         if let Some(sketch) = self.sketch() {
-            let look = sketch.look(input)?;
+            let n_always = always_neurons(self.mask.always() as f32, self.layer.intermediate_size());
+            let look = sketch.look(input, n_always)?;
             *sketched = look.h;
             return Ok(Some(look.scores));
         }

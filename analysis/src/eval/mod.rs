@@ -64,6 +64,9 @@ pub struct Evaluation {
     /// Share of each layer's neurons that the mask keeps, where it has one; of `inputs` and `graded-rows` the share of the bytes
     /// that it was fitted to.
     pub active: Option<f64>,
+    /// Share of each layer's neurons that a graded mask keeps at every token, in which case `active` is that of the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub always: Option<f64>,
     /// `batch` (dense forward, mask applied to all positions) or `decode` (token engine).
     pub engine: String,
     /// `exp` of the mean cross-entropy of tokens 2..ctx of each window.
@@ -157,6 +160,7 @@ impl Evaluation {
             mask: mask.name().to_owned(),
             planes: None,
             active: mask.active(),
+            always: Some(mask.always()).filter(|share| *share > 0.0),
             engine: "batch".to_owned(),
             perplexity: summary.perplexity,
             perplexity_ci95: summary.ci95,

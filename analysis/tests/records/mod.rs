@@ -50,6 +50,7 @@ pub fn gpu_bench() -> GpuBenchReport {
 pub fn gpu_plan() -> GpuPlan {
     let base = PlanRequest {
         mode: Mode::Sparse { active: 0.1 },
+        always: None,
         ram_budget_bytes: None,
         context: 640,
         batch: 512,
@@ -66,6 +67,7 @@ pub fn gpu_plan() -> GpuPlan {
         },
         fixed: GpuBytes { matrices: 1_000_000, predictors: 200_000, kv_cache: 640_000, ..GpuBytes::default() },
         hot_neurons: vec![100, 100],
+        always_neurons: 0,
         hot_bytes: 8 * GIB,
         sections: Vec::new(),
         mixed_cold_layers: 0,

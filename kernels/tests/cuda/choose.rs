@@ -190,6 +190,7 @@ proptest! {
         lambda in prop_oneof![Just(0.0f32), Just(0.01), Just(1.0), Just(20.0)],
         share in prop_oneof![Just(0.0f32), Just(0.3), Just(0.77), Just(1.0)],
         fetched in prop_oneof![2 => Just(None), 3 => prop_oneof![Just(0u64), Just(3), Just(8)].prop_map(Some)],
+        always in prop_oneof![Just(0.0f64), Just(1.0), 0.0..1.0],
         first_serial in prop_oneof![Just(1u32), Just(1_000_000), Just(0x5555_5550)],
         kind in prop::sample::select(vec![
             Scores::Even, Scores::Wide, Scores::Narrow, Scores::Coarse, Scores::Sparse, Scores::Sloped,
@@ -198,6 +199,13 @@ proptest! {
     ) {
         let random = &mut Random::new(seed);
         let (n_cold, n_slots) = (ffn - n_hot, n_sets * n_ways);
+        // What is fetched has the numbers of all neurons, and somebody must be chosen among.
+        let n_always = if fetched.is_some() { 0 } else { ((n_hot as f64 * always) as usize).min(ffn - 1) };
+        let n_others = ffn - n_always;
+        let selection = match selection {
+            Selection::Top(k) => Selection::Top(k.min(n_others)),
+            other => other,
+        };
         let never = |n: usize| vec![NONE; n];
         let mut model = Model {
             n_hot, n_sets, n_ways, lambda, share,
@@ -226,7 +234,7 @@ proptest! {
         let totals = upload(&[5u64; 8]);
         let mut expected_totals = [5u64; 8];
         let place = |i: usize| i as f32 / ffn as f32;
-        let mut scores: Vec<f32> = (0..ffn).map(|i| kind.draw(random, place(i))).collect();
+        let mut scores: Vec<f32> = (0..n_others).map(|i| kind.draw(random, place(i))).collect();
         for serial in first_serial..first_serial + 4 {
             for (i, score) in scores.iter_mut().enumerate() {
                 if random.below(3) == 0 {
@@ -238,12 +246,13 @@ proptest! {
             let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
             let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
             choose(device(), &Choose {
-                scores: &upload(&[&scores[..], &[9.0; 3]].concat()).view(), ffn, n_hot, selection, cache: &cache,
+                scores: &upload(&[&scores[..], &[9.0; 3]].concat()).view(), ffn, n_hot, n_always, selection, cache: &cache,
                 step: &upload(&[0u32, 3, serial, share.to_bits(), 0]).view(), layer: 1, n_layers: 3, host: Some(&host),
                 fetched: fetched.map(|_| &foreseen), ahead: None, out: &out,
             }).unwrap();
 
-            let want = model.token(active(&scores, selection), serial);
+            let chosen = active(&scores, selection).into_iter().map(|i| n_always as u32 + i);
+            let want = model.token((0..n_always as u32).chain(chosen).collect(), serial);
             let got = Work {
                 ids: read::<u32>(&ids)[..want.ids.len()].to_vec(),
                 items: read::<[u32; 2]>(&items)[..want.items.len()].to_vec(),
@@ -299,7 +308,7 @@ proptest! {
         let foreseen = Foreseen { words: words.view(), list: places.view(), n_listed: n_listed.view(), n_places };
         let scores_view = upload(&[&scores[..], &[9.0; 3]].concat()).view();
         choose(device(), &Choose {
-            scores: &scores_view, ffn, n_hot: ffn, selection: Selection::Top(1), cache: &cache,
+            scores: &scores_view, ffn, n_hot: ffn, n_always: 0, selection: Selection::Top(1), cache: &cache,
             step: &upload(&[0u32, 3, 11, 0, n_wanted as u32]).view(), layer: 1, n_layers: 3,
             host: has_host.then_some(&host), fetched: None,
             ahead: Some(Ahead { scores: &scores_view, n_hot, cache: &next, foreseen: &foreseen }), out: &out,

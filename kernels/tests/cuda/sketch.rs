@@ -108,7 +108,7 @@ proptest! {
         let (scores, activations) = (poisoned(4 * ffn + 4), poisoned(4 * ffn + 4));
         let sketch = DeviceSketch {
             gate: upload(&gate.planes).view(), up: upload(&up.planes).view(), down: upload(&down.planes).view(),
-            neurons: upload(&neurons).view(), ffn, hidden,
+            neurons: upload(&neurons).view(), first: 0, n_neurons: ffn, hidden,
         };
         let (x_view, host_view, normed_view) = (upload(&x).view(), host_x.view(), normed.view());
         let from = LayerInput { hidden, x: &x_view, eps, normed: &normed_view, host_x: with_host.then_some(&host_view) };
@@ -153,6 +153,7 @@ proptest! {
         ffn in 1usize..300,
         n_blocks in prop_oneof![1usize..9, Just(0)],
         active_share in 0usize..5,
+        first in prop_oneof![Just(0usize), 1usize..200],
         seed: u64,
     ) {
         let random = &mut Random::new(seed);
@@ -161,17 +162,19 @@ proptest! {
         let down = Part::random(SketchBits::Two, ffn, hidden, random);
         let h = random.values(ffn);
         let active: Vec<u32> = (0..ffn as u32).filter(|_| random.below(4) < active_share).collect();
-        let mut ids = active.clone();
+        let before = 0..first as u32;
+        let mut ids: Vec<u32> = before.chain(active.iter().map(|i| first as u32 + i)).collect();
+        let n_active = ids.len() as u32;
         // What the list held before.
-        ids.resize(ffn, (ffn / 2) as u32);
+        ids.resize(first + ffn, (first + ffn / 2) as u32);
         let nothing = upload(&[0u8; 16]).view();
         let sketch = DeviceSketch {
             gate: upload(&down.planes).view(), up: upload(&vec![0u8; ffn * SketchBits::Three.row_bytes(hidden)]).view(),
-            down: upload(&down.planes).view(), neurons: upload(&vec![0f32; 4 * ffn]).view(), ffn, hidden,
+            down: upload(&down.planes).view(), neurons: upload(&vec![0f32; 4 * ffn]).view(), first, n_neurons: ffn, hidden,
         };
         let work = WorkList {
             ids: upload(&ids).view(), items: nothing.clone(), totals: nothing,
-            counts: upload(&[1, 2, 3, 4, 5, active.len() as u32, 6, 7u32]).view(),
+            counts: upload(&[1, 2, 3, 4, 5, n_active, 6, 7u32]).view(),
         };
         let partial = poisoned(4 * (n_blocks * hidden + 1));
         add_sketched(device(), &sketch, &upload(&h).view(), &work, n_blocks, &partial.view()).unwrap();

@@ -94,7 +94,8 @@ impl GpuAudit {
     /// Audits the token that was kept, when the device is done with it.
     pub(super) fn run(&mut self, device: &Device, model: &Model) -> Result<()> {
         for l in 0..model.layers.len() {
-            let ([x, before, after], active) = self.kept.layer(l);
+            let ([x, before, after], listed) = self.kept.layer(l);
+            let active = model.layers[l].all_neurons().map_or(listed, Iterator::collect);
             self.audit.keep(l, &x, &active, |output| {
                 let added = after.iter().zip(&before).map(|(after, before)| after - before);
                 output.iter_mut().zip(added).for_each(|(output, added)| *output = added);

@@ -5,7 +5,7 @@ use super::load::Loader;
 use super::plan::{GpuRequest, aligned, device_matrices, heads, largest_coldest_bundle};
 use super::sections::{COUNTS_BYTES, TOTALS_BYTES, lists_bytes, most_sections, totals_rows};
 use crate::Result;
-use crate::plan::sketched_neurons;
+use crate::chooser::is_sketched;
 use std::sync::Mutex;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::AlignedBuf;
@@ -93,12 +93,16 @@ fn rank(split: &Split) -> usize {
     split.predictors().entry("predictors.0.input").map_or(0, |t| t.rows)
 }
 
+/// Neurons of a layer of which there may be a sketch on the device.
+fn most_sketched(split: &Split, request: &GpuRequest) -> usize {
+    if is_sketched(split, request.base.mode) { split.manifest().config.intermediate_size } else { 0 }
+}
+
 /// Rows of sums that a layer's sketch leaves.
 pub(super) fn n_sketch_rows(split: &Split, request: &GpuRequest) -> usize {
-    let config = &split.manifest().config;
-    match sketched_neurons(split, request.base.mode) {
+    match most_sketched(split, request) {
         0 => 0,
-        n => sketch_rows(request.n_blocks, n, config.hidden_size),
+        n => sketch_rows(request.n_blocks, n, split.manifest().config.hidden_size),
     }
 }
 
@@ -116,7 +120,7 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * config.n_heads * config.head_dim,
         4 * inner_values(hidden, rank(split)),
         4 * ffn.next_multiple_of(4),
-        4 * sketched_neurons(split, request.base.mode),
+        4 * most_sketched(split, request),
         4 * ffn,
         8 * ffn,
         COUNTS_BYTES,

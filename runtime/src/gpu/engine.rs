@@ -2,7 +2,7 @@
 
 use super::audit::GpuAudit;
 use super::host_share::HostShare;
-use super::load::{DeviceChooser, Model};
+use super::load::{DeviceChooser, Layer, Model};
 use super::plan::GpuPlan;
 use super::predict::{GpuPrediction, GpuSpeeds};
 use super::prefill::Batch;
@@ -235,6 +235,9 @@ impl GpuEngine {
     /// # Errors
     /// If the device fails.
     pub fn last_active(&self) -> Result<Vec<u32>> {
+        if let Some(all) = self.model.layers.last().and_then(Layer::all_neurons) {
+            return Ok(all.collect());
+        }
         let work = &self.model.scratch.work;
         let counts: Vec<u32> = self.device.read_all(&work.counts)?;
         let mut ids: Vec<u32> = self.device.read_all(&work.ids)?;
@@ -358,7 +361,7 @@ impl GpuEngine {
             a.neurons_computed += active;
             // The others' down rows are the sketch's.
             if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
-                bytes.device -= active * sketch.down_row_bytes();
+                bytes.device -= (active - sketch.first as u64) * sketch.down_row_bytes();
             }
         }
         bytes.host = a.link_bytes - before + host_bytes;
@@ -388,6 +391,10 @@ impl Decoder for GpuEngine {
 
     fn mode(&self) -> Mode {
         self.plan.request.base.mode
+    }
+
+    fn always_share(&self) -> f64 {
+        self.plan.always_neurons as f64 / self.split.manifest().config.intermediate_size as f64
     }
 
     fn context(&self) -> usize {

@@ -41,7 +41,9 @@ pub(super) struct Layer {
     pub slots: View,
     /// Sparse mode.
     pub chooser: Option<DeviceChooser>,
-    /// Neurons that a token computes.
+    /// The first neurons, which every token computes without being chosen.
+    pub n_always: usize,
+    /// Those of the others that a token computes.
     pub selection: Selection,
     /// Sparse mode: stands for the others.
     pub left_out: Option<View>,
@@ -57,6 +59,11 @@ impl Layer {
     /// Bytes of the bundles that are not hot.
     pub(super) fn cold_bytes(&self) -> u64 {
         self.layout.bytes(self.n_hot..self.layout.n_neurons()) as u64
+    }
+
+    /// All neurons, if every token computes them and nobody lists them.
+    pub(super) fn all_neurons(&self) -> Option<std::ops::Range<u32>> {
+        (!self.is_chosen).then_some(0..self.layout.n_neurons() as u32)
     }
 
     /// The section of the last neurons, the only ones that are cached or fetched early.
@@ -145,7 +152,7 @@ impl Model {
         let arena = Arena::new(memory);
         let active = match plan.request.base.mode {
             Mode::Exact => Vec::new(),
-            Mode::Sparse { active } => chosen_active(split, active)?,
+            Mode::Sparse { active } => chosen_active(split, active, plan.always_neurons)?,
         };
         let loader = Loader { split, plan, device, arena: &arena, active: &active, with_host };
         let scratch = loader.scratch()?;
@@ -294,10 +301,7 @@ impl Loader<'_> {
         } else {
             None
         };
-        let chooser = match self.plan.request.base.mode {
-            Mode::Exact => None,
-            Mode::Sparse { .. } => Some(self.chooser(l)?),
-        };
+        let chooser = self.plan.has_choice(self.split).then(|| self.chooser(l)).transpose()?;
         let file = &self.split.layers()[l];
         let n_hot = self.plan.hot_neurons[l];
         let (hot, hot_flaw) = self.hot(file, n_hot)?;
@@ -317,7 +321,7 @@ impl Loader<'_> {
             used: table(slots),
             lambda: self.plan.cache_lambda,
         };
-        let active = self.active.get(l);
+        let (active, n_always) = (self.active.get(l), self.plan.always_neurons);
         let measured = active.map(|a| a.left_out.as_slice()).filter(|mean| !mean.is_empty());
         let left_out = measured.map(|mean| self.arena.put(self.device, bytemuck::cast_slice(mean)));
         let layer = Layer {
@@ -334,8 +338,12 @@ impl Loader<'_> {
             sections,
             cache,
             slots: self.arena.take(slots * file.bundles().coldest().bundles().bundle_bytes()),
+            n_always: if chooser.is_some() { n_always } else { 0 },
+            selection: match active.filter(|_| chooser.is_some()) {
+                Some(active) => Selection::Top(active.n_active - n_always),
+                None => Selection::Every,
+            },
             chooser,
-            selection: active.map_or(Selection::Every, |a| Selection::Top(a.n_active)),
             left_out: left_out.transpose()?,
             is_chosen: self.is_chosen(n_hot),
             work,
@@ -345,16 +353,18 @@ impl Loader<'_> {
     }
 
     fn chooser(&self, l: usize) -> Result<DeviceChooser> {
-        let (hidden, ffn) = (self.plan.hidden_size, self.split.layers()[l].order().len());
+        let hidden = self.plan.hidden_size;
         let Some(sketch) = self.split.sketch(l)? else {
             return Ok(DeviceChooser::Predictor(self.predictor(l)?));
         };
+        let (first, sketch) = (self.plan.always_neurons, sketch.behind(self.plan.always_neurons));
+        let n_neurons = sketch.n_neurons();
         let put = |bytes: &[u8]| self.arena.put(self.device, bytes);
         let rows = |part: usize| put(&sketch_planes(sketch.matrix(part, hidden)));
         let [gate, up, down] = [rows(0)?, rows(1)?, rows(2)?];
         let values = [&sketch.gate_sd, &sketch.up_sd, &sketch.down_norm, &sketch.down_error].map(Vec::as_slice);
         let neurons = put(bytemuck::cast_slice(&values.concat()))?;
-        Ok(DeviceChooser::Sketch(DeviceSketch { gate, up, down, neurons, ffn, hidden }))
+        Ok(DeviceChooser::Sketch(DeviceSketch { gate, up, down, neurons, first, n_neurons, hidden }))
     }
 
     fn predictor(&self, l: usize) -> Result<DevicePredictor> {

@@ -3,7 +3,7 @@
 use super::replay::{LayerTrace, Policy, Replayed, WAYS};
 use crate::attention::Rope;
 use crate::budget::format_bytes;
-use crate::chooser::{has_sketches, is_sketched};
+use crate::chooser::{always_neurons, check_always, has_sketches, is_sketched};
 use crate::divide::{active_bundle, equal_prefixes, hot_prefixes, layers_by_rate};
 use crate::kv::KvCache;
 use crate::plan::{Mode, check_request, sections};
@@ -12,7 +12,7 @@ use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::LayerLayout;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
-use thermocline_split::{Format, SKETCH_BITS, Split, StoredMatrix, TensorEntry};
+use thermocline_split::{Format, SKETCH_BITS, Split, StoredMatrix, TensorEntry, sketch_bytes_per_neuron};
 
 /// Every piece of device memory begins at a multiple of this.
 pub(super) const ALIGN: u64 = 256;
@@ -70,7 +70,7 @@ pub struct GpuBytes {
     pub matrices: u64,
     /// Norms, biases, what stands for neurons that are left out.
     pub vectors: u64,
-    /// Predictors or sketches, in sparse mode.
+    /// Predictors or sketches, in sparse mode; none where nothing is left to choose.
     pub predictors: u64,
     /// Keys and values, and the tables of rotary embeddings.
     pub kv_cache: u64,
@@ -108,6 +108,9 @@ pub struct GpuPlan {
     pub hot_neurons: Vec<usize>,
     /// Bytes of them.
     pub hot_bytes: u64,
+    /// Sparse mode with sketches: the first neurons of each layer, all hot, which every token computes and of which there is no
+    /// sketch on the device.
+    pub always_neurons: usize,
     /// Layers whose neurons are not all laid out alike: what each of their sections is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sections: Vec<PlannedSection>,
@@ -207,6 +210,12 @@ impl GpuPlan {
             let reason = "goes by low-rank predictors; of a split with sketches nothing is fetched early".to_owned();
             return Err(Error::Setting { flag: "--lookahead", reason });
         }
+        check_always(split, request.base.mode, request.base.always)?;
+        if request.cache_share.is_some_and(|share| share > 0.0) && is_sketched(split, request.base.mode) {
+            let reason =
+                "is for low-rank predictors; with sketches VRAM holds neurons that are always computed".to_owned();
+            return Err(Error::Setting { flag: "--cache-share", reason });
+        }
         let config = &split.manifest().config;
         let (n, n_layers) = (config.intermediate_size, config.n_layers);
         let context = request.base.context;
@@ -226,6 +235,7 @@ impl GpuPlan {
             fixed,
             hot_neurons: vec![n; n_layers],
             hot_bytes: 0,
+            always_neurons: 0,
             sections: sections(split),
             mixed_cold_layers: 0,
             cache_sets: vec![0; n_layers],
@@ -247,7 +257,9 @@ impl GpuPlan {
             cache_hit_rate: 0.0,
         };
         let mut replayed = None;
-        if prefix_bytes(split, &plan.hot_neurons) > left {
+        if is_sketched(split, request.base.mode) {
+            plan.divide_with_sketches(split, left)?;
+        } else if prefix_bytes(split, &plan.hot_neurons) > left {
             match request.base.mode {
                 Mode::Exact => plan.hot_neurons = equal_prefixes(split, |hot| prefix_bytes(split, hot) <= left),
                 Mode::Sparse { active } => {
@@ -276,13 +288,63 @@ impl GpuPlan {
                 plan.device_bytes_per_token += cold_bytes(split, &vec![0; n_layers]) - cold;
             }
             Mode::Sparse { active } => {
-                plan.expect_bytes(split, f64::from(active), replayed)?;
-                // Down rows of sketches are read of the neurons that are not computed.
-                let n_active = n_layers * crate::predictor::n_active(active, n);
-                plan.device_bytes_per_token -= n_active as u64 * sketched_down_row_bytes(split);
+                if is_sketched(split, request.base.mode) {
+                    plan.expect_bytes_with_sketches(split, f64::from(active));
+                } else {
+                    plan.expect_bytes(split, f64::from(active), replayed)?;
+                }
             }
         }
         Ok(plan)
+    }
+
+    /// Whether a token chooses among the neurons of `split`.
+    pub(super) fn has_choice(&self, split: &Split) -> bool {
+        self.request.base.mode != Mode::Exact && self.always_neurons < split.manifest().config.intermediate_size
+    }
+
+    /// Fills in hot prefixes and sketches for `left` bytes: each neuron that every token computes takes the place of its
+    /// sketch and of nobody's cache.
+    fn divide_with_sketches(&mut self, split: &Split, left: u64) -> Result<()> {
+        let n = split.manifest().config.intermediate_size;
+        let asked = self.request.base.always.map(|share| always_neurons(share, n));
+        // What was counted so far is what there must be at least.
+        let room = left + self.fixed.predictors;
+        let n_always = |hot: &[usize]| asked.unwrap_or_else(|| hot.iter().copied().min().unwrap_or(0));
+        let bytes = |hot: &[usize]| prefix_bytes(split, hot) + sketch_bytes(split, n - n_always(hot));
+        let n_layers = split.layers().len();
+        let all = vec![n; n_layers];
+        // A prefix is cut to whole chunks and its end aligned.
+        let slack = n_layers as u64 * ALIGN;
+        let fits = |hot: &[usize]| bytes(hot) + slack <= room;
+        let most = if bytes(&all) <= room { all } else { equal_prefixes(split, fits) };
+        // Whole chunks, but not fewer than are always computed.
+        let least: Vec<usize> = match asked {
+            Some(asked) => split.layers().iter().map(|f| asked.next_multiple_of(f.chunk_neurons()).min(n)).collect(),
+            None => vec![0; n_layers],
+        };
+        self.hot_neurons = most.iter().zip(&least).map(|(&most, &least)| most.max(least)).collect();
+        self.always_neurons = n_always(&self.hot_neurons);
+        self.fixed.predictors = sketch_bytes(split, n - self.always_neurons);
+        if bytes(&self.hot_neurons) <= room {
+            return Ok(());
+        }
+        let needed_bytes = self.fixed.total() + prefix_bytes(split, &least);
+        let always = format!(", neurons that are always computed {}", format_bytes(prefix_bytes(split, &least)));
+        let what = describe(&self.fixed, split) + &always;
+        Err(Error::VramTooSmall { budget_bytes: self.request.vram_budget_bytes, needed_bytes, what })
+    }
+
+    /// Adds the bytes of the neurons that a token is expected to read if a sketch chooses a share of those that are not always
+    /// computed, wherever they lie. Down rows of the sketch are read of the neurons that are not computed.
+    fn expect_bytes_with_sketches(&mut self, split: &Split, active: f64) {
+        let (n, n_layers) = (split.manifest().config.intermediate_size, self.hot_neurons.len());
+        let behind = |n: usize| cold_bytes(split, &vec![n; n_layers]);
+        let (all, sketched, cold) = (behind(0), behind(self.always_neurons), cold_bytes(split, &self.hot_neurons));
+        self.device_bytes_per_token += all - sketched + (active * (sketched - cold) as f64) as u64;
+        self.host_bytes_per_token = (active * cold as f64) as u64;
+        let n_chosen = active * (n_layers * (n - self.always_neurons)) as f64;
+        self.device_bytes_per_token -= n_chosen as u64 * sketched_down_row_bytes(split);
     }
 
     /// Adds the bytes of the neurons that a token of sparse mode is expected to read.
@@ -311,7 +373,7 @@ impl GpuPlan {
             bytes.saturating_sub(super::buffers::lookahead_bytes(split, 0)) / bundle
         };
         let n = self.request.lookahead.unwrap_or_else(|| meanwhile() as usize).min(n_active);
-        if n == 0 || n_layers == 1 || is_sketched(split, self.request.base.mode) {
+        if n == 0 || n_layers == 1 {
             return Ok(left);
         }
         self.lookahead_neurons = n;
@@ -492,7 +554,12 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
     let vectors = sum(&mut split.resident().tensors().iter().filter(|t| t.format == Format::F32));
     let predictors = match request.base.mode {
         Mode::Exact => 0,
-        Mode::Sparse { .. } => sum(&mut split.sketches().unwrap_or(split.predictors()).tensors().iter()),
+        Mode::Sparse { .. } if !has_sketches(split) => sum(&mut split.predictors().tensors().iter()),
+        // As few as there must be: the plan may compute more neurons always, each of which takes more than its sketch.
+        Mode::Sparse { .. } => {
+            let n = config.intermediate_size;
+            sketch_bytes(split, n - always_neurons(request.base.always.unwrap_or(0.0), n))
+        }
     };
     let has_left_out = predictors > 0 && split.manifest().shares.is_some() && !has_sketches(split);
     let left_out = if has_left_out { config.n_layers as u64 * aligned(4 * config.hidden_size as u64) } else { 0 };
@@ -513,10 +580,17 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
     }
 }
 
-/// Bytes of a down row of a sketch; 0 if there is none.
+/// Bytes of a down row of a sketch.
 fn sketched_down_row_bytes(split: &Split) -> u64 {
-    let hidden = split.manifest().config.hidden_size;
-    if has_sketches(split) { SKETCH_BITS[2].row_bytes(hidden) as u64 } else { 0 }
+    SKETCH_BITS[2].row_bytes(split.manifest().config.hidden_size) as u64
+}
+
+/// Device bytes of the sketches of `n` neurons of each layer, at most: three parts and the numbers of each neuron, aligned.
+fn sketch_bytes(split: &Split, n: usize) -> u64 {
+    const PIECES: u64 = 4;
+    let config = &split.manifest().config;
+    let of_layer = (n * sketch_bytes_per_neuron(config.hidden_size)) as u64;
+    if n == 0 { 0 } else { config.n_layers as u64 * (of_layer + PIECES * ALIGN) }
 }
 
 /// The shape of attention.

@@ -5,6 +5,7 @@ use super::buffers::Scratch;
 use super::load::Loader;
 use super::plan::aligned;
 use crate::Result;
+use crate::chooser::is_sketched;
 use crate::plan::Mode;
 use std::ops::Range;
 use thermocline_kernels::cuda::View;
@@ -26,7 +27,7 @@ pub(super) struct Section {
     pub hot: View,
     /// Those of the others, pinned.
     pub cold: View,
-    /// What a token computes. In exact mode that is all of it, listed once, unless the host's threads have a part.
+    /// What a token computes. Where nothing is chosen that is all of it, listed once, unless the host's threads have a part.
     pub work: WorkList,
     /// Its row of the totals.
     pub totals: usize,
@@ -73,13 +74,12 @@ fn list_bytes(n_neurons: usize) -> u64 {
     aligned(8 * n_neurons as u64) + aligned(COUNTS_BYTES as u64)
 }
 
-/// Device bytes of the sections' lists.
+/// Device bytes of the sections' lists. Layers have lists of their own in exact mode, and with sketches, which no neuron needs that
+/// is always computed.
 pub(super) fn lists_bytes(split: &Split, mode: Mode) -> u64 {
     let sections = split.layers().iter().flat_map(|file| file.bundles().sections());
-    let own = match mode {
-        Mode::Exact => sections.map(|s| list_bytes(s.neurons().len())).sum(),
-        Mode::Sparse { .. } => 0,
-    };
+    let may_be_all = mode == Mode::Exact || is_sketched(split, mode);
+    let own = if may_be_all { sections.map(|s| list_bytes(s.neurons().len())).sum() } else { 0 };
     own + n_shared_lists(split) as u64 * list_bytes(split.manifest().config.intermediate_size)
 }
 
@@ -99,11 +99,10 @@ impl Loader<'_> {
         (0..n_shared_lists(self.split)).map(list).collect()
     }
 
-    /// Whether the list of a layer whose first `n_hot` neurons are in device memory is made anew for each token: in sparse mode,
-    /// and where the host's threads may have a part.
+    /// Whether the list of a layer whose first `n_hot` neurons are in device memory is made anew for each token: where something
+    /// is chosen, and where the host's threads may have a part.
     pub(super) fn is_chosen(&self, n_hot: usize) -> bool {
-        let is_cold = n_hot < self.split.manifest().config.intermediate_size;
-        self.plan.request.base.mode != Mode::Exact || (self.with_host && is_cold)
+        self.plan.has_choice(self.split) || (self.with_host && n_hot < self.split.manifest().config.intermediate_size)
     }
 
     /// What `choose` makes for layer `l`, and the layer's sections; `hot` holds the first `n_hot` bundles, `cold` the others.

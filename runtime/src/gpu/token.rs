@@ -127,6 +127,7 @@ fn feed_forward(
                 scores: &s.scores,
                 ffn: config.intermediate_size,
                 n_hot: layer.n_hot,
+                n_always: layer.n_always,
                 selection: layer.selection,
                 cache: &layer.cache,
                 step: &s.step,

@@ -54,6 +54,23 @@ impl Sketch {
         Ok(Self { rows: [gate, up, down], gate_sd, up_sd, down_norm, down_error })
     }
 
+    /// Without its first `n` neurons.
+    ///
+    /// # Panics
+    /// If it has not so many.
+    #[must_use]
+    pub fn behind(mut self, n: usize) -> Self {
+        let n_neurons = self.n_neurons();
+        for rows in &mut self.rows {
+            rows.drain(..rows.len() / n_neurons.max(1) * n);
+            rows.shrink_to_fit();
+        }
+        for values in [&mut self.gate_sd, &mut self.up_sd, &mut self.down_norm, &mut self.down_error] {
+            values.drain(..n);
+        }
+        self
+    }
+
     /// Neurons.
     pub fn n_neurons(&self) -> usize {
         self.gate_sd.len()
@@ -168,7 +185,7 @@ pub(crate) fn check_width(hidden_size: usize) -> Result<()> {
 }
 
 /// Bytes of a neuron's sketch: three rows and four numbers.
-pub(crate) fn bytes_per_neuron(hidden_size: usize) -> usize {
+pub fn sketch_bytes_per_neuron(hidden_size: usize) -> usize {
     SKETCH_BITS.iter().map(|bits| bits.row_bytes(hidden_size)).sum::<usize>() + 4 * size_of::<f32>()
 }
 

@@ -108,13 +108,15 @@ pub fn host_item(cold: usize) -> [u32; 2] {
 /// Selects the active neurons of a layer, looks them up in the cache, and divides the work.
 #[derive(Debug, Clone, Copy)]
 pub struct Choose<'a> {
-    /// `[ffn]`, and room up to a multiple of four.
+    /// `[ffn - n_always]`, of those that are chosen among, and room up to a multiple of four.
     pub scores: &'a View,
     /// Neurons.
     pub ffn: usize,
     /// Neurons in device memory for good.
     pub n_hot: usize,
-    /// Which are active.
+    /// The first so many are active at every token; at most `n_hot`.
+    pub n_always: usize,
+    /// Which of the others are active.
     pub selection: Selection,
     /// The cache.
     pub cache: &'a CacheTables,
@@ -141,9 +143,13 @@ pub struct Choose<'a> {
 pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     let n_cold = c.ffn - c.n_hot;
     let (cache, out) = (c.cache, c.out);
+    assert!(c.n_always <= c.n_hot && c.n_always < c.ffn, "neurons that are always active");
+    let foresees = c.fetched.is_some() || c.ahead.is_some();
+    assert!(c.n_always == 0 || !foresees, "what is foreseen has the numbers of all neurons");
+    let n_others = c.ffn - c.n_always;
     if c.selection != Selection::Every {
         // They are read four at a time.
-        floats(c.scores, c.ffn.next_multiple_of(4));
+        floats(c.scores, n_others.next_multiple_of(4));
         assert!(c.scores.address().is_multiple_of(16), "scores in the middle of sixteen bytes");
     }
     if cache.n_sets > 0 {
@@ -176,7 +182,7 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     }
     let (every, k, threshold) = match c.selection {
         Selection::Every => (1, 0, 0.0),
-        Selection::Top(k) => (0, k.clamp(1, c.ffn), 0.0),
+        Selection::Top(k) => (0, k.clamp(1, n_others), 0.0),
         Selection::Above(threshold) => (0, 0, threshold),
     };
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
@@ -185,10 +191,11 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     // The fields of `struct Choose` in kernels/cuda/choose.cu, with its padding.
     let words = vec![
         c.scores.address(),
-        pair(c.ffn as u32, k as u32),
-        pair(c.n_hot as u32, every),
+        // Those that are always active are left out of all numbers but of what comes out.
+        pair(n_others as u32, k as u32),
+        pair((c.n_hot - c.n_always) as u32, every),
         pair(f32::to_bits(threshold), cache.n_sets as u32),
-        pair(cache.n_ways as u32, 0),
+        pair(cache.n_ways as u32, c.n_always as u32),
         cache.slot_of.address(),
         cache.owner.address(),
         cache.key.address(),

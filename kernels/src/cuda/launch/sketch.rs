@@ -11,20 +11,22 @@ use crate::{SKETCH_UNIT, SketchBits};
 const WORD_COLUMNS: usize = SKETCH_UNIT / 4;
 const BLOCK_COLUMNS: usize = WORD_COLUMNS * THREADS as usize;
 
-/// A layer's sketch on the device, parts laid out by [`crate::sketch_planes`].
+/// The sketch of a layer's last neurons on the device, parts laid out by [`crate::sketch_planes`].
 #[derive(Debug, Clone)]
 pub struct DeviceSketch {
-    /// Rows of two bits `[ffn, hidden]`.
+    /// Rows of two bits `[n_neurons, hidden]`.
     pub gate: View,
-    /// Rows of three bits `[ffn, hidden]`.
+    /// Rows of three bits `[n_neurons, hidden]`.
     pub up: View,
-    /// Rows of two bits `[ffn, hidden]`.
+    /// Rows of two bits `[n_neurons, hidden]`.
     pub down: View,
-    /// `[4, ffn]`: root mean squares of what the gate's and the up row's products miss, lengths of the down columns and of
+    /// `[4, n_neurons]`: root mean squares of what the gate's and the up row's products miss, lengths of the down columns and of
     /// what these miss.
     pub neurons: View,
-    /// Neurons.
-    pub ffn: usize,
+    /// The first of them; those before it have no sketch, because they are always active.
+    pub first: usize,
+    /// How many have one: all behind the first.
+    pub n_neurons: usize,
     /// Columns.
     pub hidden: usize,
 }
@@ -38,13 +40,13 @@ impl DeviceSketch {
     fn check(&self) {
         let (two, three) = (SketchBits::Two.row_bytes(self.hidden), SketchBits::Three.row_bytes(self.hidden));
         for (view, row) in [(&self.gate, two), (&self.up, three), (&self.down, two)] {
-            assert!(view.len() >= self.ffn * row && view.address().is_multiple_of(16), "a sketch's rows");
+            assert!(view.len() >= self.n_neurons * row && view.address().is_multiple_of(16), "a sketch's rows");
         }
-        floats(&self.neurons, 4 * self.ffn);
+        floats(&self.neurons, 4 * self.n_neurons);
     }
 }
 
-/// What a sketch says of a layer's neurons, `[ffn]` each.
+/// What a sketch says of its neurons, `[n_neurons]` each.
 #[derive(Debug, Clone, Copy)]
 pub struct Sketched<'a> {
     /// What leaving a neuron to its sketch is expected to cost, as a length in the layer's output.
@@ -53,7 +55,7 @@ pub struct Sketched<'a> {
     pub activations: &'a View,
 }
 
-/// Scores and activations of all neurons for `norm(x)`, which is given away as by [`super::predict_scores`]; `norm_weight`
+/// Scores and activations of its neurons for `norm(x)`, which is given away as by [`super::predict_scores`]; `norm_weight`
 /// `[hidden]`.
 ///
 /// # Errors
@@ -66,18 +68,18 @@ pub fn sketch_scores(
     activation: Nonlinearity,
     out: Sketched<'_>,
 ) -> Result<()> {
-    let (ffn, hidden) = (sketch.ffn, sketch.hidden);
+    let (n, hidden) = (sketch.n_neurons, sketch.hidden);
     sketch.check();
     floats(norm_weight, hidden);
-    floats(out.scores, ffn);
-    floats(out.activations, ffn);
+    floats(out.scores, n);
+    floats(out.activations, n);
     assert_eq!(from.hidden, hidden, "the input's width");
     let units = hidden / SKETCH_UNIT;
     // A lane for each unit of a row, up to a warp; each such team takes two neurons.
     let neurons_of_block = 2 * THREADS as usize / units.next_power_of_two().min(32);
     let launch = Launch {
         kernel: "sketch_scores".to_owned(),
-        grid: [ffn.div_ceil(neurons_of_block).min(2 * device.n_multiprocessors()) as u32, 1],
+        grid: [n.div_ceil(neurons_of_block).min(2 * device.n_multiprocessors()) as u32, 1],
         block: THREADS,
         // As kernels/cuda/input.cuh lays it out.
         shared_bytes: (units * (4 * SKETCH_UNIT + 16)) as u32,
@@ -85,7 +87,7 @@ pub fn sketch_scores(
             // The fields of `struct Sketch` in kernels/cuda/sketch.cu.
             Arg::Struct(vec![sketch.gate.address(), sketch.up.address(), sketch.neurons.address()]),
             layer_input(from, norm_weight),
-            u32_of(ffn),
+            u32_of(n),
             Arg::U32(activation as u32),
             address(out.scores),
             address(out.activations),
@@ -97,13 +99,13 @@ pub fn sketch_scores(
 }
 
 /// Rows that [`add_sketched`] leaves with at most `n_blocks` blocks of which each has a few neurons.
-pub fn sketch_rows(n_blocks: usize, ffn: usize, hidden: usize) -> usize {
+pub fn sketch_rows(n_blocks: usize, n_neurons: usize, hidden: usize) -> usize {
     const LEAST_NEURONS: usize = 16;
-    (n_blocks / hidden.div_ceil(BLOCK_COLUMNS)).clamp(1, ffn.div_ceil(LEAST_NEURONS))
+    (n_blocks / hidden.div_ceil(BLOCK_COLUMNS)).clamp(1, n_neurons.div_ceil(LEAST_NEURONS))
 }
 
 /// `partial[b, :] = sum h_i d_i` over those of an equal part of the neurons that are not active, as the sketch has them.
-/// `activations` `[ffn]` are those of [`sketch_scores`]; `work`, what was chosen by its scores; `partial`, `[n_rows, hidden]`,
+/// `activations` `[n_neurons]` are those of [`sketch_scores`]; `work`, what was chosen by its scores; `partial`, `[n_rows, hidden]`,
 /// see [`sketch_rows`].
 ///
 /// # Errors
@@ -116,22 +118,23 @@ pub fn add_sketched(
     n_rows: usize,
     partial: &View,
 ) -> Result<()> {
-    let (ffn, hidden) = (sketch.ffn, sketch.hidden);
+    let (n, hidden) = (sketch.n_neurons, sketch.hidden);
     sketch.check();
-    floats(activations, ffn);
+    floats(activations, n);
     floats(partial, n_rows * hidden);
-    assert!(n_rows > 0 && work.ids.len() >= 4 * ffn && work.counts.len() >= 32, "what was chosen");
+    assert!(n_rows > 0 && work.ids.len() >= 4 * (sketch.first + n) && work.counts.len() >= 32, "what was chosen");
     let launch = Launch {
         kernel: "add_sketched".to_owned(),
         grid: [n_rows as u32, hidden.div_ceil(BLOCK_COLUMNS) as u32],
         block: THREADS,
-        shared_bytes: (4 * ffn.div_ceil(n_rows)).max(4 * WORD_COLUMNS * THREADS as usize) as u32,
+        shared_bytes: (4 * n.div_ceil(n_rows)).max(4 * WORD_COLUMNS * THREADS as usize) as u32,
         args: vec![
             address(&sketch.down),
             address(activations),
             address(&work.ids),
             address(&work.counts),
-            u32_of(ffn),
+            u32_of(sketch.first),
+            u32_of(n),
             u32_of(hidden),
             address(partial),
         ],
