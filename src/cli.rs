@@ -637,7 +637,7 @@ pub struct Eval {
     /// Where masks apply to a task's examples; to a text always everywhere
     #[arg(long, value_enum, default_value = "all")]
     pub positions: PositionsName,
-    /// Tokens in a window [default: 1024; 256 with --fit-shares]
+    /// Tokens in a window [default: 1024; 256 with --fit-shares, but for splits with sketches]
     #[arg(long)]
     pub ctx: Option<usize>,
     /// Windows, from the start of the text, not overlapping [default: 8; 4 with --fit-shares]
@@ -646,8 +646,9 @@ pub struct Eval {
     /// Measure what each layer's share of the neurons costs on this text, and keep it in the split: sparse mode then divides
     /// --active between the layers by it. Takes the time of about 2.5 dense passes over these windows for each layer. Then, on
     /// windows behind them, as many and four times as long, in ten dense passes: what perplexity rises by at shares from 10 to
-    /// 90 %, from which --max-ppl-increase finds --active
-    #[arg(long, conflicts_with_all = ["mask", "active", "precision", "engine", "planes", "delta"])]
+    /// 90 %, from which --max-ppl-increase finds --active. Of a split with sketches it is what perplexity rises by on these windows
+    /// at seven shares, for each of four shares that are always computed, in 29 dense passes
+    #[arg(long, conflicts_with_all = ["mask", "active", "always", "precision", "engine", "planes", "delta"])]
     pub fit_shares: bool,
     /// Which neurons are computed, at every position; several, separated by commas, give a row each
     #[arg(long, value_enum, default_value = "dense", value_delimiter = ',')]

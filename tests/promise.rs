@@ -143,3 +143,41 @@ fn the_stronger_source_decides_between_share_and_promise() {
     // A file's is for sparse mode, as its share is.
     assert_eq!(planned("max-ppl-increase = \"900%\"", &[], &[]), (false, None));
 }
+
+/// Of a split with sketches: a curve for each of several shares that are always computed, from which the promise takes its own.
+#[test]
+fn sketches_have_curves_of_their_own() {
+    let (_guard, dir) = support::copy(&split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]));
+    let sparse = ["-m", text(&dir), "--mode", "sparse", "--vram-budget", "0", "--max-ppl-increase"];
+    let refused = fails(2, &[&["plan", "-t", "1"], &sparse[..], &["5%"]].concat());
+    assert!(refused.contains("--fit-shares"), "{refused}");
+    let fitting = fitting(text(&dir));
+    let fitted = json(&[&fitting[..], &["--json"]].concat());
+    let curves = json(&["inspect", text(&dir), "--json"])["graded"]["curves"].clone();
+    assert_eq!(fitted["curves"], curves);
+    let curves = curves.as_array().unwrap();
+    assert_eq!(curves.iter().map(|c| c["always"].as_f64().unwrap()).collect::<Vec<_>>(), [0.0, 0.25, 0.5, 0.75]);
+    for curve in curves {
+        let points = points(curve);
+        assert_eq!((points.len(), curve["tokens"].as_u64()), (7, Some(2 * 63)));
+        assert!(points.windows(2).all(|w| w[0][0] < w[1][0]) && points.iter().all(|p| p[1] <= p[2]), "{points:?}");
+    }
+    // Where more is always computed, the model is nearer to the dense one (random weights gain by what is left out).
+    let first = |curve: &Value| points(curve)[0][1].abs();
+    assert!(first(&curves[3]) < first(&curves[0]), "{curves:?}");
+    let table = ok(&fitting).stdout;
+    assert!(table.contains("75 % always") && table.contains("--max-ppl-increase"), "{table}");
+
+    let plan = |more: &[&str]| json(&[&["plan", "-t", "1", "--json"], &sparse[..], more].concat());
+    for (always, which) in [("auto", 0), ("0.2", 0), ("0.6", 2), ("0.75", 3)] {
+        let points = points(&curves[which]);
+        let worst = points[3..].iter().map(|p| p[2]).fold(0.0, f64::max);
+        let planned = plan(&[&format!("{}%", 100.0 * (worst + 1e-6)), "--always", always]);
+        let (promise, request) = (&planned["promise"], &planned["plan"]["request"]);
+        assert_eq!(promise["always"], curves[which]["always"], "{planned}");
+        assert!(promise["active"].as_f64().unwrap() <= points[3][0] + 1e-6, "{planned}");
+        assert_eq!(request["mode"]["active"], promise["active"], "{planned}");
+        let share = if always == "auto" { 0.0 } else { always.parse().unwrap() };
+        assert!((request["always"].as_f64().unwrap() - share).abs() < 1e-6, "{planned}");
+    }
+}

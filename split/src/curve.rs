@@ -35,8 +35,11 @@ pub struct Curve {
 /// A share that a curve promises to be enough.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Promise {
-    /// The share of all neurons.
+    /// The share of all neurons; with sketches, of those that are not always computed.
     pub active: f32,
+    /// With sketches: the curve is of a model that always computes this share of each layer's neurons.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub always: Option<f32>,
     /// What the perplexity may rise by, relative to the dense model's.
     pub max_ppl_increase: f64,
     /// Tokens that the curve was measured on.
@@ -112,7 +115,7 @@ impl Curve {
             }
             (right, loss) = (share, left_loss);
         }
-        Promise { active: right, max_ppl_increase, tokens: self.tokens, text_digest: self.text_digest }
+        Promise { active: right, always: None, max_ppl_increase, tokens: self.tokens, text_digest: self.text_digest }
     }
 
     /// Tensors for [`crate::tensor_file::Writer`], in order.
@@ -129,9 +132,20 @@ impl Curve {
 
     /// Their contents.
     pub(crate) fn contents(&self) -> [Vec<u8>; 4] {
-        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        let measured = [&self.tokens.to_le_bytes()[..], &self.text_digest.to_le_bytes()].concat();
-        [bytes(&self.active), bytes(&self.ppl_increase), bytes(&self.ppl_increase_high), measured]
+        let [active, low, high] =
+            [&self.active, &self.ppl_increase, &self.ppl_increase_high].map(|values| bytes_of(values));
+        [active, low, high, self.measured()]
+    }
+
+    /// Tokens and digest of the text, side by side.
+    pub(crate) fn measured(&self) -> Vec<u8> {
+        [&self.tokens.to_le_bytes()[..], &self.text_digest.to_le_bytes()].concat()
+    }
+
+    /// Whether another one was measured at the same shares, on the same tokens.
+    pub(crate) fn is_measured_as(&self, other: &Self) -> bool {
+        let of = |c: &Self| (c.tokens, c.text_digest);
+        self.active == other.active && of(self) == of(other)
     }
 
     /// Whether a tensor is a curve's.
@@ -146,17 +160,25 @@ impl Curve {
         }
         let [active, low, high] =
             ["active", "ppl_increase", "ppl_increase_high"].map(|part| file.read_f32(&format!("{PREFIX}{part}")));
-        let measured = file.read(MEASURED)?;
-        let Some((tokens, digest)) = measured.split_first_chunk::<8>().and_then(|(tokens, digest)| {
-            let digest: [u8; 16] = digest.try_into().ok()?;
-            Some((u64::from_le_bytes(*tokens), u128::from_le_bytes(digest)))
-        }) else {
-            let reason = format!("{} bytes, not {MEASURED_BYTES}", measured.len());
-            return Err(corrupt(file.path(), MEASURED, reason));
-        };
+        let (tokens, digest) = measured_of(file, MEASURED)?;
         let curve = Self::new(active?, low?, high?, tokens, digest);
         curve.map(Some).map_err(|e| corrupt(file.path(), "curve", e.to_string()))
     }
+}
+
+/// Floats as they are stored.
+pub(crate) fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// Tokens and digest of a text, from the tensor of that name.
+pub(crate) fn measured_of(file: &TensorFile, name: &str) -> Result<(u64, u128)> {
+    let measured = file.read(name)?;
+    let parts = measured.split_first_chunk::<8>().and_then(|(tokens, digest)| {
+        let digest: [u8; 16] = digest.try_into().ok()?;
+        Some((u64::from_le_bytes(*tokens), u128::from_le_bytes(digest)))
+    });
+    parts.ok_or_else(|| corrupt(file.path(), name, format!("{} bytes, not {MEASURED_BYTES}", measured.len())))
 }
 
 /// `share`, or a little more.
@@ -169,11 +191,20 @@ impl fmt::Display for Promise {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let percent = (1e8 * self.max_ppl_increase).round() / 1e6;
         let measured = format!("{} tokens (text {:032x})", self.tokens, self.text_digest);
+        let behind = match self.always {
+            Some(always) if always > 0.0 => {
+                format!(" with {} % or more of the neurons always computed", (1e6 * f64::from(always)).round() / 1e4)
+            }
+            _ => String::new(),
+        };
         if self.active >= 1.0 {
-            return write!(f, "--active 1: no smaller share keeps at most +{percent} % perplexity on {measured}");
+            return write!(
+                f,
+                "--active 1{behind}: no smaller share keeps at most +{percent} % perplexity on {measured}"
+            );
         }
         let end = "the upper end of the 95 % interval";
-        write!(f, "--active {} for at most +{percent} % perplexity: {end} on {measured}", self.active)
+        write!(f, "--active {}{behind} for at most +{percent} % perplexity: {end} on {measured}", self.active)
     }
 }
 

@@ -12,8 +12,8 @@ use thermocline_datasets::ModelConfig;
 
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
 /// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
-/// cost together, or has sketches.
-pub const FORMAT_VERSION: u32 = 4;
+/// cost together, or has sketches, 5 where it says what choosing by these costs.
+pub const FORMAT_VERSION: u32 = 5;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,7 +114,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// 1 to 4 (see [`FORMAT_VERSION`]).
+    /// 1 to 5 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -139,6 +139,9 @@ pub struct Manifest {
     /// Low-bit copies of the neurons ([`crate::Sketch`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sketches: Option<TensorFileEntry>,
+    /// What it costs to compute a part of the neurons and leave the others to their sketches ([`crate::GradedCurves`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub graded: Option<TensorFileEntry>,
     /// Tokenizer, chat template.
     pub files: Vec<PlainFile>,
     /// XXH3-128 of the manifest with this field empty, in hexadecimal.
@@ -172,6 +175,7 @@ impl Manifest {
     fn least_version(&self) -> u32 {
         let has_curve = |file: &TensorFileEntry| file.tensors.iter().any(|t| Curve::has(&t.name));
         match &self.shares {
+            _ if self.graded.is_some() => 5,
             _ if self.sketches.is_some() => 4,
             Some(file) if has_curve(file) => 4,
             Some(_) => 3,
@@ -192,6 +196,14 @@ impl Manifest {
         File::open(&temporary).and_then(|file| file.sync_all()).map_err(io(&temporary))?;
         std::fs::rename(&temporary, &path).map_err(io(&path))?;
         Ok(manifest)
+    }
+
+    /// [`Manifest::replace`], after which the file `old` is in no use any more.
+    pub(crate) fn replace_file(self, dir: &Path, old: Option<TensorFileEntry>) -> Result<()> {
+        self.replace(dir)?;
+        let Some(old) = old else { return Ok(()) };
+        let path = dir.join(old.file);
+        std::fs::remove_file(&path).map_err(io(&path))
     }
 
     fn write_as(mut self, path: &Path) -> Result<Self> {
@@ -215,6 +227,7 @@ impl Manifest {
         ]);
         let names = names
             .chain(manifest.resident_planes.iter().chain(&manifest.shares).chain(&manifest.sketches).map(|f| &f.file))
+            .chain(manifest.graded.iter().map(|f| &f.file))
             .chain(manifest.layers.iter().flat_map(|l| l.others().map(|p| &p.file)));
         for name in names {
             let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
@@ -226,6 +239,9 @@ impl Manifest {
         if manifest.version != manifest.least_version() {
             let reason = format!("{}, but what it lists is version {}", manifest.version, manifest.least_version());
             return Err(corrupt(&path, "version", reason));
+        }
+        if manifest.graded.is_some() && manifest.sketches.is_none() {
+            return Err(corrupt(&path, "graded", "of sketches, and there are none".to_owned()));
         }
         let chunk = manifest.packing.chunk_neurons;
         if chunk == 0 || chunk > manifest.config.intermediate_size {

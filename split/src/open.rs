@@ -4,7 +4,7 @@ use crate::delta::Delta;
 use crate::error::{Result, corrupt, listed};
 use crate::planted::REPORT_FILE;
 use crate::resident::check_planes;
-use crate::{Error, LayerFile, Manifest, Planes, Precision, Shares, Sketch, TensorEntry, TensorFile};
+use crate::{Error, GradedCurves, LayerFile, Manifest, Planes, Precision, Shares, Sketch, TensorEntry, TensorFile};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thermocline_calibrate::predictor::LowRank;
@@ -43,6 +43,7 @@ pub struct Split {
     statistics: TensorFile,
     shares: Option<TensorFile>,
     sketches: Option<TensorFile>,
+    graded: Option<TensorFile>,
 }
 
 impl Split {
@@ -84,6 +85,7 @@ impl Split {
         let statistics = TensorFile::open(dir, &manifest.statistics)?;
         let shares = manifest.shares.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
         let sketches = manifest.sketches.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
+        let graded = manifest.graded.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
         Ok(Self {
             dir: dir.to_owned(),
             manifest,
@@ -96,6 +98,7 @@ impl Split {
             statistics,
             shares,
             sketches,
+            graded,
         })
     }
 
@@ -190,6 +193,14 @@ impl Split {
     /// If the file is damaged or does not fit the model.
     pub fn shares(&self) -> Result<Option<Shares>> {
         self.shares.as_ref().map(|file| Shares::read(file, &self.manifest.config)).transpose()
+    }
+
+    /// What it costs to compute a part of the neurons and leave the others to their sketches, if it was measured.
+    ///
+    /// # Errors
+    /// If the file is damaged.
+    pub fn graded_curves(&self) -> Result<Option<GradedCurves>> {
+        self.graded.as_ref().map(GradedCurves::read).transpose()
     }
 
     /// The sketches' file, if the split has them.

@@ -2,10 +2,9 @@
 //! the division that costs least.
 
 use crate::curve::Curve;
-use crate::error::{Result, corrupt, io};
+use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile, TensorFileEntry, Writer};
 use crate::{Error, Manifest, Split};
-use std::fs;
 use std::path::Path;
 use thermocline_datasets::ModelConfig;
 
@@ -189,16 +188,15 @@ impl Split {
         if (manifest.config.n_layers, manifest.config.hidden_size) != (shares.layers.len(), shares.hidden_size) {
             return Err(Error::Settings { what: format!("{}: the shares are another model's", dir.display()) });
         }
-        let old = manifest.shares.take().map(|entry| entry.file);
-        let name = FILES.into_iter().find(|name| old.as_deref() != Some(*name)).unwrap_or(FILES[0]);
-        manifest.shares = Some(shares.write(dir, name)?);
-        manifest.replace(dir)?;
-        if let Some(old) = old {
-            let old = dir.join(old);
-            fs::remove_file(&old).map_err(io(&old))?;
-        }
-        Ok(())
+        let old = manifest.shares.take();
+        manifest.shares = Some(shares.write(dir, other_name(FILES, old.as_ref()))?);
+        manifest.replace_file(dir, old)
     }
+}
+
+/// That of two names which the file in use has not.
+pub(crate) fn other_name(names: [&'static str; 2], in_use: Option<&TensorFileEntry>) -> &'static str {
+    if in_use.is_some_and(|entry| entry.file == names[0]) { names[1] } else { names[0] }
 }
 
 #[cfg(test)]

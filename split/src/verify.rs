@@ -62,6 +62,7 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
         check_tensors(file)?;
     }
     split.shares()?;
+    split.graded_curves()?;
     check_plain_files(&split)?;
     let n_chunks = split.layers().iter().map(|l| l.n_stored_chunks() as u64).sum();
     let stored = SplitCheckpoint::new(split);
@@ -88,6 +89,8 @@ impl Split {
     /// If a file cannot be read or is damaged, and [`Error::Unsound`] as from [`Split::check_weights`].
     pub fn check(&self, progress: &dyn Fn(usize, usize)) -> Result<()> {
         [Some(self.statistics()), self.sketches()].into_iter().flatten().try_for_each(check_tensors)?;
+        self.shares()?;
+        self.graded_curves()?;
         check_plain_files(self)?;
         self.check_weights(progress)
     }

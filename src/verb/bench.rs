@@ -30,7 +30,8 @@ struct Output {
 
 pub fn bench(args: &Bench) -> anyhow::Result<()> {
     let split = super::load::placed_split(&args.placement)?;
-    let (placement, promise) = super::load::promised(&split, &args.placement)?;
+    let wanted = args.n_prompt + args.n_gen;
+    let (placement, promise) = super::load::promised(&split, &args.placement, wanted, 128)?;
     let layout = *split.layers()[0].bundles().largest().bundles();
     let threads = args.placement.threads.checked()?;
     let bundles = probe_bundles(&split)?;
@@ -45,7 +46,6 @@ pub fn bench(args: &Bench) -> anyhow::Result<()> {
         greedy: args.greedy,
     };
     let model = split.manifest().source.model.clone();
-    let wanted = args.n_prompt + args.n_gen;
     let has_sketches = split.sketches().is_some();
     #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match))]
     let mut engine = match load(split, &placement, wanted, 128, args.json)? {

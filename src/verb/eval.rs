@@ -10,11 +10,11 @@ use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{
     Evaluation, Fitted, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_input_costs, fit_row_prices,
-    fit_shares, fit_windows, measure_curve,
+    fit_shares, fit_windows, measure_curve, measure_graded_curves,
 };
 use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
-use thermocline_split::{Curve, Planes, Precision, Split, SplitCheckpoint};
+use thermocline_split::{Curve, GradedCurves, Planes, Precision, Split, SplitCheckpoint};
 
 /// Where masks were applied, for people who compare figures.
 pub const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
@@ -136,6 +136,10 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let named = || args.model.display().to_string();
     let tokenizer = Tokenizer::from_json(&model.dense().tokenizer_json()?).with_context(named)?;
     let tokens = tokenizer.encode(&text, false).with_context(named)?;
+    if args.fit_shares && model.split().is_some_and(|split| split.sketches().is_some()) {
+        let windows = Windows::new(&tokens, args.ctx.unwrap_or(1024), args.windows.unwrap_or(4)).map_err(usage)?;
+        return fit_graded(args, &model, &windows, Curve::digest(&text), begin);
+    }
     if args.fit_shares {
         let windows = fit_windows(&tokens, args.ctx.unwrap_or(256), args.windows.unwrap_or(4)).map_err(usage)?;
         return fit(args, &model, windows, Curve::digest(&text), begin);
@@ -253,6 +257,69 @@ fn fit(
     }
     println!(
         "kept in {}: sparse mode divides --active by it, and --max-ppl-increase finds --active",
+        args.model.display()
+    );
+    Ok(())
+}
+
+/// What `eval --fit-shares --json` prints of a split with sketches.
+#[derive(Serialize)]
+struct FittedGraded<'a> {
+    model: String,
+    text: String,
+    ctx: usize,
+    windows: usize,
+    #[serde(flatten)]
+    curves: &'a GradedCurves,
+    seconds: f64,
+    version: &'static str,
+    command: Vec<String>,
+}
+
+/// `--fit-shares` of a split with sketches: measures and keeps what choosing by them costs, on a text with that XXH3-128.
+fn fit_graded(
+    args: &Eval,
+    model: &Model,
+    windows: &Windows<'_>,
+    text_digest: u128,
+    begin: Instant,
+) -> anyhow::Result<()> {
+    let Model::Split(checkpoint) = model else { unreachable!("a checkpoint has no sketches") };
+    let split = checkpoint.split();
+    let progress = Progress::new("eval", args.json);
+    let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
+    let curves = measure_graded_curves(checkpoint.as_ref(), split, windows, text_digest, &on_step);
+    progress.finish();
+    let curves = curves.map_err(usage)?;
+    Split::put_graded_curves(split.dir(), &curves)?;
+    if args.json {
+        return output::json(&FittedGraded {
+            model: model_name(&args.model),
+            text: name(text_path(args)),
+            ctx: windows.ctx(),
+            windows: windows.len(),
+            curves: &curves,
+            seconds: begin.elapsed().as_secs_f64(),
+            version: env!("CARGO_PKG_VERSION"),
+            command: std::env::args().skip(1).collect(),
+        });
+    }
+    let (model, text) = (model_name(&args.model), name(text_path(args)));
+    println!("{model}, {text}: {} windows of {}; perplexity over the dense model's", windows.len(), windows.ctx());
+    println!("where this share of each layer's neurons is always computed, and that of the others is chosen");
+    print!("{:>10}", "");
+    curves.curves().iter().for_each(|c| print!("{:>22}", format!("{:.0} % always", 100.0 * c.always)));
+    println!();
+    let rows: Vec<Vec<(f32, f32, f32)>> = curves.curves().iter().map(|c| c.curve.points().collect()).collect();
+    for i in 0..rows[0].len() {
+        print!("{:>10}", format!("{:.0} %", 100.0 * rows[0][i].0));
+        for (_, increase, high) in rows.iter().map(|row| row[i]) {
+            print!("{:>22}", format!("{:+.2} (to {:+.2}) %", 100.0 * increase, 100.0 * high));
+        }
+        println!();
+    }
+    println!(
+        "to: the upper end of the 95 % interval; kept in {}: --max-ppl-increase finds --active",
         args.model.display()
     );
     Ok(())

@@ -71,6 +71,9 @@ fn split(path: &Path) -> anyhow::Result<Value> {
             value["shares"]["curve"] = serde_json::from_str(&serde_json::to_string(curve)?)?;
         }
     }
+    if let Some(graded) = split.graded_curves()? {
+        value["graded"] = serde_json::from_str(&serde_json::to_string(&graded)?)?;
+    }
     if let Some(report) = split.planted()? {
         value["planted"] = serde_json::to_value(report)?;
     }

@@ -42,8 +42,14 @@ pub fn placed_split(args: &Placement) -> anyhow::Result<Split> {
     open_split(&args.model, args.precision, args.delta.as_deref())
 }
 
-/// The flags with the share of the neurons that `--max-ppl-increase` stands for, and the promise behind it, if that is given.
-pub fn promised(split: &Split, args: &Placement) -> anyhow::Result<(Placement, Option<Promise>)> {
+/// The flags with the share of the neurons that `--max-ppl-increase` stands for, and the promise behind it, if that is given; context
+/// and batch are as for [`load`].
+pub fn promised(
+    split: &Split,
+    args: &Placement,
+    wanted: usize,
+    batch: usize,
+) -> anyhow::Result<(Placement, Option<Promise>)> {
     let mut args = args.clone();
     let Some(increase) = args.max_ppl_increase else { return Ok((args, None)) };
     let refused = |reason: &str| Err(Usage(format!("--max-ppl-increase {reason}")).into());
@@ -56,22 +62,39 @@ pub fn promised(split: &Split, args: &Placement) -> anyhow::Result<(Placement, O
     if args.precision.precision() != Precision::Base {
         return refused("speaks of --precision base, at which it was measured; give --active");
     }
-    if split.sketches().is_some() {
-        return refused(
-            "speaks of low-rank predictors; this split has sketches, which were not measured; give --active",
-        );
-    }
-    let shares = split.shares()?;
-    let Some(curve) = shares.as_ref().and_then(Shares::curve) else {
+    let unmeasured = || {
         let dir = split.dir().display();
         let command = format!("`thermocline eval -m {dir} --text FILE --fit-shares`");
-        return refused(&format!(
-            "needs to know what shares of the neurons cost, which {dir} does not say; {command} measures it"
-        ));
+        format!("needs to know what shares of the neurons cost, which {dir} does not say; {command} measures it")
     };
-    let promise = curve.promise(increase);
+    let promise = if split.sketches().is_some() {
+        let Some(curves) = split.graded_curves()? else { return refused(&unmeasured()) };
+        // What is always computed does not depend on what is chosen of the others.
+        let always = always_share(split, &args, wanted, batch)?;
+        args.always = Some(always);
+        curves.promise(always as f32, increase)
+    } else {
+        let shares = split.shares()?;
+        let Some(curve) = shares.as_ref().and_then(Shares::curve) else { return refused(&unmeasured()) };
+        curve.promise(increase)
+    };
     args.active = promise.active;
     Ok((args, Some(promise)))
+}
+
+/// The share of the neurons that is always computed: as given, or on a GPU as many as its plan finds room for.
+fn always_share(split: &Split, args: &Placement, wanted: usize, batch: usize) -> anyhow::Result<f64> {
+    if let Some(share) = args.always {
+        return Ok(share);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(device) = open_device(args, true)? {
+        let plan = gpu_plan(split, args, request(args, wanted, batch), &device)?;
+        return Ok(plan.always_neurons as f64 / split.manifest().config.intermediate_size as f64);
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = (split, wanted, batch);
+    Ok(0.0)
 }
 
 /// Plans and loads, with a progress bar. `wanted` is the context if none is given.
@@ -193,6 +216,9 @@ mod gpu {
 
     /// The plan for a device and a budget.
     pub fn gpu_plan(split: &Split, args: &Placement, base: PlanRequest, device: &Device) -> anyhow::Result<GpuPlan> {
+        // Every batch streams all cold neurons: the larger, the better.
+        let batch = if base.batch > 1 { PROMPT_BATCH.min(base.context) } else { 1 };
+        let base = PlanRequest { n_threads: host_threads(args), batch, ..base };
         let (free, total) = device.memory().map_err(Error::from)?;
         let vram_budget_bytes = match args.vram_budget {
             VramBudget::Bytes(bytes) => bytes,
@@ -216,10 +242,6 @@ mod gpu {
         device: Device,
         quiet: bool,
     ) -> anyhow::Result<Loaded> {
-        let n_threads = host_threads(args);
-        // Every batch streams all cold neurons: the larger, the better.
-        let batch = if base.batch > 1 { PROMPT_BATCH.min(base.context) } else { 1 };
-        let base = PlanRequest { n_threads, batch, ..base };
         let plan = gpu_plan(&split, args, base, &device)?;
         if !quiet {
             eprintln!(

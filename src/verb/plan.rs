@@ -11,6 +11,10 @@ use thermocline_split::Promise;
 #[cfg(feature = "cuda")]
 use thermocline_split::Split;
 
+/// Tokens of context where the flags name none, and of a prompt that are computed at once.
+const CONTEXT: usize = 512;
+const BATCH: usize = 128;
+
 /// What `plan --json` prints.
 #[derive(Serialize)]
 struct Output {
@@ -23,8 +27,8 @@ struct Output {
 
 pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let split = super::load::placed_split(&args.placement)?;
-    let (placement, promise) = super::load::promised(&split, &args.placement)?;
-    let request = super::load::request(&placement, 512, 128);
+    let (placement, promise) = super::load::promised(&split, &args.placement, CONTEXT, BATCH)?;
+    let request = super::load::request(&placement, CONTEXT, BATCH);
     #[cfg(feature = "cuda")]
     if let Some(device) = super::load::open_device(&placement, args.json)? {
         let plan = super::load::gpu_plan(&split, &placement, request, &device)?;

@@ -41,10 +41,6 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
     // Before anything is loaded.
     check_audit(args.audit_every, super::load::request(&args.placement, 0, 1).mode)?;
     let split = super::load::placed_split(&args.placement)?;
-    let (placement, promise) = super::load::promised(&split, &args.placement)?;
-    if let Some(promise) = promise.as_ref().filter(|_| !args.json) {
-        eprintln!("{promise}");
-    }
     let named = || split.dir().display().to_string();
     let tokenizer = Tokenizer::from_json(&split.tokenizer_json()?).with_context(named)?;
     let text = prompt(args)?;
@@ -57,6 +53,10 @@ pub fn run(args: &Run) -> anyhow::Result<()> {
         check_tensors(&split, args.json)?;
     }
     let wanted = (prompt.len() + args.predict).max(64);
+    let (placement, promise) = super::load::promised(&split, &args.placement, wanted, BATCH)?;
+    if let Some(promise) = promise.as_ref().filter(|_| !args.json) {
+        eprintln!("{promise}");
+    }
     let mut loaded = load(split, &placement, wanted, BATCH, args.json)?;
     let engine = loaded.decoder();
     let warnings = warnings(engine)?;

@@ -1,10 +1,10 @@
-//! Forged costs of shares and forged curves: a typed error, never a share that was not measured.
+//! Forged costs of shares and forged curves, of predictors and of sketches: a typed error, never a share that was not measured.
 
 use crate::support::forge;
-use crate::support::{copy, fails, llama, ok, split, text};
+use crate::support::{copy, fails, llama, model, ok, split, text};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-use thermocline_split::{Curve, Error, Format, LayerCost, Shares, Split};
+use thermocline_split::{Curve, Error, Format, GradedCurve, GradedCurves, LayerCost, Shares, Split};
 
 /// A copy of a split with costs, and with a curve of three shares.
 fn with_curve() -> (TempDir, PathBuf) {
@@ -126,4 +126,81 @@ fn versions_that_do_not_fit_are_refused() {
     assert_eq!(Split::open(&dir).unwrap().shares().unwrap().unwrap().curve(), None);
     let said = fails(2, &[&PROMISED[..], &["20%", "-m", text(&dir)]].concat());
     assert!(said.contains("--fit-shares"), "{said}");
+}
+
+/// A copy of a split with sketches, and with curves of two shares that are always computed.
+fn with_graded_curves() -> (TempDir, PathBuf) {
+    let (guard, dir) = copy(&split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]));
+    let curve = |always: f32, high: [f32; 3]| {
+        let low = high.map(|h| h - 0.125).to_vec();
+        GradedCurve { always, curve: Curve::new(vec![0.1, 0.2, 0.5], low, high.to_vec(), 96, 1 << 100).unwrap() }
+    };
+    let curves = GradedCurves::new(vec![curve(0.0, [0.625, 0.375, 0.25]), curve(0.5, [0.5, 0.25, 0.125])]).unwrap();
+    Split::put_graded_curves(&dir, &curves).unwrap();
+    (guard, dir)
+}
+
+#[test]
+fn sound_graded_curves_are_read_and_used() {
+    let (_guard, dir) = with_graded_curves();
+    forge::graded(&dir, |_| ());
+    let split = Split::open(&dir).unwrap();
+    assert_eq!(split.manifest().version, 5);
+    assert_eq!(split.graded_curves().unwrap().unwrap().curves()[1].curve.points().next(), Some((0.1, 0.375, 0.5)));
+    let on_cpu = [&PROMISED[..], &["31.25%", "-m", text(&dir), "--vram-budget", "0"]].concat();
+    assert!(ok(&on_cpu).stderr.contains("--active 0.35"));
+    let said = ok(&[&on_cpu[..], &["--always", "0.6"]].concat()).stderr;
+    assert!(
+        said.contains("--active 0.175")
+            && said.contains("with 50 % or more of the neurons always computed for at most +31.25 %"),
+        "{said}"
+    );
+}
+
+#[test]
+fn forged_graded_curves_are_refused() {
+    let set = |values: &'static [f32]| move |t: &mut forge::Tensor| (t.2, t.3) = ([1, values.len()], bytes(values));
+    let forgeries: &[(&str, &dyn Fn(&mut Vec<forge::Tensor>))] = &[
+        ("not from 0", &|t| set(&[0.1, 0.5])(&mut t[0])),
+        ("falling", &|t| set(&[0.0, -0.5])(&mut t[0])),
+        ("everything always", &|t| set(&[0.0, 1.0])(&mut t[0])),
+        ("a share that is none", &|t| set(&[0.0, f32::NAN])(&mut t[0])),
+        ("more always than curves", &|t| set(&[0.0, 0.4, 0.5])(&mut t[0])),
+        ("nothing always", &|t| set(&[])(&mut t[0])),
+        ("active shares that fall", &|t| set(&[0.5, 0.2, 0.1])(&mut t[1])),
+        ("fewer active shares", &|t| set(&[0.1, 0.2])(&mut t[1])),
+        ("no active shares", &|t| set(&[])(&mut t[1])),
+        ("an increase that is none", &|t| t[2].3[..4].copy_from_slice(&f32::NAN.to_le_bytes())),
+        ("an increase above its interval", &|t| t[2].3[..4].copy_from_slice(&9f32.to_le_bytes())),
+        ("another shape", &|t| t[2].2 = [3, 2]),
+        ("one row", &|t| t[3].2 = [1, 6]),
+        ("zero tokens", &|t| t[4].3[..8].fill(0)),
+        ("a digest cut", &|t| (t[4].2, t[4].3) = ([1, 23], t[4].3[..23].to_vec())),
+        ("a tensor less", &|t| drop(t.remove(3))),
+        ("a tensor more", &|t| t.push(("graded.later".to_owned(), Format::U8, [1, 1], vec![0]))),
+        ("another name", &|t| t[1].0 = "graded.share".to_owned()),
+    ];
+    for (what, change) in forgeries {
+        let (_guard, dir) = with_graded_curves();
+        forge::graded(&dir, change);
+        let error = Split::open(&dir).and_then(|split| split.graded_curves()).err();
+        assert!(matches!(error, Some(Error::Corrupt { .. })), "{what}: {error:?}");
+        let said = fails(4, &[&PROMISED[..], &["20%", "-m", text(&dir), "--vram-budget", "0"]].concat());
+        assert!(said.contains(text(&dir)), "{what}: {said}");
+        let said = fails(4, &["verify", text(&dir), "-m", text(&model(&llama()))]);
+        assert!(said.contains(text(&dir)), "{what}: {said}");
+    }
+    for version in [1, 3, 4, 6] {
+        let (_guard, dir) = with_graded_curves();
+        forge::manifest(&dir, |m| m.version = version);
+        let result = Split::open(&dir);
+        assert!(matches!(result, Err(Error::Corrupt { .. } | Error::UnsupportedVersion { .. })), "version {version}");
+    }
+    let (_guard, dir) = with_graded_curves();
+    forge::manifest(&dir, |m| m.sketches = None);
+    assert!(matches!(Split::open(&dir), Err(Error::Corrupt { field, .. }) if field == "graded"));
+    // Of no use without sketches, and so never put there.
+    let curves = Split::open(&with_graded_curves().1).unwrap().graded_curves().unwrap().unwrap();
+    let (_guard, plain) = copy(&split(&llama(), "q4", &["--chunk-neurons", "8"]));
+    assert!(Split::put_graded_curves(&plain, &curves).is_err());
 }

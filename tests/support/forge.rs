@@ -190,23 +190,42 @@ fn listed_tensor(
 pub fn curve(dir: &Path, change: impl FnOnce(&mut Vec<(String, Format, usize, Vec<u8>)>)) {
     manifest(dir, |m| {
         let entry = m.shares.as_mut().unwrap();
-        let path = dir.join(&entry.file);
-        let mut file = fs::read(&path).unwrap();
         let first = entry.tensors.iter().position(|t| t.name.starts_with("curve.")).unwrap();
-        let old = entry.tensors.split_off(first);
-        let contents = |t: &TensorEntry| file[t.offset as usize..(t.offset + t.bytes) as usize].to_vec();
-        let mut tensors = old.iter().map(|t| (t.name.clone(), t.format, t.columns, contents(t))).collect();
-        change(&mut tensors);
-        file.truncate(old[0].offset as usize);
-        for (name, format, columns, bytes) in tensors {
-            let (offset, checksum) = (file.len() as u64, format!("{:016x}", xxh3_64(&bytes)));
-            file.extend(&bytes);
-            let bytes = bytes.len() as u64;
-            entry.tensors.push(TensorEntry { name, format, rows: 1, columns, offset, bytes, checksum });
-        }
-        entry.file_bytes = file.len() as u64;
-        fs::write(path, file).unwrap();
+        rewrite(dir, entry, first, |tensors| {
+            let mut of_curve =
+                tensors.drain(..).map(|(name, format, [_, columns], bytes)| (name, format, columns, bytes)).collect();
+            change(&mut of_curve);
+            tensors
+                .extend(of_curve.into_iter().map(|(name, format, columns, bytes)| (name, format, [1, columns], bytes)));
+        });
     });
+}
+
+/// Name, format, rows and columns, and contents of a tensor.
+pub type Tensor = (String, Format, [usize; 2], Vec<u8>);
+
+/// The tensors of a split's curves in graded precision, their checksums and the manifest's made good.
+pub fn graded(dir: &Path, change: impl FnOnce(&mut Vec<Tensor>)) {
+    manifest(dir, |m| rewrite(dir, m.graded.as_mut().unwrap(), 0, change));
+}
+
+/// The tensors of a file from the one of that number on.
+fn rewrite(dir: &Path, entry: &mut TensorFileEntry, first: usize, change: impl FnOnce(&mut Vec<Tensor>)) {
+    let path = dir.join(&entry.file);
+    let mut file = fs::read(&path).unwrap();
+    let old = entry.tensors.split_off(first);
+    let contents = |t: &TensorEntry| file[t.offset as usize..(t.offset + t.bytes) as usize].to_vec();
+    let mut tensors = old.iter().map(|t| (t.name.clone(), t.format, [t.rows, t.columns], contents(t))).collect();
+    change(&mut tensors);
+    file.truncate(old[0].offset as usize);
+    for (name, format, [rows, columns], bytes) in tensors {
+        let (offset, checksum) = (file.len() as u64, format!("{:016x}", xxh3_64(&bytes)));
+        file.extend(&bytes);
+        let bytes = bytes.len() as u64;
+        entry.tensors.push(TensorEntry { name, format, rows, columns, offset, bytes, checksum });
+    }
+    entry.file_bytes = file.len() as u64;
+    fs::write(path, file).unwrap();
 }
 
 /// A small file of a split, with its checksum.

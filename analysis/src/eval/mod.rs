@@ -8,7 +8,7 @@
 //! | the same figure through the token engine, one token at a time | [`evaluate_decode`] |
 //! | what planes of the weights buy | [`evaluate_planes`] |
 //! | what each layer's share of the neurons costs | [`fit_shares`] |
-//! | what they cost together | [`measure_curve`] |
+//! | what they cost together | [`measure_curve`], [`measure_graded_curves`] |
 //! | what each input of a matrix costs | [`fit_input_costs`] |
 //! | what each row of a neuron is worth | [`fit_row_prices`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
@@ -36,7 +36,7 @@ pub mod tasks;
 mod windows;
 
 pub use batch::evaluate;
-pub use curve::{fit_windows, measure_curve};
+pub use curve::{fit_windows, measure_curve, measure_graded_curves};
 pub use decode::evaluate_decode;
 pub use input_costs::{InputCosts, fit_input_costs};
 pub use mask::{Mask, active_count};

@@ -210,6 +210,7 @@ fn build(
         predictors,
         statistics,
         shares: None,
+        graded: None,
         sketches,
         files,
         checksum: String::new(),

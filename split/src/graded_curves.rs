@@ -1,0 +1,181 @@
+//! What sparse mode costs in graded precision, by the share of the neurons that are always computed and by the share of the others
+//! that is chosen; and the least share that keeps a promise.
+
+use crate::curve::{Curve, Promise, bytes_of, measured_of};
+use crate::error::{Result, corrupt};
+use crate::tensor_file::{Format, TensorFile, TensorFileEntry, Writer};
+use crate::{Error, Manifest, Split};
+use serde::Serialize;
+use std::path::Path;
+
+/// Two names, so that a new file can grow beside the one in use.
+pub(crate) const FILES: [&str; 2] = ["graded.safetensors", "graded.1.safetensors"];
+
+const ALWAYS: &str = "graded.always";
+const ACTIVE: &str = "graded.active";
+const INCREASE: &str = "graded.ppl_increase";
+const INCREASE_HIGH: &str = "graded.ppl_increase_high";
+const MEASURED: &str = "graded.measured";
+
+/// A curve for each of several shares of the neurons that are always computed; the active shares of each are of the others.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GradedCurves {
+    curves: Vec<GradedCurve>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GradedCurve {
+    /// Share of each layer's neurons, the first in the split's order, that are always computed: 0 to below 1.
+    pub always: f32,
+    /// What the share of the others costs that is computed of them.
+    #[serde(flatten)]
+    pub curve: Curve,
+}
+
+impl GradedCurves {
+    /// Of `curves`, measured at the same active shares, on the same text; the first with nothing that is always computed.
+    ///
+    /// # Errors
+    /// [`Error::Settings`] if their shares do not rise from 0 to below 1, or they differ in what they were measured at.
+    pub fn new(curves: Vec<GradedCurve>) -> Result<Self> {
+        let refused = |what: &str| Err(Error::Settings { what: what.to_owned() });
+        let inside = curves.first().is_some_and(|c| c.always == 0.0) && curves.last().is_some_and(|c| c.always < 1.0);
+        if !(inside && curves.windows(2).all(|w| w[0].always < w[1].always)) {
+            return refused("graded.always must rise, from 0 to below 1");
+        }
+        if !curves.windows(2).all(|w| w[0].curve.is_measured_as(&w[1].curve)) {
+            return refused("graded curves must have the same active shares, tokens and text");
+        }
+        Ok(Self { curves })
+    }
+
+    /// By rising share of the neurons that are always computed.
+    pub fn curves(&self) -> &[GradedCurve] {
+        &self.curves
+    }
+
+    /// The least share of the neurons that are not always computed at which the perplexity rises by no more than
+    /// `max_ppl_increase` (at least 0), if `always` (0 to 1) of the neurons are: by the curve of the largest measured share that is
+    /// not above it, since more neurons that are computed cost nothing. See [`Curve::promise`].
+    pub fn promise(&self, always: f32, max_ppl_increase: f64) -> Promise {
+        let below = self.curves.iter().rev().find(|c| c.always <= always).unwrap_or(&self.curves[0]);
+        Promise { always: Some(below.always), ..below.curve.promise(max_ppl_increase) }
+    }
+
+    fn tensors(&self) -> Vec<(String, Format, usize, usize, Vec<u8>)> {
+        let first = &self.curves[0].curve;
+        let (k, n) = (self.curves.len(), first.points().count());
+        let always: Vec<f32> = self.curves.iter().map(|c| c.always).collect();
+        let active: Vec<f32> = first.points().map(|(share, ..)| share).collect();
+        let of_each = |of: fn((f32, f32, f32)) -> f32| -> Vec<f32> {
+            self.curves.iter().flat_map(|c| c.curve.points().map(of)).collect()
+        };
+        let floats = |name: &str, rows: usize, columns: usize, values: &[f32]| {
+            (name.to_owned(), Format::F32, rows, columns, bytes_of(values))
+        };
+        let measured = first.measured();
+        vec![
+            floats(ALWAYS, 1, k, &always),
+            floats(ACTIVE, 1, n, &active),
+            floats(INCREASE, k, n, &of_each(|point| point.1)),
+            floats(INCREASE_HIGH, k, n, &of_each(|point| point.2)),
+            (MEASURED.to_owned(), Format::U8, 1, measured.len(), measured),
+        ]
+    }
+
+    fn write(&self, dir: &Path, name: &str) -> Result<TensorFileEntry> {
+        let tensors = self.tensors();
+        let shapes = tensors.iter().map(|(name, format, rows, columns, _)| (name.clone(), *format, *rows, *columns));
+        let mut writer = Writer::create(dir, name, shapes.collect())?;
+        tensors.iter().try_for_each(|(name, .., bytes)| writer.write(name, bytes))?;
+        writer.finish()
+    }
+
+    pub(crate) fn read(file: &TensorFile) -> Result<Self> {
+        let refuse = |reason: String| corrupt(file.path(), "graded", reason);
+        let [always, active, low, high] = [ALWAYS, ACTIVE, INCREASE, INCREASE_HIGH].map(|name| file.read_f32(name));
+        let (always, active, low, high) = (always?, active?, low?, high?);
+        let (tokens, digest) = measured_of(file, MEASURED)?;
+        // All that belong here were found: of others, or of one twice, nobody knows what they mean.
+        if file.tensors().len() != 5 {
+            return Err(refuse(format!("{} tensors where 5 are known", file.tensors().len())));
+        }
+        let (k, n) = (always.len(), active.len());
+        for name in [INCREASE, INCREASE_HIGH] {
+            let entry = file.entry(name)?;
+            if n == 0 || (entry.rows, entry.columns) != (k, n) {
+                return Err(refuse(format!("{name} is [{}, {}], for [{k}, {n}] shares", entry.rows, entry.columns)));
+            }
+        }
+        let rows = always.into_iter().zip(low.chunks_exact(n).zip(high.chunks_exact(n)));
+        let curve = |(always, (low, high)): (f32, (&[f32], &[f32]))| {
+            let curve = Curve::new(active.clone(), low.to_vec(), high.to_vec(), tokens, digest)?;
+            Ok(GradedCurve { always, curve })
+        };
+        let curves: Result<Vec<GradedCurve>> = rows.map(curve).collect();
+        curves.and_then(Self::new).map_err(|e| refuse(e.to_string()))
+    }
+}
+
+impl Split {
+    /// Puts `curves` into the split in `dir`, in place of those that it has, as [`Split::put_shares`] does.
+    ///
+    /// # Errors
+    /// If the split cannot be opened or written, or has no sketches.
+    pub fn put_graded_curves(dir: &Path, curves: &GradedCurves) -> Result<()> {
+        let mut manifest = Manifest::read(dir)?;
+        if manifest.sketches.is_none() {
+            return Err(Error::Settings { what: format!("{}: a split without sketches", dir.display()) });
+        }
+        let old = manifest.graded.take();
+        manifest.graded = Some(curves.write(dir, crate::shares::other_name(FILES, old.as_ref()))?);
+        manifest.replace_file(dir, old)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn curve(always: f32, high: [f32; 2]) -> GradedCurve {
+        let low = high.map(|h| h - 0.01).to_vec();
+        GradedCurve { always, curve: Curve::new(vec![0.1, 0.5], low, high.to_vec(), 100, 7).unwrap() }
+    }
+
+    #[test]
+    fn a_promise_goes_by_the_share_below() {
+        let curves = GradedCurves::new(vec![curve(0.0, [0.5, 0.1]), curve(0.4, [0.2, 0.05])]).unwrap();
+        for (always, measured, active) in [(0.0, 0.0, 0.4), (0.39, 0.0, 0.4), (0.4, 0.4, 0.1), (1.0, 0.4, 0.1)] {
+            let promise = curves.promise(always, 0.200001);
+            assert_eq!(promise.always, Some(measured));
+            assert!((promise.active - active).abs() < 1e-4, "{always}: {promise:?}");
+        }
+        let said = curves.promise(0.45, 0.25).to_string();
+        assert!(
+            said.contains("--active 0.1 with 40 % or more of the neurons always computed for at most +25 %"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn curves_that_do_not_belong_together_are_refused() {
+        let other = |tokens, active: Vec<f32>| GradedCurve {
+            always: 0.5,
+            curve: Curve::new(active, vec![0.1, 0.1], vec![0.1, 0.1], tokens, 7).unwrap(),
+        };
+        let first = || curve(0.0, [0.5, 0.1]);
+        assert!(GradedCurves::new(vec![first(), other(100, vec![0.1, 0.5])]).is_ok());
+        for refused in [
+            vec![],
+            vec![curve(0.1, [0.5, 0.1])],
+            vec![first(), first()],
+            vec![first(), curve(1.0, [0.5, 0.1])],
+            vec![first(), curve(f32::NAN, [0.5, 0.1])],
+            vec![first(), other(99, vec![0.1, 0.5])],
+            vec![first(), other(100, vec![0.2, 0.5])],
+        ] {
+            assert!(GradedCurves::new(refused.clone()).is_err(), "{refused:?}");
+        }
+    }
+}
