@@ -445,8 +445,8 @@ fn masks(names: &[MaskName], active: &[f64]) -> Vec<Mask> {
         MaskName::Copies2 => each(|share| Mask::Guessed(Guesser::Copies(CopyBits::Two), share)),
         MaskName::Copies3 => each(|share| Mask::Guessed(Guesser::Copies(CopyBits::Three), share)),
         MaskName::Previous => each(|share| Mask::Guessed(Guesser::Previous, share)),
-        MaskName::Ahead1 => each(|share| Mask::Guessed(Guesser::Ahead(1), share)),
-        MaskName::Ahead2 => each(|share| Mask::Guessed(Guesser::Ahead(2), share)),
+        MaskName::Ahead1 => each(|share| Mask::Guessed(Guesser::AheadByOne, share)),
+        MaskName::Ahead2 => each(|share| Mask::Guessed(Guesser::AheadByTwo, share)),
         MaskName::Trained => each(|share| Mask::Guessed(Guesser::Trained, share)),
         MaskName::LowRankPrevious => each(|share| Mask::Guessed(Guesser::LowRankAndPrevious, share)),
     };
@@ -523,7 +523,7 @@ pub fn table(results: &[Evaluation]) {
     for r in results {
         let Some((bytes, multiply_adds)) = r.predictor_bytes_share.zip(r.predictor_multiply_adds) else { continue };
         println!(
-            "{} {:.2}: asking reads {:.1} % of the layers' bytes, {:.2} million multiply-adds a token",
+            "asking {} at {:.2} takes {:.1} % of the layers' bytes and {:.2} million multiply-adds a token",
             r.mask,
             r.active.unwrap_or(1.0),
             100.0 * bytes,

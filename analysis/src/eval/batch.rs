@@ -28,7 +28,7 @@ struct Stream {
     row_threshold: f32,
     /// Gate, up and down rows that were read.
     rows_read: [u64; 3],
-    /// For [`Mask::Guessed`].
+    /// What a guess keeps from layer to layer, and what asking it or a predictor took.
     guessed: Guessed,
 }
 

@@ -66,7 +66,8 @@ fn load(
             Rc::new(Copies::rounded(layer, down_norm, feedback, bits)?)
         }
         Guesser::Previous => Rc::new(Previous::load(of_split()?, index)?),
-        Guesser::Ahead(layers) => Rc::new(Ahead::load(of_split()?, index, layers)?),
+        Guesser::AheadByOne => Rc::new(Ahead::load(of_split()?, index, 0)?),
+        Guesser::AheadByTwo => Rc::new(Ahead::load(of_split()?, index, 1)?),
         Guesser::Trained => {
             let network = fit.and_then(|fit| of_share(&fit.trained, share)).ok_or_else(unfitted)?;
             Rc::new(Trained::new(network)?)

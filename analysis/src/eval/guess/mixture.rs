@@ -47,3 +47,43 @@ pub(super) fn fit_factor(scores: &[f32], given: &[f32], (intermediate_size, ctx)
     let best = FACTORS.map(|factor| (factor, kept(factor)));
     best.into_iter().fold((0.0, f64::NEG_INFINITY), |best, tried| if tried.1 > best.1 { tried } else { best }).0
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::eval::guess::tests::{assert_near, layers, noise, stored};
+
+    #[test]
+    fn a_part_of_the_position_before_is_added() {
+        let layer = layers(1).remove(0);
+        let (hidden, ffn) = (layer.hidden_size(), layer.intermediate_size());
+        let (input, given) = (noise(3 * hidden, 4), noise(3 * ffn, 5));
+        let guess = LowRankAndPrevious { predictor: stored(&layer, 8), factor: 0.7 };
+        let mut wanted = Vec::new();
+        for (t, x) in input.chunks_exact(hidden).enumerate() {
+            let alone = guess.predictor.low_rank.score(x, layer.activation(), &guess.predictor.down_norm);
+            let of_previous = |i: usize| if t == 0 { 0.0 } else { given[(t - 1) * ffn + i] };
+            wanted.extend(alone.iter().enumerate().map(|(i, score)| score + 0.7 * of_previous(i)));
+        }
+        let got = guess.scores(&Seen { layer: &layer, input: &input, earlier: &[], given: &given }).unwrap();
+        assert_near(&got, &wanted);
+    }
+
+    /// Where the scores are right nothing is added, and where they say nothing all that may be.
+    #[test]
+    fn the_factor_is_what_the_text_asks_for() {
+        let (n, ffn, ctx) = (64, 40, 16);
+        let fit = |scores: &[f32], given: &[f32]| fit_factor(scores, given, (ffn, ctx), 0.25);
+        let given: Vec<f32> = noise(n * ffn, 1).iter().map(|v| v.abs()).collect();
+        assert_eq!(fit(&given, &given), 0.0);
+        // Every position gives what the one before gave, and scores are half of that and half noise.
+        let same: Vec<f32> = (0..n).flat_map(|_| given[..ffn].to_vec()).collect();
+        let rough: Vec<f32> = same.iter().zip(noise(n * ffn, 2)).map(|(v, e)| 0.5 * (v + e.abs())).collect();
+        assert!(fit(&rough, &same) >= 0.5);
+        // The window before is another text.
+        let first_of_windows: Vec<f32> =
+            (0..n * ffn).map(|i| if i / ffn % ctx == 0 { given[i] } else { 0.0 }).collect();
+        assert_eq!(fit(&first_of_windows, &first_of_windows), 0.0);
+    }
+}

@@ -39,8 +39,10 @@ pub enum Guesser {
     Copies(CopyBits),
     /// What the neurons gave at the position before. A run does not know that of neurons that it left out, so it is a bound.
     Previous,
-    /// The split's predictor, fed with what this many layers before read.
-    Ahead(usize),
+    /// The split's predictor, fed with what the layer before read.
+    AheadByOne,
+    /// The same with what two layers before read.
+    AheadByTwo,
     /// A network of two layers, trained to name the top share.
     Trained,
     /// The split's predictor, and a part of what the neurons gave at the position before: a bound, as [`Guesser::Previous`].
@@ -56,8 +58,8 @@ impl Guesser {
             Guesser::Copies(CopyBits::Two) => "copies-2",
             Guesser::Copies(CopyBits::Three) => "copies-3",
             Guesser::Previous => "previous",
-            Guesser::Ahead(1) => "ahead-1",
-            Guesser::Ahead(_) => "ahead-2",
+            Guesser::AheadByOne => "ahead-1",
+            Guesser::AheadByTwo => "ahead-2",
             Guesser::Trained => "trained",
             Guesser::LowRankAndPrevious => "low-rank+previous",
         }
@@ -80,7 +82,11 @@ impl Guesser {
 
     /// How many layers before it looks at.
     fn looks_back(self) -> usize {
-        if let Guesser::Ahead(layers) = self { layers } else { 0 }
+        match self {
+            Guesser::AheadByOne => 1,
+            Guesser::AheadByTwo => 2,
+            _ => 0,
+        }
     }
 }
 
@@ -139,5 +145,58 @@ impl StoredLowRank {
 
     fn scores(&self, layer: &DenseLayer, input: &[f32]) -> Result<Vec<f32>> {
         Ok(self.low_rank.scores(input, layer.activation(), &self.down_norm)?)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
+    use thermocline_datasets::{Random, open_checkpoint};
+
+    /// The layers of a model of random weights.
+    pub(super) fn layers(n: usize) -> Vec<DenseLayer> {
+        let dir = tempfile::tempdir().unwrap();
+        let model = TinyModel { n_layers: n, ..TinyModel::default() };
+        write_tiny_safetensors(&dir.path().join("model"), &model, 5).unwrap();
+        let checkpoint = open_checkpoint(&dir.path().join("model")).unwrap();
+        (0..n).map(|index| DenseLayer::load(checkpoint.as_ref(), index).unwrap()).collect()
+    }
+
+    pub(super) fn noise(n: usize, seed: u64) -> Vec<f32> {
+        let mut random = Random::new(seed);
+        (0..n).map(|_| random.normal()).collect()
+    }
+
+    pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+        a.iter().zip(b).map(|(a, b)| a * b).sum()
+    }
+
+    /// Equal but for what the order of sums does.
+    pub(super) fn assert_near(got: &[f32], want: &[f32]) {
+        assert_eq!(got.len(), want.len());
+        let largest = want.iter().fold(0.0f32, |max, v| max.max(v.abs()));
+        assert!(largest > 0.0);
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            assert!((got - want).abs() <= 1e-4 * largest, "{i}: {got}, wanted {want}");
+        }
+    }
+
+    /// A predictor of random numbers for this layer.
+    pub(super) fn stored(layer: &DenseLayer, rank: usize) -> StoredLowRank {
+        let (hidden, ffn) = (layer.hidden_size(), layer.intermediate_size());
+        let low_rank = LowRank {
+            rank,
+            hidden_size: hidden,
+            intermediate_size: ffn,
+            b: noise(rank * hidden, 1),
+            a_gate: noise(ffn * rank, 2),
+            a_up: noise(ffn * rank, 3),
+            gate_residual: vec![0.5; ffn],
+            up_residual: vec![0.25; ffn],
+        };
+        let cost = Cost { bytes: 1000.0, multiply_adds: low_rank.multiply_adds() as f64 };
+        StoredLowRank { low_rank, down_norm: layer.down_norms().unwrap(), cost }
     }
 }

@@ -32,3 +32,15 @@ impl Guess for Previous {
 pub(super) fn before(given: &[f32], first: &[f32]) -> Vec<f32> {
     [first, &given[..given.len() - first.len()]].concat()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_has_what_the_one_before_gave() {
+        let given = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        assert_eq!(before(&given, &[0.5, 0.25]), [0.5, 0.25, 1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(before(&given[..2], &[0.5, 0.25]), [0.5, 0.25]);
+    }
+}

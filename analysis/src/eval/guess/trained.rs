@@ -48,3 +48,43 @@ impl Guess for Trained {
         Cost { bytes: self.bytes as f64, multiply_adds: multiply_adds as f64 }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::eval::guess::tests::{assert_near, dot, layers, noise};
+
+    #[test]
+    fn scores_are_the_odds_of_the_rounded_network() {
+        let layer = layers(1).remove(0);
+        let (hidden, ffn, rank) = (layer.hidden_size(), layer.intermediate_size(), 32);
+        let network = TwoLayer {
+            rank,
+            hidden_size: hidden,
+            intermediate_size: ffn,
+            first: noise(rank * hidden, 1).iter().map(|v| 0.1 * v).collect(),
+            first_bias: noise(rank, 2),
+            second: noise(ffn * rank, 3).iter().map(|v| 0.1 * v).collect(),
+            second_bias: noise(ffn, 4),
+        };
+        let trained = Trained::new(&network).unwrap();
+        for (whole, stored) in [(&network.first, &trained.network.first), (&network.second, &trained.network.second)] {
+            assert!(whole != stored && whole.iter().zip(stored).all(|(a, b)| (a - b).abs() < 2e-3));
+        }
+        let input = noise(5 * hidden, 5);
+        let stored = &trained.network;
+        let wanted = input.chunks_exact(hidden).flat_map(|x| {
+            let rows = stored.first.chunks_exact(hidden).zip(&stored.first_bias);
+            let inner: Vec<f32> = rows.map(|(row, bias)| (dot(row, x) + bias).max(0.0)).collect();
+            let rows = stored.second.chunks_exact(rank).zip(&stored.second_bias);
+            rows.map(|(row, bias)| (dot(row, &inner) + bias).exp()).collect::<Vec<_>>()
+        });
+        let got = trained.scores(&Seen { layer: &layer, input: &input, earlier: &[], given: &[] }).unwrap();
+        assert_near(&got, &wanted.collect::<Vec<_>>());
+        // 8 bits and a 16-bit scale for each 32 weights, rows on multiples of 16 bytes; biases of 4 bytes.
+        let weights = rank * (hidden + ffn);
+        let bytes = rank * 80 + ffn * 48 + 4 * (rank + ffn);
+        assert_eq!(trained.cost(), Cost { bytes: bytes as f64, multiply_adds: weights as f64 });
+    }
+}
