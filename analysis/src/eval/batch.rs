@@ -83,7 +83,8 @@ pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
 /// order, as they are if `model` is the [`thermocline_split::SplitCheckpoint`] of the same split. `fitted`, on another text,
 /// is for [`Mask::Inputs`], [`Mask::GradedRows`] and [`Mask::Guessed`].
 /// Memory: one layer as f32, one window's activations, and `4 * n_tokens * hidden_size` bytes for each mask and the dense
-/// reference. `progress(done, total)` counts layers times streams.
+/// reference; as much again for each layer that a guess looks back, and for each copy of gate and up rows their size as f32.
+/// `progress(done, total)` counts layers times streams.
 ///
 /// # Errors
 /// If a mask needs a split and there is none, a share is not in (0, 1], a tensor cannot be read, or the outputs are not
