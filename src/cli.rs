@@ -582,6 +582,31 @@ pub enum MaskName {
     /// The inputs of all matrices that lower the divergence most for their bytes, the others replaced by their means; needs
     /// --fit-text
     Inputs,
+    /// A guess, which as those below chooses the share in every layer alike, and nothing for the other neurons: signs of gate and up
+    /// rows times each row's mean magnitude
+    Signs,
+    /// A guess: gate and up rows in one bit a weight, rounded in the metric of the inputs; needs --fit-text
+    #[value(name = "copies-1")]
+    Copies1,
+    /// The same in two bits; needs --fit-text
+    #[value(name = "copies-2")]
+    Copies2,
+    /// The same in three bits; needs --fit-text
+    #[value(name = "copies-3")]
+    Copies3,
+    /// A guess: the true top share of the position before (needs its h, so it is a bound)
+    Previous,
+    /// A guess: the split's predictor, fed with what the layer before read
+    #[value(name = "ahead-1")]
+    Ahead1,
+    /// The same two layers before
+    #[value(name = "ahead-2")]
+    Ahead2,
+    /// A guess: a network of two layers, of the rank of the split's predictor, trained to name the top share; needs --fit-text
+    Trained,
+    /// A guess: the predictor's score and a part of what the neuron gave at the position before (a bound); needs --fit-text
+    #[value(name = "low-rank+previous")]
+    LowRankPrevious,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -662,7 +687,8 @@ pub struct Eval {
     pub always: Vec<f64>,
     /// Text on which --mask inputs measures what inputs cost (its first 1024 tokens; takes the time of about 2 dense passes over
     /// them for each layer), and --mask graded-rows what rows are worth (the same tokens; one dense pass; better not the
-    /// text of the split's calibration, on which its sketch errs least)
+    /// text of the split's calibration, on which its sketch errs least). Guesses are fitted to up to 16384 tokens, in one dense pass;
+    /// training takes some minutes for each share of --active
     #[arg(long, value_name = "FILE")]
     pub fit_text: Option<PathBuf>,
     /// Planes of the weights, where the split has several: base, plus, exact, plus@SHARE or exact@SHARE, as for run

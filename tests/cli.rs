@@ -395,6 +395,36 @@ fn inputs_are_priced_on_a_text() {
     assert!(message.contains("needs 1024"), "{message}");
 }
 
+/// What a guess costs is told with what it keeps; what it needs is asked for.
+#[test]
+fn guesses_are_compared_by_one_command() {
+    let (dir, corpus) = (tiny_split(), text(support::corpus()));
+    let given = |mask: &'static str| {
+        vec!["eval", "-m", text(&dir), "--text", corpus, "--ctx", "64", "--windows", "1", "--mask", mask]
+    };
+    let fit = ["--fit-text", corpus];
+    let all = "dense,signs,copies-1,copies-2,copies-3,previous,ahead-1,ahead-2,trained,low-rank+previous";
+    let results = json(&[&given(all)[..], &fit, &["--active", "0.4", "--json"]].concat())["results"].clone();
+    let names: Vec<&str> = results.as_array().unwrap().iter().map(|r| r["mask"].as_str().unwrap()).collect();
+    assert_eq!(names.join(","), all);
+    let asked = |i: usize| results[i]["predictor_bytes_share"].as_f64().unwrap();
+    assert!(asked(2) < asked(3) && asked(3) < asked(4) && asked(5) == 0.0 && asked(8) > 0.0, "{results}");
+    let table = ok(&given("signs,previous")).stdout;
+    assert!(table.contains("asking signs at 0.30 takes") && table.contains("million multiply-adds a token"), "{table}");
+
+    for mask in ["copies-1", "copies-2", "copies-3", "trained", "low-rank+previous"] {
+        let message = fails(2, &given(mask));
+        assert!(message.contains(mask) && message.contains("give --fit-text"), "{message}");
+    }
+    let message = fails(2, &[&given("signs")[..], &fit].concat());
+    assert!(message.contains("--fit-text is for") && message.contains("there is none"), "{message}");
+    let made = model(&llama());
+    for mask in ["previous", "ahead-1", "ahead-2"] {
+        let message = fails(2, &["eval", "-m", text(&made), "--text", corpus, "--mask", mask]);
+        assert!(message.contains(mask) && message.contains("needs a split"), "{message}");
+    }
+}
+
 #[test]
 fn a_reader_that_leaves_early_ends_the_program_quietly() {
     let dir = tiny_split();

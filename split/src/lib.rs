@@ -8,7 +8,7 @@
 //! | which planes of them are used | [`Planes`], [`Precision`] |
 //! | everything else on disk | [`TensorFile`] |
 //! | what each layer's share of the neurons costs | [`Shares`] |
-//! | low-bit copies of the neurons | [`Sketch`] |
+//! | low-bit copies of the neurons | [`Sketch`]; of gate and up rows alone, to guess by, [`RowCopy`] |
 //! | orders and chunk lengths, measured | [`mod@order`] |
 //! | make one of a planted model, without either | [`split_planted()`], [`planted_bytes`] |
 //! | a split seen as the dense model that it encodes | [`SplitCheckpoint`] |
@@ -64,6 +64,6 @@ pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use precision::{Planes, Precision};
 pub use resident::StoredMatrix;
 pub use shares::{LayerCost, Shares};
-pub use sketch::{SKETCH_BITS, Sketch, sketch_bytes_per_neuron};
+pub use sketch::{CopyBits, Feedback, RowCopy, SKETCH_BITS, Sketch, sketch_bytes_per_neuron};
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

@@ -247,21 +247,11 @@ impl Split {
     /// If there is no such layer.
     pub fn predictor(&self, layer: usize) -> Result<(LowRank, Vec<f32>)> {
         let StoredPredictor { input, factors, neurons, .. } = self.stored_predictor(layer)?;
-        let file = &self.predictors;
         let (rank, hidden, ffn) =
             (input.rows, self.manifest.config.hidden_size, self.manifest.config.intermediate_size);
-        let decode = |entry: &TensorEntry| -> Result<Vec<f32>> {
-            let encoding = entry.format.encoding().ok_or_else(|| corrupt(file.path(), &entry.name, "not encoded"))?;
-            let bytes = file.read(&entry.name)?;
-            let mut out = vec![0.0; entry.rows * entry.columns];
-            for (row, out) in bytes.chunks_exact(entry.row_bytes()).zip(out.chunks_exact_mut(entry.columns)) {
-                unpack(encoding, RowRef::from_matrix_row(encoding, entry.columns, row), out);
-            }
-            Ok(out)
-        };
         let place = self.layers[layer].places();
         let column = |which: usize| -> Vec<f32> { place.iter().map(|&p| neurons[which * ffn + p as usize]).collect() };
-        let factors = decode(factors)?;
+        let factors = self.decoded(factors)?;
         let rows = |which: usize| -> Vec<f32> {
             place.iter().flat_map(|&p| &factors[(2 * p as usize + which) * rank..][..rank]).copied().collect()
         };
@@ -269,13 +259,35 @@ impl Split {
             rank,
             hidden_size: hidden,
             intermediate_size: ffn,
-            b: decode(input)?,
+            b: self.decoded(input)?,
             a_gate: rows(0),
             a_up: rows(1),
             gate_residual: column(0),
             up_residual: column(1),
         };
         Ok((fitted, column(2)))
+    }
+
+    /// The predictor of one layer for the input of the layer before, which only planted splits have: as [`Split::predictor`] with
+    /// another `b`.
+    ///
+    /// # Errors
+    /// As [`Split::predictor`].
+    pub fn predictor_ahead(&self, layer: usize) -> Result<Option<LowRank>> {
+        let Some(ahead) = self.stored_predictor(layer)?.ahead else { return Ok(None) };
+        Ok(Some(LowRank { b: self.decoded(ahead)?, ..self.predictor(layer)?.0 }))
+    }
+
+    /// A matrix of the predictors as f32, `[rows, columns]`.
+    fn decoded(&self, entry: &TensorEntry) -> Result<Vec<f32>> {
+        let file = &self.predictors;
+        let encoding = entry.format.encoding().ok_or_else(|| corrupt(file.path(), &entry.name, "not encoded"))?;
+        let bytes = file.read(&entry.name)?;
+        let mut out = vec![0.0; entry.rows * entry.columns];
+        for (row, out) in bytes.chunks_exact(entry.row_bytes()).zip(out.chunks_exact_mut(entry.columns)) {
+            unpack(encoding, RowRef::from_matrix_row(encoding, entry.columns, row), out);
+        }
+        Ok(out)
     }
 
     /// Bytes of all weights (bundles and resident tensors): what a dense run with this split holds or reads.

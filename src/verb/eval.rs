@@ -9,12 +9,12 @@ use std::path::Path;
 use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{
-    Evaluation, Fitted, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_input_costs, fit_row_prices,
-    fit_shares, fit_windows, measure_curve, measure_graded_curves,
+    Evaluation, Fitted, Guesser, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_guesses,
+    fit_input_costs, fit_row_prices, fit_shares, fit_windows, measure_curve, measure_graded_curves,
 };
 use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
-use thermocline_split::{Curve, GradedCurves, Planes, Precision, Split, SplitCheckpoint};
+use thermocline_split::{CopyBits, Curve, GradedCurves, Planes, Precision, Split, SplitCheckpoint};
 
 /// Where masks were applied, for people who compare figures.
 pub const POSITIONS: &str = "every position, as if each had been decoded; a run computes its prompt densely";
@@ -122,10 +122,12 @@ impl Model {
 pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let begin = Instant::now();
     super::run::limit_threads(args.threads)?;
-    if args.fit_text.is_some() && !args.mask.iter().any(|m| matches!(m, MaskName::Inputs | MaskName::GradedRows)) {
-        return Err(Usage("--fit-text is for --mask inputs and graded-rows, and there is none".to_owned()).into());
-    }
     let masks = masks(&args.mask, &args.active, &args.always);
+    let is_fitted = |m: &Mask| matches!(m, Mask::Inputs(_) | Mask::GradedRows(_)) || is_fitted_guess(m);
+    if args.fit_text.is_some() && !masks.iter().any(is_fitted) {
+        let text = "--fit-text is for --mask inputs, graded-rows, copies-1 to -3, trained and low-rank+previous, and there is none";
+        return Err(Usage(text.to_owned()).into());
+    }
     let model = Model::open(&args.model, args.precision, args.delta.as_deref())?;
     if !args.task.is_empty() {
         return super::eval_tasks::eval_tasks(args, &model, &masks, begin);
@@ -150,7 +152,8 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     }
     let results = match args.engine {
         EngineName::Batch => {
-            let fitted = args.fit_text.as_deref().map(|text| fitted(args, &model, &tokenizer, text)).transpose()?;
+            let fitted =
+                args.fit_text.as_deref().map(|text| fitted(args, &model, &tokenizer, text, &masks)).transpose()?;
             batch(&model, &windows, &masks, &fitted.unwrap_or_default(), args.json)?
         }
         EngineName::Decode => decode(args, &windows, &masks)?,
@@ -383,9 +386,16 @@ fn planes(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> 
 /// Windows, and tokens in each, on which `--fit-text` measures.
 const FIT_WINDOWS: usize = 4;
 const FIT_CTX: usize = 256;
+/// Windows for guesses, if the text has so many: networks are trained on them.
+const GUESS_WINDOWS: usize = 64;
 
-/// What inputs cost, and rows are worth, on `text`, as far as masks ask for it.
-fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path) -> anyhow::Result<Fitted> {
+/// Whether it is a guess that knows something from `--fit-text`.
+fn is_fitted_guess(mask: &Mask) -> bool {
+    matches!(mask, Mask::Guessed(guesser, _) if guesser.is_fitted())
+}
+
+/// What inputs cost, rows are worth and guesses know, on `text`, as far as masks ask for it.
+fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path, masks: &[Mask]) -> anyhow::Result<Fitted> {
     let read = std::fs::read_to_string(text).with_context(|| format!("--fit-text {}", text.display()))?;
     let tokens = tokenizer.encode(&read, false).with_context(|| format!("--fit-text {}", text.display()))?;
     if tokens.len() < FIT_WINDOWS * FIT_CTX {
@@ -397,15 +407,23 @@ fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path) -> any
     let windows = Windows::new(&tokens, FIT_CTX, FIT_WINDOWS).map_err(usage)?;
     let progress = Progress::new("fit", args.json);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let (mut inputs, mut rows) = (None, None);
+    let (mut inputs, mut rows, mut guesses) = (None, None, None);
     if args.mask.contains(&MaskName::Inputs) {
         inputs = Some(fit_input_costs(model.dense(), &windows, &on_step));
     }
     if args.mask.contains(&MaskName::GradedRows) {
         rows = Some(fit_row_prices(model.dense(), model.split(), &windows, &on_step));
     }
+    if masks.iter().any(is_fitted_guess) {
+        let windows = Windows::new(&tokens, FIT_CTX, (tokens.len() / FIT_CTX).min(GUESS_WINDOWS)).map_err(usage)?;
+        guesses = Some(fit_guesses(model.dense(), model.split(), &windows, masks, &on_step));
+    }
     progress.finish();
-    Ok(Fitted { inputs: inputs.transpose().map_err(usage)?, rows: rows.transpose().map_err(usage)? })
+    Ok(Fitted {
+        inputs: inputs.transpose().map_err(usage)?,
+        rows: rows.transpose().map_err(usage)?,
+        guesses: guesses.transpose().map_err(usage)?,
+    })
 }
 
 /// Evaluates with a progress bar.
@@ -496,6 +514,15 @@ fn masks(names: &[MaskName], active: &[f64], always: &[f64]) -> Vec<Mask> {
         MaskName::Teal => each(Mask::Teal),
         MaskName::Wina => each(Mask::Wina),
         MaskName::Inputs => each(Mask::Inputs),
+        MaskName::Signs => each(|share| Mask::Guessed(Guesser::Signs, share)),
+        MaskName::Copies1 => each(|share| Mask::Guessed(Guesser::Copies(CopyBits::One), share)),
+        MaskName::Copies2 => each(|share| Mask::Guessed(Guesser::Copies(CopyBits::Two), share)),
+        MaskName::Copies3 => each(|share| Mask::Guessed(Guesser::Copies(CopyBits::Three), share)),
+        MaskName::Previous => each(|share| Mask::Guessed(Guesser::Previous, share)),
+        MaskName::Ahead1 => each(|share| Mask::Guessed(Guesser::AheadByOne, share)),
+        MaskName::Ahead2 => each(|share| Mask::Guessed(Guesser::AheadByTwo, share)),
+        MaskName::Trained => each(|share| Mask::Guessed(Guesser::Trained, share)),
+        MaskName::LowRankPrevious => each(|share| Mask::Guessed(Guesser::LowRankAndPrevious, share)),
     };
     names.iter().flat_map(of_name).collect()
 }
@@ -535,7 +562,7 @@ pub fn table(results: &[Evaluation]) {
     let with_always = results.iter().any(|r| r.always.is_some());
     let always = |text: String| if with_always { format!(" {text:>7}") } else { String::new() };
     println!(
-        "{:>15} {:>7}{} {:>7} {:>11} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
+        "{:>17} {:>7}{} {:>7} {:>11} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
         "mask",
         "active",
         always("always".to_owned()),
@@ -555,7 +582,7 @@ pub fn table(results: &[Evaluation]) {
         let range = |r: [f64; 2]| format!("{:.2}..{:.2}", r[0], r[1]);
         let or_dash = |v: Option<f64>, digits: usize| v.map_or("-".to_owned(), |v| format!("{v:.digits$}"));
         println!(
-            "{:>15} {:>7}{} {:>7} {:>11.3} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
+            "{:>17} {:>7}{} {:>7} {:>11.3} {:>16} {:>7} {:>16} {:>8} {:>7} {:>7} {:>7} {:>9} {:>7}",
             r.mask,
             or_dash(r.active, 2),
             always(or_dash(r.always, 2)),
@@ -570,6 +597,16 @@ pub fn table(results: &[Evaluation]) {
             or_dash(r.energy_recall, 3),
             or_dash(r.energy_recall_of_oracle, 3),
             r.tokens
+        );
+    }
+    for r in results {
+        let Some((bytes, multiply_adds)) = r.predictor_bytes_share.zip(r.predictor_multiply_adds) else { continue };
+        println!(
+            "asking {} at {:.2} takes {:.1} % of the layers' bytes and {:.2} million multiply-adds a token",
+            r.mask,
+            r.active.unwrap_or(1.0),
+            100.0 * bytes,
+            1e-6 * multiply_adds
         );
     }
     for (r, rows) in results.iter().filter_map(|r| Some((r, r.rows_read?))) {

@@ -2,6 +2,7 @@
 
 use super::bytes::LayerBytes;
 use super::choosers::Choosers;
+use super::guess::{Cost, Guessed, Guesses};
 use super::likelihood::{TokenScores, add, positions_at_once};
 use super::masked_layer::MaskedLayer;
 use super::{Evaluation, Fitted, Mask, Positions, RowsRead, Windows};
@@ -27,6 +28,8 @@ struct Stream {
     row_threshold: f32,
     /// Gate, up and down rows that were read.
     rows_read: [u64; 3],
+    /// What a guess keeps from layer to layer, and what asking it or a predictor took.
+    guessed: Guessed,
 }
 
 impl Stream {
@@ -41,6 +44,7 @@ impl Stream {
             kept: [0; 4],
             row_threshold: 0.0,
             rows_read: [0; 3],
+            guessed: Guessed::default(),
         })
     }
 }
@@ -66,6 +70,10 @@ pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
     if split.is_none() && masks.iter().any(|m| m.asks_predictor() || m.asks_sketch()) {
         return refuse("predicted and graded need a split, which has what they ask; -m names a checkpoint");
     }
+    let asks_split = |mask: &&Mask| matches!(mask, Mask::Guessed(guesser, _) if guesser.needs_split());
+    if let Some(mask) = masks.iter().find(asks_split).filter(|_| split.is_none()) {
+        return refuse(&format!("{} needs a split, which has what it asks; -m names a checkpoint", mask.name()));
+    }
     if split.is_some_and(|s| s.sketches().is_none()) && masks.iter().any(|m| m.asks_sketch()) {
         return refuse("graded needs a split with sketches: make one with split --sketch");
     }
@@ -76,9 +84,10 @@ pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
 ///
 /// `split` has the predictors for [`Mask::Predicted`], the sketches for [`Mask::Graded`]; its neurons must be in `model`'s
 /// order, as they are if `model` is the [`thermocline_split::SplitCheckpoint`] of the same split. `fitted`, on another text,
-/// is for [`Mask::Inputs`] and [`Mask::GradedRows`].
+/// is for [`Mask::Inputs`], [`Mask::GradedRows`] and [`Mask::Guessed`].
 /// Memory: one layer as f32, one window's activations, and `4 * n_tokens * hidden_size` bytes for each mask and the dense
-/// reference. `progress(done, total)` counts layers times streams.
+/// reference; as much again for each layer that a guess looks back, and for each copy of gate and up rows their size as f32.
+/// `progress(done, total)` counts layers times streams.
 ///
 /// # Errors
 /// If a mask needs a split and there is none, a share is not in (0, 1], a tensor cannot be read, or the outputs are not
@@ -114,9 +123,19 @@ pub fn evaluate(
         let layer = DenseLayer::load(model, index)?;
         let choosers = Choosers::load(split, masks, index)?;
         let down_norm = layer.down_norms()?;
+        let guesses = Guesses::load((index, &layer), &down_norm, split, fitted.guesses.as_ref(), masks)?;
         let before = index * (1 + masked.len());
         for (i, stream) in std::iter::once(&mut dense).chain(&mut masked).enumerate() {
             progress(before + i, total);
+            if let (Mask::Guessed(guesser, share), Some(guess)) = (stream.mask, guesses.of(stream.mask)) {
+                let of_layer = (&layer, down_norm.as_slice());
+                let (guessed, x) = (&mut stream.guessed, &mut stream.x);
+                stream.tally.push(guessed.forward((guesser, share), guess, of_layer, x, windows.ctx())?);
+                continue;
+            }
+            if let Some((low_rank, _)) = choosers.predictor.as_ref().filter(|_| stream.mask.asks_predictor()) {
+                stream.guessed.cost.multiply_adds += low_rank.multiply_adds() as f64;
+            }
             stream.advance((index, &layer), &down_norm, &choosers, fitted, windows.ctx())?;
         }
     }
@@ -128,6 +147,7 @@ pub fn evaluate(
     let n_neurons = (windows.tokens().len() * config.n_layers * config.intermediate_size) as u64;
     let read: Vec<(Mask, f64, RowsRead)> =
         masked.iter().map(|s| (s.mask, read(s.kept), RowsRead::new(s.rows_read, n_neurons, s.row_threshold))).collect();
+    let asked: Vec<(Mask, Cost)> = masked.iter().map(|s| (s.mask, s.guessed.cost)).collect();
     let mut evaluations = compare(model, windows, masks, dense, masked)?;
     for (evaluation, mask) in evaluations.iter_mut().zip(masks) {
         let counted = read.iter().find(|(m, ..)| m == mask);
@@ -140,6 +160,13 @@ pub fn evaluate(
             _ => bytes.share(*mask),
         };
         evaluation.predictor_bytes_share = bytes.chooser_share(*mask);
+        let cost = asked.iter().find(|(m, _)| m == mask).map(|(_, cost)| *cost);
+        if let (Mask::Guessed(_, share), Some(cost)) = (mask, cost) {
+            evaluation.bytes_share = Some(bytes.guessed_share(cost.bytes, *share));
+            evaluation.predictor_bytes_share = Some(bytes.share_of(cost.bytes));
+        }
+        let asks = mask.asks_predictor() || matches!(mask, Mask::Guessed(..));
+        evaluation.predictor_multiply_adds = cost.filter(|_| asks).map(|cost| cost.multiply_adds);
     }
     Ok(evaluations)
 }

@@ -56,6 +56,11 @@ impl LayerBytes {
         self.share_of(self.attention + self.sketches + of_neurons * self.neurons)
     }
 
+    /// What a mask reads whose guess takes `asked` bytes and that computes this share of the neurons, relative to everything.
+    pub(crate) fn guessed_share(&self, asked: f64, share: f64) -> f64 {
+        self.share_of(self.attention + asked + share * self.neurons)
+    }
+
     /// What `mask` reads, relative to everything.
     pub(crate) fn share(&self, mask: Mask) -> Option<f64> {
         let read = match mask {
@@ -71,8 +76,8 @@ impl LayerBytes {
             }
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
-            // It depends on the text.
-            Mask::Inputs(_) | Mask::GradedError(_) | Mask::GradedRows(_) => return None,
+            // It depends on the text, or on the guess.
+            Mask::Inputs(_) | Mask::GradedError(_) | Mask::GradedRows(_) | Mask::Guessed(..) => return None,
         };
         Some(self.share_of(read))
     }

@@ -1,3 +1,4 @@
+use super::guess::Guesser;
 use super::input_costs::GroupCost;
 use super::inputs::InputChoice;
 use crate::{Error, Result};
@@ -46,6 +47,8 @@ pub enum Mask {
     /// The inputs of all matrices that lower the divergence most for their bytes, of which the given share is read; the others
     /// are replaced by their means ([`super::InputCosts`]).
     Inputs(f64),
+    /// The given share of each layer that another guess than the split's predictor names, and nothing for the others.
+    Guessed(Guesser, f64),
 }
 
 /// Neurons in a share of a layer, by the runtime's rule.
@@ -70,6 +73,7 @@ impl Mask {
             Mask::Teal(_) => "teal",
             Mask::Wina(_) => "wina",
             Mask::Inputs(_) => "inputs",
+            Mask::Guessed(guesser, _) => guesser.name(),
         }
     }
 
@@ -87,7 +91,8 @@ impl Mask {
             | Mask::Cats(share)
             | Mask::Teal(share)
             | Mask::Wina(share)
-            | Mask::Inputs(share) => Some(share),
+            | Mask::Inputs(share)
+            | Mask::Guessed(_, share) => Some(share),
         }
     }
 
@@ -124,9 +129,9 @@ impl Mask {
         matches!(self, Mask::Predicted(_) | Mask::PredictedAlike(_))
     }
 
-    /// Whether it has thresholds of another text.
-    pub(crate) fn is_fitted(self) -> bool {
-        matches!(self, Mask::Inputs(_) | Mask::GradedRows(_))
+    /// Whether it is measured on texts only: it has thresholds of another one, or looks at what comes before in a window.
+    pub(crate) fn is_for_texts(self) -> bool {
+        matches!(self, Mask::Inputs(_) | Mask::GradedRows(_) | Mask::Guessed(..))
     }
 
     /// Whether it asks the sketch.
@@ -136,7 +141,7 @@ impl Mask {
 
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
     /// the same shape or empty, what it keeps.
-    /// `scores`, of the same shape, are the predictor's or the sketch's, of which the `n_chosen` highest are kept, or the gates'
+    /// `scores`, of the same shape, are the predictor's, the sketch's or a guess's, of which the `n_chosen` highest are kept, or the gates'
     /// for [`Mask::Cats`]; `down_norm [intermediate_size]`.
     pub(crate) fn apply(
         self,
@@ -185,10 +190,14 @@ impl Mask {
                 let magnitude: Vec<f32> = h.iter().map(|h| h.abs()).collect();
                 top_k(&magnitude, active_count(share, n), kept);
             }
-            Mask::Predicted(_) | Mask::PredictedAlike(_) | Mask::Graded { .. } | Mask::GradedError(_) => {
+            Mask::Predicted(_)
+            | Mask::PredictedAlike(_)
+            | Mask::Graded { .. }
+            | Mask::GradedError(_)
+            | Mask::Guessed(..) => {
                 // As in the runtime: a score that is not a number counts as zero.
                 let clean = |s: &f32| if s.is_nan() { 0.0 } else { *s };
-                let scores: Vec<f32> = scores.unwrap_or(weight).iter().map(clean).collect();
+                let scores: Vec<f32> = scores.unwrap_or_default().iter().map(clean).collect();
                 top_k(&scores, n_chosen, kept);
             }
             Mask::Cats(_) => {

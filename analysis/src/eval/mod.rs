@@ -11,6 +11,7 @@
 //! | what they cost together | [`measure_curve`], [`measure_graded_curves`] |
 //! | what each input of a matrix costs | [`fit_input_costs`] |
 //! | what each row of a neuron is worth | [`fit_row_prices`] |
+//! | other ways to guess which neurons a token needs | [`Guesser`], [`fit_guesses`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
 //! | zero-shot tasks under the same masks | [`tasks`] |
 //!
@@ -24,6 +25,7 @@ mod bytes;
 mod choosers;
 mod curve;
 mod decode;
+mod guess;
 mod input_costs;
 mod inputs;
 mod likelihood;
@@ -38,6 +40,7 @@ mod windows;
 pub use batch::evaluate;
 pub use curve::{fit_windows, measure_curve, measure_graded_curves};
 pub use decode::evaluate_decode;
+pub use guess::{GuessFit, Guesser, fit_guesses};
 pub use input_costs::{InputCosts, fit_input_costs};
 pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
@@ -56,7 +59,7 @@ use thermocline_runtime::quality::Tally;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `graded`,
-    /// `graded-error`, `graded-rows`, `cats`, `teal`, `wina` or `inputs`.
+    /// `graded-error`, `graded-rows`, `cats`, `teal`, `wina`, `inputs`, or the name of a [`Guesser`].
     pub mask: String,
     /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -97,10 +100,13 @@ pub struct Evaluation {
     /// as if it cost nothing to ask. `None` where it depends on what is zero, or is not counted here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_share: Option<f64>,
-    /// Bytes of the predictors or sketches that the mask asks, relative to all of the layers' weights; `None` of masks that ask
-    /// none.
+    /// Bytes of the predictors, sketches or guesses that the mask asks, relative to all of the layers' weights; `None` of masks
+    /// that ask none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predictor_bytes_share: Option<f64>,
+    /// Multiply-adds that asking the predictors or guesses of all layers takes a token; `None` of masks that ask none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predictor_multiply_adds: Option<f64>,
     /// What of the neurons' rows was read, where they were chosen one by one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows_read: Option<RowsRead>,
@@ -120,6 +126,8 @@ pub struct Fitted {
     pub inputs: Option<InputCosts>,
     /// For [`Mask::GradedRows`].
     pub rows: Option<RowPrices>,
+    /// For [`Mask::Guessed`].
+    pub guesses: Option<GuessFit>,
 }
 
 impl Fitted {
@@ -128,10 +136,17 @@ impl Fitted {
         let lacks = |mask: &&Mask| match mask {
             Mask::Inputs(_) => self.inputs.is_none(),
             Mask::GradedRows(_) => self.rows.is_none(),
+            Mask::Guessed(guesser, share) => {
+                guesser.is_fitted() && !self.guesses.as_ref().is_some_and(|fit| fit.serves(*guesser, *share))
+            }
             _ => false,
         };
         let Some(mask) = masks.iter().find(lacks) else { return Ok(()) };
-        let what = if matches!(mask, Mask::Inputs(_)) { "they cost" } else { "rows are worth" };
+        let what = match mask {
+            Mask::Inputs(_) => "they cost",
+            Mask::Guessed(..) => "the layers read",
+            _ => "rows are worth",
+        };
         let name = mask.name();
         let reason = format!("{name} needs to know what {what}: give --fit-text a text, better not the one of --text");
         Err(Error::Setting { flag: "--mask", reason })
@@ -176,6 +191,7 @@ impl Evaluation {
             computed_share: mean(|l| l.computed_share),
             bytes_share: None,
             predictor_bytes_share: None,
+            predictor_multiply_adds: None,
             rows_read: None,
             tokens: scores.losses.len(),
             layers,

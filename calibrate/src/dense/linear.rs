@@ -79,3 +79,15 @@ pub(crate) fn with_values<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) ->
         _ => Err(Error::Tensor(candle_core::Error::Msg("tensor is not f32 on the CPU".into()))),
     }
 }
+
+/// Products of `input [n, n_in]` with `rows [n_out, n_in]`, row-major: `[n, n_out]`.
+///
+/// # Errors
+/// If one of them is not a whole number of rows.
+pub fn products(input: &[f32], rows: &[f32], n_in: usize) -> Result<Vec<f32>> {
+    let (n, n_out) = (input.len() / n_in.max(1), rows.len() / n_in.max(1));
+    check_len("products' input", input.len(), n * n_in)?;
+    check_len("products' rows", rows.len(), n_out * n_in)?;
+    let rows = tensor(rows.to_vec(), &[n_out, n_in])?;
+    with_values(&tensor(input.to_vec(), &[n, n_in])?.matmul(&rows.t()?)?, <[f32]>::to_vec)
+}

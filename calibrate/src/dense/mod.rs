@@ -39,5 +39,6 @@ pub(crate) use embedding::WHOLE_TABLE_BYTES_MAX;
 pub use gated::GatedNeurons;
 pub use head::Head;
 pub use layer::{Activations, DenseLayer, Projection};
+pub use linear::products;
 pub(crate) use linear::{tensor, with_values};
 pub use sequence::Sequence;

@@ -99,6 +99,11 @@ impl LowRank {
 
     /// Weights, of all three matrices and the two residuals.
     pub fn n_weights(&self) -> usize {
-        self.b.len() + self.a_gate.len() + self.a_up.len() + 2 * self.intermediate_size
+        self.multiply_adds() + 2 * self.intermediate_size
+    }
+
+    /// Multiply-adds that a token's scores take in the three matrices.
+    pub fn multiply_adds(&self) -> usize {
+        self.b.len() + self.a_gate.len() + self.a_up.len()
     }
 }

@@ -4,22 +4,26 @@
 //! Paper: GPTQ, arXiv 2210.17323, section 3 (its Cholesky form, and the order of columns by falling variance that its authors
 //! call `act_order`); units keep the scales that they have in the order of the columns.
 
+use super::{CopyBits, RowCopy};
 use crate::{Error, Result};
 use faer::linalg::solvers::{DenseSolveCore, Llt};
 use faer::{Mat, MatRef, Side};
 use ndarray::Array2;
 use rayon::prelude::*;
-use thermocline_kernels::{SKETCH_UNIT, SketchBits, sketch_row, sketch_scales};
+use thermocline_kernels::{SKETCH_UNIT, SketchBits, sketch_row, sketch_scales, unsketch};
 
 /// Added to the inputs' variances, as a share of their mean.
 const DAMPING: f64 = 0.01;
 /// Rows that one task rounds together: each row of the factor is read once for all of them.
 const TASK_ROWS: usize = 32;
+/// Inputs that are in memory as f64 at a time.
+const BLOCK_ROWS: usize = 2048;
 /// Rounds of least squares for a unit's scale, codes and scale in turn.
 const SCALE_ROUNDS: usize = 5;
 
 /// What rounding needs to know of a layer's inputs.
-pub(crate) struct Feedback {
+#[derive(Debug, Clone)]
+pub struct Feedback {
     /// The column that is rounded at each step: the most variable first.
     order: Vec<u32>,
     /// The upper Cholesky factor of the inverse of the inputs' second moment, rows and columns in that order, `[n, n]`.
@@ -35,6 +39,20 @@ pub(crate) struct Rounded {
 }
 
 impl Feedback {
+    /// From the inputs `[n_tokens, n]` themselves.
+    ///
+    /// # Errors
+    /// If one of them is not finite.
+    pub fn of_inputs(inputs: &[f32], n: usize) -> Result<Self> {
+        let n_tokens = inputs.len() / n.max(1);
+        let mut sums = Mat::<f64>::zeros(n, n);
+        for block in inputs.chunks(BLOCK_ROWS * n.max(1)) {
+            let rows = Mat::from_fn(block.len() / n.max(1), n, |i, j| f64::from(block[i * n + j]));
+            sums += rows.transpose() * &rows;
+        }
+        Self::new(&Array2::from_shape_fn((n, n), |(i, j)| sums[(i, j)] / n_tokens.max(1) as f64))
+    }
+
     /// From the second moment `[n, n]` of the inputs.
     pub(crate) fn new(moment: &Array2<f64>) -> Result<Self> {
         let n = moment.nrows();
@@ -80,23 +98,13 @@ impl Feedback {
         for (wished, scales) in wished.chunks_exact(n / SKETCH_UNIT).zip(scales.chunks_exact_mut(n / SKETCH_UNIT)) {
             sketch_scales(wished, scales);
         }
-        // Columns in the order of rounding.
-        let mut left: Vec<f32> =
-            weights.chunks_exact(n).flat_map(|row| self.order.iter().map(|&j| row[j as usize])).collect();
         let mut codes = vec![0u8; weights.len()];
-        for (step, &column) in self.order.iter().enumerate() {
-            let factor = &self.factor[step * n + step..(step + 1) * n];
-            let column = column as usize;
-            for (row, left) in left.chunks_exact_mut(n).enumerate() {
-                let scale = scales[row * (n / SKETCH_UNIT) + column / SKETCH_UNIT];
-                let code = code_of(bits, left[step], scale);
-                codes[row * n + column] = code;
-                let error = (left[step] - value_of(bits, code, scale)) / factor[0];
-                errors[row] += error * error;
-                // What this step left is spread over the columns to come; the own column's place is of no use any more.
-                left[step..].iter_mut().zip(factor).for_each(|(w, f)| *w -= error * f);
-            }
-        }
+        self.spread(weights, errors, |row, column, weight| {
+            let scale = scales[row * (n / SKETCH_UNIT) + column / SKETCH_UNIT];
+            let code = code_of(bits, weight, scale);
+            codes[row * n + column] = code;
+            value_of(bits, code, scale)
+        });
         for (row, out) in bytes.chunks_exact_mut(bits.row_bytes(n)).enumerate() {
             sketch_row(
                 bits,
@@ -104,9 +112,69 @@ impl Feedback {
                 &wished[row * (n / SKETCH_UNIT)..(row + 1) * (n / SKETCH_UNIT)],
                 out,
             );
-            errors[row] = errors[row].sqrt();
         }
     }
+
+    /// Rounds `weights [n_rows, n]` column by column; `round(row, column, weight)` is the value that is kept of a weight with what
+    /// the columns before left it to make good. `errors [n_rows]` become the root mean squares of what products lose.
+    fn spread(&self, weights: &[f32], errors: &mut [f32], mut round: impl FnMut(usize, usize, f32) -> f32) {
+        let n = self.order.len();
+        errors.fill(0.0);
+        // Columns in the order of rounding.
+        let mut left: Vec<f32> =
+            weights.chunks_exact(n).flat_map(|row| self.order.iter().map(|&j| row[j as usize])).collect();
+        for (step, &column) in self.order.iter().enumerate() {
+            let factor = &self.factor[step * n + step..(step + 1) * n];
+            for (row, left) in left.chunks_exact_mut(n).enumerate() {
+                let error = (left[step] - round(row, column as usize, left[step])) / factor[0];
+                errors[row] += error * error;
+                // What this step left is spread over the columns to come; the own column's place is of no use any more.
+                left[step..].iter_mut().zip(factor).for_each(|(w, f)| *w -= error * f);
+            }
+        }
+        errors.iter_mut().for_each(|error| *error = error.sqrt());
+    }
+
+    /// A copy of `weights [n_rows, n]` in few bits, as f32.
+    ///
+    /// # Errors
+    /// If `n` is not a multiple of 64, which weights share a scale.
+    pub fn copy(&self, bits: CopyBits, weights: &[f32]) -> Result<RowCopy> {
+        let n = self.order.len();
+        let row_bytes = bits.row_bytes(n)?;
+        let mut rows = vec![0.0; weights.len()];
+        let errors = match bits.of_sketch() {
+            Some(bits) => {
+                let Rounded { bytes, errors } = self.round(bits, weights);
+                let stored = bytes.par_chunks_exact(row_bytes);
+                rows.par_chunks_exact_mut(n).zip(stored).for_each(|(row, stored)| unsketch(bits, stored, row));
+                errors
+            }
+            None => {
+                let mut errors = vec![0.0; weights.len() / n];
+                let tasks = rows.par_chunks_mut(TASK_ROWS * n).zip(errors.par_chunks_mut(TASK_ROWS));
+                tasks.zip(weights.par_chunks(TASK_ROWS * n)).for_each(|((rows, errors), weights)| {
+                    let scales: Vec<f32> = weights.chunks_exact(n).flat_map(sign_scales).collect();
+                    self.spread(weights, errors, |row, column, weight| {
+                        let value = scales[row * (n / SKETCH_UNIT) + column / SKETCH_UNIT].copysign(weight);
+                        rows[row * n + column] = value;
+                        value
+                    });
+                });
+                errors
+            }
+        };
+        Ok(RowCopy { rows, errors, row_bytes })
+    }
+}
+
+/// The scales of a row's units, of which signs are kept, as they would be stored: those of the least squared error.
+fn sign_scales(row: &[f32]) -> Vec<f32> {
+    let mean = |unit: &[f32]| unit.iter().map(|w| w.abs()).sum::<f32>() / unit.len() as f32;
+    let wished: Vec<f32> = row.chunks_exact(SKETCH_UNIT).map(mean).collect();
+    let mut scales = vec![0.0; wished.len()];
+    sketch_scales(&wished, &mut scales);
+    scales
 }
 
 /// Rounds `weights [n_rows, columns]`, each weight to the nearest level: for rows that are added up, not multiplied with an
@@ -180,7 +248,6 @@ pub(crate) fn unit_scale(bits: SketchBits, unit: &[f32]) -> f32 {
 mod tests {
     use super::*;
     use thermocline_datasets::Random;
-    use thermocline_kernels::unsketch;
 
     const COLUMNS: usize = 192;
 
@@ -232,6 +299,38 @@ mod tests {
                 assert!((0.7..=1.02).contains(&(got / f64::from(*told))), "{bits:?}: {got}, told {told}");
             }
         }
+    }
+
+    /// Against the rows' products with inputs: more bits lose less, and all know what they lose.
+    #[test]
+    fn copies_lose_what_they_say() {
+        let x = inputs(600);
+        let mut random = Random::new(11);
+        let weights: Vec<f32> = (0..40 * COLUMNS).map(|_| random.normal() * 0.1).collect();
+        let feedback = Feedback::of_inputs(&x, COLUMNS).unwrap();
+        let mut means = Vec::new();
+        for (bits, row_bytes) in [(CopyBits::One, 29), (CopyBits::Two, 53), (CopyBits::Three, 77)] {
+            let copy = feedback.copy(bits, &weights).unwrap();
+            assert_eq!((copy.row_bytes, copy.rows.len()), (row_bytes, weights.len()));
+            let mut sum = 0.0;
+            for (i, told) in copy.errors.iter().enumerate() {
+                let row = i * COLUMNS..(i + 1) * COLUMNS;
+                let (row, kept) = (&weights[row.clone()], &copy.rows[row]);
+                let lost = |x: &[f32]| (0..COLUMNS).map(|j| f64::from((row[j] - kept[j]) * x[j])).sum::<f64>().powi(2);
+                let lost = (x.chunks_exact(COLUMNS).map(lost).sum::<f64>() / 600.0).sqrt();
+                assert!((0.7..=1.02).contains(&(lost / f64::from(*told))), "{bits:?}: {lost}, told {told}");
+                sum += lost;
+            }
+            means.push(sum / copy.errors.len() as f64);
+        }
+        assert!(means.windows(2).all(|w| w[1] < 0.7 * w[0]), "{means:?}");
+        // One bit is a sign and a scale of its unit.
+        let signs = feedback.copy(CopyBits::One, &weights).unwrap().rows;
+        for unit in signs.chunks_exact(64) {
+            assert!(unit.iter().all(|v| v.abs() == unit[0].abs()));
+        }
+        let narrow = Feedback::of_inputs(&[1.0; 70], 70).unwrap().copy(CopyBits::One, &[1.0; 70]).unwrap_err();
+        assert!(narrow.to_string().contains("70 is no multiple of 64"), "{narrow}");
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! Sketches: low-bit copies of a layer's neurons that are always in memory. Their gate and up rows tell which neurons a token
 //! needs, their down rows stand for the others.
 
+mod copies;
 mod feedback;
 
 use crate::Error;
 use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile};
-use feedback::{Feedback, Rounded, round_nearest};
+pub use copies::{CopyBits, RowCopy};
+pub use feedback::Feedback;
+use feedback::{Rounded, round_nearest};
 pub(crate) use feedback::{round_row, unit_scale};
 use ndarray::Array2;
 use thermocline_calibrate::predictor::{expected_error, gate_row_error, up_row_error};

@@ -39,7 +39,7 @@ pub fn evaluate_task(
     progress: &dyn Fn(usize, usize),
 ) -> Result<Vec<TaskResult>> {
     check_masks(masks, split)?;
-    if let Some(mask) = masks.iter().find(|m| m.is_fitted()) {
+    if let Some(mask) = masks.iter().find(|m| m.is_for_texts()) {
         let reason = format!("{} is measured on a text only (--text), not on tasks", mask.name());
         return Err(Error::Setting { flag: "--mask", reason });
     }
