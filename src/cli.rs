@@ -566,8 +566,11 @@ pub enum MaskName {
     Predicted,
     /// The predicted top share of every layer alike, and nothing for the other neurons
     PredictedAlike,
-    /// The share of every layer whose error would be largest if the split's sketch stood for it, as it does for the others
+    /// The neurons whose error would be largest if the split's sketch stood for them, as it does for the others: as many of each layer
+    /// and token as the split's thresholds say (--fit-shares), or the same share where it has none
     Graded,
+    /// The same share of every layer and token, whatever thresholds the split has
+    GradedAlike,
     /// As many of each layer and token as keep what is expected to be lost below a share (--active) of the neurons' energy's root
     GradedError,
     /// The gate, up and down rows, each alone, whose error would cost most if the split's sketch stood for it, as it does for the
@@ -662,7 +665,7 @@ pub struct Eval {
     /// Where masks apply to a task's examples; to a text always everywhere
     #[arg(long, value_enum, default_value = "all")]
     pub positions: PositionsName,
-    /// Tokens in a window [default: 1024; 256 with --fit-shares, but for splits with sketches]
+    /// Tokens in a window [default: 1024; 256 with --fit-shares]
     #[arg(long)]
     pub ctx: Option<usize>,
     /// Windows, from the start of the text, not overlapping [default: 8; 4 with --fit-shares]
@@ -671,8 +674,8 @@ pub struct Eval {
     /// Measure what each layer's share of the neurons costs on this text, and keep it in the split: sparse mode then divides
     /// --active between the layers by it. Takes the time of about 2.5 dense passes over these windows for each layer. Then, on
     /// windows behind them, as many and four times as long, in ten dense passes: what perplexity rises by at shares from 10 to
-    /// 90 %, from which --max-ppl-increase finds --active. Of a split with sketches it is what perplexity rises by on these windows
-    /// at seven shares, for each of four shares that are always computed, in 29 dense passes
+    /// 90 %, from which --max-ppl-increase finds --active. Of a split with sketches: thresholds by which these choose, from one
+    /// dense pass, and behind them what perplexity rises by at seven shares, for each of four shares that are always computed, in 29
     #[arg(long, conflicts_with_all = ["mask", "active", "always", "precision", "engine", "planes", "delta"])]
     pub fit_shares: bool,
     /// Which neurons are computed, at every position; several, separated by commas, give a row each

@@ -16,7 +16,9 @@ use thermocline_runtime::{
     Decoder, Engine, Error, GpuEngine, GpuPlan, GpuRequest, LayerAudit, Logits, Mode, Plan, PlanRequest, layer_active,
     n_active,
 };
-use thermocline_split::{LayerCost, LayerFile, Planes, Precision, Shares, Split};
+use thermocline_split::{
+    Curve, GradedCurve, GradedCurves, GradedThresholds, LayerCost, LayerFile, Planes, Precision, Shares, Split,
+};
 
 fn device() -> Device {
     if std::env::var("THERMOCLINE_TEST_DEVICE").is_ok_and(|d| d == "cuda") {
@@ -312,6 +314,40 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
             let too_small = GpuPlan::new(&open(), request(least, Some(0.9)));
             assert!(matches!(too_small, Err(Error::VramTooSmall { needed_bytes, .. }) if needed_bytes > least));
         }
+    }
+}
+
+/// Thresholds in place of a share: as many neurons as the CPU engine computes, which differ from layer to layer.
+#[test]
+fn graded_thresholds_choose_as_on_the_cpu() {
+    let (_guard, dir) = support::copy(&split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch"]));
+    let config = Split::open(&dir).unwrap().manifest().config.clone();
+    let rms = (0..config.n_layers).map(|l| 1.0 + l as f32).collect();
+    let (always, active) = (vec![0.0f32, 0.5], vec![0.1f32, 0.5]);
+    // Around the costs that the second layer's sketch tells of an input of ones.
+    let sketch = Split::open(&dir).unwrap().sketch(1).unwrap().unwrap();
+    let mut costs: Vec<f32> = (0..sketch.n_neurons()).map(|i| sketch.judge(config.activation, i, 0.3, 0.3).0).collect();
+    costs.sort_by(f32::total_cmp);
+    let at = |share: usize| costs[costs.len() * share / 100] / 2.0;
+    let thresholds =
+        GradedThresholds::new(rms, always.clone(), active.clone(), vec![at(80), at(40), at(80), at(40)]).unwrap();
+    let curve = |&always: &f32| GradedCurve {
+        always,
+        curve: Curve::new(active.clone(), vec![0.1; 2], vec![0.1; 2], 10, 3).unwrap(),
+    };
+    let curves = GradedCurves::new(thresholds, always.iter().map(curve).collect()).unwrap();
+    Split::put_graded_curves(&dir, &curves).unwrap();
+    let open = || Split::open(&dir).unwrap();
+    let mode = Mode::Sparse { active: 0.3 };
+    let (least, whole) = vram_range_of(&open(), &device(), mode);
+    for (vram, share) in [(least, 0.0), (least + (whole - least) / 2, 0.6)] {
+        let what = format!("{vram} bytes, host {share}");
+        let gpu = agree(&open, gpu_request(&device(), mode, vram, None), share, &what);
+        let (computed, all) = (gpu.account().neurons_computed, gpu.account().neurons_total);
+        let always = 8 * (config.n_layers * gpu.plan().always_neurons) as u64;
+        assert!(computed > always && computed < all, "{what}: {computed} of {all}");
+        let alike = (8 * config.n_layers) as u64 * n_active(0.3, config.intermediate_size) as u64;
+        assert!(always > 0 || computed != alike, "{what}");
     }
 }
 

@@ -159,7 +159,7 @@ fn sketches_have_curves_of_their_own() {
     assert_eq!(curves.iter().map(|c| c["always"].as_f64().unwrap()).collect::<Vec<_>>(), [0.0, 0.25, 0.5, 0.75]);
     for curve in curves {
         let points = points(curve);
-        assert_eq!((points.len(), curve["tokens"].as_u64()), (7, Some(2 * 63)));
+        assert_eq!((points.len(), curve["tokens"].as_u64()), (7, Some(2 * (4 * 64 - 1))));
         assert!(points.windows(2).all(|w| w[0][0] < w[1][0]) && points.iter().all(|p| p[1] <= p[2]), "{points:?}");
     }
     // Where more is always computed, the model is nearer to the dense one (random weights gain by what is left out).

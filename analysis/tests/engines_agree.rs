@@ -5,7 +5,7 @@
 use std::path::Path;
 use thermocline_analysis::eval::{
     Evaluation, Fitted, LayerQuality, Mask, Windows, evaluate, evaluate_decode, fit_input_costs, fit_row_prices,
-    fit_shares, fit_windows, measure_curve,
+    fit_shares, fit_windows, measure_curve, measure_graded_curves,
 };
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
@@ -140,7 +140,7 @@ fn relu_q8_with_biases() {
 }
 
 fn graded(active: f64) -> Mask {
-    Mask::Graded { active, always: 0.0 }
+    Mask::Graded { active, always: 0.0, alike: false }
 }
 
 /// Sketches choose the same neurons in both engines, and stand for the others in the same way.
@@ -180,7 +180,7 @@ fn neurons_are_always_computed_alike_by_both_engines() {
     let tokens = tokens(CTX * WINDOWS);
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let model = SplitCheckpoint::open(&path).unwrap();
-    let masks = [0.0, 0.4, 0.8, 1.0].map(|always| Mask::Graded { active: 0.2, always });
+    let masks = [0.0, 0.4, 0.8, 1.0].map(|always| Mask::Graded { active: 0.2, always, alike: false });
     let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
     assert!(by_mask.windows(2).all(|pair| pair[0].kl > pair[1].kl));
     assert!(by_mask[3].kl.unwrap() < 1e-9, "nothing is left to the sketch");
@@ -205,9 +205,50 @@ fn neurons_are_always_computed_alike_by_both_engines() {
         let (largest, mean) = gaps(want, &got);
         assert!(largest < 0.2 && mean < 1e-2, "{always}: largest gap {largest}, mean {mean}");
     }
-    let refused = Mask::Graded { active: 0.2, always: 1.5 };
+    let refused = Mask::Graded { active: 0.2, always: 1.5, alike: false };
     let refused = evaluate(&model, Some(model.split()), &windows, &[refused], &Fitted::default(), &|_, _| ());
     assert!(refused.unwrap_err().to_string().contains("--always"));
+}
+
+/// Thresholds leave the share that they were fitted to, on its text, and both engines go by them; tokens and layers differ in how many
+/// neurons they compute.
+#[test]
+fn graded_thresholds_are_used_alike_by_both_engines() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, true);
+    let tokens = tokens(CTX * WINDOWS);
+    let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
+    let model = SplitCheckpoint::open(&path).unwrap();
+    let curves = measure_graded_curves(&model, model.split(), (&windows, &windows), 7, &|_, _| ()).unwrap();
+    Split::put_graded_curves(&path, &curves).unwrap();
+    let model = SplitCheckpoint::open(&path).unwrap();
+    let masks = [(0.0, false), (0.0, true), (0.5, false), (0.3, false)];
+    let masks = masks.map(|(always, alike)| Mask::Graded { active: 0.3, always, alike });
+    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
+    for (result, share) in by_mask.iter().zip([0.3, 0.3, 0.65, 0.51]) {
+        // Masked layers drift from the dense ones that thresholds were fitted to.
+        assert!((result.computed_share.unwrap() - share).abs() < 0.03, "{share}: {:?}", result.computed_share);
+    }
+    let spread = |e: &Evaluation| {
+        let shares = e.layers.iter().map(|l| l.computed_share);
+        shares.clone().fold(0.0, f64::max) - shares.fold(1.0, f64::min)
+    };
+    assert!(spread(&by_mask[0]) > 0.01 && spread(&by_mask[1]) < 1e-9);
+    assert_eq!(by_mask[1].mask, "graded-alike");
+    // The curve is of the same masks.
+    let increase = by_mask[0].perplexity_ratio.unwrap() - 1.0;
+    let point = curves.curves()[0].curve.points().find(|p| p.0 == 0.3).unwrap();
+    assert!((f64::from(point.1) - increase).abs() < 1e-6, "{point:?} {increase}");
+    for (want, always) in by_mask.iter().zip([Some(0.0), None, Some(0.5)]) {
+        let Some(always) = always else { continue };
+        let (got, audit) = decode_with(&path, Mode::Sparse { active: 0.3 }, Some(always), &windows);
+        for (want, got) in want.layers.iter().zip(&audit.unwrap().layers) {
+            assert!((want.computed_share - got.quality.computed_share).abs() < 0.01, "{always}: {want:?} {got:?}");
+            assert!((want.energy_recall - got.quality.energy_recall).abs() < 0.01, "{always}: {want:?} {got:?}");
+        }
+        let (largest, mean) = gaps(want, &got);
+        assert!(largest < 0.2 && mean < 1e-2, "{always}: largest gap {largest}, mean {mean}");
+    }
 }
 
 /// Rows chosen one by one: all of them are the dense model, and of the others as many are read as were asked for, which leaves less

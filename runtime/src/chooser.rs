@@ -7,7 +7,7 @@ use crate::predictor::{Predictor, energy, n_needed, top_k};
 use crate::{Error, Result};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Kernels, Pool, SketchMatrix};
-use thermocline_split::{Sketch, Split, sketch_bytes_per_neuron};
+use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes_per_neuron};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
 const TASK_NEURONS: usize = 256;
@@ -82,16 +82,18 @@ pub(crate) fn check_always(split: &Split, mode: Mode, share: Option<f32>) -> Res
     Ok(())
 }
 
-/// What sparse mode computes of each layer: with sketches the first `n_always` neurons, and `share` of the others. Costs of shares
-/// were measured for low-rank predictors: with sketches all layers compute the same share.
+/// What sparse mode computes of each layer: with sketches the first `n_always` neurons, and `share` of the others, by the split's
+/// thresholds, or if it has none the same in every layer and token. Costs of shares were measured for low-rank predictors.
 ///
 /// # Errors
-/// If the split's costs cannot be read.
+/// If the split's costs or thresholds cannot be read.
 pub(crate) fn chosen_active(split: &Split, share: f32, n_always: usize) -> Result<Vec<LayerActive>> {
     if !has_sketches(split) {
         return layer_active(split, share);
     }
-    Ok(LayerActive::behind(&split.manifest().config, n_always, share))
+    let graded = split.graded_curves()?;
+    let thresholds = graded.as_ref().map(GradedCurves::thresholds);
+    Ok(LayerActive::graded(&split.manifest().config, n_always, share, thresholds))
 }
 
 impl Chooser {
@@ -149,18 +151,18 @@ impl Chooser {
         }
     }
 
-    /// The neurons that are computed, ascending, into `active`: `n_active` in all, those that always are and of the others the
-    /// highest scores, or as many fewer of these as leave a squared error of at most `max_error`^2 of the energy that a sketch sees.
+    /// The neurons that are computed, ascending, into `active`: those that always are and of the others the highest scores, as many
+    /// as `of_layer` says, or as many fewer of these as leave a squared error of at most `max_error`^2 of the energy that a sketch sees.
     pub(crate) fn choose(
         &self,
         scores: &[f32],
         sketched: &[f32],
-        n_active: usize,
+        of_layer: &LayerActive,
         max_error: Option<f32>,
         active: &mut Vec<u32>,
     ) {
-        let Chooser::Sketch(layer) = self else { return top_k(scores, n_active, active) };
-        let n_chosen = n_active.saturating_sub(layer.n_always);
+        let Chooser::Sketch(layer) = self else { return top_k(scores, of_layer.n_active, active) };
+        let n_chosen = of_layer.n_chosen(scores, layer.n_always);
         let n = max_error.map_or(n_chosen, |error| {
             let allowed = f64::from(error).powi(2) * energy(sketched, &layer.sketch.down_norm);
             n_needed(scores, allowed).min(n_chosen)

@@ -409,7 +409,7 @@ impl Engine {
                 let chooser = &self.choosers[l];
                 chooser.scores((&compute.kernels, &mut compute.pool), false, &normed, &mut scores, &mut sketched);
                 account.bytes.host += chooser.bytes();
-                chooser.choose(&scores, &sketched, self.layers_active[l].n_active, self.max_error, &mut active);
+                chooser.choose(&scores, &sketched, &self.layers_active[l], self.max_error, &mut active);
                 let fetcher = disk.map(|disk| disk.fetcher);
                 let current = std::mem::take(&mut foreseen);
                 if let (Some(fetcher), Some(next)) = (fetcher, self.choosers.get(l + 1)) {
@@ -417,11 +417,11 @@ impl Engine {
                     // this layer's input, tells most of what it will ask for while there is time to read it.
                     let mut ahead = vec![0.0; hidden];
                     ops::rms_norm(&x, &self.vectors[l + 1].ffn_norm, self.config.rms_norm_eps, &mut ahead);
-                    let k = self.layers_active[l + 1].n_active;
-                    let mut guess = Vec::with_capacity(k);
+                    let of_next = &self.layers_active[l + 1];
+                    let mut guess = Vec::with_capacity(of_next.n_active);
                     next.scores((&compute.kernels, &mut compute.pool), true, &ahead, &mut scores, &mut sketched_ahead);
                     account.bytes.host += next.bytes();
-                    next.choose(&scores, &sketched_ahead, k, self.max_error, &mut guess);
+                    next.choose(&scores, &sketched_ahead, of_next, self.max_error, &mut guess);
                     foreseen = self.ffn[l + 1].foresee(fetcher, &self.cache, account, &guess);
                 }
                 let (sums, cache) = (&mut self.sums, &mut self.cache);

@@ -3,13 +3,15 @@
 use crate::Result;
 use crate::predictor::n_active;
 use thermocline_datasets::ModelConfig;
-use thermocline_split::Split;
+use thermocline_split::{GradedThresholds, Split};
 
 /// What sparse mode computes of one layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerActive {
     /// Neurons: those that the predictor scores highest. At least one.
     pub n_active: usize,
+    /// In graded precision: those that cost more than this are computed in place of so many.
+    pub least_cost: Option<f32>,
     /// Stands for the neurons that are left out: the mean of what they give, `[hidden_size]`. Empty if it was not measured.
     pub left_out: Vec<f32>,
 }
@@ -24,7 +26,30 @@ impl LayerActive {
     pub fn behind(config: &ModelConfig, n_always: usize, share: f32) -> Vec<Self> {
         let n_others = config.intermediate_size - n_always;
         let n_active = n_always + if n_others > 0 { n_active(share, n_others) } else { 0 };
-        vec![Self { n_active, left_out: Vec::new() }; config.n_layers]
+        vec![Self { n_active, least_cost: None, left_out: Vec::new() }; config.n_layers]
+    }
+
+    /// The same by a split's thresholds, where there are any and not all is computed.
+    pub fn graded(
+        config: &ModelConfig,
+        n_always: usize,
+        share: f32,
+        thresholds: Option<&GradedThresholds>,
+    ) -> Vec<Self> {
+        let mut layers = Self::behind(config, n_always, share);
+        let always = n_always as f32 / config.intermediate_size as f32;
+        if let Some(least) = thresholds.and_then(|thresholds| thresholds.layers(always, share)) {
+            layers.iter_mut().zip(least).for_each(|(layer, least)| layer.least_cost = Some(least));
+        }
+        layers
+    }
+
+    /// How many of a token's `scores`, of those that are chosen among behind the first `n_always`, belong to the active ones.
+    pub fn n_chosen(&self, scores: &[f32], n_always: usize) -> usize {
+        match self.least_cost {
+            Some(least) => scores.iter().filter(|score| **score > least).count(),
+            None => self.n_active.saturating_sub(n_always),
+        }
     }
 }
 
@@ -38,7 +63,7 @@ pub fn layer_active(split: &Split, share: f32) -> Result<Vec<LayerActive>> {
     let Some(shares) = split.shares()? else { return Ok(LayerActive::alike(config, share)) };
     let of_layer = |(l, share): (usize, f32)| {
         let n_active = n_active(share, config.intermediate_size);
-        LayerActive { n_active, left_out: shares.left_out(l, share) }
+        LayerActive { n_active, least_cost: None, left_out: shares.left_out(l, share) }
     };
     Ok(shares.allocate(share).into_iter().enumerate().map(of_layer).collect())
 }

@@ -1,10 +1,10 @@
-//! What sparse mode costs in graded precision, by the share of the neurons that are always computed and by the share of the others
-//! that is chosen; and the least share that keeps a promise.
+//! How sparse mode chooses in graded precision, and what that costs, by the share of the neurons that are always computed and by the
+//! share of the others that is chosen; and the least share that keeps a promise.
 
 use crate::curve::{Curve, Promise, bytes_of, measured_of};
 use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile, TensorFileEntry, Writer};
-use crate::{Error, Manifest, Split};
+use crate::{Error, GradedThresholds, Manifest, Split};
 use serde::Serialize;
 use std::path::Path;
 
@@ -13,13 +13,18 @@ pub(crate) const FILES: [&str; 2] = ["graded.safetensors", "graded.1.safetensors
 
 const ALWAYS: &str = "graded.always";
 const ACTIVE: &str = "graded.active";
+const RESIDUAL_RMS: &str = "graded.residual_rms";
+const THRESHOLD: &str = "graded.threshold";
 const INCREASE: &str = "graded.ppl_increase";
 const INCREASE_HIGH: &str = "graded.ppl_increase_high";
 const MEASURED: &str = "graded.measured";
 
-/// A curve for each of several shares of the neurons that are always computed; the active shares of each are of the others.
+/// The thresholds by which neurons are chosen, and what they cost: a curve for each of several shares of the neurons that are always
+/// computed; the active shares of each are of the others.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct GradedCurves {
+    #[serde(skip)]
+    thresholds: GradedThresholds,
     curves: Vec<GradedCurve>,
 }
 
@@ -34,20 +39,25 @@ pub struct GradedCurve {
 }
 
 impl GradedCurves {
-    /// Of `curves`, measured at the same active shares, on the same text; the first with nothing that is always computed.
+    /// Of `curves`, measured with `thresholds` at their shares, all on the same text.
     ///
     /// # Errors
-    /// [`Error::Settings`] if their shares do not rise from 0 to below 1, or they differ in what they were measured at.
-    pub fn new(curves: Vec<GradedCurve>) -> Result<Self> {
+    /// [`Error::Settings`] if they differ in what they were measured at.
+    pub fn new(thresholds: GradedThresholds, curves: Vec<GradedCurve>) -> Result<Self> {
         let refused = |what: &str| Err(Error::Settings { what: what.to_owned() });
-        let inside = curves.first().is_some_and(|c| c.always == 0.0) && curves.last().is_some_and(|c| c.always < 1.0);
-        if !(inside && curves.windows(2).all(|w| w[0].always < w[1].always)) {
-            return refused("graded.always must rise, from 0 to below 1");
+        if !curves.iter().map(|c| c.always).eq(thresholds.always().iter().copied()) {
+            return refused("graded curves must be of the shares that thresholds are for");
         }
-        if !curves.windows(2).all(|w| w[0].curve.is_measured_as(&w[1].curve)) {
-            return refused("graded curves must have the same active shares, tokens and text");
+        let is_at = |c: &GradedCurve| c.curve.points().map(|p| p.0).eq(thresholds.active().iter().copied());
+        if !(curves.iter().all(is_at) && curves.windows(2).all(|w| w[0].curve.is_measured_as(&w[1].curve))) {
+            return refused("graded curves must have the thresholds' active shares, and the same tokens and text");
         }
-        Ok(Self { curves })
+        Ok(Self { thresholds, curves })
+    }
+
+    /// By which neurons are chosen.
+    pub fn thresholds(&self) -> &GradedThresholds {
+        &self.thresholds
     }
 
     /// By rising share of the neurons that are always computed.
@@ -66,8 +76,7 @@ impl GradedCurves {
     fn tensors(&self) -> Vec<(String, Format, usize, usize, Vec<u8>)> {
         let first = &self.curves[0].curve;
         let (k, n) = (self.curves.len(), first.points().count());
-        let always: Vec<f32> = self.curves.iter().map(|c| c.always).collect();
-        let active: Vec<f32> = first.points().map(|(share, ..)| share).collect();
+        let by = &self.thresholds;
         let of_each = |of: fn((f32, f32, f32)) -> f32| -> Vec<f32> {
             self.curves.iter().flat_map(|c| c.curve.points().map(of)).collect()
         };
@@ -76,8 +85,10 @@ impl GradedCurves {
         };
         let measured = first.measured();
         vec![
-            floats(ALWAYS, 1, k, &always),
-            floats(ACTIVE, 1, n, &active),
+            floats(ALWAYS, 1, k, by.always()),
+            floats(ACTIVE, 1, n, by.active()),
+            floats(RESIDUAL_RMS, 1, by.residual_rms().len(), by.residual_rms()),
+            floats(THRESHOLD, k, n, by.thresholds()),
             floats(INCREASE, k, n, &of_each(|point| point.1)),
             floats(INCREASE_HIGH, k, n, &of_each(|point| point.2)),
             (MEASURED.to_owned(), Format::U8, 1, measured.len(), measured),
@@ -92,29 +103,35 @@ impl GradedCurves {
         writer.finish()
     }
 
-    pub(crate) fn read(file: &TensorFile) -> Result<Self> {
+    pub(crate) fn read(file: &TensorFile, n_layers: usize) -> Result<Self> {
         let refuse = |reason: String| corrupt(file.path(), "graded", reason);
-        let [always, active, low, high] = [ALWAYS, ACTIVE, INCREASE, INCREASE_HIGH].map(|name| file.read_f32(name));
-        let (always, active, low, high) = (always?, active?, low?, high?);
+        let [always, active, rms, thresholds, low, high] =
+            [ALWAYS, ACTIVE, RESIDUAL_RMS, THRESHOLD, INCREASE, INCREASE_HIGH].map(|name| file.read_f32(name));
+        let (always, active, rms, low, high) = (always?, active?, rms?, low?, high?);
         let (tokens, digest) = measured_of(file, MEASURED)?;
         // All that belong here were found: of others, or of one twice, nobody knows what they mean.
-        if file.tensors().len() != 5 {
-            return Err(refuse(format!("{} tensors where 5 are known", file.tensors().len())));
+        if file.tensors().len() != 7 {
+            return Err(refuse(format!("{} tensors where 7 are known", file.tensors().len())));
         }
         let (k, n) = (always.len(), active.len());
-        for name in [INCREASE, INCREASE_HIGH] {
+        if rms.len() != n_layers {
+            return Err(refuse(format!("{RESIDUAL_RMS} of {} layers, not {n_layers}", rms.len())));
+        }
+        for name in [THRESHOLD, INCREASE, INCREASE_HIGH] {
             let entry = file.entry(name)?;
             if n == 0 || (entry.rows, entry.columns) != (k, n) {
                 return Err(refuse(format!("{name} is [{}, {}], for [{k}, {n}] shares", entry.rows, entry.columns)));
             }
         }
+        let thresholds = GradedThresholds::new(rms, always.clone(), active.clone(), thresholds?);
+        let thresholds = thresholds.map_err(|e| refuse(e.to_string()))?;
         let rows = always.into_iter().zip(low.chunks_exact(n).zip(high.chunks_exact(n)));
         let curve = |(always, (low, high)): (f32, (&[f32], &[f32]))| {
             let curve = Curve::new(active.clone(), low.to_vec(), high.to_vec(), tokens, digest)?;
             Ok(GradedCurve { always, curve })
         };
         let curves: Result<Vec<GradedCurve>> = rows.map(curve).collect();
-        curves.and_then(Self::new).map_err(|e| refuse(e.to_string()))
+        curves.and_then(|curves| Self::new(thresholds, curves)).map_err(|e| refuse(e.to_string()))
     }
 }
 
@@ -128,6 +145,9 @@ impl Split {
         if manifest.sketches.is_none() {
             return Err(Error::Settings { what: format!("{}: a split without sketches", dir.display()) });
         }
+        if manifest.config.n_layers != curves.thresholds.residual_rms().len() {
+            return Err(Error::Settings { what: format!("{}: the thresholds are another model's", dir.display()) });
+        }
         let old = manifest.graded.take();
         manifest.graded = Some(curves.write(dir, crate::shares::other_name(FILES, old.as_ref()))?);
         manifest.replace_file(dir, old)
@@ -138,6 +158,12 @@ impl Split {
 mod tests {
     use super::*;
 
+    fn of(curves: Vec<GradedCurve>) -> Result<GradedCurves> {
+        let always: Vec<f32> = curves.iter().map(|c| c.always).collect();
+        let rows = [2.0, 1.0].repeat(always.len());
+        GradedCurves::new(GradedThresholds::new(vec![1.0; 3], always, vec![0.1, 0.5], rows)?, curves)
+    }
+
     fn curve(always: f32, high: [f32; 2]) -> GradedCurve {
         let low = high.map(|h| h - 0.01).to_vec();
         GradedCurve { always, curve: Curve::new(vec![0.1, 0.5], low, high.to_vec(), 100, 7).unwrap() }
@@ -145,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_promise_goes_by_the_share_below() {
-        let curves = GradedCurves::new(vec![curve(0.0, [0.5, 0.1]), curve(0.4, [0.2, 0.05])]).unwrap();
+        let curves = of(vec![curve(0.0, [0.5, 0.1]), curve(0.4, [0.2, 0.05])]).unwrap();
         for (always, measured, active) in [(0.0, 0.0, 0.4), (0.39, 0.0, 0.4), (0.4, 0.4, 0.1), (1.0, 0.4, 0.1)] {
             let promise = curves.promise(always, 0.200001);
             assert_eq!(promise.always, Some(measured));
@@ -165,7 +191,7 @@ mod tests {
             curve: Curve::new(active, vec![0.1, 0.1], vec![0.1, 0.1], tokens, 7).unwrap(),
         };
         let first = || curve(0.0, [0.5, 0.1]);
-        assert!(GradedCurves::new(vec![first(), other(100, vec![0.1, 0.5])]).is_ok());
+        assert!(of(vec![first(), other(100, vec![0.1, 0.5])]).is_ok());
         for refused in [
             vec![],
             vec![curve(0.1, [0.5, 0.1])],
@@ -175,7 +201,7 @@ mod tests {
             vec![first(), other(99, vec![0.1, 0.5])],
             vec![first(), other(100, vec![0.2, 0.5])],
         ] {
-            assert!(GradedCurves::new(refused.clone()).is_err(), "{refused:?}");
+            assert!(of(refused.clone()).is_err(), "{refused:?}");
         }
     }
 }

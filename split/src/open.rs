@@ -195,12 +195,13 @@ impl Split {
         self.shares.as_ref().map(|file| Shares::read(file, &self.manifest.config)).transpose()
     }
 
-    /// What it costs to compute a part of the neurons and leave the others to their sketches, if it was measured.
+    /// By which thresholds a part of the neurons is computed and the others are left to their sketches, and what that costs, if it was
+    /// measured.
     ///
     /// # Errors
     /// If the file is damaged.
     pub fn graded_curves(&self) -> Result<Option<GradedCurves>> {
-        self.graded.as_ref().map(GradedCurves::read).transpose()
+        self.graded.as_ref().map(|file| GradedCurves::read(file, self.manifest.config.n_layers)).transpose()
     }
 
     /// The sketches' file, if the split has them.

@@ -138,12 +138,10 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let named = || args.model.display().to_string();
     let tokenizer = Tokenizer::from_json(&model.dense().tokenizer_json()?).with_context(named)?;
     let tokens = tokenizer.encode(&text, false).with_context(named)?;
-    if args.fit_shares && model.split().is_some_and(|split| split.sketches().is_some()) {
-        let windows = Windows::new(&tokens, args.ctx.unwrap_or(1024), args.windows.unwrap_or(4)).map_err(usage)?;
-        return fit_graded(args, &model, &windows, Curve::digest(&text), begin);
-    }
     if args.fit_shares {
         let windows = fit_windows(&tokens, args.ctx.unwrap_or(256), args.windows.unwrap_or(4)).map_err(usage)?;
+        let has_sketches = model.split().is_some_and(|split| split.sketches().is_some());
+        let fit = if has_sketches { fit_graded } else { fit };
         return fit(args, &model, windows, Curve::digest(&text), begin);
     }
     let windows = Windows::new(&tokens, args.ctx.unwrap_or(1024), args.windows.unwrap_or(8)).map_err(usage)?;
@@ -279,11 +277,12 @@ struct FittedGraded<'a> {
     command: Vec<String>,
 }
 
-/// `--fit-shares` of a split with sketches: measures and keeps what choosing by them costs, on a text with that XXH3-128.
+/// `--fit-shares` of a split with sketches: fits thresholds to `windows` and measures on those `behind` what they cost, of a text with
+/// that XXH3-128; both are kept.
 fn fit_graded(
     args: &Eval,
     model: &Model,
-    windows: &Windows<'_>,
+    (windows, behind): (Windows<'_>, Windows<'_>),
     text_digest: u128,
     begin: Instant,
 ) -> anyhow::Result<()> {
@@ -291,7 +290,7 @@ fn fit_graded(
     let split = checkpoint.split();
     let progress = Progress::new("eval", args.json);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let curves = measure_graded_curves(checkpoint.as_ref(), split, windows, text_digest, &on_step);
+    let curves = measure_graded_curves(checkpoint.as_ref(), split, (&windows, &behind), text_digest, &on_step);
     progress.finish();
     let curves = curves.map_err(usage)?;
     Split::put_graded_curves(split.dir(), &curves)?;
@@ -308,8 +307,13 @@ fn fit_graded(
         });
     }
     let (model, text) = (model_name(&args.model), name(text_path(args)));
-    println!("{model}, {text}: {} windows of {}; perplexity over the dense model's", windows.len(), windows.ctx());
-    println!("where this share of each layer's neurons is always computed, and that of the others is chosen");
+    let of = |windows: &Windows<'_>| format!("{} windows of {}", windows.len(), windows.ctx());
+    println!(
+        "{model}, {text}: thresholds from {}; perplexity over the dense model's on {} behind",
+        of(&windows),
+        of(&behind)
+    );
+    println!("these, where this share of each layer's neurons is always computed, and that of the others is chosen");
     print!("{:>10}", "");
     curves.curves().iter().for_each(|c| print!("{:>22}", format!("{:.0} % always", 100.0 * c.always)));
     println!();
@@ -322,7 +326,8 @@ fn fit_graded(
         println!();
     }
     println!(
-        "to: the upper end of the 95 % interval; kept in {}: --max-ppl-increase finds --active",
+        "to: the upper end of the 95 % interval; kept in {}: sparse mode chooses by these thresholds, and --max-ppl-increase \
+         finds --active",
         args.model.display()
     );
     Ok(())
@@ -423,6 +428,7 @@ fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path, masks:
         inputs: inputs.transpose().map_err(usage)?,
         rows: rows.transpose().map_err(usage)?,
         guesses: guesses.transpose().map_err(usage)?,
+        ..Fitted::default()
     })
 }
 
@@ -447,7 +453,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
     for (i, mask) in masks.iter().enumerate() {
         let (mode, active) = match mask {
             Mask::Dense | Mask::Exact => (ModeName::Exact, 1.0),
-            Mask::Predicted(active) | Mask::Graded { active, .. } => (ModeName::Sparse, *active as f32),
+            Mask::Predicted(active) | Mask::Graded { active, alike: false, .. } => (ModeName::Sparse, *active as f32),
             _ => {
                 let text = "--engine decode runs dense, exact, predicted and graded; other masks need --engine batch";
                 return Err(Usage(text.to_owned()).into());
@@ -504,8 +510,9 @@ fn masks(names: &[MaskName], active: &[f64], always: &[f64]) -> Vec<Mask> {
         MaskName::OracleH => each(Mask::OracleH),
         MaskName::Predicted => each(Mask::Predicted),
         MaskName::PredictedAlike => each(Mask::PredictedAlike),
-        MaskName::Graded => {
-            let behind = |&always: &f64| active.iter().map(move |&active| Mask::Graded { active, always });
+        MaskName::Graded | MaskName::GradedAlike => {
+            let alike = *name == MaskName::GradedAlike;
+            let behind = |&always: &f64| active.iter().map(move |&active| Mask::Graded { active, always, alike });
             always.iter().flat_map(behind).collect()
         }
         MaskName::GradedError => each(Mask::GradedError),

@@ -4,7 +4,7 @@ use crate::support::forge;
 use crate::support::{copy, fails, llama, model, ok, split, text};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-use thermocline_split::{Curve, Error, Format, GradedCurve, GradedCurves, LayerCost, Shares, Split};
+use thermocline_split::{Curve, Error, Format, GradedCurve, GradedCurves, GradedThresholds, LayerCost, Shares, Split};
 
 /// A copy of a split with costs, and with a curve of three shares.
 fn with_curve() -> (TempDir, PathBuf) {
@@ -135,7 +135,12 @@ fn with_graded_curves() -> (TempDir, PathBuf) {
         let low = high.map(|h| h - 0.125).to_vec();
         GradedCurve { always, curve: Curve::new(vec![0.1, 0.2, 0.5], low, high.to_vec(), 96, 1 << 100).unwrap() }
     };
-    let curves = GradedCurves::new(vec![curve(0.0, [0.625, 0.375, 0.25]), curve(0.5, [0.5, 0.25, 0.125])]).unwrap();
+    let n_layers = Split::open(&dir).unwrap().manifest().config.n_layers;
+    let (always, active) = (vec![0.0, 0.5], vec![0.1, 0.2, 0.5]);
+    let thresholds = [0.4, 0.2, 0.1, 0.3, 0.2, 0.1].to_vec();
+    let thresholds = GradedThresholds::new(vec![1.0; n_layers], always, active, thresholds).unwrap();
+    let curves = vec![curve(0.0, [0.625, 0.375, 0.25]), curve(0.5, [0.5, 0.25, 0.125])];
+    let curves = GradedCurves::new(thresholds, curves).unwrap();
     Split::put_graded_curves(&dir, &curves).unwrap();
     (guard, dir)
 }
@@ -170,13 +175,18 @@ fn forged_graded_curves_are_refused() {
         ("active shares that fall", &|t| set(&[0.5, 0.2, 0.1])(&mut t[1])),
         ("fewer active shares", &|t| set(&[0.1, 0.2])(&mut t[1])),
         ("no active shares", &|t| set(&[])(&mut t[1])),
-        ("an increase that is none", &|t| t[2].3[..4].copy_from_slice(&f32::NAN.to_le_bytes())),
-        ("an increase above its interval", &|t| t[2].3[..4].copy_from_slice(&9f32.to_le_bytes())),
-        ("another shape", &|t| t[2].2 = [3, 2]),
-        ("one row", &|t| t[3].2 = [1, 6]),
-        ("zero tokens", &|t| t[4].3[..8].fill(0)),
-        ("a digest cut", &|t| (t[4].2, t[4].3) = ([1, 23], t[4].3[..23].to_vec())),
-        ("a tensor less", &|t| drop(t.remove(3))),
+        ("an increase that is none", &|t| t[4].3[..4].copy_from_slice(&f32::NAN.to_le_bytes())),
+        ("an increase above its interval", &|t| t[4].3[..4].copy_from_slice(&9f32.to_le_bytes())),
+        ("another shape", &|t| t[4].2 = [3, 2]),
+        ("one row", &|t| t[5].2 = [1, 6]),
+        ("a residual of nothing", &|t| t[2].3[..4].fill(0)),
+        ("a residual of one layer", &|t| set(&[1.0])(&mut t[2])),
+        ("a negative threshold", &|t| t[3].3[..4].copy_from_slice(&(-1f32).to_le_bytes())),
+        ("thresholds that rise", &|t| t[3].3[8..12].copy_from_slice(&9f32.to_le_bytes())),
+        ("thresholds of another shape", &|t| t[3].2 = [6, 1]),
+        ("zero tokens", &|t| t[6].3[..8].fill(0)),
+        ("a digest cut", &|t| (t[6].2, t[6].3) = ([1, 23], t[6].3[..23].to_vec())),
+        ("a tensor less", &|t| drop(t.remove(5))),
         ("a tensor more", &|t| t.push(("graded.later".to_owned(), Format::U8, [1, 1], vec![0]))),
         ("another name", &|t| t[1].0 = "graded.share".to_owned()),
     ];

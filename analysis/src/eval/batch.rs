@@ -11,7 +11,7 @@ use thermocline_calibrate::dense::{DenseLayer, Embedding, Head, Sequence};
 use thermocline_datasets::Checkpoint;
 use thermocline_runtime::quality::Tally;
 use thermocline_runtime::{LayerActive, always_neurons, layer_active};
-use thermocline_split::Split;
+use thermocline_split::{GradedCurves, GradedThresholds, Split};
 
 /// Hidden states of all positions under one mask, `[n_tokens, hidden_size]`, and what it lost, per layer.
 struct Stream {
@@ -33,8 +33,8 @@ struct Stream {
 }
 
 impl Stream {
-    fn new(mask: Mask, x: Vec<f32>, split: Option<&Split>) -> Result<Self> {
-        let active = chosen_active(mask, split)?;
+    fn new(mask: Mask, x: Vec<f32>, split: Option<&Split>, fitted: &Fitted) -> Result<Self> {
+        let active = chosen_active(mask, split, fitted.graded.as_ref())?;
         Ok(Stream {
             mask,
             x,
@@ -49,15 +49,21 @@ impl Stream {
     }
 }
 
-/// What of each layer is chosen; empty for masks that ask neither predictor nor sketch.
-pub(crate) fn chosen_active(mask: Mask, split: Option<&Split>) -> Result<Vec<LayerActive>> {
+/// What of each layer is chosen, in graded precision by the `fitted` thresholds or else the split's; empty for masks that ask neither predictor nor sketch.
+pub(crate) fn chosen_active(
+    mask: Mask,
+    split: Option<&Split>,
+    fitted: Option<&GradedThresholds>,
+) -> Result<Vec<LayerActive>> {
     match (mask, split) {
         (Mask::Predicted(share), Some(split)) => Ok(layer_active(split, share as f32)?),
         (Mask::PredictedAlike(share), Some(split)) => Ok(LayerActive::alike(&split.manifest().config, share as f32)),
-        (Mask::Graded { active, always }, Some(split)) => {
+        (Mask::Graded { active, always, alike }, Some(split)) => {
             let config = &split.manifest().config;
             let n_always = always_neurons(always as f32, config.intermediate_size);
-            Ok(LayerActive::behind(config, n_always, active as f32))
+            let stored = split.graded_curves()?;
+            let thresholds = fitted.or(stored.as_ref().map(GradedCurves::thresholds)).filter(|_| !alike);
+            Ok(LayerActive::graded(config, n_always, active as f32, thresholds))
         }
         _ => Ok(Vec::new()),
     }
@@ -106,10 +112,11 @@ pub fn evaluate(
     let bytes = LayerBytes::of(model, split)?;
     let of_inputs = bytes.of_inputs(config);
     let x = Embedding::load(model)?.rows(windows.tokens())?;
-    let mut dense = Stream::new(Mask::Dense, x, split)?;
+    let mut dense = Stream::new(Mask::Dense, x, split, fitted)?;
     // The dense mask is the reference itself; every other one gets its own stream.
     let own = masks.iter().filter(|m| **m != Mask::Dense);
-    let mut masked: Vec<Stream> = own.map(|&mask| Stream::new(mask, dense.x.clone(), split)).collect::<Result<_>>()?;
+    let mut masked: Vec<Stream> =
+        own.map(|&mask| Stream::new(mask, dense.x.clone(), split, fitted)).collect::<Result<_>>()?;
     for stream in &mut masked {
         if let (Mask::Inputs(share), Some(costs)) = (stream.mask, &fitted.inputs) {
             stream.thresholds = costs.thresholds(of_inputs, share);
@@ -155,7 +162,10 @@ pub fn evaluate(
             (Mask::Inputs(_), Some((_, inputs, _))) => Some(*inputs),
             (Mask::GradedRows(_), Some((_, _, rows))) => {
                 evaluation.rows_read = Some(*rows);
-                Some(bytes.graded_share(rows.bytes))
+                Some(bytes.graded_share(0.0, rows.bytes))
+            }
+            (Mask::Graded { always, .. }, _) => {
+                evaluation.computed_share.map(|computed| bytes.graded_share(*always, computed))
             }
             _ => bytes.share(*mask),
         };

@@ -51,9 +51,10 @@ impl LayerBytes {
         (mask.asks_predictor() || mask.asks_sketch()).then(|| self.share_of(asked))
     }
 
-    /// What a mask reads that asks the sketches and reads this share of the neurons' bytes, relative to everything.
-    pub(crate) fn graded_share(&self, of_neurons: f64) -> f64 {
-        self.share_of(self.attention + self.sketches + of_neurons * self.neurons)
+    /// What a mask reads that asks the sketches of those neurons that are not `always` computed, and reads this share of all
+    /// neurons' bytes, relative to everything.
+    pub(crate) fn graded_share(&self, always: f64, of_neurons: f64) -> f64 {
+        self.share_of(self.attention + (1.0 - always) * self.sketches + of_neurons * self.neurons)
     }
 
     /// What a mask reads whose guess takes `asked` bytes and that computes this share of the neurons, relative to everything.
@@ -70,14 +71,12 @@ impl LayerBytes {
             Mask::Predicted(share) | Mask::PredictedAlike(share) => {
                 self.attention + self.predictors + share * self.neurons
             }
-            Mask::Graded { active, always } => {
-                let sketches = (1.0 - always) * self.sketches;
-                self.attention + sketches + (always + (1.0 - always) * active) * self.neurons
-            }
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
             // It depends on the text, or on the guess.
-            Mask::Inputs(_) | Mask::GradedError(_) | Mask::GradedRows(_) | Mask::Guessed(..) => return None,
+            Mask::Graded { .. } | Mask::Inputs(_) | Mask::GradedError(_) | Mask::GradedRows(_) | Mask::Guessed(..) => {
+                return None;
+            }
         };
         Some(self.share_of(read))
     }

@@ -59,6 +59,11 @@ impl SketchedLayer {
         Sketch { rows: Default::default(), ..self.sketch }
     }
 
+    /// Each neuron's place in the split's order, `[n_neurons]`.
+    pub(crate) fn places(&self) -> &[u32] {
+        &self.places
+    }
+
     /// Gate and up products for the layer's normalised input `[n_tokens, hidden_size]`, `[n_tokens, n_neurons]` each.
     pub(crate) fn pre_activations(&self, input: &[f32]) -> Result<[Vec<f32>; 2]> {
         Ok(self.neurons.pre_activations(input)?)

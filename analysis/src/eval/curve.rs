@@ -1,5 +1,6 @@
 //! What sparse mode costs at every share of the neurons, measured on text that the shares were not fitted to.
 
+use super::graded_thresholds::fit_graded_thresholds;
 use super::{Evaluation, Fitted, Mask, Windows, evaluate};
 use crate::{Error, Result};
 use thermocline_datasets::Checkpoint;
@@ -63,25 +64,34 @@ pub fn measure_curve(
     curve_of(&SHARES, &results, text_digest)
 }
 
-/// The same in graded precision, for each of four shares of the neurons that are always computed, at seven shares of the others.
-/// Memory: as above with `116 * n_tokens * hidden_size` bytes; time: that of 29 dense passes.
+/// Fits thresholds of graded precision on `fitting`, and measures the same with them on `windows`, for each of four shares of the
+/// neurons that are always computed, at seven shares of the others.
+/// Memory: as above with `116 * n_tokens * hidden_size` bytes, or `4 * (hidden_size + intermediate_size)` for each token of `fitting`;
+/// time: that of 29 dense passes over `windows` and one over `fitting`.
 ///
 /// # Errors
 /// If the split has no sketches; and as above.
 pub fn measure_graded_curves(
     model: &dyn Checkpoint,
     split: &Split,
-    windows: &Windows<'_>,
+    (fitting, windows): (&Windows<'_>, &Windows<'_>),
     text_digest: u128,
     progress: &dyn Fn(usize, usize),
 ) -> Result<GradedCurves> {
-    let masks = ALWAYS.map(|always| GRADED_SHARES.map(|active| Mask::Graded { active, always }));
-    let results = evaluate(model, Some(split), windows, masks.as_flattened(), &Fitted::default(), progress)?;
+    let n_layers = model.config().n_layers;
+    let masks = ALWAYS.map(|always| GRADED_SHARES.map(|active| Mask::Graded { active, always, alike: false }));
+    let masks = masks.as_flattened();
+    let all = n_layers * (2 + masks.len());
+    let shares = (&ALWAYS[..], &GRADED_SHARES[..]);
+    let thresholds = fit_graded_thresholds(model, split, fitting, shares, &|done, _| progress(done, all))?;
+    let fitted = Fitted { graded: Some(thresholds.clone()), ..Fitted::default() };
+    let on_step = |done: usize, _: usize| progress(n_layers + done, all);
+    let results = evaluate(model, Some(split), windows, masks, &fitted, &on_step)?;
     let of_each = ALWAYS.iter().zip(results.chunks(GRADED_SHARES.len()));
     let curves = of_each.map(|(&always, results)| {
         Ok(GradedCurve { always: always as f32, curve: curve_of(&GRADED_SHARES, results, text_digest)? })
     });
-    Ok(GradedCurves::new(curves.collect::<Result<_>>()?)?)
+    Ok(GradedCurves::new(thresholds, curves.collect::<Result<_>>()?)?)
 }
 
 /// What `results`, of one mask at each of `shares`, say of the perplexity.

@@ -41,7 +41,7 @@ pub fn evaluate_decode(
             let rounded = |share: f64| (share * 1e6).round() / 1e6;
             let active = rounded(f64::from(active));
             match engine.is_graded() {
-                true => Mask::Graded { active, always: rounded(engine.always_share()) },
+                true => Mask::Graded { active, always: rounded(engine.always_share()), alike: false },
                 false => Mask::Predicted(active),
             }
         }

@@ -4,7 +4,7 @@ use super::inputs::InputChoice;
 use crate::{Error, Result};
 use rayon::prelude::*;
 use thermocline_runtime::quality::{Tally, compare};
-use thermocline_runtime::{energy, n_active, n_needed, top_k};
+use thermocline_runtime::{LayerActive, energy, n_active, n_needed, top_k};
 
 /// Which neurons of every layer are computed, at every position.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,6 +30,8 @@ pub enum Mask {
         active: f64,
         /// 0 to 1.
         always: f64,
+        /// The same number of every layer and token; else by the split's thresholds, if it has any.
+        alike: bool,
     },
     /// Of every layer as few as leave to the sketch a squared error that is expected to be at most the square of the given share of
     /// the neurons' energy: more where the sketch is unsure, few where most are zero.
@@ -51,6 +53,30 @@ pub enum Mask {
     Guessed(Guesser, f64),
 }
 
+/// How many of the scores a mask keeps.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Chosen {
+    /// The so many of highest score.
+    Top(usize),
+    /// Those above this.
+    Above(f32),
+}
+
+impl Chosen {
+    /// As the runtime chooses.
+    pub(crate) fn of(active: Option<&LayerActive>) -> Self {
+        let top = Chosen::Top(active.map_or(0, |a| a.n_active));
+        active.and_then(|a| a.least_cost).map_or(top, Chosen::Above)
+    }
+
+    fn count(self, scores: &[f32]) -> usize {
+        match self {
+            Chosen::Top(n) => n,
+            Chosen::Above(least) => scores.iter().filter(|score| **score > least).count(),
+        }
+    }
+}
+
 /// Neurons in a share of a layer, by the runtime's rule.
 pub fn active_count(share: f64, intermediate_size: usize) -> usize {
     n_active(share as f32, intermediate_size)
@@ -66,7 +92,8 @@ impl Mask {
             Mask::OracleH(_) => "oracle-h",
             Mask::Predicted(_) => "predicted",
             Mask::PredictedAlike(_) => "predicted-alike",
-            Mask::Graded { .. } => "graded",
+            Mask::Graded { alike: false, .. } => "graded",
+            Mask::Graded { alike: true, .. } => "graded-alike",
             Mask::GradedError(_) => "graded-error",
             Mask::GradedRows(_) => "graded-rows",
             Mask::Cats(_) => "cats",
@@ -141,7 +168,7 @@ impl Mask {
 
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
     /// the same shape or empty, what it keeps.
-    /// `scores`, of the same shape, are the predictor's, the sketch's or a guess's, of which the `n_chosen` highest are kept, or the gates'
+    /// `scores`, of the same shape, are the predictor's, the sketch's or a guess's, of which the highest are kept, as many as `chosen` says, or the gates'
     /// for [`Mask::Cats`]; `down_norm [intermediate_size]`.
     pub(crate) fn apply(
         self,
@@ -149,7 +176,7 @@ impl Mask {
         sketched: &mut [f32],
         down_norm: &[f32],
         scores: Option<&[f32]>,
-        n_chosen: usize,
+        chosen: Chosen,
     ) -> Tally {
         let ffn = down_norm.len();
         let mut sketched: Vec<&mut [f32]> = sketched.chunks_exact_mut(ffn).collect();
@@ -164,7 +191,7 @@ impl Mask {
                     (Mask::GradedError(error), Some(costs)) => {
                         n_needed(costs, error.powi(2) * energy(sketched, down_norm))
                     }
-                    _ => n_chosen,
+                    (_, scores) => chosen.count(scores.unwrap_or_default()),
                 };
                 self.choose(h, &weight, scores, n_chosen, &mut kept);
                 let tally = compare(&weight, &kept);
@@ -226,7 +253,7 @@ mod tests {
     #[test]
     fn oracle_keeps_the_largest_products() {
         let mut h = [1.0, -3.0, 0.0, 2.0, -2.0, 0.5, 0.0, 4.0];
-        let tally = Mask::Oracle(0.5).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 10.0], None, 0);
+        let tally = Mask::Oracle(0.5).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 10.0], None, Chosen::Top(0));
         assert_eq!(h, [0.0, -3.0, 0.0, 2.0, -2.0, 0.0, 0.0, 4.0]);
         let quality = tally.quality(0);
         assert_eq!((quality.recall, quality.computed_share, quality.energy_recall_of_oracle), (1.0, 0.5, 1.0));
@@ -237,14 +264,14 @@ mod tests {
     #[test]
     fn magnitude_alone_ignores_the_norms() {
         let mut h = [1.0, -3.0, 2.0, 0.5];
-        Mask::OracleH(0.25).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 100.0], None, 0);
+        Mask::OracleH(0.25).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 100.0], None, Chosen::Top(0));
         assert_eq!(h, [0.0, -3.0, 0.0, 0.0]);
     }
 
     #[test]
     fn exact_changes_nothing_and_counts_zeros() {
         let mut h = [0.0, -0.0, 2.0, -1.0];
-        let quality = Mask::Exact.apply(&mut h, &mut [], &[1.0; 4], None, 0).quality(0);
+        let quality = Mask::Exact.apply(&mut h, &mut [], &[1.0; 4], None, Chosen::Top(0)).quality(0);
         assert_eq!(h, [0.0, 0.0, 2.0, -1.0]);
         assert_eq!((quality.recall, quality.precision, quality.computed_share), (1.0, 1.0, 0.5));
     }
@@ -253,7 +280,7 @@ mod tests {
     fn predicted_follows_its_scores() {
         let mut h = [5.0, 1.0, 0.0, 0.0];
         let scores = [f32::NAN, 2.0, 3.0, 0.0];
-        let quality = Mask::Predicted(0.5).apply(&mut h, &mut [], &[1.0; 4], Some(&scores), 2).quality(0);
+        let quality = Mask::Predicted(0.5).apply(&mut h, &mut [], &[1.0; 4], Some(&scores), Chosen::Top(2)).quality(0);
         assert_eq!(h, [0.0, 1.0, 0.0, 0.0]);
         // Of the two neurons that are not zero one was found, and one of the two computed was needed.
         assert_eq!((quality.recall, quality.precision), (0.5, 0.5));

@@ -2,6 +2,7 @@
 
 use super::choosers::{Choosers, SketchedLayer};
 use super::inputs::{self, InputChoice, InputMethod};
+use super::mask::Chosen;
 use super::{Mask, Positions};
 use crate::Result;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -107,7 +108,7 @@ impl<'a> MaskedLayer<'a> {
             return Ok(Tally::whole(h.len() / ffn, ffn));
         }
         let scores = self.scores(input, sketched, sequences)?;
-        let n_chosen = self.active.map_or(0, |a| a.n_active);
+        let chosen = Chosen::of(self.active);
         let (mut tally, mut first) = (Tally::default(), 0);
         for (sequence, h) in split_rows(h, sequences, ffn) {
             let from = positions.first_masked(sequence);
@@ -119,7 +120,7 @@ impl<'a> MaskedLayer<'a> {
                 whole.fill(0.0);
                 sketched = masked;
             }
-            tally = tally + self.mask.apply(&mut h[from * ffn..], sketched, self.down_norm, scores, n_chosen);
+            tally = tally + self.mask.apply(&mut h[from * ffn..], sketched, self.down_norm, scores, chosen);
             first += sequence.n_rows();
         }
         Ok(tally)

@@ -25,6 +25,7 @@ mod bytes;
 mod choosers;
 mod curve;
 mod decode;
+mod graded_thresholds;
 mod guess;
 mod input_costs;
 mod inputs;
@@ -54,11 +55,12 @@ use crate::{Error, Result};
 use likelihood::TokenScores;
 use serde::{Deserialize, Serialize};
 use thermocline_runtime::quality::Tally;
+use thermocline_split::GradedThresholds;
 
 /// What one mask did to a model on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `graded`,
+    /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `graded`, `graded-alike`,
     /// `graded-error`, `graded-rows`, `cats`, `teal`, `wina`, `inputs`, or the name of a [`Guesser`].
     pub mask: String,
     /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
@@ -126,6 +128,8 @@ pub struct Fitted {
     pub inputs: Option<InputCosts>,
     /// For [`Mask::GradedRows`].
     pub rows: Option<RowPrices>,
+    /// For [`Mask::Graded`], in place of those of the split.
+    pub graded: Option<GradedThresholds>,
     /// For [`Mask::Guessed`].
     pub guesses: Option<GuessFit>,
 }

@@ -183,7 +183,7 @@ fn measured(mut sketch: Sketch, samples: &[Sample]) -> Sketch {
 }
 
 /// One over the mean square of the median token of `x [n_tokens, hidden_size]`, if that is a number.
-fn price(x: &[f32], hidden_size: usize) -> Option<f32> {
+pub(super) fn price(x: &[f32], hidden_size: usize) -> Option<f32> {
     let square = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>() / hidden_size as f32;
     let mut squares: Vec<f32> = x.chunks_exact(hidden_size).map(square).collect();
     squares.sort_unstable_by(f32::total_cmp);

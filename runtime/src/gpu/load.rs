@@ -340,6 +340,7 @@ impl Loader<'_> {
             slots: self.arena.take(slots * file.bundles().coldest().bundles().bundle_bytes()),
             n_always: if chooser.is_some() { n_always } else { 0 },
             selection: match active.filter(|_| chooser.is_some()) {
+                Some(LayerActive { least_cost: Some(least), .. }) => Selection::Above(*least),
                 Some(active) => Selection::Top(active.n_active - n_always),
                 None => Selection::Every,
             },

@@ -78,7 +78,7 @@ fn run_pass(
     positions: Positions,
     on_step: &dyn Fn(usize),
 ) -> Result<Vec<Stream>> {
-    let stream = |&mask: &Mask| Ok(Stream { mask, x: x.to_vec(), active: chosen_active(mask, split)? });
+    let stream = |&mask: &Mask| Ok(Stream { mask, x: x.to_vec(), active: chosen_active(mask, split, None)? });
     let mut streams: Vec<Stream> = masks.iter().map(stream).collect::<Result<_>>()?;
     let (groups, hidden) = (pass.groups(), model.config().hidden_size);
     for index in 0..model.config().n_layers {
