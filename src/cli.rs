@@ -676,6 +676,7 @@ pub struct Eval {
     /// windows behind them, as many and four times as long, in ten dense passes: what perplexity rises by at shares from 10 to
     /// 90 %, from which --max-ppl-increase finds --active. Of a split with sketches: thresholds by which these choose, from one
     /// dense pass, and behind them what perplexity rises by at seven shares, for each of four shares that are always computed, in 29
+    /// dense passes
     #[arg(long, conflicts_with_all = ["mask", "active", "always", "precision", "engine", "planes", "delta"])]
     pub fit_shares: bool,
     /// Which neurons are computed, at every position; several, separated by commas, give a row each
