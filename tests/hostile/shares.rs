@@ -162,10 +162,13 @@ fn sound_graded_curves_are_read_and_used() {
     );
 }
 
+/// What is done to the tensors of graded curves.
+type GradedForgery<'a> = (&'a str, &'a dyn Fn(&mut Vec<forge::Tensor>));
+
 #[test]
 fn forged_graded_curves_are_refused() {
     let set = |values: &'static [f32]| move |t: &mut forge::Tensor| (t.2, t.3) = ([1, values.len()], bytes(values));
-    let forgeries: &[(&str, &dyn Fn(&mut Vec<forge::Tensor>))] = &[
+    let forgeries: &[GradedForgery<'_>] = &[
         ("not from 0", &|t| set(&[0.1, 0.5])(&mut t[0])),
         ("falling", &|t| set(&[0.0, -0.5])(&mut t[0])),
         ("everything always", &|t| set(&[0.0, 1.0])(&mut t[0])),
