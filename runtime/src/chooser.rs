@@ -135,7 +135,8 @@ impl Chooser {
     }
 
     /// Scores of all neurons that it is asked about for the normalised input `x`, and, from a sketch, their activations: `scores` and
-    /// `sketched` are of the layer's last neurons, as many as it knows; a predictor leaves the second alone. If `ahead`, `x` is the input of the layer before, under this layer's norm.
+    /// `sketched` are of the layer's last neurons, as many as it knows; a predictor leaves the second alone. If `ahead`, `x` is the
+    /// input of the layer before, under this layer's norm.
     pub(crate) fn scores(
         &self,
         (kernels, pool): (&Kernels, &mut Pool),

@@ -20,9 +20,11 @@ pub trait Decoder {
     fn is_graded(&self) -> bool {
         has_sketches(self.split())
     }
-    /// The share of each layer's neurons that every token of sparse mode computes, without being chosen.
+    /// The first neurons of each layer, which every token of sparse mode computes without their being chosen.
+    fn always_neurons(&self) -> usize;
+    /// The share of a layer that these are.
     fn always_share(&self) -> f64 {
-        0.0
+        self.always_neurons() as f64 / self.split().manifest().config.intermediate_size as f64
     }
     /// Tokens that its context holds.
     fn context(&self) -> usize;
@@ -120,8 +122,8 @@ impl Decoder for Engine {
         self.plan().request.mode
     }
 
-    fn always_share(&self) -> f64 {
-        self.plan().always_neurons as f64 / self.split().manifest().config.intermediate_size as f64
+    fn always_neurons(&self) -> usize {
+        self.plan().always_neurons
     }
 
     fn context(&self) -> usize {

@@ -17,6 +17,11 @@ pub struct LayerActive {
 }
 
 impl LayerActive {
+    /// So many neurons, and nothing for the others.
+    pub fn top(n_active: usize) -> Self {
+        Self { n_active, least_cost: None, left_out: Vec::new() }
+    }
+
     /// What `share` of the neurons is in each layer where all layers compute the same, and no mean stands for the others.
     pub fn alike(config: &ModelConfig, share: f32) -> Vec<Self> {
         Self::behind(config, 0, share)
@@ -26,7 +31,7 @@ impl LayerActive {
     pub fn behind(config: &ModelConfig, n_always: usize, share: f32) -> Vec<Self> {
         let n_others = config.intermediate_size - n_always;
         let n_active = n_always + if n_others > 0 { n_active(share, n_others) } else { 0 };
-        vec![Self { n_active, least_cost: None, left_out: Vec::new() }; config.n_layers]
+        vec![Self::top(n_active); config.n_layers]
     }
 
     /// The same by a split's thresholds, where there are any and not all is computed.
@@ -63,7 +68,7 @@ pub fn layer_active(split: &Split, share: f32) -> Result<Vec<LayerActive>> {
     let Some(shares) = split.shares()? else { return Ok(LayerActive::alike(config, share)) };
     let of_layer = |(l, share): (usize, f32)| {
         let n_active = n_active(share, config.intermediate_size);
-        LayerActive { n_active, least_cost: None, left_out: shares.left_out(l, share) }
+        LayerActive { left_out: shares.left_out(l, share), ..LayerActive::top(n_active) }
     };
     Ok(shares.allocate(share).into_iter().enumerate().map(of_layer).collect())
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use std::path::Path;
 
 /// Two names, so that a new file can grow beside the one in use.
-pub(crate) const FILES: [&str; 2] = ["graded.safetensors", "graded.1.safetensors"];
+const FILES: [&str; 2] = ["graded.safetensors", "graded.1.safetensors"];
 
 const ALWAYS: &str = "graded.always";
 const ACTIVE: &str = "graded.active";
@@ -74,9 +74,8 @@ impl GradedCurves {
     }
 
     fn tensors(&self) -> Vec<(String, Format, usize, usize, Vec<u8>)> {
-        let first = &self.curves[0].curve;
-        let (k, n) = (self.curves.len(), first.points().count());
-        let by = &self.thresholds;
+        let (first, by) = (&self.curves[0].curve, &self.thresholds);
+        let (k, n) = (by.always().len(), by.active().len());
         let of_each = |of: fn((f32, f32, f32)) -> f32| -> Vec<f32> {
             self.curves.iter().flat_map(|c| c.curve.points().map(of)).collect()
         };

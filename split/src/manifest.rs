@@ -226,8 +226,12 @@ impl Manifest {
             &manifest.statistics.file,
         ]);
         let names = names
-            .chain(manifest.resident_planes.iter().chain(&manifest.shares).chain(&manifest.sketches).map(|f| &f.file))
-            .chain(manifest.graded.iter().map(|f| &f.file))
+            .chain(
+                [&manifest.resident_planes, &manifest.shares, &manifest.sketches, &manifest.graded]
+                    .into_iter()
+                    .flatten()
+                    .map(|f| &f.file),
+            )
             .chain(manifest.layers.iter().flat_map(|l| l.others().map(|p| &p.file)));
         for name in names {
             let plain = |part: &str| !part.is_empty() && part != "." && part != "..";

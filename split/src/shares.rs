@@ -1,7 +1,7 @@
 //! How the neurons that a token computes are best divided between the layers: what each layer's share costs, measured, and
 //! the division that costs least.
 
-use crate::curve::Curve;
+use crate::curve::{Curve, bytes_of};
 use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile, TensorFileEntry, Writer};
 use crate::{Error, Manifest, Split};
@@ -162,11 +162,10 @@ impl Shares {
         let tensors = tensors.chain((0..self.layers.len()).flat_map(of_layer));
         let tensors = tensors.chain(self.curve.iter().flat_map(Curve::tensors));
         let mut writer = Writer::create(dir, name, tensors.collect())?;
-        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        writer.write("shares.grid", &bytes(&self.grid))?;
+        writer.write("shares.grid", &bytes_of(&self.grid))?;
         for (l, layer) in self.layers.iter().enumerate() {
-            writer.write(&format!("shares.{l}.loss"), &bytes(&layer.loss))?;
-            writer.write(&format!("shares.{l}.left_out"), &bytes(&layer.left_out))?;
+            writer.write(&format!("shares.{l}.loss"), &bytes_of(&layer.loss))?;
+            writer.write(&format!("shares.{l}.left_out"), &bytes_of(&layer.left_out))?;
         }
         if let Some(curve) = &self.curve {
             for ((name, ..), contents) in curve.tensors().iter().zip(curve.contents()) {

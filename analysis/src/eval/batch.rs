@@ -49,7 +49,8 @@ impl Stream {
     }
 }
 
-/// What of each layer is chosen, in graded precision by the `fitted` thresholds or else the split's; empty for masks that ask neither predictor nor sketch.
+/// What of each layer is chosen, in graded precision by the `fitted` thresholds or else the split's; empty for masks that ask
+/// neither predictor nor sketch.
 pub(crate) fn chosen_active(
     mask: Mask,
     split: Option<&Split>,
@@ -61,7 +62,7 @@ pub(crate) fn chosen_active(
         (Mask::Graded { active, always, alike }, Some(split)) => {
             let config = &split.manifest().config;
             let n_always = always_neurons(always as f32, config.intermediate_size);
-            let stored = split.graded_curves()?;
+            let stored = if alike || fitted.is_some() { None } else { split.graded_curves()? };
             let thresholds = fitted.or(stored.as_ref().map(GradedCurves::thresholds)).filter(|_| !alike);
             Ok(LayerActive::graded(config, n_always, active as f32, thresholds))
         }

@@ -62,7 +62,7 @@ impl LayerBytes {
         self.share_of(self.attention + asked + share * self.neurons)
     }
 
-    /// What `mask` reads, relative to everything.
+    /// What `mask` reads, relative to everything; where thresholds choose, as if they left the share that was asked for.
     pub(crate) fn share(&self, mask: Mask) -> Option<f64> {
         let read = match mask {
             Mask::Dense => self.attention + self.neurons,
@@ -71,12 +71,13 @@ impl LayerBytes {
             Mask::Predicted(share) | Mask::PredictedAlike(share) => {
                 self.attention + self.predictors + share * self.neurons
             }
+            Mask::Graded { active, always, .. } => {
+                return Some(self.graded_share(always, always + (1.0 - always) * active));
+            }
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
             // It depends on the text, or on the guess.
-            Mask::Graded { .. } | Mask::Inputs(_) | Mask::GradedError(_) | Mask::GradedRows(_) | Mask::Guessed(..) => {
-                return None;
-            }
+            Mask::Inputs(_) | Mask::GradedError(_) | Mask::GradedRows(_) | Mask::Guessed(..) => return None,
         };
         Some(self.share_of(read))
     }
@@ -86,4 +87,20 @@ impl LayerBytes {
 fn n_weights(c: &ModelConfig) -> [f64; 2] {
     let attention = c.hidden_size * c.head_dim * 2 * (c.n_heads + c.n_kv_heads);
     [attention, 3 * c.hidden_size * c.intermediate_size].map(|weights| (c.n_layers * weights) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sketches of those that are not always computed, and the rows of those that are and of the chosen ones.
+    #[test]
+    fn graded_masks_read_sketches_of_the_others() {
+        let bytes = LayerBytes { attention: 2.0, neurons: 8.0, predictors: 1.0, sketches: 4.0 };
+        let share = |active, always| bytes.share(Mask::Graded { active, always, alike: false }).unwrap();
+        assert!((share(0.25, 0.0) - 0.8).abs() < 1e-9);
+        assert!((share(0.25, 0.5) - (2.0 + 2.0 + 5.0) / 10.0).abs() < 1e-9);
+        assert!((share(0.25, 1.0) - 1.0).abs() < 1e-9);
+        assert_eq!(bytes.chooser_share(Mask::Graded { active: 0.25, always: 0.5, alike: true }), Some(0.2));
+    }
 }

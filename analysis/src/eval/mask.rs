@@ -53,30 +53,6 @@ pub enum Mask {
     Guessed(Guesser, f64),
 }
 
-/// How many of the scores a mask keeps.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Chosen {
-    /// The so many of highest score.
-    Top(usize),
-    /// Those above this.
-    Above(f32),
-}
-
-impl Chosen {
-    /// As the runtime chooses.
-    pub(crate) fn of(active: Option<&LayerActive>) -> Self {
-        let top = Chosen::Top(active.map_or(0, |a| a.n_active));
-        active.and_then(|a| a.least_cost).map_or(top, Chosen::Above)
-    }
-
-    fn count(self, scores: &[f32]) -> usize {
-        match self {
-            Chosen::Top(n) => n,
-            Chosen::Above(least) => scores.iter().filter(|score| **score > least).count(),
-        }
-    }
-}
-
 /// Neurons in a share of a layer, by the runtime's rule.
 pub fn active_count(share: f64, intermediate_size: usize) -> usize {
     n_active(share as f32, intermediate_size)
@@ -168,7 +144,7 @@ impl Mask {
 
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
     /// the same shape or empty, what it keeps.
-    /// `scores`, of the same shape, are the predictor's, the sketch's or a guess's, of which the highest are kept, as many as `chosen` says, or the gates'
+    /// `scores`, of the same shape, are the predictor's, the sketch's or a guess's, of which the highest are kept, as many as `active` says, or the gates'
     /// for [`Mask::Cats`]; `down_norm [intermediate_size]`.
     pub(crate) fn apply(
         self,
@@ -176,7 +152,7 @@ impl Mask {
         sketched: &mut [f32],
         down_norm: &[f32],
         scores: Option<&[f32]>,
-        chosen: Chosen,
+        active: Option<&LayerActive>,
     ) -> Tally {
         let ffn = down_norm.len();
         let mut sketched: Vec<&mut [f32]> = sketched.chunks_exact_mut(ffn).collect();
@@ -191,7 +167,7 @@ impl Mask {
                     (Mask::GradedError(error), Some(costs)) => {
                         n_needed(costs, error.powi(2) * energy(sketched, down_norm))
                     }
-                    (_, scores) => chosen.count(scores.unwrap_or_default()),
+                    (_, scores) => active.map_or(0, |a| a.n_chosen(scores.unwrap_or_default(), 0)),
                 };
                 self.choose(h, &weight, scores, n_chosen, &mut kept);
                 let tally = compare(&weight, &kept);
@@ -253,7 +229,7 @@ mod tests {
     #[test]
     fn oracle_keeps_the_largest_products() {
         let mut h = [1.0, -3.0, 0.0, 2.0, -2.0, 0.5, 0.0, 4.0];
-        let tally = Mask::Oracle(0.5).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 10.0], None, Chosen::Top(0));
+        let tally = Mask::Oracle(0.5).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 10.0], None, None);
         assert_eq!(h, [0.0, -3.0, 0.0, 2.0, -2.0, 0.0, 0.0, 4.0]);
         let quality = tally.quality(0);
         assert_eq!((quality.recall, quality.computed_share, quality.energy_recall_of_oracle), (1.0, 0.5, 1.0));
@@ -264,14 +240,14 @@ mod tests {
     #[test]
     fn magnitude_alone_ignores_the_norms() {
         let mut h = [1.0, -3.0, 2.0, 0.5];
-        Mask::OracleH(0.25).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 100.0], None, Chosen::Top(0));
+        Mask::OracleH(0.25).apply(&mut h, &mut [], &[1.0, 1.0, 1.0, 100.0], None, None);
         assert_eq!(h, [0.0, -3.0, 0.0, 0.0]);
     }
 
     #[test]
     fn exact_changes_nothing_and_counts_zeros() {
         let mut h = [0.0, -0.0, 2.0, -1.0];
-        let quality = Mask::Exact.apply(&mut h, &mut [], &[1.0; 4], None, Chosen::Top(0)).quality(0);
+        let quality = Mask::Exact.apply(&mut h, &mut [], &[1.0; 4], None, None).quality(0);
         assert_eq!(h, [0.0, 0.0, 2.0, -1.0]);
         assert_eq!((quality.recall, quality.precision, quality.computed_share), (1.0, 1.0, 0.5));
     }
@@ -280,7 +256,9 @@ mod tests {
     fn predicted_follows_its_scores() {
         let mut h = [5.0, 1.0, 0.0, 0.0];
         let scores = [f32::NAN, 2.0, 3.0, 0.0];
-        let quality = Mask::Predicted(0.5).apply(&mut h, &mut [], &[1.0; 4], Some(&scores), Chosen::Top(2)).quality(0);
+        let quality = Mask::Predicted(0.5)
+            .apply(&mut h, &mut [], &[1.0; 4], Some(&scores), Some(&LayerActive::top(2)))
+            .quality(0);
         assert_eq!(h, [0.0, 1.0, 0.0, 0.0]);
         // Of the two neurons that are not zero one was found, and one of the two computed was needed.
         assert_eq!((quality.recall, quality.precision), (0.5, 0.5));

@@ -2,7 +2,6 @@
 
 use super::choosers::{Choosers, SketchedLayer};
 use super::inputs::{self, InputChoice, InputMethod};
-use super::mask::Chosen;
 use super::{Mask, Positions};
 use crate::Result;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -108,7 +107,6 @@ impl<'a> MaskedLayer<'a> {
             return Ok(Tally::whole(h.len() / ffn, ffn));
         }
         let scores = self.scores(input, sketched, sequences)?;
-        let chosen = Chosen::of(self.active);
         let (mut tally, mut first) = (Tally::default(), 0);
         for (sequence, h) in split_rows(h, sequences, ffn) {
             let from = positions.first_masked(sequence);
@@ -120,7 +118,7 @@ impl<'a> MaskedLayer<'a> {
                 whole.fill(0.0);
                 sketched = masked;
             }
-            tally = tally + self.mask.apply(&mut h[from * ffn..], sketched, self.down_norm, scores, chosen);
+            tally = tally + self.mask.apply(&mut h[from * ffn..], sketched, self.down_norm, scores, self.active);
             first += sequence.n_rows();
         }
         Ok(tally)

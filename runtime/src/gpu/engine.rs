@@ -393,8 +393,8 @@ impl Decoder for GpuEngine {
         self.plan.request.base.mode
     }
 
-    fn always_share(&self) -> f64 {
-        self.plan.always_neurons as f64 / self.split.manifest().config.intermediate_size as f64
+    fn always_neurons(&self) -> usize {
+        self.plan.always_neurons
     }
 
     fn context(&self) -> usize {

@@ -2,9 +2,9 @@
 
 use super::{Cost, Guess, Guesser, Seen};
 use crate::Result;
-use crate::eval::mask::Chosen;
 use crate::eval::{Mask, active_count};
 use thermocline_calibrate::dense::DenseLayer;
+use thermocline_runtime::LayerActive;
 use thermocline_runtime::quality::Tally;
 
 /// What a guess keeps from layer to layer.
@@ -26,7 +26,7 @@ impl Guessed {
         x: &mut [f32],
         ctx: usize,
     ) -> Result<Tally> {
-        let (width, n_chosen) = (ctx * layer.hidden_size(), active_count(share, down_norm.len()));
+        let (width, active) = (ctx * layer.hidden_size(), LayerActive::top(active_count(share, down_norm.len())));
         let (mut tally, mut attended) = (Tally::default(), Vec::new());
         for (i, window) in x.chunks_exact_mut(width).enumerate() {
             let mut next = layer.attention(window, 1, ctx)?;
@@ -37,7 +37,7 @@ impl Guessed {
             let earlier: Vec<&[f32]> = self.earlier.iter().map(|x| &x[i * width..(i + 1) * width]).collect();
             let scores = guess.scores(&Seen { layer, input: &input, earlier: &earlier, given: &given })?;
             let mask = Mask::Guessed(guesser, share);
-            tally = tally + mask.apply(&mut h, &mut [], down_norm, Some(&scores), Chosen::Top(n_chosen));
+            tally = tally + mask.apply(&mut h, &mut [], down_norm, Some(&scores), Some(&active));
             if guesser.looks_back() > 0 {
                 attended.extend_from_slice(&next);
             }
@@ -93,7 +93,7 @@ mod tests {
                 let mut next = layer.attention(window, 1, ctx).unwrap();
                 of_layer.push(next.clone());
                 let mut h = layer.neurons(&layer.ffn_input(&next).unwrap()).unwrap().h;
-                Mask::Oracle(0.4).apply(&mut h, &mut [], &norms, None, Chosen::Top(0));
+                Mask::Oracle(0.4).apply(&mut h, &mut [], &norms, None, None);
                 layer.ffn_output(&mut next, h).unwrap();
                 window.copy_from_slice(&next);
             }
