@@ -154,6 +154,7 @@ fn split(error: &SplitError) -> u8 {
         | SplitError::CorruptChunk { .. }
         | SplitError::Unsound { .. }
         | SplitError::UnsupportedVersion { .. }
+        | SplitError::OldSketches { .. }
         | SplitError::WrongSource { .. }
         | SplitError::DifferentModels { .. }
         | SplitError::NotBf16 { .. }

@@ -295,8 +295,11 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
                     Some(share) => assert_eq!(n_always, (share * n as f32).round() as usize, "{what}"),
                     None => assert_eq!((n_always == n, n_always == 0), (vram == whole, vram == least), "{what}"),
                 }
-                let of_rest = sketch_bytes * (n - n_always) as u64 / n as u64;
-                let rounding = (4 * 256 * config.n_layers) as u64;
+                // Every layer's channels of columns are there as long as one neuron has a sketch.
+                let columns = (4 * config.hidden_size * config.n_layers) as u64;
+                let of_neurons = (sketch_bytes - columns) * (n - n_always) as u64 / n as u64;
+                let of_rest = of_neurons + if n_always < n { columns } else { 0 };
+                let rounding = (5 * 256 * config.n_layers) as u64;
                 assert!((of_rest..=of_rest + rounding).contains(&plan.fixed.predictors), "{what}");
                 assert_eq!((plan.lookahead_neurons, plan.cache_slots()), (0, 0), "{what}");
                 let n_chosen = if n_always < n { n_active(active, n - n_always) } else { 0 };

@@ -237,7 +237,7 @@ fn what_a_planted_sketch_says_of_its_errors_is_so() {
         let sketch = dense.split().sketch(l).unwrap().unwrap();
         let row = |part: &str| dense.load(&format!("model.layers.{l}.mlp.{part}_proj.weight")).unwrap();
         for (part, name, told) in [(0, "gate", &sketch.gate_sd), (1, "up", &sketch.up_sd)] {
-            let (weights, stored) = (row(name), sketch.decoded(part, hidden));
+            let (weights, stored) = (row(name), sketch.decoded(part));
             let ratios = (0..n).step_by(13).map(|i| {
                 let range = i * hidden..(i + 1) * hidden;
                 let lost: Vec<f32> = weights[range.clone()].iter().zip(&stored[range]).map(|(w, s)| w - s).collect();
@@ -250,7 +250,7 @@ fn what_a_planted_sketch_says_of_its_errors_is_so() {
             assert!((mean - 1.0).abs() < 0.05, "layer {l}, {name}: {mean} of what the sketch says");
             assert!(ratios.iter().all(|r| (0.8..1.2).contains(r)), "layer {l}, {name}: {ratios:?}");
         }
-        let (down, stored) = (row("down"), sketch.decoded(2, hidden));
+        let (down, stored) = (row("down"), sketch.decoded(2));
         for i in (0..n).step_by(13) {
             let column: Vec<f32> = (0..hidden).map(|c| down[c * n + i]).collect();
             let lost = column.iter().zip(&stored[i * hidden..]).map(|(w, s)| w - s);
@@ -258,12 +258,12 @@ fn what_a_planted_sketch_says_of_its_errors_is_so() {
             let (norm, lost) = (length(&mut column.iter().copied()), length(&mut lost.into_iter()));
             assert!((norm - sketch.down_norm[i]).abs() < 1e-3 * norm, "layer {l}, neuron {i}");
             assert!((lost - sketch.down_error[i]).abs() < 1e-3 * lost, "layer {l}, neuron {i}");
-            // The root of 1.43 of 21.5, the squared error of random codes in four levels.
-            assert!((0.2..0.32).contains(&(lost / norm)), "{lost} of {norm}");
+            // Around the root of an eighth: of random codes, with the nearest levels column by column.
+            assert!((0.24..0.44).contains(&(lost / norm)), "{lost} of {norm}");
         }
         // What the sketch would choose for the trace's first tokens is no more among the hot neurons, that have 60 % of what
         // fires, than anywhere.
-        let rows = [0, 1].map(|part| sketch.decoded(part, hidden));
+        let rows = [0, 1].map(|part| sketch.decoded(part));
         let (mut chosen, mut of_hot) = (0, 0);
         for x in input.chunks_exact(hidden).take(16) {
             let cost = |i: usize| {
@@ -289,12 +289,13 @@ fn a_planted_sketch_is_added_to_an_equal_split() {
     let differ: Vec<&str> = with.iter().filter(|f| !plain.contains(f)).map(|f| f.0.as_str()).collect();
     assert_eq!(differ, ["manifest.json", "sketches.safetensors"]);
     let split = Split::open(&sketched()).unwrap();
-    assert_eq!(split.manifest().version, 4);
+    assert_eq!(split.manifest().version, 6);
     let model = model(Shape::named("tiny").unwrap());
     let shape = model.shape();
     let neuron: usize = SKETCH_BITS.iter().map(|bits| bits.row_bytes(shape.hidden_size)).sum::<usize>() + 16;
     let expected = planted_bytes(&model, true).unwrap();
-    assert_eq!(expected.sketches, (shape.n_layers * shape.intermediate_size * neuron) as u64);
+    let columns = 4 * shape.hidden_size;
+    assert_eq!(expected.sketches, (shape.n_layers * (shape.intermediate_size * neuron + columns)) as u64);
     assert_eq!(split.sketches().unwrap().data_bytes(), expected.sketches);
     assert_eq!(expected.needed - planted_bytes(&model, false).unwrap().needed, 2 * expected.sketches);
     assert!(json(&["inspect", text(&sketched()), "--json"])["sketch_bytes"].as_u64().unwrap() > expected.sketches);
@@ -322,7 +323,7 @@ fn verify_needs_no_checkpoint_for_a_planted_split_and_only_for_one() {
     ok(&["verify", text(&sketched())]);
     let (_guard, damaged) = copy(&sketched());
     damage(damaged.join("sketches.safetensors"));
-    assert!(fails(4, &["verify", text(&damaged)]).contains("sketches.3.neurons"));
+    assert!(fails(4, &["verify", text(&damaged)]).contains("sketches.3.columns"));
     assert!(fails(2, &["verify", text(&split(&llama(), "q4", &[]))]).contains("needs -m"));
 }
 

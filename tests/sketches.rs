@@ -22,7 +22,7 @@ fn what_a_sketch_says_of_its_errors_is_so() {
     let dir = split(&medium(), "bf16", &["--sketch"]);
     let dense = SplitCheckpoint::open(&dir).unwrap();
     let (stored, config) = (dense.split(), dense.config().clone());
-    assert_eq!(stored.manifest().version, 4);
+    assert_eq!(stored.manifest().version, 6);
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     let sketch = stored.sketch(0).unwrap().unwrap().in_order(&stored.layers()[0].places());
     // 2.5 bits a weight, but for the numbers of each neuron.
@@ -32,7 +32,7 @@ fn what_a_sketch_says_of_its_errors_is_so() {
 
     let row = |part: &str| dense.load(&format!("model.layers.0.mlp.{part}_proj.weight")).unwrap();
     let down = row("down");
-    let sketched = sketch.decoded(2, hidden);
+    let sketched = sketch.decoded(2);
     for n in (0..ffn).step_by(97) {
         let column: Vec<f32> = (0..hidden).map(|i| down[i * ffn + n]).collect();
         let length = |v: &mut dyn Iterator<Item = f32>| v.map(|v| v * v).sum::<f32>().sqrt();
@@ -41,12 +41,12 @@ fn what_a_sketch_says_of_its_errors_is_so() {
             length(&mut column.iter().zip(&sketched[n * hidden..]).map(|(w, s)| w - s)),
         );
         assert!((norm - sketch.down_norm[n]).abs() < 1e-3 * norm && (lost - sketch.down_error[n]).abs() < 1e-3 * norm);
-        assert!(lost < 0.4 * norm, "{lost} of {norm}");
+        assert!(lost < 0.32 * norm, "{lost} of {norm}");
     }
     // Products with what the layer really reads.
     let x = layer_inputs(&dense);
     for (part, name, told) in [(0, "gate", &sketch.gate_sd), (1, "up", &sketch.up_sd)] {
-        let (weights, sketched) = (row(name), sketch.decoded(part, hidden));
+        let (weights, sketched) = (row(name), sketch.decoded(part));
         let (mut ratio, mut n_rows) = (0.0, 0);
         for n in (0..ffn).step_by(61) {
             let of = |x: &[f32]| {
@@ -201,7 +201,7 @@ fn sketches_that_lie_are_refused_or_cost_accuracy_alone() {
         &|dir| forge::manifest(dir, |m| m.sketches.as_mut().unwrap().tensors[0].name = "sketches.0.other".to_owned()),
         ["sketches", "sketches.0"],
     );
-    refused(&|dir| forge::manifest(dir, |m| m.version = 3), ["version", "4"]);
+    refused(&|dir| forge::manifest(dir, |m| m.version = 3), ["version 3", "split --sketch"]);
     refused(&|dir| fs::remove_file(dir.join("sketches.safetensors")).unwrap(), ["sketches.safetensors", "missing"]);
     refused(
         &|dir| {

@@ -27,6 +27,11 @@ inline uint2 load_words2(const void* p) { return *static_cast<const uint2*>(p); 
 
 inline int rounded_to_int(float v) { return static_cast<int>(lrintf(v)); }
 
+inline int dot_bytes(u32 a, u32 b, int c) {
+  for (int i = 0; i < 4; i++) c += static_cast<signed char>(a >> 8 * i) * static_cast<signed char>(b >> 8 * i);
+  return c;
+}
+
 inline void async_copy16(void* shared, const void* from, int bytes) {
   std::memset(shared, 0, 16);
   std::memcpy(shared, from, bytes);
@@ -96,6 +101,13 @@ __device__ __forceinline__ uint2 load_words2(const void* p) {
 }
 
 __device__ __forceinline__ int rounded_to_int(float v) { return __float2int_rn(v); }
+
+// c + a . b, of four signed bytes.
+__device__ __forceinline__ int dot_bytes(u32 a, u32 b, int c) {
+  int sum;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 

@@ -1,158 +1,275 @@
 // A layer's sketch: copies of all its neurons in two and three bits, which lie in device memory. Their gate and up rows tell
 // which neurons a token needs, their down rows stand for the others (runtime/src/chooser.rs has the same for the CPU).
 //
-// A part's rows are taken apart into planes (kernels/src/sketch/planes.rs): the lower two bits of all rows' codes, 16 bytes
-// for each unit of 64 columns; third bits, 8 bytes a unit; a bfloat16 for each row; a scale code for each unit. So lanes that
-// take neighbouring units read whole lines.
+// A part's rows are taken apart into planes (kernels/src/sketch/planes.rs): branch and first point bits of all rows, 16 bytes
+// for each unit of 64 columns; second point bits, 8 bytes a unit; a bfloat16 for each row; a scale code for each unit. So lanes
+// that take neighbouring units read whole lines.
+//
+// Gate and up rows are multiplied in whole numbers: levels are signed bytes, inputs three of them, four columns at a time. That
+// keeps of an input what a float does, down to 2^-23 of the largest in its unit.
 //
 // Floor: the sketch from device memory. Beside bundles that cross the link it is little: the 8 GB of a model of 34 billion
 // weights take an H200 as long as 100 MB over its link.
 #include "expected.cuh"
-#include "input.cuh"
+#include "reduce.cuh"
+#include "trellis.cuh"
 
-// The lower two bits of a unit are a chunk of sixteen bytes. Codes are used where they lie in their word, as those of q4
-// (decode.cuh), but for the middle of the levels: start() is what a middle of 1 gives.
-struct SketchUnit {
-  static constexpr int kColumns = 64;
-  static constexpr float kBias = 1.0f;
-  static constexpr float kIn = kSmallIntegerIn;
-  static constexpr float kOut = kSmallIntegerOut;
+namespace sketch_shape {
+constexpr u32 kThreads = 256;
+constexpr int kColumns = 64;
+// Neurons that a team of lanes judges together.
+constexpr int kNeurons = 2;
+// Down rows that a thread asks for at once.
+constexpr u32 kRowsAtOnce = 8;
+// Columns of a thread that adds down rows.
+constexpr u32 kHalfColumns = kColumns / 2;
+// Groups of four columns of which a thread asks for weights and places before the input is there.
+constexpr int kEarly = 4;
+// Words of a unit's inputs: one for each four columns of a digit, then what one is worth and the sum. Lanes that read the same
+// two words of neighbouring units touch every bank once.
+constexpr int kDigits = 3, kDigitWords = kColumns / 4, kValueWord = kDigits * kDigitWords, kSumWord = kValueWord + 1;
+constexpr int kUnitWords = kSumWord + 1;
+// Three signed bytes, and some room for what rounds up.
+constexpr float kLargest = 8355000.0f;
+}  // namespace sketch_shape
 
-  // Byte i of a unit holds columns i, 16 + i, 32 + i and 48 + i. A float takes integers of 24 bits: the upper bytes move down.
-  DEVICE static constexpr int bit(int column) { return (column % 4 > 0 ? 8 : 0) + column / 16 * 2; }
-  DEVICE static u32 moved(u32 word, int column) {
-    return column % 4 < 2 ? word : column % 4 == 2 ? word >> 8 : word >> 16;
+// The layer's input as whole numbers, in the order in which gate and up rows have their columns: the largest of each unit's is
+// kLargest.
+struct SketchInput {
+  u32* words;
+  DEVICE SketchInput() { words = reinterpret_cast<u32*>(dynamic_shared()); }
+
+  DEVICE u32* unit(int unit) const { return words + sketch_shape::kUnitWords * unit; }
+
+  // Puts four columns into their place. The lanes of a warp bring neighbouring fours, all 32 of them.
+  DEVICE void put(int four, float4 v, bool exists) const {
+    using namespace sketch_shape;
+    const int unit = four / 16, k = four % 16;
+    // The largest of the bits: not a number is larger than anything.
+    u32 most = max(max(__float_as_uint(fabsf(v.x)), __float_as_uint(fabsf(v.y))),
+                   max(__float_as_uint(fabsf(v.z)), __float_as_uint(fabsf(v.w))));
+#pragma unroll
+    for (int step = 1; step < 16; step *= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, step));
+    const float largest = __uint_as_float(most);
+    const bool is_finite = most < 0x7f800000u;
+    // Below this all are nothing: the quotient would be infinite.
+    const float factor = is_finite && largest > 1e-30f ? kLargest / largest : 0.0f;
+    // Signed digits of 256, the lowest first.
+    auto digits_of = [](int number) { return (static_cast<u32>(number) + 0x808080u) ^ 0x808080u; };
+    const int numbers[4] = {rounded_to_int(v.x * factor), rounded_to_int(v.y * factor), rounded_to_int(v.z * factor),
+                            rounded_to_int(v.w * factor)};
+    int sum = (numbers[0] + numbers[1]) + (numbers[2] + numbers[3]);
+#pragma unroll
+    for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (!exists) return;
+    u32* const out = this->unit(unit);
+    const u32 digits[4] = {digits_of(numbers[0]), digits_of(numbers[1]), digits_of(numbers[2]), digits_of(numbers[3])};
+    const u32 low01 = __byte_perm(digits[0], digits[1], 0x5140), low23 = __byte_perm(digits[2], digits[3], 0x5140);
+    const u32 high01 = __byte_perm(digits[0], digits[1], 0x0062), high23 = __byte_perm(digits[2], digits[3], 0x0062);
+    out[k] = __byte_perm(low01, low23, 0x5410);
+    out[kDigitWords + k] = __byte_perm(low01, low23, 0x7632);
+    out[2 * kDigitWords + k] = __byte_perm(high01, high23, 0x5410);
+    if (k > 0) return;
+    out[kValueWord] = is_finite ? __float_as_uint(largest / kLargest) : 0x7fc00000u;
+    out[kSumWord] = __float_as_uint(static_cast<float>(sum));
   }
-  DEVICE static float factor(int column) {
-    const int stripe = column % kColumns / 16;
-    const float of_stripe = stripe == 0 ? 1.0f : stripe == 1 ? 0.25f : stripe == 2 ? 0.0625f : 0.015625f;
-    return column % 4 > 0 ? of_stripe * 0x1p-8f : of_stripe;
-  }
 
-  // Columns 4 k to 4 k + 3, for k known at compile time; in two bits `high` is zeros.
-  DEVICE static float4 four(const uint4& low, const uint2& high, int k) {
-    const u32 w = word(low, k % 4), thirds = k < 8 ? high.x : high.y;
-    auto code = [&](int j) {
-      const int column = 4 * k + j, to = bit(column), third = column % 32;
-      const u32 upper = third < to + 2 ? thirds << (to + 2 - third) : thirds >> (third - to - 2);
-      return small_integer((moved(w, column) & 3u << to) | (upper & 4u << to));
+  // Puts RMSNorm(x) (arXiv 1910.07467) here once the previous kernel has written x; the first block also into `from.normed`, all
+  // of them together into `from.host_x`, if these are there. `columns` [hidden]: the channel of each column. Ends without a
+  // barrier.
+  DEVICE void stage(const LayerInput& from, const u32* columns) const {
+    using namespace sketch_shape;
+    __shared__ float scratch[kWarp];
+    const int n_fours = from.hidden / 4;
+    auto channels = [&](int four) { return *reinterpret_cast<const uint4*>(columns + 4 * four); };
+    auto pick = [&](const float* of, const uint4& c) { return make_float4(of[c.x], of[c.y], of[c.z], of[c.w]); };
+    uint4 places[kEarly];
+    float4 weights[kEarly];
+#pragma unroll
+    for (int i = 0; i < kEarly; i++) {
+      const int four = i * blockDim.x + threadIdx.x;
+      if (four >= n_fours) continue;
+      places[i] = channels(four);
+      weights[i] = pick(from.norm_weight, places[i]);
+    }
+    wait_for_previous();
+    float squares = 0.0f;
+#pragma unroll 4
+    for (int four = threadIdx.x; four < n_fours; four += blockDim.x) {
+      const float4 v = *reinterpret_cast<const float4*>(from.x + 4 * four);
+      squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+    }
+    const float scale = 1.0f / sqrtf(block_sum(squares, scratch) / from.hidden + from.eps);
+    auto norm = [&](int four, const uint4& c, const float4& w) {
+      const bool exists = four < n_fours;
+      float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (exists) v = pick(from.x, c);
+      put(four, make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w), exists);
     };
-    return make_float4(code(0), code(1), code(2), code(3));
+#pragma unroll
+    for (int i = 0; i < kEarly; i++)
+      if (i * blockDim.x < n_fours) norm(i * blockDim.x + threadIdx.x, places[i], weights[i]);
+    for (int first = kEarly * blockDim.x; first < n_fours; first += blockDim.x) {
+      const int four = first + threadIdx.x;
+      const uint4 c = channels(min(four, n_fours - 1));
+      norm(four, c, pick(from.norm_weight, c));
+    }
+    auto give = [&](float* to, int first, int step) {
+      for (int i = first; i < from.hidden; i += step) to[i] = from.x[i] * scale * from.norm_weight[i];
+    };
+    if (from.normed != nullptr && blockIdx.x == 0) give(from.normed, threadIdx.x, blockDim.x);
+    if (from.host_x != nullptr) give(from.host_x, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
   }
 };
 
 // Rows of a part, as its planes lie.
 struct SketchRows {
+  // Branch and first point bits; second point bits.
   const unsigned char *low, *high;
   const u16* row_scales;
   const unsigned char* scales;
   u32 units;
 
-  DEVICE SketchRows(const unsigned char* planes, u32 n_rows, u32 units, bool has_thirds) : low(planes), units(units) {
+  DEVICE SketchRows(const unsigned char* planes, u32 n_rows, u32 units, bool is_of_three) : low(planes), units(units) {
     const u64 n = static_cast<u64>(n_rows) * units;
     high = low + 16 * n;
-    row_scales = reinterpret_cast<const u16*>(has_thirds ? high + 8 * n : high);
+    row_scales = reinterpret_cast<const u16*>(is_of_three ? high + 8 * n : high);
     scales = reinterpret_cast<const unsigned char*>(row_scales + n_rows);
   }
   DEVICE u64 unit(u32 row, u32 unit) const { return static_cast<u64>(row) * units + unit; }
   DEVICE float row_scale(u32 row) const { return bf16_to_float(row_scales[row]); }
 };
 
-namespace sketch_shape {
-constexpr u32 kThreads = 256;
-// Neurons that a team of lanes judges together.
-constexpr int kNeurons = 2;
-// Down rows that a thread asks for at once.
-constexpr u32 kRowsAtOnce = 8;
-// The middles of four and of eight levels.
-constexpr float kMiddleOfFour = 1.5f, kMiddleOfEight = 3.5f;
-}  // namespace sketch_shape
+// A unit's input; of a unit that is not there, zeros.
+struct UnitInput {
+  const u32* words;
+  float value, sum;
+  DEVICE UnitInput(const SketchInput& input, int unit, int units) : words(input.unit(unit < units ? unit : 0)) {
+    value = unit < units ? __uint_as_float(words[sketch_shape::kValueWord]) : 0.0f;
+    sum = unit < units ? __uint_as_float(words[sketch_shape::kSumWord]) : 0.0f;
+  }
+  // A digit of columns 8 k to 8 k + 7.
+  DEVICE uint2 eight(int digit, int k) const {
+    return *reinterpret_cast<const uint2*>(words + sketch_shape::kDigitWords * digit + 2 * k);
+  }
+};
+
+// What is below the lower half of a unit's branch bits. The team's lanes have neighbouring units; `done` is the upper half of
+// the branch bits of the last unit before these, and becomes that of the last of them.
+DEVICE u32 below_unit(const LaneTeams& teams, const uint4& low, u32& done) {
+  const u32 neighbour = __shfl_up_sync(kAllLanes, low.y, 1);
+  const u32 below = trellis::wrapped(low.y, teams.me > 0 ? neighbour : done);
+  done = __shfl_sync(kAllLanes, low.y, lane_id() / teams.lanes * teams.lanes + teams.lanes - 1);
+  return below;
+}
+
+// Half a unit of a row.
+template <class Codes>
+DEVICE Codes half_unit(const uint4& low, const uint2& highest, u32 below, int half) {
+  const trellis::Subsets subsets = half == 0 ? trellis::Subsets(below, low.x) : trellis::Subsets(low.x, low.y);
+  return Codes(subsets, half == 0 ? low.z : low.w, half == 0 ? highest.x : highest.y);
+}
+
+// Sums of a row's unit, for each digit.
+struct DigitSums {
+  int of[sketch_shape::kDigits] = {};
+  DEVICE void add(const uint2& levels, const uint2 (&x)[sketch_shape::kDigits]) {
+#pragma unroll
+    for (int d = 0; d < sketch_shape::kDigits; d++) of[d] = dot_bytes(levels.y, x[d].y, dot_bytes(levels.x, x[d].x, of[d]));
+  }
+  // The product without the row's scales.
+  DEVICE float product(const UnitInput& input) const {
+    const float bytes = static_cast<float>(of[2]) * 65536.0f + (static_cast<float>(of[1]) * 256.0f + static_cast<float>(of[0]));
+    return input.value * (2.0f * bytes + input.sum);
+  }
+};
 
 // gate, up: planes of `ffn` rows of 64 * units columns, in two and three bits; neurons [4, ffn]: root mean squares of what the
-// gate's and the up row's products miss, lengths of the down columns and of what these miss.
+// gate's and the up row's products miss, lengths of the down columns and of what these miss; columns [64 * units]: the input
+// channel of each column of both.
 struct Sketch {
   const unsigned char *gate, *up;
   const float* neurons;
+  const u32* columns;
 };
 
 // scores [ffn]: what leaving a neuron to its sketch is expected to cost, as a length in the layer's output; sketched [ffn]: its
 // activation as the sketch has it. As many lanes as a row has units, rounded up to a power of two, take two neurons at a time.
-// Any grid of blocks of 256 threads; dynamic shared memory for the input, 17 float4 a unit.
+// Any grid of blocks of 256 threads; dynamic shared memory for the input, 50 words a unit.
 extern "C" __global__ void __launch_bounds__(256, 2)
     sketch_scores(Sketch sketch, LayerInput from, int ffn, int activation, float* scores, float* sketched) {
   using namespace sketch_shape;
   let_next_start();
-  const int units = from.hidden / SketchUnit::kColumns;
+  const int units = from.hidden / kColumns;
   const SketchRows gates(sketch.gate, ffn, units, false), ups(sketch.up, ffn, units, true);
   const LaneTeams teams(units);
-  const int thread = blockIdx.x * blockDim.x + threadIdx.x, n_threads = gridDim.x * blockDim.x;
 
   struct Units {
     uint4 gate[kNeurons], up[kNeurons];
-    uint2 thirds[kNeurons];
+    uint2 highest[kNeurons];
     float gate_scale[kNeurons], up_scale[kNeurons];
   };
   auto fetch = [&](int first, int unit, Units& of) {
 #pragma unroll
     for (int i = 0; i < kNeurons; i++) {
-      // Past the end it is the last neuron again, whose score is then left out.
-      const u64 at = gates.unit(min(first + i, ffn - 1), unit);
+      // Past the end it is the last neuron or unit again, of which nothing is then taken.
+      const u64 at = gates.unit(min(first + i, ffn - 1), min(unit, units - 1));
       of.gate[i] = load_stream(gates.low + 16 * at);
       of.up[i] = load_stream(ups.low + 16 * at);
-      of.thirds[i] = load_words2(ups.high + 8 * at);
+      of.highest[i] = load_words2(ups.high + 8 * at);
       of.gate_scale[i] = gates.scales[at];
       of.up_scale[i] = ups.scales[at];
     }
   };
   // As a rule all that a lane needs, asked for before the input is there.
   Units of;
-  if (teams.me < units && teams.team * kNeurons < ffn) fetch(teams.team * kNeurons, teams.me, of);
+  if (teams.team * kNeurons < ffn) fetch(teams.team * kNeurons, teams.me, of);
 
-  const Input<SketchUnit> input;
-  input.stage_normed(from.x, from.norm_weight, from.eps, from.hidden, from.normed);
+  const SketchInput input;
+  input.stage(from, sketch.columns);
   __syncthreads();
-  if (from.host_x != nullptr)
-    for (int i = thread; i < from.hidden; i += n_threads) {
-      const float4 v = input.part(i / 4);
-      const float x = i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-      // By powers of two.
-      from.host_x[i] = x * (1.0f / SketchUnit::kIn) * (1.0f / SketchUnit::factor(i));
-    }
 
-  // All teams of a warp take part in its shuffles as long as the first of them has work.
+  // All lanes of a warp take part in its shuffles as long as its first team has work.
   for (int turn = 0; (teams.first_of_warp + turn * teams.n_teams) * kNeurons < ffn; turn++) {
     const int first = (teams.team + turn * teams.n_teams) * kNeurons;
     float sums[2 * kNeurons] = {};
-    for (int unit = teams.me; unit < units; unit += teams.lanes) {
-      if (turn > 0 || unit > teams.me) fetch(first, unit, of);
-      const float start = input.start(unit);
-      float gate[kNeurons], up[kNeurons];
+    // The upper half of the branch bits of the last unit that the team has done, gate and up.
+    u32 done[2 * kNeurons] = {};
+    for (int first_unit = 0; first_unit < units; first_unit += teams.lanes) {
+      const int unit = first_unit + teams.me;
+      if (turn > 0 || first_unit > 0) fetch(first, unit, of);
+      const UnitInput x(input, unit, units);
+      u32 below[2 * kNeurons];
 #pragma unroll
       for (int i = 0; i < kNeurons; i++) {
-        gate[i] = kMiddleOfFour * start;
-        up[i] = kMiddleOfEight * start;
+        below[2 * i] = below_unit(teams, of.gate[i], done[2 * i]);
+        below[2 * i + 1] = below_unit(teams, of.up[i], done[2 * i + 1]);
       }
+      DigitSums gate[kNeurons], up[kNeurons];
 #pragma unroll
-      for (int k = 0; k < SketchUnit::kColumns / 4; k++) {
-        const float4 x = input.part(unit, k);
+      for (int half = 0; half < 2; half++) {
+        trellis::Two gate_codes[kNeurons];
+        trellis::Three up_codes[kNeurons];
 #pragma unroll
         for (int i = 0; i < kNeurons; i++) {
-          const float4 g = SketchUnit::four(of.gate[i], make_uint2(0, 0), k);
-          const float4 u = SketchUnit::four(of.up[i], of.thirds[i], k);
-          gate[i] += g.x * x.x;
-          gate[i] += g.y * x.y;
-          gate[i] += g.z * x.z;
-          gate[i] += g.w * x.w;
-          up[i] += u.x * x.x;
-          up[i] += u.y * x.y;
-          up[i] += u.z * x.z;
-          up[i] += u.w * x.w;
+          gate_codes[i] = half_unit<trellis::Two>(of.gate[i], make_uint2(0, 0), below[2 * i], half);
+          up_codes[i] = half_unit<trellis::Three>(of.up[i], of.highest[i], below[2 * i + 1], half);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const int k = 2 * r + half;
+          const uint2 digits[kDigits] = {x.eight(0, k), x.eight(1, k), x.eight(2, k)};
+#pragma unroll
+          for (int i = 0; i < kNeurons; i++) {
+            gate[i].add(gate_codes[i].levels(r), digits);
+            up[i].add(up_codes[i].levels(r), digits);
+          }
         }
       }
 #pragma unroll
       for (int i = 0; i < kNeurons; i++) {
-        sums[2 * i] += of.gate_scale[i] * gate[i];
-        sums[2 * i + 1] += of.up_scale[i] * up[i];
+        sums[2 * i] += of.gate_scale[i] * gate[i].product(x);
+        sums[2 * i + 1] += of.up_scale[i] * up[i].product(x);
       }
     }
     teams.sum(sums);
@@ -160,8 +277,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     for (int i = 0; i < kNeurons; i++) {
       const int neuron = first + i;
       if (!teams.finishes(i) || neuron >= ffn) continue;
-      const float gate = sums[2 * i] * SketchUnit::kOut * gates.row_scale(neuron);
-      const float up = sums[2 * i + 1] * SketchUnit::kOut * ups.row_scale(neuron);
+      const float gate = sums[2 * i] * gates.row_scale(neuron);
+      const float up = sums[2 * i + 1] * ups.row_scale(neuron);
       const float gate_sd = sketch.neurons[neuron], up_sd = sketch.neurons[ffn + neuron];
       const float down = sketch.neurons[2 * ffn + neuron], down_error = sketch.neurons[3 * ffn + neuron];
       const float h = activate(activation, gate, up);
@@ -178,23 +295,24 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 // partial [n_blocks, hidden]: row b is the sum of h d of its neurons but for the active ones, with h from `sketched` and d from
 // `down`, planes of `ffn` rows in two bits; active are the first counts[5] of `ids`, ascending, of which the first `first`, before
 // those that the sketch has, are all neurons up to there.
-// Grid (n_blocks, columns / 4096, rounded up), 256 threads. A thread has the sixteen columns of a word; if a block's columns have
-// at most 128 words, several groups of warps share its neurons. Dynamic shared memory: a float for each neuron of a block, or
-// 16 for each thread if that is more.
+// Grid (n_blocks, columns / 8192, rounded up), 256 threads. A thread has the 32 columns of a half word; if a block's columns have
+// at most 128 of these, several groups of warps share its neurons. Dynamic shared memory: a float for each neuron of a block, or
+// 32 for each thread if that is more.
 extern "C" __global__ void __launch_bounds__(256, 2)
     add_sketched(const unsigned char* down, const float* sketched, const u32* ids, const u32* counts, u32 first, int ffn,
                  int hidden, float* partial) {
   using namespace sketch_shape;
   let_next_start();
-  const u32 units = hidden / SketchUnit::kColumns, n_words = 4 * units;
+  const u32 units = hidden / kColumns, n_halves = 2 * units;
   const SketchRows rows(down, ffn, units, false);
   const u32 n_neurons = ceil_div(ffn, gridDim.x), begin = blockIdx.x * n_neurons;
   const u32 n_mine = begin < static_cast<u32>(ffn) ? min(n_neurons, ffn - begin) : 0;
-  const u32 first_word = blockIdx.y * kThreads, words = min(n_words - first_word, kThreads);
+  const u32 first_half = blockIdx.y * kThreads, halves = min(n_halves - first_half, kThreads);
   // Whole warps, so that a warp leaves out what is active together.
-  const u32 group_threads = (words + kWarp - 1) / kWarp * kWarp, n_groups = kThreads / group_threads;
-  const u32 group = threadIdx.x / group_threads, word = first_word + threadIdx.x % group_threads;
-  const bool has_work = group < n_groups && word < n_words;
+  const u32 group_threads = (halves + kWarp - 1) / kWarp * kWarp, n_groups = kThreads / group_threads;
+  const u32 group = threadIdx.x / group_threads, half = first_half + threadIdx.x % group_threads;
+  const u32 unit = half / 2;
+  const bool has_work = group < n_groups && half < n_halves, is_upper = half % 2 > 0;
   float* const factors = reinterpret_cast<float*>(dynamic_shared());
 
   wait_for_previous();
@@ -208,51 +326,67 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
   __syncthreads();
 
-  // At the powers of two of SketchUnit, and the sum of the factors for the middle of the levels.
-  float sums[16] = {}, middle = 0.0f;
+  // Levels as bytes from 0 to 255, used where they lie in their word, at the powers of two that this takes; and the sum of the
+  // factors, for the middle of the levels. Columns: 16 r + 8 half + i at 8 r + i.
+  float sums[kHalfColumns] = {}, middle = 0.0f;
   for (u32 first = group; has_work && first < n_mine; first += kRowsAtOnce * n_groups) {
-    u32 codes[kRowsAtOnce];
+    uint2 branches[kRowsAtOnce];
+    u32 points[kRowsAtOnce], before[kRowsAtOnce];
     float scales[kRowsAtOnce];
 #pragma unroll
     for (u32 r = 0; r < kRowsAtOnce; r++) {
       const u32 row = first + r * n_groups;
       const float factor = row < n_mine ? factors[row] : 0.0f;
-      codes[r] = 0;
+      branches[r] = make_uint2(0, 0);
+      points[r] = before[r] = 0;
       scales[r] = 0.0f;
       if (factor == 0.0f) continue;
-      const u64 at = rows.unit(begin + row, word / 4);
-      codes[r] = load_word(rows.low + 16 * at + 4 * (word % 4));
+      const u64 at = rows.unit(begin + row, unit);
+      const unsigned char* const codes = rows.low + 16 * at;
+      branches[r] = load_words2(codes);
+      points[r] = load_word(codes + (is_upper ? 12 : 8));
+      if (!is_upper && unit > 0) before[r] = load_word(codes - 12);
       scales[r] = factor * rows.scales[at];
     }
 #pragma unroll
     for (u32 r = 0; r < kRowsAtOnce; r++) {
       middle += scales[r];
-      const float scale = scales[r] * SketchUnit::kIn;
+      const float scale = scales[r] * kSmallIntegerIn;
+      const u32 below = is_upper ? branches[r].x : trellis::wrapped(branches[r].y, before[r]);
+      const trellis::Two codes(trellis::Subsets(below, is_upper ? branches[r].y : branches[r].x), points[r]);
 #pragma unroll
-      for (int i = 0; i < 16; i++) {
-        const int column = i / 4 * 16 + i % 4;
-        sums[i] += scale * small_integer(SketchUnit::moved(codes[r], column) & 3u << SketchUnit::bit(column));
+      for (int stripe = 0; stripe < 4; stripe++) {
+        const uint2 levels = codes.levels(stripe);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const u32 four = (i < 4 ? levels.x : levels.y) ^ 0x80808080u;
+          sums[8 * stripe + i] += scale * small_integer(i % 4 < 3 ? four & 0xffu << 8 * (i % 4) : four >> 24);
+        }
       }
     }
   }
 #pragma unroll
-  for (int i = 0; i < 16; i++)
-    sums[i] = sums[i] * SketchUnit::kOut * SketchUnit::factor(i / 4 * 16 + i % 4) - kMiddleOfFour * middle;
+  for (u32 i = 0; i < kHalfColumns; i++) {
+    const float place = i % 4 == 1 ? 0x1p-8f : i % 4 == 2 ? 0x1p-16f : 1.0f;
+    // A level is twice its byte, less 255.
+    sums[i] = 2.0f * (sums[i] * (kSmallIntegerOut * place)) - 255.0f * middle;
+  }
   if (n_groups > 1) {
     float* const shared = factors;
     __syncthreads();
     if (has_work && group > 0)
 #pragma unroll
-      for (int i = 0; i < 16; i++) shared[i * kThreads + threadIdx.x] = sums[i];
+      for (u32 i = 0; i < kHalfColumns; i++) shared[i * kThreads + threadIdx.x] = sums[i];
     __syncthreads();
     if (group > 0) return;
     for (u32 other = 1; has_work && other < n_groups; other++)
 #pragma unroll
-      for (int i = 0; i < 16; i++) sums[i] += shared[i * kThreads + other * group_threads + threadIdx.x];
+      for (u32 i = 0; i < kHalfColumns; i++) sums[i] += shared[i * kThreads + other * group_threads + threadIdx.x];
   }
   if (!has_work) return;
-  float* const out = partial + static_cast<u64>(blockIdx.x) * hidden + word / 4 * SketchUnit::kColumns + word % 4 * 4;
+  float* const out = partial + static_cast<u64>(blockIdx.x) * hidden + unit * kColumns + half % 2 * 8;
 #pragma unroll
-  for (int k = 0; k < 4; k++)
-    *reinterpret_cast<float4*>(out + 16 * k) = make_float4(sums[4 * k], sums[4 * k + 1], sums[4 * k + 2], sums[4 * k + 3]);
+  for (int k = 0; k < 8; k++)
+    *reinterpret_cast<float4*>(out + k / 2 * 16 + k % 2 * 4) =
+        make_float4(sums[4 * k], sums[4 * k + 1], sums[4 * k + 2], sums[4 * k + 3]);
 }

@@ -15,6 +15,7 @@
 #include "choose.cu"
 #include "divide.cu"
 #include "ffn.cu"
+#include "trellis.cuh"
 #include "sketch.cu"
 #include "fetch.cu"
 #include "prefill.cu"

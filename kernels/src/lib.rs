@@ -59,4 +59,7 @@ pub use pack::{PackError, ScaleFit, pack, unpack};
 pub use pool::{Pool, PoolError};
 #[cfg(feature = "cuda")]
 pub use sketch::sketch_planes;
-pub use sketch::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_row, sketch_scales, unsketch};
+pub use sketch::{
+    SKETCH_UNIT, SketchBits, SketchMatrix, TRELLIS_STATES, sketch_row, sketch_scales, trellis_next, trellis_subset,
+    unsketch,
+};

@@ -7,7 +7,7 @@ use crate::predictor::{Predictor, energy, n_needed, top_k};
 use crate::{Error, Result};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Kernels, Pool, SketchMatrix};
-use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes_per_neuron};
+use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
 const TASK_NEURONS: usize = 256;
@@ -112,10 +112,7 @@ impl Chooser {
     pub(crate) fn total_bytes(split: &Split, n_always: usize) -> u64 {
         let config = &split.manifest().config;
         match split.sketches() {
-            Some(_) => {
-                let n_sketched = config.n_layers * (config.intermediate_size - n_always);
-                (n_sketched * sketch_bytes_per_neuron(config.hidden_size)) as u64
-            }
+            Some(_) => (config.n_layers * sketch_bytes(config.intermediate_size - n_always, config.hidden_size)) as u64,
             None => {
                 let shares = split.manifest().shares.as_ref().map_or(0, |file| file.file_bytes);
                 split.predictors().data_bytes() + shares
@@ -199,6 +196,9 @@ impl SketchedLayer {
 
     fn judge(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], scores: &mut [f32], sketched: &mut [f32]) {
         let (gate, up) = (self.matrix(0), self.matrix(1));
+        let mut columns = vec![0.0; x.len()];
+        self.sketch.in_columns(x, &mut columns);
+        let x = &columns;
         // Two results for each neuron: pairs of slices, shared out by tasks.
         let mut tasks: Vec<(&mut [f32], &mut [f32])> =
             scores.chunks_mut(TASK_NEURONS).zip(sketched.chunks_mut(TASK_NEURONS)).collect();

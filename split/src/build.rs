@@ -435,8 +435,7 @@ pub(crate) fn assemble_parts(
         let width = ffn.div_ceil(8);
         statistics.write(&format!("layers.{l}.trace"), part.trace.get(..n_trace * width).unwrap_or_default())?;
         if let Some(sketches) = &mut sketches {
-            let parts = part.sketch_rows.iter().chain([&part.sketch_neurons]);
-            for ((name, ..), bytes) in sketch::tensors(l, config).iter().zip(parts) {
+            for ((name, ..), bytes) in sketch::tensors(l, config).iter().zip(&part.sketch) {
                 sketches.write(name, bytes)?;
             }
         }
@@ -485,8 +484,8 @@ fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
     let predictors = config.n_layers
         * (options.predictor_rank * config.hidden_size * 2
             + 2 * config.intermediate_size * (options.predictor_rank * 2));
-    let neurons = config.n_layers * config.intermediate_size;
-    let sketches = if options.sketch { neurons * sketch::sketch_bytes_per_neuron(config.hidden_size) } else { 0 };
+    let sketch = sketch::sketch_bytes(config.intermediate_size, config.hidden_size);
+    let sketches = if options.sketch { config.n_layers * sketch } else { 0 };
     // They lie in their parts, too, until they are put together.
     (ffn + resident + predictors + 2 * sketches) as u64 + (16 << 20)
 }

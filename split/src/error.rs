@@ -101,6 +101,17 @@ pub enum Error {
         /// The newest that can be read.
         max: u64,
     },
+    /// The sketches of an earlier version, whose rows had another code.
+    #[error(
+        "{path}: sketches of version {version}, which this program does not read any more; make the split again with split --sketch",
+        path = .path.display()
+    )]
+    OldSketches {
+        /// The manifest.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+    },
     /// Something was made from another model than the one given.
     #[error(
         "{path}: made from a model with digest {got}, but the one given has {expected}; give the one that it was made from",

@@ -66,6 +66,6 @@ pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use precision::{Planes, Precision};
 pub use resident::StoredMatrix;
 pub use shares::{LayerCost, Shares};
-pub use sketch::{CopyBits, Feedback, RowCopy, SKETCH_BITS, Sketch, sketch_bytes_per_neuron};
+pub use sketch::{CopyBits, Feedback, RowCopy, SKETCH_BITS, Sketch, sketch_bytes};
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

@@ -12,8 +12,8 @@ use thermocline_datasets::ModelConfig;
 
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
 /// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
-/// cost together, or has sketches, 5 where it says what choosing by these costs.
-pub const FORMAT_VERSION: u32 = 5;
+/// cost together, 6 where it has sketches. Those of 4 and 5 had another code and are not read.
+pub const FORMAT_VERSION: u32 = 6;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,8 +175,7 @@ impl Manifest {
     fn least_version(&self) -> u32 {
         let has_curve = |file: &TensorFileEntry| file.tensors.iter().any(|t| Curve::has(&t.name));
         match &self.shares {
-            _ if self.graded.is_some() => 5,
-            _ if self.sketches.is_some() => 4,
+            _ if self.sketches.is_some() => 6,
             Some(file) if has_curve(file) => 4,
             Some(_) => 3,
             None if self.layers.iter().any(|l| !l.hot.is_empty()) => 2,
@@ -240,12 +239,15 @@ impl Manifest {
             }
         }
         manifest.config.check(&path)?;
+        if manifest.graded.is_some() && manifest.sketches.is_none() {
+            return Err(corrupt(&path, "graded", "of sketches, and there are none".to_owned()));
+        }
+        if manifest.version < 6 && manifest.sketches.is_some() {
+            return Err(crate::Error::OldSketches { path, version: manifest.version });
+        }
         if manifest.version != manifest.least_version() {
             let reason = format!("{}, but what it lists is version {}", manifest.version, manifest.least_version());
             return Err(corrupt(&path, "version", reason));
-        }
-        if manifest.graded.is_some() && manifest.sketches.is_none() {
-            return Err(corrupt(&path, "graded", "of sketches, and there are none".to_owned()));
         }
         let chunk = manifest.packing.chunk_neurons;
         if chunk == 0 || chunk > manifest.config.intermediate_size {

@@ -41,16 +41,14 @@ pub(crate) struct PackedLayer {
     pub energy: Vec<u8>,
     /// Bitmaps `[n_samples, ceil(ffn / 8)]` in split order.
     pub trace: Vec<u8>,
-    /// The sketch's gate, up and down rows in split order; empty if there is none.
-    pub sketch_rows: [Vec<u8>; 3],
-    /// f32 `[4, ffn]` of the sketch.
-    pub sketch_neurons: Vec<u8>,
+    /// The sketch's tensors in file order ([`Sketch::into_bytes`]); empty if there is none.
+    pub sketch: [Vec<u8>; 5],
 }
 
 impl PackedLayer {
     /// What goes into a part file, in file order.
-    pub(crate) fn parts(&self) -> [&Vec<u8>; 11] {
-        let [gate, up, down] = &self.sketch_rows;
+    pub(crate) fn parts(&self) -> [&Vec<u8>; 12] {
+        let [gate, up, down, sketched_neurons, columns] = &self.sketch;
         [
             &self.predictor_input,
             &self.predictor_ahead,
@@ -62,13 +60,14 @@ impl PackedLayer {
             gate,
             up,
             down,
-            &self.sketch_neurons,
+            sketched_neurons,
+            columns,
         ]
     }
 
     /// The same, to be filled in.
-    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 11] {
-        let [gate, up, down] = &mut self.sketch_rows;
+    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 12] {
+        let [gate, up, down, sketched_neurons, columns] = &mut self.sketch;
         [
             &mut self.predictor_input,
             &mut self.predictor_ahead,
@@ -80,7 +79,8 @@ impl PackedLayer {
             gate,
             up,
             down,
-            &mut self.sketch_neurons,
+            sketched_neurons,
+            columns,
         ]
     }
 }
@@ -151,8 +151,7 @@ pub(crate) fn pack_layer(
         activation_rate: floats(&|id| rates[id] as f32),
         energy: floats(&|id| statistics.energy[id] as f32),
         trace: reorder_bits(statistics, &order),
-        sketch_neurons: sketch.as_ref().map(Sketch::neuron_bytes).unwrap_or_default(),
-        sketch_rows: sketch.map(|sketch| sketch.rows).unwrap_or_default(),
+        sketch: sketch.map(Sketch::into_bytes).unwrap_or_default(),
         order,
         sections: planes,
     })

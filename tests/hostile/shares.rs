@@ -150,7 +150,7 @@ fn sound_graded_curves_are_read_and_used() {
     let (_guard, dir) = with_graded_curves();
     forge::graded(&dir, |_| ());
     let split = Split::open(&dir).unwrap();
-    assert_eq!(split.manifest().version, 5);
+    assert_eq!(split.manifest().version, 6);
     assert_eq!(split.graded_curves().unwrap().unwrap().curves()[1].curve.points().next(), Some((0.1, 0.375, 0.5)));
     let on_cpu = [&PROMISED[..], &["31.25%", "-m", text(&dir), "--vram-budget", "0"]].concat();
     assert!(ok(&on_cpu).stderr.contains("--active 0.35"));
@@ -162,13 +162,13 @@ fn sound_graded_curves_are_read_and_used() {
     );
 }
 
-/// What is done to the tensors of graded curves.
-type GradedForgery<'a> = (&'a str, &'a dyn Fn(&mut Vec<forge::Tensor>));
+/// What is done to the tensors of graded curves or of sketches.
+type TensorForgery<'a> = (&'a str, &'a dyn Fn(&mut Vec<forge::Tensor>));
 
 #[test]
 fn forged_graded_curves_are_refused() {
     let set = |values: &'static [f32]| move |t: &mut forge::Tensor| (t.2, t.3) = ([1, values.len()], bytes(values));
-    let forgeries: &[GradedForgery<'_>] = &[
+    let forgeries: &[TensorForgery<'_>] = &[
         ("not from 0", &|t| set(&[0.1, 0.5])(&mut t[0])),
         ("falling", &|t| set(&[0.0, -0.5])(&mut t[0])),
         ("everything always", &|t| set(&[0.0, 1.0])(&mut t[0])),
@@ -203,11 +203,16 @@ fn forged_graded_curves_are_refused() {
         let said = fails(4, &["verify", text(&dir), "-m", text(&model(&llama()))]);
         assert!(said.contains(text(&dir)), "{what}: {said}");
     }
-    for version in [1, 3, 4, 6] {
+    for version in [1, 3, 4, 5, 7] {
         let (_guard, dir) = with_graded_curves();
         forge::manifest(&dir, |m| m.version = version);
-        let result = Split::open(&dir);
-        assert!(matches!(result, Err(Error::Corrupt { .. } | Error::UnsupportedVersion { .. })), "version {version}");
+        match Split::open(&dir) {
+            Err(Error::UnsupportedVersion { got: 7, .. }) => assert_eq!(version, 7),
+            Err(Error::OldSketches { version: got, .. }) => assert_eq!(got, version),
+            other => panic!("version {version}: {other:?}"),
+        }
+        let said = fails(4, &["plan", "-m", text(&dir)]);
+        assert!(said.contains(if version < 7 { "split --sketch" } else { "update thermocline" }), "{said}");
     }
     let (_guard, dir) = with_graded_curves();
     forge::manifest(&dir, |m| m.sketches = None);
@@ -216,4 +221,26 @@ fn forged_graded_curves_are_refused() {
     let curves = Split::open(&with_graded_curves().1).unwrap().graded_curves().unwrap().unwrap();
     let (_guard, plain) = copy(&split(&llama(), "q4", &["--chunk-neurons", "8"]));
     assert!(Split::put_graded_curves(&plain, &curves).is_err());
+}
+
+/// A sketch whose columns are not each channel once would read past the input, or not all of it.
+#[test]
+fn forged_sketches_are_refused() {
+    let forgeries: &[TensorForgery<'_>] = &[
+        ("a channel twice", &|t| t[4].3.copy_within(..4, 4)),
+        ("a channel that is not there", &|t| t[4].3[..4].fill(0xff)),
+        ("a channel less", &|t| (t[4].2, t[4].3) = ([t[4].2[0] - 1, 4], t[4].3[4..].to_vec())),
+        ("an error that is not a number", &|t| t[3].3[..4].copy_from_slice(&f32::NAN.to_le_bytes())),
+        ("rows cut", &|t| (t[0].2[0], t[0].3) = (t[0].2[0] - 1, t[0].3[t[0].2[1]..].to_vec())),
+    ];
+    for (what, change) in forgeries {
+        let (_guard, dir) = copy(&split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]));
+        forge::sketches(&dir, |_| ());
+        assert!(Split::open(&dir).unwrap().sketch(0).is_ok());
+        forge::sketches(&dir, change);
+        let error = Split::open(&dir).and_then(|split| split.sketch(0)).err();
+        assert!(matches!(error, Some(Error::Corrupt { .. })), "{what}: {error:?}");
+        let said = fails(4, &["run", "-m", text(&dir), "-p", "a", "-n", "1", "--mode", "sparse", "--vram-budget", "0"]);
+        assert!(said.contains("sketches.0."), "{what}: {said}");
+    }
 }

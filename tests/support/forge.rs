@@ -209,6 +209,11 @@ pub fn graded(dir: &Path, change: impl FnOnce(&mut Vec<Tensor>)) {
     manifest(dir, |m| rewrite(dir, m.graded.as_mut().unwrap(), 0, change));
 }
 
+/// The same of the sketches.
+pub fn sketches(dir: &Path, change: impl FnOnce(&mut Vec<Tensor>)) {
+    manifest(dir, |m| rewrite(dir, m.sketches.as_mut().unwrap(), 0, change));
+}
+
 /// The tensors of a file from the one of that number on.
 fn rewrite(dir: &Path, entry: &mut TensorFileEntry, first: usize, change: impl FnOnce(&mut Vec<Tensor>)) {
     let path = dir.join(&entry.file);

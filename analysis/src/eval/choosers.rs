@@ -49,7 +49,7 @@ impl SketchedLayer {
         let Some(stored) = split.sketch(index)? else { return Ok(None) };
         let (config, places) = (&split.manifest().config, split.layers()[index].places());
         let sketch = stored.in_order(&places);
-        let rows = [0, 1, 2].map(|part| sketch.decoded(part, config.hidden_size));
+        let rows = [0, 1, 2].map(|part| sketch.decoded(part));
         let neurons = GatedNeurons::new(rows, config.hidden_size)?;
         Ok(Some(Self { sketch, neurons, places, activation: config.activation }))
     }

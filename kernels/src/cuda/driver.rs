@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-pub(super) const SOURCES: [&str; 25] = [
+pub(super) const SOURCES: [&str; 26] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -31,6 +31,7 @@ pub(super) const SOURCES: [&str; 25] = [
     include_str!("../../cuda/choose.cu"),
     include_str!("../../cuda/divide.cu"),
     include_str!("../../cuda/ffn.cu"),
+    include_str!("../../cuda/trellis.cuh"),
     include_str!("../../cuda/sketch.cu"),
     include_str!("../../cuda/fetch.cu"),
     include_str!("../../cuda/prefill.cu"),

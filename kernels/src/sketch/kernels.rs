@@ -6,9 +6,9 @@ use crate::{Kernels, ops};
 impl Kernels {
     /// Dot products of the rows from `first` on with `x` `[columns]`, one for each element of `out`.
     ///
-    /// Rows are read once, one behind the other: `bits / 8 + 1/64` bytes a weight. One Zen 5 core with AVX-512 multiplies 54
-    /// billion weights of two bits a second, and 32 billion of three, from memory as from its caches: instructions are the
-    /// bound, at 14 and 12 of the 35 GB/s of a plain read.
+    /// Rows are read once, one behind the other: `bits / 8 + 1/64` bytes a weight. One core of an Intel Xeon with
+    /// AVX-512 multiplies 17 billion weights of two bits a second, and 15 billion of three, from memory as from its
+    /// caches, by AVX2 12 and 10: instructions are the bound, at 5 and 6 of the 10 GB/s of a plain read.
     ///
     /// # Panics
     /// If `x` is not as long as a row, or there are not so many rows.
@@ -33,8 +33,9 @@ impl Kernels {
         }
     }
 
-    /// `y_j += a[i] * rows[i]_j` for all i in order, `y` `[columns]`: the same to the bit as a call for each row, with fewer
-    /// loads and stores of `y`. Bounded as [`Kernels::sketch_dots`] is; rows further down the list are asked for meanwhile.
+    /// `y_j += a[i] * rows[i]_j` for all i in order, `y` `[columns]`: the same to the bit as a call for each row, with
+    /// fewer loads and stores of `y`. Bounded as [`Kernels::sketch_dots`] is; rows further down the list are asked for
+    /// meanwhile.
     ///
     /// # Panics
     /// If `y` is not as long as a row, `a` not as long as `rows`, or there is no such row.

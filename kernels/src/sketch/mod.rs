@@ -5,23 +5,25 @@
 //!
 //! | bytes | what |
 //! | --- | --- |
-//! | 16 for each unit of 64 columns | bits 2k and 2k + 1 of byte i (k 0..4, i 0..16): the lower two bits of the code of the unit's column 16 k + i |
-//! | 8 for each unit, only in 3 bits | four u16: bit i of number k is the third bit of the code of column 16 k + i |
+//! | 16 for each unit of 64 columns | two u64: the branch bits and the first point bits; bit 4 m + r is that of the unit's column 16 r + m |
+//! | 8 for each unit, only in 3 bits | a u64: the second point bits |
 //! | 1 for each unit | its scale code s |
 //! | 2 | a bfloat16, the row's scale r |
 //!
-//! The value of a column is `r s (code - (levels - 1) / 2)`: 4 or 8 uniform levels around zero, none of them zero. All of
-//! these are exact in f32: r has 8 significant bits, s 8, the level 3. With `n` columns a weight takes
+//! The value of a column is `r s` times one of 8 or 16 levels, odd numbers up to 255 on both sides of zero, which [`trellis`]
+//! chooses. All of these are exact in f32: r has 8 significant bits, s 8, the level 8. With `n` columns a weight takes
 //! `bits + 1/8 + 16/n` bits.
 
 mod kernels;
 #[cfg(feature = "cuda")]
 mod planes;
 mod row;
+pub mod trellis;
 
 #[cfg(feature = "cuda")]
 pub use planes::sketch_planes;
 pub(crate) use row::Parts;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use row::{CODE_BYTES, HIGH_BYTES};
+pub(crate) use row::{CODE_BYTES, PLANE_BYTES};
 pub use row::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_row, sketch_scales, unsketch};
+pub use trellis::{TRELLIS_STATES, trellis_next, trellis_subset};

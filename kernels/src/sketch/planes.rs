@@ -2,7 +2,7 @@ use super::row::CODE_BYTES;
 use super::{SKETCH_UNIT, SketchMatrix};
 
 /// The rows of `matrix` taken apart for a device whose threads read neighbouring units together; as many bytes as before. One
-/// behind the other: the lower bits of all rows, `[rows, units, 16]`; their third bits, `[rows, units, 8]`, if there are
+/// behind the other: branch and first point bits of all rows, `[rows, units, 16]`; second point bits, `[rows, units, 8]`, if there are
 /// any; bfloat16 scales, `[rows]`; scale codes, `[rows, units]`.
 pub fn sketch_planes(matrix: SketchMatrix<'_>) -> Vec<u8> {
     let (n, units, bits) = (matrix.n_rows(), matrix.columns() / SKETCH_UNIT, matrix.bits());

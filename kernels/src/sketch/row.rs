@@ -1,13 +1,12 @@
+use super::trellis::{bit_of, subsets};
 use half::bf16;
 
 /// Columns of a sketch's row that share a scale code.
 pub const SKETCH_UNIT: usize = 64;
-/// Bytes of a unit's lower two bits.
-pub(crate) const CODE_BYTES: usize = SKETCH_UNIT / 4;
-/// Bytes of a unit's third bits.
-pub(crate) const HIGH_BYTES: usize = SKETCH_UNIT / 8;
-/// Columns whose codes are in the same bits of a unit's bytes.
-const STRIPE: usize = CODE_BYTES;
+/// Bytes of one bit of all of a unit's columns.
+pub(crate) const PLANE_BYTES: usize = SKETCH_UNIT / 8;
+/// Bytes of a unit's branch bits and first point bits.
+pub(crate) const CODE_BYTES: usize = 2 * PLANE_BYTES;
 /// The bfloat16 at a row's end.
 const SCALE_BYTES: usize = 2;
 /// The largest scale code of a unit.
@@ -16,9 +15,9 @@ const SCALE_CODE_MAX: f64 = 255.0;
 /// Bits of a sketch's weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SketchBits {
-    /// Four levels.
+    /// A branch bit and a point bit.
     Two,
-    /// Eight levels.
+    /// A branch bit and two point bits.
     Three,
 }
 
@@ -31,17 +30,6 @@ impl SketchBits {
         }
     }
 
-    /// Values that a code can have.
-    pub fn levels(self) -> usize {
-        1 << self.bits()
-    }
-
-    /// What a code stands for before scales: uniform levels around zero.
-    #[inline]
-    pub fn level(self, code: u8) -> f32 {
-        f32::from(code) - (self.levels() - 1) as f32 / 2.0
-    }
-
     /// Bytes of a row.
     ///
     /// # Panics
@@ -51,11 +39,11 @@ impl SketchBits {
         units * (CODE_BYTES + self.high_bytes() + 1) + SCALE_BYTES
     }
 
-    /// Bytes of a unit's third bits.
+    /// Bytes of a unit's second point bits.
     pub(super) fn high_bytes(self) -> usize {
         match self {
             SketchBits::Two => 0,
-            SketchBits::Three => HIGH_BYTES,
+            SketchBits::Three => PLANE_BYTES,
         }
     }
 }
@@ -71,9 +59,9 @@ fn units(columns: usize) -> usize {
 /// The parts of one row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Parts<'a> {
-    /// Lower two bits, `[units, 16]`.
+    /// Branch bits and first point bits, `[units, 2, 8]`.
     pub codes: &'a [u8],
-    /// Third bits, `[units, 8]`; empty in two bits.
+    /// Second point bits, `[units, 8]`; empty in two bits.
     pub high: &'a [u8],
     /// Scale codes, `[units]`.
     pub scales: &'a [u8],
@@ -94,19 +82,26 @@ impl<'a> Parts<'a> {
         Self { codes, high, scales, scale: bf16::from_le_bytes([scale[0], scale[1]]).to_f32() }
     }
 
+    /// Branch bits (plane 0) or point bits (planes 1 and 2) of unit `u`.
+    fn word(&self, plane: usize, u: usize) -> u64 {
+        let at = match plane {
+            0 | 1 => &self.codes[u * CODE_BYTES + plane * PLANE_BYTES..],
+            _ => &self.high[u * PLANE_BYTES..],
+        };
+        at.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+
     /// The levels and the scale of unit `u`, one column after the other.
     pub(crate) fn unit(&self, bits: SketchBits, u: usize) -> ([f32; SKETCH_UNIT], f32) {
-        let codes = &self.codes[u * CODE_BYTES..][..CODE_BYTES];
-        let levels = std::array::from_fn(|column| {
-            let (k, i) = (column / STRIPE, column % STRIPE);
-            let low = codes[i] >> (2 * k) & 3;
-            let high = match bits {
-                SketchBits::Two => 0,
-                SketchBits::Three => self.high[u * HIGH_BYTES + column / 8] >> (column % 8) & 1,
-            };
-            bits.level(low | high << 2)
-        });
-        (levels, self.scale * f32::from(self.scales[u]))
+        let before = if u > 0 { self.word(0, u - 1) } else { 0 };
+        let [y0, y1] = subsets(self.word(0, u), before);
+        let planes = [y0, y1, self.word(1, u), if bits == SketchBits::Three { self.word(2, u) } else { 0 }];
+        let levels = bits.levels();
+        let level = |column| {
+            let index = planes.iter().rev().fold(0, |index, plane| 2 * index + (plane >> bit_of(column) & 1) as usize);
+            f32::from(levels[index])
+        };
+        (std::array::from_fn(level), self.scale * f32::from(self.scales[u]))
     }
 }
 
@@ -145,26 +140,29 @@ pub fn sketch_scales(scales: &[f32], out: &mut [f32]) {
     }
 }
 
-/// Writes a row: `codes` `[columns]`, each below [`SketchBits::levels`]; `scales` `[columns / 64]`, the wished step from one
-/// level to the next in each unit; `out` [`SketchBits::row_bytes`] long. [`sketch_scales`] says what becomes of the scales. Those
-/// from about 2^126 on can make values infinite.
+/// Writes a row: `codes` `[columns]`, the branch bit of each column in bit 0 and its point bits above, which
+/// [`super::trellis`] explains; `scales` `[columns / 64]`, the wished value of one in each unit; `out` [`SketchBits::row_bytes`]
+/// long. [`sketch_scales`] says what becomes of the scales. Those from about 2^120 on can make values infinite.
 ///
 /// # Panics
-/// If the lengths do not fit, a code has no level, or a scale is negative or not finite.
+/// If the lengths do not fit, a code has further bits, or a scale is negative or not finite.
 pub fn sketch_row(bits: SketchBits, codes: &[u8], scales: &[f32], out: &mut [u8]) {
     let units = units(codes.len());
     assert_eq!(scales.len(), units, "scales of a sketch's units");
     assert_eq!(out.len(), bits.row_bytes(codes.len()), "the bytes of a sketch's row");
-    assert!(codes.iter().all(|c| usize::from(*c) < bits.levels()), "a sketch's code without a level");
-    out.fill(0);
+    assert!(codes.iter().all(|c| c >> bits.bits() == 0), "a sketch's code of too many bits");
     let (low, rest) = out.split_at_mut(units * CODE_BYTES);
     let (high, rest) = rest.split_at_mut(units * bits.high_bytes());
     for (u, codes) in codes.chunks_exact(SKETCH_UNIT).enumerate() {
-        for (column, code) in codes.iter().enumerate() {
-            low[u * CODE_BYTES + column % STRIPE] |= (code & 3) << (2 * (column / STRIPE));
-            if bits == SketchBits::Three {
-                high[u * HIGH_BYTES + column / 8] |= (code >> 2) << (column % 8);
-            }
+        let word = |plane: usize| {
+            let bits = codes.iter().enumerate().map(|(column, code)| u64::from(code >> plane & 1) << bit_of(column));
+            bits.fold(0, |word, bit| word | bit).to_le_bytes()
+        };
+        let (branches, points) = low[u * CODE_BYTES..][..CODE_BYTES].split_at_mut(PLANE_BYTES);
+        branches.copy_from_slice(&word(0));
+        points.copy_from_slice(&word(1));
+        if bits == SketchBits::Three {
+            high[u * PLANE_BYTES..][..PLANE_BYTES].copy_from_slice(&word(2));
         }
     }
     let scale = row_scale(scales);

@@ -11,9 +11,6 @@ struct Part {
     columns: usize,
     /// `[rows, columns]`.
     weights: Vec<f32>,
-    /// The largest number that a kernel multiplies and adds on its own for a weight: codes are taken from 0 on, and the middle of
-    /// the levels is subtracted at the end.
-    sizes: Vec<f64>,
 }
 
 impl Part {
@@ -21,24 +18,30 @@ impl Part {
         let row_bytes = bits.row_bytes(columns);
         let (mut bytes, mut weights) = (vec![0; n_rows * row_bytes], vec![0.0; n_rows * columns]);
         for (row, weights) in bytes.chunks_exact_mut(row_bytes).zip(weights.chunks_exact_mut(columns)) {
-            let codes: Vec<u8> = (0..columns).map(|_| random.below(bits.levels()) as u8).collect();
+            let codes: Vec<u8> = (0..columns).map(|_| random.below(1 << bits.bits()) as u8).collect();
             let scales: Vec<f32> = random.values(columns / SKETCH_UNIT).iter().map(|v| v.abs()).collect();
             sketch_row(bits, &codes, &scales, row);
             unsketch(bits, row, weights);
         }
-        // A weight is at least half a step.
-        let sizes = weights.iter().map(|w| 2.0 * bits.levels() as f64 * 1.5 * f64::from(w.abs())).collect();
         let planes = sketch_planes(SketchMatrix::new(bits, columns, &bytes));
         assert_eq!(planes.len(), bytes.len());
-        Self { planes, columns, weights, sizes }
+        Self { planes, columns, weights }
     }
 
-    /// `row . x`, and a bound of what the kernel's sum misses.
+    /// `row . x` for x in the order of columns, and a bound of what the kernel's sum misses: an input is rounded to one part in
+    /// 8355000 of the largest of its unit, to either side half of that and a little for the factor's own rounding.
     fn dot(&self, row: usize, x: &[f64]) -> (f64, f64) {
-        let of = row * self.columns..(row + 1) * self.columns;
-        let product: f64 = self.weights[of.clone()].iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
-        let size: f64 = self.sizes[of].iter().zip(x).map(|(s, x)| s * x.abs()).sum();
-        (product, (additions(self.columns) + 64.0) * U * size)
+        let row = &self.weights[row * self.columns..(row + 1) * self.columns];
+        let (mut product, mut error) = (0.0, 0.0);
+        for (row, x) in row.chunks_exact(SKETCH_UNIT).zip(x.chunks_exact(SKETCH_UNIT)) {
+            let largest = x.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
+            let of_unit: f64 = row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
+            let lost = row.iter().map(|w| f64::from(w.abs())).sum::<f64>() * largest * 1.6 / 8_355_000.0;
+            let size: f64 = row.iter().zip(x).map(|(w, x)| (f64::from(*w) * x).abs()).sum::<f64>() + lost;
+            product += of_unit;
+            error += lost + (additions(self.columns) + 16.0) * U * size;
+        }
+        (product, error)
     }
 }
 
@@ -106,9 +109,11 @@ proptest! {
         let (x, weight, eps) = (random.values(hidden), random.values(hidden), 1e-3f32);
         let (host_x, normed) = (pinned(&vec![7f32; hidden + 1]), pinned(&vec![7f32; hidden + 1]));
         let (scores, activations) = (poisoned(4 * ffn + 4), poisoned(4 * ffn + 4));
+        let mut columns: Vec<u32> = (0..hidden as u32).collect();
+        (1..hidden).for_each(|i| columns.swap(i, random.below(i + 1)));
         let sketch = DeviceSketch {
             gate: upload(&gate.planes).view(), up: upload(&up.planes).view(), down: upload(&down.planes).view(),
-            neurons: upload(&neurons).view(), first: 0, n_neurons: ffn, hidden,
+            neurons: upload(&neurons).view(), columns: upload(&columns).view(), first: 0, n_neurons: ffn, hidden,
         };
         let (x_view, host_view, normed_view) = (upload(&x).view(), host_x.view(), normed.view());
         let from = LayerInput { hidden, x: &x_view, eps, normed: &normed_view, host_x: with_host.then_some(&host_view) };
@@ -119,6 +124,7 @@ proptest! {
         let scale = 1.0 / (squares / hidden as f64 + f64::from(eps)).sqrt();
         let scale_error = (additions(hidden) + 8.0) * U;
         let input: Vec<f64> = wide(&x).iter().zip(wide(&weight)).map(|(x, w)| x * scale * w).collect();
+        let in_columns: Vec<f64> = columns.iter().map(|c| input[*c as usize]).collect();
         let (normed, copy) = (read::<f32>(&normed), read::<f32>(&host_x));
         for (got, want) in normed.iter().zip(&input) {
             assert_near(*got, *want, (scale_error + 3.0 * U) * want.abs(), "normalised input");
@@ -135,7 +141,7 @@ proptest! {
                 continue;
             }
             let product = |part: &Part| {
-                let (product, error) = part.dot(i, &input);
+                let (product, error) = part.dot(i, &in_columns);
                 (product, error + scale_error * error / U)
             };
             let of = |which: usize| f64::from(neurons[which * ffn + i]);
@@ -170,7 +176,8 @@ proptest! {
         let nothing = upload(&[0u8; 16]).view();
         let sketch = DeviceSketch {
             gate: upload(&down.planes).view(), up: upload(&vec![0u8; ffn * SketchBits::Three.row_bytes(hidden)]).view(),
-            down: upload(&down.planes).view(), neurons: upload(&vec![0f32; 4 * ffn]).view(), first, n_neurons: ffn, hidden,
+            down: upload(&down.planes).view(), neurons: upload(&vec![0f32; 4 * ffn]).view(),
+            columns: upload(&vec![0u32; hidden]).view(), first, n_neurons: ffn, hidden,
         };
         let work = WorkList {
             ids: upload(&ids).view(), items: nothing.clone(), totals: nothing,
@@ -187,7 +194,8 @@ proptest! {
             for (c, got) in got.iter().enumerate() {
                 let term = |i: &usize, w: f64| f64::from(h[*i]) * w;
                 let want: f64 = mine.iter().map(|i| term(i, f64::from(down.weights[i * hidden + c]))).sum();
-                let size: f64 = mine.iter().map(|i| term(i, down.sizes[i * hidden + c]).abs()).sum();
+                // A level is made of a byte from 0 to 255, twice, and 255 that are taken away; it is at least 25.
+                let size: f64 = mine.iter().map(|i| term(i, 765.0 / 25.0 * f64::from(down.weights[i * hidden + c])).abs()).sum();
                 assert_near(*got, want, (of_block as f64 + 12.0) * U * size, &format!("block {b}, column {c}"));
             }
         }

@@ -365,7 +365,8 @@ impl Loader<'_> {
         let [gate, up, down] = [rows(0)?, rows(1)?, rows(2)?];
         let values = [&sketch.gate_sd, &sketch.up_sd, &sketch.down_norm, &sketch.down_error].map(Vec::as_slice);
         let neurons = put(bytemuck::cast_slice(&values.concat()))?;
-        Ok(DeviceChooser::Sketch(DeviceSketch { gate, up, down, neurons, first, n_neurons, hidden }))
+        let columns = put(bytemuck::cast_slice(&sketch.columns))?;
+        Ok(DeviceChooser::Sketch(DeviceSketch { gate, up, down, neurons, columns, first, n_neurons, hidden }))
     }
 
     fn predictor(&self, l: usize) -> Result<DevicePredictor> {

@@ -12,7 +12,7 @@ use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::LayerLayout;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
-use thermocline_split::{Format, SKETCH_BITS, Split, StoredMatrix, TensorEntry, sketch_bytes_per_neuron};
+use thermocline_split::{Format, SKETCH_BITS, Split, StoredMatrix, TensorEntry};
 
 /// Every piece of device memory begins at a multiple of this.
 pub(super) const ALIGN: u64 = 256;
@@ -585,11 +585,11 @@ fn sketched_down_row_bytes(split: &Split) -> u64 {
     SKETCH_BITS[2].row_bytes(split.manifest().config.hidden_size) as u64
 }
 
-/// Device bytes of the sketches of `n` neurons of each layer, at most: three parts and the numbers of each neuron, aligned.
+/// Device bytes of the sketches of `n` neurons of each layer, at most: three parts, the numbers of each neuron, and the columns' channels, aligned.
 fn sketch_bytes(split: &Split, n: usize) -> u64 {
-    const PIECES: u64 = 4;
+    const PIECES: u64 = 5;
     let config = &split.manifest().config;
-    let of_layer = (n * sketch_bytes_per_neuron(config.hidden_size)) as u64;
+    let of_layer = thermocline_split::sketch_bytes(n, config.hidden_size) as u64;
     if n == 0 { 0 } else { config.n_layers as u64 * (of_layer + PIECES * ALIGN) }
 }
 

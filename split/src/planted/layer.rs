@@ -60,7 +60,7 @@ pub(super) fn write(
     file.finish()?;
     let mut packed = rest.finish(order);
     if let Some(sketch) = sketch {
-        (packed.sketch_rows, packed.sketch_neurons) = sketch.finish();
+        packed.sketch = sketch.finish();
     }
     Ok(packed)
 }

@@ -13,7 +13,7 @@ use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, Source};
 use crate::pack_layer::FACTORS;
 use crate::partial::Partial;
 use crate::sections::layer_entry;
-use crate::sketch::{check_width, sketch_bytes_per_neuron};
+use crate::sketch::{check_width, sketch_bytes};
 use measure::Counts;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -94,7 +94,7 @@ pub fn planted_bytes(model: &PlantedModel, sketch: bool) -> Result<PlantedBytes>
     let predictor = 2 * rank * Encoding::Q8.row_stride(shape.hidden_size) + 2 * n * FACTORS.row_stride(rank) + 12 * n;
     let statistics = 8 * n + model.trace_tokens().len() * n.div_ceil(8);
     let (predictors, statistics) = (layers * predictor as u64, layers * statistics as u64);
-    let sketches = if sketch { layers * (n * sketch_bytes_per_neuron(shape.hidden_size)) as u64 } else { 0 };
+    let sketches = if sketch { layers * sketch_bytes(n, shape.hidden_size) as u64 } else { 0 };
     let resident = resident::bytes(model);
     // Until the end, all but bundles and resident tensors also lies in the parts that an interrupted run is continued from.
     let needed = ffn + resident + 2 * (predictors + statistics + sketches) + SMALL_FILES_BYTES;

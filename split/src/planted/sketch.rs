@@ -1,6 +1,6 @@
 //! The sketch of a planted layer, neuron by neuron as its bundles are made.
 
-use crate::sketch::{round_row, unit_scale};
+use crate::sketch::{Search, round_row, unit_scale};
 use crate::{SKETCH_BITS, Sketch};
 use thermocline_datasets::planted::PlantedModel;
 use thermocline_kernels::{BundleLayout, Encoding, SKETCH_UNIT, SketchBits, unpack};
@@ -27,6 +27,7 @@ impl LayerSketch {
         let numbers = || Vec::with_capacity(n);
         let sketch = Sketch {
             rows: SKETCH_BITS.map(|bits| Vec::with_capacity(n * bits.row_bytes(hidden))),
+            columns: (0..hidden as u32).collect(),
             gate_sd: numbers(),
             up_sd: numbers(),
             down_norm: numbers(),
@@ -51,10 +52,9 @@ impl LayerSketch {
         self.sketch.down_error.push(dot(&lost, &lost).sqrt());
     }
 
-    /// The layer's rows, and the numbers of its neurons as they are stored.
-    pub(super) fn finish(self) -> ([Vec<u8>; 3], Vec<u8>) {
-        let numbers = self.sketch.neuron_bytes();
-        (self.sketch.rows, numbers)
+    /// The layer's tensors as they are stored.
+    pub(super) fn finish(self) -> [Vec<u8>; 5] {
+        self.sketch.into_bytes()
     }
 
     /// Rounds row `part` of the bundle; returns what each weight loses.
@@ -71,7 +71,7 @@ impl LayerSketch {
         let rows = &mut self.sketch.rows[part];
         let start = rows.len();
         rows.resize(start + bits.row_bytes(hidden), 0);
-        round_row(bits, &self.row, &wished, &mut rows[start..])
+        round_row(bits, &self.row, &wished, Search::Quick, &mut rows[start..])
     }
 
     /// Root mean square of the product of `lost` with the layer's inputs, over the vocabulary. Channels are taken for
@@ -83,10 +83,11 @@ impl LayerSketch {
     }
 }
 
-/// The scale for uniform weights: their levels divide the range, which is the root of three times their root mean square to
-/// either side. For random 4-bit codes no search does much better.
+/// The scale for uniform weights, as a share of the one for normal weights of their root mean square, with the nearest levels column by
+/// column. For random 4-bit codes no search does much better.
 fn uniform_scale(bits: SketchBits, unit: &[f32]) -> f32 {
-    (dot(unit, unit) / unit.len() as f32).sqrt() * 12f32.sqrt() / bits.levels() as f32
+    const OF_NORMAL: f32 = 0.92;
+    (dot(unit, unit) / unit.len() as f32).sqrt() * bits.normal_scale() * OF_NORMAL
 }
 
 /// `a . b`, of whole [`LANES`].
@@ -110,13 +111,16 @@ mod tests {
         let mut random = Random::new(4);
         let weights: Vec<f32> = (0..500 * SKETCH_UNIT).map(|_| (random.next_u64() >> 60) as f32 - 8.0).collect();
         for bits in [SketchBits::Two, SketchBits::Three] {
-            let lost = |scale: fn(SketchBits, &[f32]) -> f32| {
-                let wished: Vec<f32> = weights.chunks_exact(SKETCH_UNIT).map(|unit| scale(bits, unit)).collect();
-                let lost = round_row(bits, &weights, &wished, &mut vec![0; bits.row_bytes(weights.len())]);
+            let lost = |factor: f32| {
+                let scale = |unit| factor * uniform_scale(bits, unit);
+                let wished: Vec<f32> = weights.chunks_exact(SKETCH_UNIT).map(scale).collect();
+                let mut bytes = vec![0; bits.row_bytes(weights.len())];
+                let lost = round_row(bits, &weights, &wished, Search::Quick, &mut bytes);
                 dot(&lost, &lost)
             };
-            let (chosen, searched) = (lost(uniform_scale), lost(unit_scale));
-            assert!(chosen < 1.03 * searched, "{bits:?}: {chosen}, with a search {searched}");
+            let searched =
+                (70..120).step_by(5).map(|percent| lost(percent as f32 / 100.0)).fold(f32::INFINITY, f32::min);
+            assert!(lost(1.0) < 1.03 * searched, "{bits:?}: {}, with a search {searched}", lost(1.0));
         }
     }
 }

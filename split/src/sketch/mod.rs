@@ -3,15 +3,17 @@
 
 mod copies;
 mod feedback;
+mod trellis;
 
 use crate::Error;
 use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile};
 pub use copies::{CopyBits, RowCopy};
 pub use feedback::Feedback;
-use feedback::{Rounded, round_nearest};
-pub(crate) use feedback::{round_row, unit_scale};
+use feedback::{Rounded, round_alone};
+pub(crate) use feedback::{Search, round_row, unit_scale};
 use ndarray::Array2;
+use rayon::prelude::*;
 use thermocline_calibrate::predictor::{expected_error, gate_row_error, up_row_error};
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, unsketch};
@@ -27,6 +29,9 @@ const PARTS: [&str; 3] = ["gate", "up", "down"];
 pub struct Sketch {
     /// Gate, up and down rows, `[n_neurons, row_bytes]` of [`SKETCH_BITS`].
     pub rows: [Vec<u8>; 3],
+    /// The channel of the layer's input that each column of the gate and up rows is multiplied with, `[hidden]`: a row's code runs
+    /// through its columns in the order in which they were rounded. Columns of down rows are channels of the output, in order.
+    pub columns: Vec<u32>,
     /// Root mean square of what the sketched gate misses, `[n_neurons]`.
     pub gate_sd: Vec<f32>,
     /// The same of up.
@@ -51,10 +56,11 @@ impl Sketch {
         down_norm: Vec<f32>,
     ) -> Result<Self> {
         let feedback = Feedback::new(moment)?;
+        let columns = feedback.order().to_vec();
         let Rounded { bytes: gate, errors: gate_sd } = feedback.round(SKETCH_BITS[0], gate);
         let Rounded { bytes: up, errors: up_sd } = feedback.round(SKETCH_BITS[1], up);
-        let Rounded { bytes: down, errors: down_error } = round_nearest(SKETCH_BITS[2], down, moment.nrows());
-        Ok(Self { rows: [gate, up, down], gate_sd, up_sd, down_norm, down_error })
+        let Rounded { bytes: down, errors: down_error } = round_alone(SKETCH_BITS[2], down, moment.nrows());
+        Ok(Self { rows: [gate, up, down], columns, gate_sd, up_sd, down_norm, down_error })
     }
 
     /// Without its first `n` neurons.
@@ -121,6 +127,7 @@ impl Sketch {
         let values = |v: &[f32]| order.iter().map(|&id| v[id as usize]).collect();
         Self {
             rows,
+            columns: self.columns.clone(),
             gate_sd: values(&self.gate_sd),
             up_sd: values(&self.up_sd),
             down_norm: values(&self.down_norm),
@@ -136,18 +143,34 @@ impl Sketch {
         SketchMatrix::new(SKETCH_BITS[part], hidden, &self.rows[part])
     }
 
-    /// Rows of `part` (0 gate, 1 up, 2 down) as f32, `[n_neurons, hidden]`.
-    pub fn decoded(&self, part: usize, hidden: usize) -> Vec<f32> {
+    /// Puts the channels of a layer's input, `[hidden]`, into the order that gate and up rows have them in.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn in_columns(&self, x: &[f32], out: &mut [f32]) {
+        assert_eq!((x.len(), out.len()), (self.columns.len(), self.columns.len()), "a sketch's input");
+        out.iter_mut().zip(&self.columns).for_each(|(out, channel)| *out = x[*channel as usize]);
+    }
+
+    /// Rows of `part` (0 gate, 1 up, 2 down) as f32, `[n_neurons, hidden]`, by channels.
+    pub fn decoded(&self, part: usize) -> Vec<f32> {
+        let (bits, hidden) = (SKETCH_BITS[part], self.columns.len());
         let mut out = vec![0.0; self.n_neurons() * hidden];
-        let rows = self.rows[part].chunks_exact(SKETCH_BITS[part].row_bytes(hidden));
-        rows.zip(out.chunks_exact_mut(hidden)).for_each(|(row, out)| unsketch(SKETCH_BITS[part], row, out));
+        let rows = self.rows[part].par_chunks_exact(bits.row_bytes(hidden));
+        rows.zip(out.par_chunks_exact_mut(hidden)).for_each(|(row, out)| match part {
+            2 => unsketch(bits, row, out),
+            _ => unsketch_columns(bits, row, &self.columns, out),
+        });
         out
     }
 
-    /// The numbers of each neuron as they are stored, f32 `[4, n_neurons]`.
-    pub(crate) fn neuron_bytes(&self) -> Vec<u8> {
+    /// Its tensors as they are stored, in file order.
+    pub(crate) fn into_bytes(self) -> [Vec<u8>; 5] {
         let values = [&self.gate_sd, &self.up_sd, &self.down_norm, &self.down_error];
-        values.into_iter().flatten().flat_map(|v| v.to_le_bytes()).collect()
+        let numbers = values.into_iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
+        let columns = self.columns.iter().flat_map(|c| c.to_le_bytes()).collect();
+        let [gate, up, down] = self.rows;
+        [gate, up, down, numbers, columns]
     }
 
     pub(crate) fn read(file: &TensorFile, config: &ModelConfig, layer: usize) -> Result<Self> {
@@ -170,9 +193,24 @@ impl Sketch {
                 format!("not 4 times {n} numbers that are finite and not negative"),
             ));
         }
+        let name = self::name(layer, "columns");
+        let columns: Vec<u32> =
+            file.read(&name)?.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+        let mut sorted = columns.clone();
+        sorted.sort_unstable();
+        if !sorted.into_iter().eq(0..hidden as u32) {
+            return Err(corrupt(file.path(), name, format!("not every channel from 0 to {hidden} once")));
+        }
         let column = |which: usize| values[which * n..(which + 1) * n].to_vec();
-        Ok(Self { rows, gate_sd: column(0), up_sd: column(1), down_norm: column(2), down_error: column(3) })
+        Ok(Self { rows, columns, gate_sd: column(0), up_sd: column(1), down_norm: column(2), down_error: column(3) })
     }
+}
+
+/// The values of a row whose columns are these channels, by channels, `[columns]`.
+fn unsketch_columns(bits: SketchBits, row: &[u8], columns: &[u32], out: &mut [f32]) {
+    let mut values = vec![0.0; columns.len()];
+    unsketch(bits, row, &mut values);
+    columns.iter().zip(values).for_each(|(channel, value)| out[*channel as usize] = value);
 }
 
 fn name(layer: usize, part: &str) -> String {
@@ -187,9 +225,10 @@ pub(crate) fn check_width(hidden_size: usize) -> Result<()> {
     Err(Error::Settings { what: format!("--sketch: hidden size {hidden_size} is no multiple of {SKETCH_UNIT}") })
 }
 
-/// Bytes of a neuron's sketch: three rows and four numbers.
-pub fn sketch_bytes_per_neuron(hidden_size: usize) -> usize {
-    SKETCH_BITS.iter().map(|bits| bits.row_bytes(hidden_size)).sum::<usize>() + 4 * size_of::<f32>()
+/// Bytes of the sketch of so many neurons of a layer: three rows and four numbers of each, and the channels of the columns.
+pub fn sketch_bytes(n_neurons: usize, hidden_size: usize) -> usize {
+    let rows: usize = SKETCH_BITS.iter().map(|bits| bits.row_bytes(hidden_size)).sum();
+    n_neurons * (rows + 4 * size_of::<f32>()) + hidden_size * size_of::<u32>()
 }
 
 /// The tensors of a layer's sketch, in file order.
@@ -198,6 +237,9 @@ pub(crate) fn tensors(layer: usize, config: &ModelConfig) -> Vec<(String, Format
     rows.map(|(part, bits)| {
         (name(layer, part), Format::U8, config.intermediate_size, bits.row_bytes(config.hidden_size))
     })
-    .chain([(name(layer, "neurons"), Format::F32, 4, config.intermediate_size)])
+    .chain([
+        (name(layer, "neurons"), Format::F32, 4, config.intermediate_size),
+        (name(layer, "columns"), Format::U8, config.hidden_size, size_of::<u32>()),
+    ])
     .collect()
 }

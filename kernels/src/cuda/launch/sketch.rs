@@ -8,8 +8,10 @@ use crate::cuda::memory::View;
 use crate::{SKETCH_UNIT, SketchBits};
 
 /// Columns of a thread of [`add_sketched`], and of its blocks.
-const WORD_COLUMNS: usize = SKETCH_UNIT / 4;
-const BLOCK_COLUMNS: usize = WORD_COLUMNS * THREADS as usize;
+const THREAD_COLUMNS: usize = SKETCH_UNIT / 2;
+const BLOCK_COLUMNS: usize = THREAD_COLUMNS * THREADS as usize;
+/// Shared memory for a unit's inputs, as kernels/cuda/sketch.cu lays it out.
+const UNIT_BYTES: usize = 4 * 50;
 
 /// The sketch of a layer's last neurons on the device, parts laid out by [`crate::sketch_planes`].
 #[derive(Debug, Clone)]
@@ -23,6 +25,8 @@ pub struct DeviceSketch {
     /// `[4, n_neurons]`: root mean squares of what the gate's and the up row's products miss, lengths of the down columns and of
     /// what these miss.
     pub neurons: View,
+    /// u32 `[hidden]`: the channel of the layer's input that each column of gate and up rows is multiplied with.
+    pub columns: View,
     /// The first of them; those before it have no sketch, because they are always active.
     pub first: usize,
     /// How many have one: all behind the first.
@@ -43,6 +47,7 @@ impl DeviceSketch {
             assert!(view.len() >= self.n_neurons * row && view.address().is_multiple_of(16), "a sketch's rows");
         }
         floats(&self.neurons, 4 * self.n_neurons);
+        assert!(self.columns.len() >= 4 * self.hidden && self.columns.address().is_multiple_of(16), "columns");
     }
 }
 
@@ -81,11 +86,15 @@ pub fn sketch_scores(
         kernel: "sketch_scores".to_owned(),
         grid: [n.div_ceil(neurons_of_block).min(2 * device.n_multiprocessors()) as u32, 1],
         block: THREADS,
-        // As kernels/cuda/input.cuh lays it out.
-        shared_bytes: (units * (4 * SKETCH_UNIT + 16)) as u32,
+        shared_bytes: (units * UNIT_BYTES) as u32,
         args: vec![
             // The fields of `struct Sketch` in kernels/cuda/sketch.cu.
-            Arg::Struct(vec![sketch.gate.address(), sketch.up.address(), sketch.neurons.address()]),
+            Arg::Struct(vec![
+                sketch.gate.address(),
+                sketch.up.address(),
+                sketch.neurons.address(),
+                sketch.columns.address(),
+            ]),
             layer_input(from, norm_weight),
             u32_of(n),
             Arg::U32(activation as u32),
@@ -93,9 +102,9 @@ pub fn sketch_scores(
             address(out.activations),
         ],
     };
-    let uses =
-        [&sketch.gate, &sketch.up, &sketch.neurons, norm_weight, from.x, from.normed, out.scores, out.activations];
-    device.launch(launch, &uses.into_iter().chain(from.host_x).collect::<Vec<_>>())
+    let of_sketch = [&sketch.gate, &sketch.up, &sketch.neurons, &sketch.columns];
+    let uses = [norm_weight, from.x, from.normed, out.scores, out.activations];
+    device.launch(launch, &of_sketch.into_iter().chain(uses).chain(from.host_x).collect::<Vec<_>>())
 }
 
 /// Rows that [`add_sketched`] leaves with at most `n_blocks` blocks of which each has a few neurons.
@@ -127,7 +136,7 @@ pub fn add_sketched(
         kernel: "add_sketched".to_owned(),
         grid: [n_rows as u32, hidden.div_ceil(BLOCK_COLUMNS) as u32],
         block: THREADS,
-        shared_bytes: (4 * n.div_ceil(n_rows)).max(4 * WORD_COLUMNS * THREADS as usize) as u32,
+        shared_bytes: (4 * n.div_ceil(n_rows)).max(4 * THREAD_COLUMNS * THREADS as usize) as u32,
         args: vec![
             address(&sketch.down),
             address(activations),

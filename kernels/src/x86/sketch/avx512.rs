@@ -1,16 +1,17 @@
-//! A unit is four vectors of 16 columns. Its 16 bytes are widened once. Codes become levels by `vpermps`, which looks at the
-//! low four bits of an index only, two codes: one table tells the level of the lower, another that of the upper, so that one
-//! shift is enough for four codes. Third bits are masks, which add half of all levels.
+//! Eight units at a time, a u64 of each in a vector: a few shifts make the subsets of all of their columns, and
+//! exchanges of bits between words gather each column's bits in a nibble, the index of its level, with two columns' in
+//! a byte. Then a unit is four vectors of 16 columns: 16 bytes are widened for each two of them, and indices become
+//! levels by `vpermps`, which looks at the low four bits of an index only, so that one shift tells the upper column's.
 //!
-//! Eleven vector instructions for 64 columns in two bits, nineteen in three, bound it, not their kind: on one Zen 5 core, which
-//! begins about three of this mix in a cycle, two of the permutes replaced by bits set in a float's mantissa changed nothing.
+//! Thirteen vector instructions for 64 columns, and six more as their part of what eight units share, bound it: two
+//! begin in a cycle on an Intel core.
 
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
 use super::{Ahead, DOTS, Layout, Rows};
 use crate::SKETCH_UNIT;
-use crate::sketch::{CODE_BYTES, HIGH_BYTES};
+use crate::sketch::{CODE_BYTES, PLANE_BYTES};
 use std::arch::x86_64::*;
 
 /// AVX-512 F, BW and VL.
@@ -18,82 +19,144 @@ pub(crate) struct Avx512;
 
 /// Vectors of a unit.
 const VECTORS: usize = SKETCH_UNIT / 16;
-/// Units whose scales are widened at once: one vector.
-const SCALES: usize = 16;
+/// Units that are decoded at once: a u64 of each in a vector.
+const UNITS: usize = 8;
 
-/// Levels of the codes in the lower and in the upper two of an index's four bits.
-#[derive(Clone, Copy)]
-struct Tables {
-    lower: __m512,
-    upper: __m512,
+/// Some units of a row, half decoded.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Decoded {
+    /// Indices of levels, `[2, UNITS, 16]`: byte m has those of a unit's columns m and 16 + m, then those of 32 + m and
+    /// 48 + m.
+    indices: [[[u8; 16]; UNITS]; 2],
+    /// What the levels of a unit are multiplied with.
+    factors: [f32; UNITS],
 }
 
-impl Tables {
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    fn new<const HIGH: bool>() -> Self {
-        let first = if HIGH { -3.5 } else { -1.5 };
-        let [a, b, c, d] = [first, first + 1.0, first + 2.0, first + 3.0];
-        Self {
-            lower: _mm512_setr_ps(a, b, c, d, a, b, c, d, a, b, c, d, a, b, c, d),
-            upper: _mm512_setr_ps(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d),
-        }
-    }
-}
-
-/// The levels of unit `u`.
-///
-/// # Safety
-/// `row` has `layout`, which has a unit `u`.
+/// `a` where `mask` has ones, `b` elsewhere.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn decode<const HIGH: bool>(layout: &Layout, row: &[u8], u: usize, tables: Tables) -> [__m512; VECTORS] {
-    // SAFETY: 16 readable bytes by contract.
-    let codes = unsafe { _mm_loadu_si128(row.as_ptr().add(u * CODE_BYTES).cast()) };
-    let first = _mm512_cvtepu8_epi32(codes);
-    let second = _mm512_srli_epi32::<4>(first);
-    let mut levels = [
-        _mm512_permutexvar_ps(first, tables.lower),
-        _mm512_permutexvar_ps(first, tables.upper),
-        _mm512_permutexvar_ps(second, tables.lower),
-        _mm512_permutexvar_ps(second, tables.upper),
-    ];
-    if HIGH {
-        let four = _mm512_set1_ps(4.0);
-        let at = layout.units * CODE_BYTES + u * HIGH_BYTES;
-        for (k, levels) in levels.iter_mut().enumerate() {
-            // SAFETY: 8 readable bytes by contract, two of them here.
-            let mask = unsafe { row.as_ptr().add(at + 2 * k).cast::<u16>().read_unaligned() };
-            *levels = _mm512_mask_add_ps(*levels, mask, *levels, four);
-        }
-    }
-    levels
+fn select(mask: u64, a: __m512i, b: __m512i) -> __m512i {
+    _mm512_ternarylogic_epi64::<0xca>(_mm512_set1_epi64(mask as i64), a, b)
 }
 
-/// The scales of `n` units from `first` on, at most [`SCALES`]. From memory each then costs nothing: the multiply takes it with
-/// a broadcast.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn xor3(a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+    _mm512_ternarylogic_epi64::<0x96>(a, b, c)
+}
+
+/// As [`trellis::subsets`](crate::sketch::trellis), of eight units.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn subsets(branches: __m512i, before: __m512i) -> [__m512i; 2] {
+    let stripe_before = select(0x1111_1111_1111_1111, _mm512_srli_epi64::<3>(before), _mm512_slli_epi64::<1>(branches));
+    let y0 = _mm512_xor_si512(_mm512_slli_epi64::<8>(branches), _mm512_srli_epi64::<56>(stripe_before));
+    let y0 = xor3(y0, _mm512_slli_epi64::<16>(branches), _mm512_srli_epi64::<48>(stripe_before));
+    let y1 = xor3(branches, _mm512_slli_epi64::<4>(branches), _mm512_srli_epi64::<60>(stripe_before));
+    let y1 = xor3(y1, _mm512_slli_epi64::<24>(branches), _mm512_srli_epi64::<40>(stripe_before));
+    [y0, y1]
+}
+
+/// From bit k of columns 16 r + m in bit 4 m + r of word k, all of these bits in nibble m of word r.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn stripes<const HIGH: bool>([y0, y1, low, high]: [__m512i; 4]) -> [__m512i; 4] {
+    const PAIRS: u64 = 0x3333_3333_3333_3333;
+    const ONES: u64 = 0x5555_5555_5555_5555;
+    let a = select(PAIRS, y0, _mm512_slli_epi64::<2>(low));
+    let c = select(PAIRS, _mm512_srli_epi64::<2>(y0), low);
+    let (b, d) = if HIGH {
+        (select(PAIRS, y1, _mm512_slli_epi64::<2>(high)), select(PAIRS, _mm512_srli_epi64::<2>(y1), high))
+    } else {
+        (y1, _mm512_srli_epi64::<2>(y1))
+    };
+    [
+        select(ONES, a, _mm512_slli_epi64::<1>(b)),
+        select(ONES, _mm512_srli_epi64::<1>(a), b),
+        select(ONES, c, _mm512_slli_epi64::<1>(d)),
+        select(ONES, _mm512_srli_epi64::<1>(c), d),
+    ]
+}
+
+/// Units `first` to `first + n` of a row, n at most [`UNITS`], and `a` times their scales. `before` are the branch bits
+/// of the units in front, or zeros, and becomes those of these.
 ///
 /// # Safety
 /// `row` has `layout`, which has these units.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn scales(layout: &Layout, row: &[u8], first: usize, n: usize) -> __m512 {
-    let mask = ((1u32 << n) - 1) as u16;
-    // SAFETY: `n` bytes are readable by contract, the masked rest is not touched.
-    let codes = unsafe { _mm_maskz_loadu_epi8(mask, row.as_ptr().add(layout.scales + first).cast()) };
-    let codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
-    _mm512_mul_ps(codes, _mm512_set1_ps(layout.scale(row)))
+unsafe fn decode<const HIGH: bool>(
+    layout: &Layout,
+    row: &[u8],
+    a: f32,
+    first: usize,
+    n: usize,
+    before: &mut __m512i,
+    out: &mut Decoded,
+) {
+    const NIBBLES: u64 = 0x0f0f_0f0f_0f0f_0f0f;
+    let (mask, codes_mask) = ((1u32 << n) - 1, (1u32 << (2 * n)) - 1);
+    // SAFETY: bytes of `n` units are readable by contract, the masked rest is not touched.
+    let (front, back, high, scales) = unsafe {
+        let codes = row.as_ptr().add(first * CODE_BYTES).cast::<i64>();
+        let high = row.as_ptr().wrapping_add(layout.units * CODE_BYTES + first * PLANE_BYTES);
+        (
+            _mm512_maskz_loadu_epi64(codes_mask as u8, codes),
+            _mm512_maskz_loadu_epi64((codes_mask >> 8) as u8, codes.wrapping_add(8)),
+            if HIGH { _mm512_maskz_loadu_epi64(mask as u8, high.cast()) } else { _mm512_setzero_si512() },
+            _mm_maskz_loadu_epi8(mask as u16, row.as_ptr().add(layout.scales + first).cast()),
+        )
+    };
+    // In this order of units, 0 4 1 5 2 6 3 7, bytes that are unpacked below are in order.
+    let branches = _mm512_unpacklo_epi64(front, back);
+    let low = _mm512_unpackhi_epi64(front, back);
+    let high = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), high);
+    let before_each = _mm512_permutex2var_epi64(branches, _mm512_setr_epi64(15, 6, 0, 1, 2, 3, 4, 5), *before);
+    *before = branches;
+    let [y0, y1] = subsets(branches, before_each);
+    let stripes = stripes::<HIGH>([y0, y1, low, high]);
+    let scales = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(scales));
+    let factors = _mm256_mul_ps(scales, _mm256_set1_ps(layout.scale(row)));
+    let factors = _mm256_mul_ps(factors, _mm256_set1_ps(a));
+    // SAFETY: each part of `out` holds the vector that is stored there.
+    unsafe {
+        for half in 0..2 {
+            let [low, high] = [stripes[2 * half], stripes[2 * half + 1]];
+            let even = select(NIBBLES, low, _mm512_slli_epi64::<4>(high));
+            let odd = select(NIBBLES, _mm512_srli_epi64::<4>(low), high);
+            let out = &mut out.indices[half];
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_unpacklo_epi8(even, odd));
+            _mm512_storeu_si512(out[UNITS / 2..].as_mut_ptr().cast(), _mm512_unpackhi_epi8(even, odd));
+        }
+        _mm256_storeu_ps(out.factors.as_mut_ptr(), factors);
+    }
 }
 
+/// The levels, in order of their indices.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn stored(v: __m512) -> [f32; SCALES] {
-    let mut out = [0.0; SCALES];
-    // SAFETY: `out` holds one vector.
-    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) };
-    out
+fn table(layout: &Layout) -> __m512 {
+    // SAFETY: there are 16 numbers.
+    unsafe { _mm512_loadu_ps(layout.levels.as_ptr()) }
 }
 
+/// The levels of unit `i` of those that were decoded.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn levels(decoded: &Decoded, i: usize, table: __m512) -> [__m512; VECTORS] {
+    let [a, b] = [0, 1].map(|half| {
+        // SAFETY: a unit's 16 bytes.
+        let bytes = unsafe { _mm_loadu_si128(decoded.indices[half][i % UNITS].as_ptr().cast()) };
+        _mm512_cvtepu8_epi32(bytes)
+    });
+    [
+        _mm512_permutexvar_ps(a, table),
+        _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(a), table),
+        _mm512_permutexvar_ps(b, table),
+        _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(b), table),
+    ]
+}
 /// The sums of each vector's lanes, in an order that is the same for all four.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -111,44 +174,9 @@ fn reduced([a, b, c, d]: [__m512; DOTS]) -> [f32; DOTS] {
     out
 }
 
-/// Adds units `first + i` to `first + i + U` of all rows to those of `y`.
-///
-/// # Safety
-/// `rows` have `layout`, which has these units, and so has `y`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn add<const N: usize, const U: usize, const HIGH: bool>(
-    layout: &Layout,
-    rows: [&[u8]; N],
-    factors: &[[f32; SCALES]; N],
-    first: usize,
-    i: usize,
-    y: &mut [f32],
-    tables: Tables,
-) {
-    // SAFETY: by this function's contract.
-    unsafe {
-        let y = y.as_mut_ptr().add((first + i) * SKETCH_UNIT);
-        let mut sums: [[_; VECTORS]; U] =
-            std::array::from_fn(|u| std::array::from_fn(|k| _mm512_loadu_ps(y.add(u * SKETCH_UNIT + 16 * k))));
-        for r in 0..N {
-            for u in 0..U {
-                let levels = decode::<HIGH>(layout, rows[r], first + i + u, tables);
-                let factor = _mm512_set1_ps(factors[r][i + u]);
-                for k in 0..VECTORS {
-                    sums[u][k] = _mm512_fmadd_ps(levels[k], factor, sums[u][k]);
-                }
-            }
-        }
-        for u in 0..U {
-            for k in 0..VECTORS {
-                _mm512_storeu_ps(y.add(u * SKETCH_UNIT + 16 * k), sums[u][k]);
-            }
-        }
-    }
-}
-
 impl Rows for Avx512 {
+    const UNITS: usize = UNITS;
+
     /// # Safety
     /// As [`Rows::dots`].
     #[inline]
@@ -159,29 +187,30 @@ impl Rows for Avx512 {
         x: &[f32],
         mut ahead: Ahead<'_>,
     ) -> [f32; N] {
-        let tables = Tables::new::<HIGH>();
+        let table = table(layout);
+        let (mut before, mut decoded) = ([_mm512_setzero_si512(); N], [Decoded::default(); N]);
         let mut sums = [_mm512_setzero_ps(); N];
-        let mut first = 0;
-        while first < layout.units {
-            let n = SCALES.min(layout.units - first);
+        for first in (0..layout.units).step_by(UNITS) {
+            let n = UNITS.min(layout.units - first);
+            ahead.step();
             // SAFETY: units `first .. first + n` lie inside x and inside every row, by contract.
             unsafe {
-                let scales: [_; N] = std::array::from_fn(|r| stored(scales(layout, rows[r], first, n)));
+                for r in 0..N {
+                    decode::<HIGH>(layout, rows[r], 1.0, first, n, &mut before[r], &mut decoded[r]);
+                }
                 for i in 0..n {
-                    ahead.step();
-                    let u = first + i;
-                    let x: [_; VECTORS] =
-                        std::array::from_fn(|k| _mm512_loadu_ps(x.as_ptr().add(u * SKETCH_UNIT + 16 * k)));
+                    let x = x.as_ptr().add((first + i) * SKETCH_UNIT);
+                    let x: [_; VECTORS] = std::array::from_fn(|k| _mm512_loadu_ps(x.add(16 * k)));
                     for r in 0..N {
-                        let levels = decode::<HIGH>(layout, rows[r], u, tables);
-                        let low = _mm512_fmadd_ps(levels[1], x[1], _mm512_mul_ps(levels[0], x[0]));
-                        let high = _mm512_fmadd_ps(levels[3], x[3], _mm512_mul_ps(levels[2], x[2]));
-                        let sum = _mm512_add_ps(low, high);
-                        sums[r] = _mm512_fmadd_ps(sum, _mm512_set1_ps(scales[r][i]), sums[r]);
+                        let levels = levels(&decoded[r], i, table);
+                        let mut sum = _mm512_mul_ps(levels[0], x[0]);
+                        for k in 1..VECTORS {
+                            sum = _mm512_fmadd_ps(levels[k], x[k], sum);
+                        }
+                        sums[r] = _mm512_fmadd_ps(sum, _mm512_set1_ps(decoded[r].factors[i]), sums[r]);
                     }
                 }
             }
-            first += n;
         }
         let mut four = [_mm512_setzero_ps(); DOTS];
         four[..N].copy_from_slice(&sums);
@@ -200,26 +229,31 @@ impl Rows for Avx512 {
         y: &mut [f32],
         mut ahead: Ahead<'_>,
     ) {
-        let tables = Tables::new::<HIGH>();
-        let mut first = 0;
-        while first < layout.units {
-            let n = SCALES.min(layout.units - first);
+        let table = table(layout);
+        let (mut before, mut decoded) = ([_mm512_setzero_si512(); N], [Decoded::default(); N]);
+        for first in (0..layout.units).step_by(UNITS) {
+            let n = UNITS.min(layout.units - first);
             // SAFETY: units `first .. first + n` lie inside y and inside every row, by contract.
             unsafe {
-                let factors: [_; N] = std::array::from_fn(|r| {
-                    stored(_mm512_mul_ps(scales(layout, rows[r], first, n), _mm512_set1_ps(a[r])))
-                });
-                // Two units: the sums of one would wait four cycles for each row.
-                for i in (0..n - n % 2).step_by(2) {
-                    ahead.step();
-                    add::<N, 2, HIGH>(layout, rows, &factors, first, i, y, tables);
+                for r in 0..N {
+                    decode::<HIGH>(layout, rows[r], a[r], first, n, &mut before[r], &mut decoded[r]);
                 }
-                if n % 2 == 1 {
+                for i in 0..n {
                     ahead.step();
-                    add::<N, 1, HIGH>(layout, rows, &factors, first, n - 1, y, tables);
+                    let y = y.as_mut_ptr().add((first + i) * SKETCH_UNIT);
+                    let mut sums: [_; VECTORS] = std::array::from_fn(|k| _mm512_loadu_ps(y.add(16 * k)));
+                    for r in 0..N {
+                        let levels = levels(&decoded[r], i, table);
+                        let factor = _mm512_set1_ps(decoded[r].factors[i]);
+                        for k in 0..VECTORS {
+                            sums[k] = _mm512_fmadd_ps(levels[k], factor, sums[k]);
+                        }
+                    }
+                    for k in 0..VECTORS {
+                        _mm512_storeu_ps(y.add(16 * k), sums[k]);
+                    }
                 }
             }
-            first += n;
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Rows of sketches: which rows are taken together and what is asked for meanwhile, the same for all sets of instructions;
-//! `avx512.rs` and `avx2.rs` have the rows themselves.
+//! Rows of sketches: which rows are taken together and what is asked for meanwhile, the same for all sets of
+//! instructions; `avx512.rs` and `avx2.rs` have the rows themselves.
 
 mod avx2;
 mod avx512;
@@ -8,7 +8,7 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
 use super::Ahead;
-use crate::sketch::{CODE_BYTES, HIGH_BYTES};
+use crate::sketch::{CODE_BYTES, PLANE_BYTES};
 use crate::{PREFETCH_BYTES, SKETCH_UNIT, SketchBits, SketchMatrix};
 
 /// Rows that are multiplied together: each has one sum, which would wait for its own last addition.
@@ -16,8 +16,13 @@ const DOTS: usize = 4;
 /// Rows that are added in one pass.
 const AXPYS: usize = 8;
 
-/// Kernels of rows in one set of instructions; `HIGH` if they have third bits.
+/// Kernels of rows in one set of instructions; `HIGH` if they have second point bits.
 pub(crate) trait Rows {
+    /// Units that are decoded at once.
+    const UNITS: usize;
+
+    /// Asks for what is `ahead` once for each [`Rows::UNITS`] units.
+    ///
     /// # Safety
     /// The CPU has the set, `rows` have `layout`, `x` has as many units.
     unsafe fn dots<const N: usize, const HIGH: bool>(
@@ -27,6 +32,8 @@ pub(crate) trait Rows {
         ahead: Ahead<'_>,
     ) -> [f32; N];
 
+    /// Asks for what is `ahead` at each unit.
+    ///
     /// # Safety
     /// As [`Rows::dots`], with `y` for `x`.
     unsafe fn axpys<const N: usize, const HIGH: bool>(
@@ -38,11 +45,16 @@ pub(crate) trait Rows {
     );
 }
 
-/// Where a row has its parts.
+/// Where a row has its parts, and what its codes mean.
 pub(crate) struct Layout {
     units: usize,
-    /// Offset of the scale codes; the row's scale is right behind them. Third bits begin at `units * CODE_BYTES`.
+    /// Offset of the scale codes; the row's scale is right behind them. Second point bits begin at
+    /// `units * CODE_BYTES`.
     scales: usize,
+    /// The levels; in two bits twice, so that the fourth bit of an index does not matter.
+    levels: [f32; 16],
+    /// A level is one more than twice its byte.
+    bytes: [i8; 16],
 }
 
 impl Layout {
@@ -50,9 +62,13 @@ impl Layout {
         let units = matrix.columns() / SKETCH_UNIT;
         let unit_bytes = match matrix.bits() {
             SketchBits::Two => CODE_BYTES,
-            SketchBits::Three => CODE_BYTES + HIGH_BYTES,
+            SketchBits::Three => CODE_BYTES + PLANE_BYTES,
         };
-        Self { units, scales: units * unit_bytes }
+        let levels = matrix.bits().levels();
+        let level = |i| levels[i % levels.len()];
+        let (levels, bytes) =
+            (std::array::from_fn(|i| f32::from(level(i))), std::array::from_fn(|i| (level(i) >> 1) as i8));
+        Self { units, scales: units * unit_bytes, levels, bytes }
     }
 
     /// The row's scale.
@@ -77,9 +93,10 @@ pub(crate) unsafe fn dots<R: Rows>(matrix: SketchMatrix<'_>, first: usize, x: &[
 }
 
 /// # Safety
-/// As [`dots`]; `HIGH` is whether there are third bits.
+/// As [`dots`]; `HIGH` is whether there are second point bits.
 unsafe fn dots_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, first: usize, x: &[f32], out: &mut [f32]) {
     let layout = Layout::of(&matrix);
+    let steps = layout.units.div_ceil(R::UNITS);
     let end = first + out.len();
     // Whole rows, as far ahead as other matrices' rows.
     let lead = DOTS + PREFETCH_BYTES.div_ceil(matrix.row_bytes());
@@ -89,7 +106,7 @@ unsafe fn dots_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, first: us
         let ahead = [matrix.rows((r + lead).min(end)..(r + lead + DOTS).min(end))];
         let rows = std::array::from_fn(|i| matrix.row(r + i));
         // SAFETY: by this function's contract.
-        *group = unsafe { R::dots::<DOTS, HIGH>(&layout, rows, x, Ahead::new(&ahead, layout.units)) };
+        *group = unsafe { R::dots::<DOTS, HIGH>(&layout, rows, x, Ahead::new(&ahead, steps)) };
         r += DOTS;
     }
     for (out, r) in rest.iter_mut().zip(r..) {
@@ -112,7 +129,7 @@ pub(crate) unsafe fn axpys<R: Rows>(matrix: SketchMatrix<'_>, rows: &[u32], a: &
 }
 
 /// # Safety
-/// As [`axpys`]; `HIGH` is whether there are third bits.
+/// As [`axpys`]; `HIGH` is whether there are second point bits.
 unsafe fn axpys_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, rows: &[u32], a: &[f32], y: &mut [f32]) {
     let layout = Layout::of(&matrix);
     let row = |r: &u32| matrix.row(*r as usize);
@@ -124,7 +141,7 @@ unsafe fn axpys_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, rows: &[
         let ahead: [&[u8]; AXPYS] = std::array::from_fn(|n| soon.get(n).map_or(&[][..], row));
         let rows = group.each_ref().map(row);
         // SAFETY: by this function's contract.
-        unsafe { R::axpys::<AXPYS, HIGH>(&layout, rows, *a, y, Ahead::new(&ahead, layout.units.div_ceil(2))) };
+        unsafe { R::axpys::<AXPYS, HIGH>(&layout, rows, *a, y, Ahead::new(&ahead, layout.units)) };
     }
     for (r, a) in last.iter().zip(last_factors) {
         // SAFETY: as above.
