@@ -585,7 +585,8 @@ fn sketched_down_row_bytes(split: &Split) -> u64 {
     SKETCH_BITS[2].row_bytes(split.manifest().config.hidden_size) as u64
 }
 
-/// Device bytes of the sketches of `n` neurons of each layer, at most: three parts, the numbers of each neuron, and the columns' channels, aligned.
+/// Device bytes of the sketches of `n` neurons of each layer, at most: three parts, the numbers of each neuron, and the
+/// columns' channels, aligned.
 fn sketch_bytes(split: &Split, n: usize) -> u64 {
     const PIECES: u64 = 5;
     let config = &split.manifest().config;
