@@ -144,8 +144,8 @@ impl Mask {
 
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
     /// the same shape or empty, what it keeps.
-    /// `scores`, of the same shape, are the predictor's, the sketch's or a guess's, of which the highest are kept, as many as `active` says, or the gates'
-    /// for [`Mask::Cats`]; `down_norm [intermediate_size]`.
+    /// `scores`, of the same shape, are the predictor's, the sketch's or a guess's, of which the highest are kept, as many as
+    /// `active` says, or the gates' for [`Mask::Cats`]; `down_norm [intermediate_size]`.
     pub(crate) fn apply(
         self,
         h: &mut [f32],

@@ -28,8 +28,9 @@ impl Part {
         Self { planes, columns, weights }
     }
 
-    /// `row . x` for x in the order of columns, and a bound of what the kernel's sum misses: an input is rounded to one part in
-    /// 8355000 of the largest of its unit, to either side half of that and a little for the factor's own rounding.
+    /// `row . x` for x in the order of columns, and a bound of what the kernel's sum misses: an input becomes a
+    /// whole number of 8355000ths of the largest of its unit. That rounds by half of one, and the factor and the product before
+    /// it, as floats of 24 bits, by as much each.
     fn dot(&self, row: usize, x: &[f64]) -> (f64, f64) {
         let row = &self.weights[row * self.columns..(row + 1) * self.columns];
         let (mut product, mut error) = (0.0, 0.0);
