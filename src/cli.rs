@@ -156,7 +156,8 @@ pub struct Placement {
     /// How neurons are chosen
     #[arg(long, value_enum, default_value = "exact", env = "THERMOCLINE_MODE")]
     pub mode: ModeName,
-    /// Share of each layer's neurons that sparse mode computes, above 0 and at most 1; of those that are not computed always
+    /// Share of each layer's neurons, or of their bytes, that sparse mode reads, above 0 and at most 1; of those that are not always
+    /// computed
     #[arg(long, value_name = "SHARE", default_value_t = 0.3, env = "THERMOCLINE_ACTIVE")]
     pub active: f32,
     /// In sparse mode, of a split with sketches: share of each layer's neurons, the hottest, that every token computes, so that
@@ -566,16 +567,13 @@ pub enum MaskName {
     Predicted,
     /// The predicted top share of every layer alike, and nothing for the other neurons
     PredictedAlike,
-    /// The neurons whose error would be largest if the split's sketch stood for them, as it does for the others: as many of each layer
-    /// and token as the split's thresholds say (--fit-shares), or the same share where it has none
+    /// The neurons, or single rows of them, whose error would be largest if the split's sketch stood for them, as it does for the others:
+    /// as many of each layer and token as the split's thresholds say (--fit-shares), or the same share of neurons where it has none
     Graded,
     /// The same share of every layer and token, whatever thresholds the split has
     GradedAlike,
     /// As many of each layer and token as keep what is expected to be lost below a share (--active) of the neurons' energy's root
     GradedError,
-    /// The gate, up and down rows, each alone, whose error would cost most if the split's sketch stood for it, as it does for the
-    /// others: --active is the share of all rows' bytes; needs --fit-text
-    GradedRows,
     /// Peer: all gates, the share of neurons whose gate is largest
     Cats,
     /// Peer: the share of every matrix's inputs that are largest
@@ -674,15 +672,19 @@ pub struct Eval {
     /// Measure what each layer's share of the neurons costs on this text, and keep it in the split: sparse mode then divides
     /// --active between the layers by it. Takes the time of about 2.5 dense passes over these windows for each layer. Then, on
     /// windows behind them, as many and four times as long, in ten dense passes: what perplexity rises by at shares from 10 to
-    /// 90 %, from which --max-ppl-increase finds --active. Of a split with sketches: thresholds by which these choose, from one
-    /// dense pass, and behind them what perplexity rises by at seven shares, for each of four shares that are always computed, in 29
-    /// dense passes
+    /// 90 %, from which --max-ppl-increase finds --active. Of a split with sketches: thresholds by which these choose neurons (ReLU) or
+    /// single rows of them (SiLU), from one dense pass, and behind them what perplexity rises by at seven shares, for each of four shares
+    /// that are always computed, in 29 dense passes
     #[arg(long, conflicts_with_all = ["mask", "active", "always", "precision", "engine", "planes", "delta"])]
     pub fit_shares: bool,
+    /// With --fit-shares of a split with sketches: only the thresholds. What they cost is not measured, so that --max-ppl-increase has
+    /// nothing to go by
+    #[arg(long, requires = "fit_shares")]
+    pub no_curve: bool,
     /// Which neurons are computed, at every position; several, separated by commas, give a row each
     #[arg(long, value_enum, default_value = "dense", value_delimiter = ',')]
     pub mask: Vec<MaskName>,
-    /// Shares of the neurons (of inputs and graded-rows: of bytes) that all masks but dense and exact keep: a row for each
+    /// Shares of the neurons (of inputs, and of graded by thresholds of rows: of bytes) that all masks but dense and exact keep: a row for each
     #[arg(long, default_value = "0.3", value_delimiter = ',', value_name = "SHARE")]
     pub active: Vec<f64>,
     /// Shares of each layer's neurons, the first in the split's order, that --mask graded keeps at every token; --active is that of
@@ -690,9 +692,8 @@ pub struct Eval {
     #[arg(long, default_value = "0", value_delimiter = ',', value_name = "SHARE")]
     pub always: Vec<f64>,
     /// Text on which --mask inputs measures what inputs cost (its first 1024 tokens; takes the time of about 2 dense passes over
-    /// them for each layer), and --mask graded-rows what rows are worth (the same tokens; one dense pass; better not the
-    /// text of the split's calibration, on which its sketch errs least). Guesses are fitted to up to 16384 tokens, in one dense pass;
-    /// training takes some minutes for each share of --active
+    /// them for each layer). Guesses are fitted to up to 16384 tokens, in one dense pass; training takes some minutes for each share of
+    /// --active
     #[arg(long, value_name = "FILE")]
     pub fit_text: Option<PathBuf>,
     /// Planes of the weights, where the split has several: base, plus, exact, plus@SHARE or exact@SHARE, as for run

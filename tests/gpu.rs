@@ -320,27 +320,42 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
     }
 }
 
-/// Thresholds in place of a share: as many neurons as the CPU engine computes, which differ from layer to layer.
-#[test]
-fn graded_thresholds_choose_as_on_the_cpu() {
-    let (_guard, dir) = support::copy(&split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch"]));
-    let config = Split::open(&dir).unwrap().manifest().config.clone();
+/// A copy of a split with thresholds of neurons or of rows, around the costs that the second layer's sketch tells of an input of ones.
+fn with_thresholds(of: &Path, rows: bool) -> (tempfile::TempDir, PathBuf) {
+    let (guard, dir) = support::copy(of);
+    let split = Split::open(&dir).unwrap();
+    let config = split.manifest().config.clone();
     let rms = (0..config.n_layers).map(|l| 1.0 + l as f32).collect();
     let (always, active) = (vec![0.0f32, 0.5], vec![0.1f32, 0.5]);
-    // Around the costs that the second layer's sketch tells of an input of ones.
-    let sketch = Split::open(&dir).unwrap().sketch(1).unwrap().unwrap();
-    let mut costs: Vec<f32> = (0..sketch.n_neurons()).map(|i| sketch.judge(config.activation, i, 0.3, 0.3).0).collect();
+    let sketch = split.sketch(1).unwrap().unwrap();
+    let costs = (0..sketch.n_neurons()).flat_map(|i| match rows {
+        true => sketch.row_costs(config.activation, i, 0.3, 0.3).map(f32::sqrt).to_vec(),
+        false => vec![sketch.judge(config.activation, i, 0.3, 0.3).0],
+    });
+    let mut costs: Vec<f32> = costs.collect();
     costs.sort_by(f32::total_cmp);
     let at = |share: usize| costs[costs.len() * share / 100] / 2.0;
-    let thresholds =
+    let mut thresholds =
         GradedThresholds::new(rms, always.clone(), active.clone(), vec![at(80), at(40), at(80), at(40)]).unwrap();
+    if rows {
+        thresholds = thresholds.of_rows((0..config.n_layers).map(|l| [1.0 + 0.1 * l as f32, 0.9]).collect()).unwrap();
+    }
     let curve = |&always: &f32| GradedCurve {
         always,
         curve: Curve::new(active.clone(), vec![0.1; 2], vec![0.1; 2], 10, 3).unwrap(),
     };
     let curves = GradedCurves::new(thresholds, always.iter().map(curve).collect()).unwrap();
     Split::put_graded_curves(&dir, &curves).unwrap();
+    (guard, dir)
+}
+
+/// Thresholds in place of a share: as many neurons as the CPU engine computes, which differ from layer to layer.
+#[test]
+fn graded_thresholds_choose_as_on_the_cpu() {
+    let made = split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch"]);
+    let (_guard, dir) = with_thresholds(&made, false);
     let open = || Split::open(&dir).unwrap();
+    let config = open().manifest().config.clone();
     let mode = Mode::Sparse { active: 0.3 };
     let (least, whole) = vram_range_of(&open(), &device(), mode);
     for (vram, share) in [(least, 0.0), (least + (whole - least) / 2, 0.6)] {
@@ -351,6 +366,49 @@ fn graded_thresholds_choose_as_on_the_cpu() {
         assert!(computed > always && computed < all, "{what}: {computed} of {all}");
         let alike = (8 * config.n_layers) as u64 * n_active(0.3, config.intermediate_size) as u64;
         assert!(always > 0 || computed != alike, "{what}");
+    }
+}
+
+/// Single rows of neurons, wherever these lie, whoever computes them, in whatever encodings; where rows are streams, all of a neuron.
+#[test]
+fn single_rows_are_read_as_on_the_cpu() {
+    let sketched: &[&str] = &["--chunk-neurons", "8", "--sketch"];
+    let splits = [
+        (four_layers(), "q4"),
+        (four_layers(), "q4,hot@0.25=q8"),
+        (llama(), "bf16"),
+        (qwen_relu(), "q8"),
+        (llama(), "bf16x"),
+    ];
+    for (made, encoding) in splits {
+        let (_guard, dir) = with_thresholds(&split(&made, encoding, sketched), true);
+        let open = || Split::open(&dir).unwrap();
+        let mode = Mode::Sparse { active: 0.3 };
+        let (least, whole) = vram_range_of(&open(), &device(), mode);
+        let sketch_bytes: u64 = open().sketches().unwrap().tensors().iter().map(|t| t.bytes).sum();
+        let mut computed = Vec::new();
+        for (vram, always, share) in [
+            (least, Some(0.0), 0.0),
+            (least, Some(0.0), 0.5),
+            (least, Some(0.0), 1.0),
+            (whole + sketch_bytes, Some(0.0), 0.0),
+            (least + (whole - least) / 2, None, 0.4),
+        ] {
+            let what = format!("{encoding}, {vram} bytes, always {always:?}, host {share}");
+            let request = gpu_request(&device(), mode, vram, None);
+            let request = GpuRequest { base: PlanRequest { always, ..request.base }, ..request };
+            let gpu = agree(&open, request, share, &what);
+            let account = gpu.account();
+            let of_always = (8 * gpu.plan().hot_neurons.len() * gpu.plan().always_neurons) as u64;
+            assert!(account.neurons_computed > of_always && account.neurons_computed < account.neurons_total, "{what}");
+            if always.is_some() {
+                computed.push(account.neurons_computed);
+            }
+            assert_eq!(account.cache_hits, 0, "{what}");
+        }
+        // Who reads them and where they lie changes nothing of what is read, but what is near a threshold.
+        let (most, fewest) = (computed.iter().max().unwrap(), computed.iter().min().unwrap());
+        assert!(most - fewest <= most / 20 + 3, "{encoding}: {computed:?}");
     }
 }
 

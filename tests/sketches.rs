@@ -7,8 +7,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use support::{
-    BINARY, bits, copy, engine, fails, files, forge, json, llama, medium, model, ok, profile, prompt, qwen_relu,
-    request, split, splitting, text,
+    BINARY, bits, budget_range, copy, engine, fails, files, forge, json, llama, medium, model, ok, profile, prompt,
+    qwen_relu, request, split, splitting, text,
 };
 use thermocline_datasets::Checkpoint;
 use thermocline_runtime::{Logits, Mode};
@@ -141,36 +141,72 @@ fn zeros_of_relu_are_found() {
     assert!(evaluated["bytes_share"].as_f64().unwrap() > 0.5, "{evaluated}");
 }
 
-/// From a text that says what rows are worth; what was read is told by kind and by bytes.
+/// By thresholds of a model whose neurons all fire; what was read is told by kind and by bytes.
 #[test]
 fn rows_are_chosen_one_by_one() {
-    let dir = split(&llama(), "q4", SKETCHED);
+    let (_guard, dir) = copy(&split(&llama(), "q4", SKETCHED));
     let corpus = text(support::corpus());
-    let given =
-        ["eval", "-m", text(&dir), "--text", corpus, "--ctx", "64", "--windows", "2", "--mask", "dense,graded-rows"];
-    let fitted = [&given[..], &["--active", "1,0.3", "--fit-text", corpus]].concat();
-    let results = json(&[&fitted[..], &["--json"]].concat())["results"].clone();
+    let windows = ["--text", corpus, "--ctx", "64", "--windows", "2"];
+    let fitted = ok(&[&["eval", "-m", text(&dir), "--fit-shares"][..], &windows].concat()).stdout;
+    assert!(fitted.contains("thresholds of rows from 2 windows of 64"), "{fitted}");
+    let of_both = |dir: &Path| json(&["inspect", text(dir), "--json"])["graded"].clone();
+    assert_eq!(
+        (of_both(&dir)["thresholds_of"].as_str(), of_both(&dir)["curves"][0]["always"].as_f64()),
+        (Some("rows"), Some(0.0))
+    );
+    // The same thresholds alone, in one pass.
+    let (_other_guard, other) = copy(&split(&llama(), "q4", SKETCHED));
+    let alone = ok(&[&["eval", "-m", text(&other), "--fit-shares", "--no-curve"][..], &windows].concat()).stdout;
+    assert!(alone.contains("thresholds of rows from 2 windows of 64, kept in"), "{alone}");
+    let thresholds = |dir: &Path| Split::open(dir).unwrap().graded_curves().unwrap().unwrap().thresholds().clone();
+    assert_eq!(thresholds(&other), thresholds(&dir));
+    assert_eq!(of_both(&other)["curves"], serde_json::json!([]));
+    let plain = split(&llama(), "q4", &["--chunk-neurons", "8"]);
+    let message = fails(2, &[&["eval", "-m", text(&plain), "--fit-shares", "--no-curve"][..], &windows].concat());
+    assert!(message.contains("--no-curve") && message.contains("sketches"), "{message}");
+    let given = [&["eval", "-m", text(&dir), "--mask", "dense,graded", "--active", "1,0.3"][..], &windows].concat();
+    let results = json(&[&given[..], &["--json"]].concat())["results"].clone();
     assert!(results[1]["kl"].as_f64().unwrap() < 1e-9, "everything is read: {results}");
     assert_eq!(results[1]["perplexity"], results[0]["perplexity"]);
     let read = &results[2]["rows_read"];
     assert!((read["bytes"].as_f64().unwrap() - 0.3).abs() < 0.05, "{read}");
     assert!(results[2]["kl"].as_f64().unwrap() > 1e-6 && results[2].get("recall").unwrap().is_null());
-    let table = ok(&fitted).stdout;
-    assert!(table.contains("graded-rows 0.30: of the rows") && table.contains("by bytes"), "{table}");
+    let table = ok(&given).stdout;
+    assert!(table.contains("graded 0.30: of the rows") && table.contains("by bytes"), "{table}");
 
-    let message = fails(2, &given);
-    assert!(message.contains("graded-rows") && message.contains("give --fit-text"), "{message}");
-    let plain = split(&llama(), "q4", &["--chunk-neurons", "8"]);
-    for (dir, word) in [(plain, "split --sketch"), (model(&llama()), "need a split")] {
-        let given = ["eval", "-m", text(&dir), "--text", corpus, "--mask", "graded-rows", "--fit-text", corpus];
-        let message = fails(2, &given);
-        assert!(message.contains(word), "{message}");
-    }
+    // A run goes by them, and so do tasks.
+    let sparse = ["-m", text(&dir), "--vram-budget", "0", "--mode", "sparse", "--active", "0.3", "--temp", "0"];
+    let account = json(&[&["run", "-p", "the lake", "-n", "8", "--json"][..], &sparse].concat());
+    let computed = account["computed_share"].as_f64().unwrap();
+    let said = ok(&[&["run", "-p", "the lake", "-n", "8"][..], &sparse].concat()).stdout;
+    assert!(said.contains(&format!("{:.1} % of the neurons", 100.0 * computed)), "{said}");
+    assert!((computed - 0.3).abs() < 0.15, "{account}");
+    let message = fails(2, &[&["run", "-p", "the lake", "-n", "8", "--max-error", "0.1"][..], &sparse].concat());
+    assert!(message.contains("--max-error") && message.contains("single rows"), "{message}");
+
+    // From disk, neurons that have a row to read are read whole: nearer to the dense model.
+    let mode = Mode::Sparse { active: 0.3 };
+    let (least, _) = budget_range(&dir, mode);
+    let decoded = |mode: Mode, budget: Option<u64>| {
+        let mut engine = engine(&dir, request(mode, budget, 3)).unwrap();
+        let logits: Vec<Vec<f32>> = prompt(12).iter().map(|t| engine.forward(&[*t], Logits::Last).unwrap()).collect();
+        (logits, engine.account().neurons_computed)
+    };
+    let (dense, _) = decoded(Mode::Exact, None);
+    let off = |got: &[Vec<f32>]| -> f32 {
+        let pairs = got.iter().flatten().zip(dense.iter().flatten());
+        pairs.map(|(a, b)| (a - b).powi(2)).sum()
+    };
+    let (in_memory, from_disk) = (decoded(mode, None), decoded(mode, Some(least)));
+    assert!(from_disk.1 > in_memory.1 + in_memory.1 / 10, "{} and {}", from_disk.1, in_memory.1);
+    assert!(off(&from_disk.0) < off(&in_memory.0), "{} and {}", off(&from_disk.0), off(&in_memory.0));
+
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), r#"{"context": "the lake", "choices": [" was calm", " rose"], "answer": 0}"#).unwrap();
     let task = format!("cloze={}", text(file.path()));
-    let message = fails(2, &["eval", "-m", text(&dir), "--task", &task, "--mask", "graded-rows"]);
-    assert!(message.contains("graded-rows is measured on a text only"), "{message}");
+    let tasks = ["eval", "-m", text(&dir), "--task", &task, "--mask", "dense,graded", "--active", "0.1,1", "--json"];
+    let results = json(&tasks)["results"].clone();
+    assert!(results[1]["kl"].as_f64().is_none_or(|kl| kl > 0.0), "{results}");
 }
 
 #[test]

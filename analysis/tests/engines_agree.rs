@@ -4,8 +4,8 @@
 
 use std::path::Path;
 use thermocline_analysis::eval::{
-    Evaluation, Fitted, LayerQuality, Mask, Windows, evaluate, evaluate_decode, fit_input_costs, fit_row_prices,
-    fit_shares, fit_windows, measure_curve, measure_graded_curves,
+    Evaluation, Fitted, LayerQuality, Mask, Windows, evaluate, evaluate_decode, fit_input_costs, fit_shares,
+    fit_windows, measure_curve, measure_graded_curves,
 };
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
@@ -211,85 +211,77 @@ fn neurons_are_always_computed_alike_by_both_engines() {
 }
 
 /// Thresholds leave the share that they were fitted to, on its text, and both engines go by them; tokens and layers differ in how many
-/// neurons they compute.
+/// neurons they compute, where most of a layer are zero, or in how many single rows they read.
 #[test]
 fn graded_thresholds_are_used_alike_by_both_engines() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, true);
-    let tokens = tokens(CTX * WINDOWS);
-    let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
-    let model = SplitCheckpoint::open(&path).unwrap();
-    let curves = measure_graded_curves(&model, model.split(), (&windows, &windows), 7, &|_, _| ()).unwrap();
-    Split::put_graded_curves(&path, &curves).unwrap();
-    let model = SplitCheckpoint::open(&path).unwrap();
-    let masks = [(0.0, false), (0.0, true), (0.5, false), (0.3, false)];
-    let masks = masks.map(|(always, alike)| Mask::Graded { active: 0.3, always, alike });
-    let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
-    for (result, share) in by_mask.iter().zip([0.3, 0.3, 0.65, 0.51]) {
-        // Masked layers drift from the dense ones that thresholds were fitted to.
-        assert!((result.computed_share.unwrap() - share).abs() < 0.03, "{share}: {:?}", result.computed_share);
-    }
-    let spread = |e: &Evaluation| {
-        let shares = e.layers.iter().map(|l| l.computed_share);
-        shares.clone().fold(0.0, f64::max) - shares.fold(1.0, f64::min)
-    };
-    assert!(spread(&by_mask[0]) > 0.01 && spread(&by_mask[1]) < 1e-9);
-    assert_eq!(by_mask[1].mask, "graded-alike");
-    // The curve is of the same masks.
-    let increase = by_mask[0].perplexity_ratio.unwrap() - 1.0;
-    let point = curves.curves()[0].curve.points().find(|p| p.0 == 0.3).unwrap();
-    assert!((f64::from(point.1) - increase).abs() < 1e-6, "{point:?} {increase}");
-    for (want, always) in by_mask.iter().zip([Some(0.0), None, Some(0.5)]) {
-        let Some(always) = always else { continue };
-        let (got, audit) = decode_with(&path, Mode::Sparse { active: 0.3 }, Some(always), &windows);
-        for (want, got) in want.layers.iter().zip(&audit.unwrap().layers) {
-            assert!((want.computed_share - got.quality.computed_share).abs() < 0.01, "{always}: {want:?} {got:?}");
-            assert!((want.energy_recall - got.quality.energy_recall).abs() < 0.01, "{always}: {want:?} {got:?}");
+    for activation in [Activation::Silu, Activation::Relu] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = make_with(dir.path(), &TinyModel { activation, ..TinyModel::default() }, Encoding::Q4, true);
+        let tokens = tokens(CTX * WINDOWS);
+        let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
+        let model = SplitCheckpoint::open(&path).unwrap();
+        let curves = measure_graded_curves(&model, model.split(), (&windows, &windows), 7, &|_, _| ()).unwrap();
+        Split::put_graded_curves(&path, &curves).unwrap();
+        let model = SplitCheckpoint::open(&path).unwrap();
+        let of_rows = activation == Activation::Silu;
+        assert_eq!(model.split().manifest().version, if of_rows { 7 } else { 6 });
+        let factors = curves.thresholds().error_factors();
+        assert_eq!(factors.map(<[_]>::len), of_rows.then_some(model.split().layers().len()));
+        let masks = [(0.0, false), (0.0, true), (0.5, false), (0.3, false)];
+        let masks = masks.map(|(always, alike)| Mask::Graded { active: 0.3, always, alike });
+        let by_mask = evaluate(&model, Some(model.split()), &windows, &masks, &Fitted::default(), &|_, _| ()).unwrap();
+        for (result, share) in by_mask.iter().zip([0.3, 0.3, 0.65, 0.51]) {
+            // Masked layers drift from the dense ones that thresholds were fitted to.
+            assert!((result.computed_share.unwrap() - share).abs() < 0.03, "{share}: {:?}", result.computed_share);
         }
-        let (largest, mean) = gaps(want, &got);
-        assert!(largest < 0.2 && mean < 1e-2, "{always}: largest gap {largest}, mean {mean}");
+        assert_eq!(by_mask[1].mask, "graded-alike");
+        assert!(by_mask[1].rows_read.is_none() && !by_mask[1].layers.is_empty());
+        if of_rows {
+            for (result, always) in by_mask.iter().zip([0.0, 0.0, 0.5, 0.3]) {
+                let Some(read) = result.rows_read else { continue };
+                assert!((read.gate + read.up + read.down - 3.0 * read.bytes).abs() < 1e-9, "{read:?}");
+                assert!([read.gate, read.up, read.down].iter().all(|r| *r > always), "{read:?}");
+                assert!(result.recall.is_none() && result.computed_share == Some(read.bytes));
+            }
+            assert!(by_mask[0].rows_read.is_some());
+            assert!(by_mask[0].kl < by_mask[1].kl, "{:?} by rows, {:?} by neurons", by_mask[0].kl, by_mask[1].kl);
+            // The same bytes are counted as for whole neurons.
+            let apart = (by_mask[0].bytes_share.unwrap() - by_mask[1].bytes_share.unwrap()).abs();
+            assert!(apart < 0.03, "{apart}");
+        } else {
+            let spread = |e: &Evaluation| {
+                let shares = e.layers.iter().map(|l| l.computed_share);
+                shares.clone().fold(0.0, f64::max) - shares.fold(1.0, f64::min)
+            };
+            assert!(by_mask[0].rows_read.is_none());
+            assert!(spread(&by_mask[0]) > 0.01 && spread(&by_mask[1]) < 1e-9);
+        }
+        // The curve is of the same masks.
+        let increase = by_mask[0].perplexity_ratio.unwrap() - 1.0;
+        let point = curves.curves()[0].curve.points().find(|p| p.0 == 0.3).unwrap();
+        assert!((f64::from(point.1) - increase).abs() < 1e-6, "{point:?} {increase}");
+        for (want, always) in by_mask.iter().zip([Some(0.0), None, Some(0.5)]) {
+            let Some(always) = always else { continue };
+            let (got, audit) = decode_with(&path, Mode::Sparse { active: 0.3 }, Some(always), &windows);
+            let (computed, decoded) = (want.computed_share.unwrap(), got.computed_share.unwrap());
+            assert!((computed - decoded).abs() < 0.01, "{always}: {computed} {decoded}");
+            for (want, got) in want.layers.iter().zip(&audit.unwrap().layers) {
+                assert!((want.computed_share - got.quality.computed_share).abs() < 0.01, "{always}: {want:?} {got:?}");
+                assert!((want.energy_recall - got.quality.energy_recall).abs() < 0.01, "{always}: {want:?} {got:?}");
+            }
+            let (largest, mean) = gaps(want, &got);
+            assert!(largest < 0.2 && mean < 1e-2, "{activation:?} {always}: largest gap {largest}, mean {mean}");
+        }
+        // Of everything there is nothing to choose.
+        let whole = evaluate(&model, Some(model.split()), &windows, &[graded(1.0)], &Fitted::default(), &|_, _| ());
+        assert!(whole.unwrap()[0].kl.unwrap() < 1e-9);
+        let split = Split::open(&path).unwrap();
+        let mode = Mode::Sparse { active: 0.3 };
+        let request = PlanRequest { mode, always: None, ram_budget_bytes: None, context: CTX, batch: 1, n_threads: 2 };
+        let plan = Plan::new(&split, request).unwrap();
+        let limited = Engine::load(split, plan, &|_, _| ()).unwrap().limit_error(0.1);
+        assert_eq!(limited.is_err(), of_rows, "{limited:?}");
     }
-}
-
-/// Rows chosen one by one: all of them are the dense model, and of the others as many are read as were asked for, which leaves less
-/// than the same bytes of whole neurons do.
-#[test]
-fn rows_are_read_one_by_one() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, true);
-    let tokens = tokens(CTX * (WINDOWS + 8));
-    let windows = Windows::new(&tokens[..CTX * WINDOWS], CTX, WINDOWS).unwrap();
-    let others = Windows::new(&tokens[CTX * WINDOWS..], CTX, 8).unwrap();
-    let model = SplitCheckpoint::open(&path).unwrap();
-    let rows = Some(fit_row_prices(&model, Some(model.split()), &others, &|_, _| ()).unwrap());
-    let fitted = Fitted { rows, ..Fitted::default() };
-    let masks = [1.0, 0.6, 0.3].map(Mask::GradedRows);
-    let masks = [&masks[..], &[graded(0.3)]].concat();
-    let results = evaluate(&model, Some(model.split()), &windows, &masks, &fitted, &|_, _| ()).unwrap();
-    let [whole, most, some, neurons] = results.as_slice() else { panic!("four results") };
-    assert!(whole.kl.unwrap() < 1e-9, "nothing is left to the sketch: {}", whole.kl.unwrap());
-    assert!(whole.kl < most.kl && most.kl < some.kl, "{:?} {:?}", most.kl, some.kl);
-    assert!(some.kl < neurons.kl, "{:?} by rows, {:?} by neurons", some.kl, neurons.kl);
-    for (result, share) in results.iter().zip([1.0, 0.6, 0.3]) {
-        let read = result.rows_read.unwrap();
-        assert!((read.bytes - share).abs() < 0.03, "{share}: {read:?}");
-        assert!((read.gate + read.up + read.down - 3.0 * read.bytes).abs() < 1e-9, "{read:?}");
-        assert!(result.recall.is_none() && result.computed_share.is_none());
-    }
-    assert_eq!(whole.rows_read.unwrap().threshold, 0.0);
-    assert_eq!(whole.bytes_share.unwrap() - whole.predictor_bytes_share.unwrap(), 1.0);
-    // The same bytes are counted as for whole neurons.
-    let apart = (some.bytes_share.unwrap() - neurons.bytes_share.unwrap()).abs();
-    assert!(neurons.rows_read.is_none() && apart < 0.03, "{apart}");
-
-    let refused = |split, fitted: &Fitted| evaluate(&model, split, &windows, &masks, fitted, &|_, _| ()).unwrap_err();
-    assert!(refused(Some(model.split()), &Fitted::default()).to_string().contains("--fit-text"));
-    assert!(refused(None, &fitted).to_string().contains("need a split"));
-    let without = dir.path().join("without");
-    std::fs::create_dir(&without).unwrap();
-    let plain = SplitCheckpoint::open(&make_with(&without, &TinyModel::default(), Encoding::Q4, false)).unwrap();
-    let unfitted = fit_row_prices(&plain, Some(plain.split()), &others, &|_, _| ()).unwrap_err();
-    assert!(unfitted.to_string().contains("split --sketch"), "{unfitted}");
 }
 
 /// So do errors that are limited: as many neurons as that takes, of every token and layer, in both engines.

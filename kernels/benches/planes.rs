@@ -107,7 +107,7 @@ fn speed(device: &Device, sizes: &Sizes, layout: BundleLayout, pool: &Memory, is
         let (hot, cold) = if is_cold { (&none, &pool) } else { (&pool, &none) };
         let bundles = Bundles { hot, cold, cache: &none, fetched: None, ahead: None };
         let begin = device.record().unwrap();
-        ffn(device, layout, Nonlinearity::Silu, &work, bundles, &x, n_blocks, &partial).unwrap();
+        ffn(device, layout, Nonlinearity::Silu, &work, bundles, &x, n_blocks, &partial, None).unwrap();
         (n * bundle) as f64 / device.record().unwrap().since(&begin).unwrap() / 1e6
     });
     median(speeds.collect())

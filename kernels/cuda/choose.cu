@@ -16,12 +16,18 @@
 //    number (LRFU, Lee et al. 2001): the logarithm of the sum of 2^(lambda * t) over the tokens t that used it. It
 //    never ages: only what is used grows. As an f32 it tells apart times that differ by now / 2^24 tokens: a sixteenth
 //    of a token after a million of them.
+//
+// choose_rows is the same where rows of a neuron are read or not, each alone: scores are sums of 1 for gate, 2 for up, 4 for
+// down (sketch.cu). All neurons that have one are active; there is no cache, and nothing is fetched beforehand. Rows that are
+// read, and not neurons, are divided between link and CPU, which gets no neuron whose down row is not.
 #include "foresee.cuh"
 
 struct Choose {
   // Neurons here, their scores and their numbers are those behind the `n_always` first, which are active and hot at every token;
   // but for `ids` and `items`, which have all.
-  const float* scores;  // [ffn] and room up to a multiple of four, not read if `every` is 1
+  const float* scores;     // [ffn] and room up to a multiple of four, not read if `every` is 1
+  float* sketched;         // [ffn], or null: becomes 0 of active ones, with rows of those whose down row is read
+  const float2* products;  // [ffn]: gate and up as a sketch has them, with rows
   u32 ffn, k, n_hot, every;
   float threshold;  // if k and every are 0
   u32 n_sets, n_ways, n_always;
@@ -32,13 +38,16 @@ struct Choose {
   float lambda;
   const u32* step;  // token, position, serial, the CPU's share of the misses as an f32
   u32 layer, n_layers;
-  u32* cpu_list;  // [ffn - n_hot], like all of the CPU's in mapped host memory, or null; its input is there already
+  u32* cpu_list;  // [ffn - n_hot]: cold numbers, and from bit 29 on the rows to read; like all of the CPU's in mapped host
+                  // memory, or null; its input is there already
+  float2* cpu_known;  // [ffn - n_hot]: `products` of each, with rows
   u32* cpu_count;
   u32* cpu_flag;  // and, 32 words on, one for the input
   u32* ids;     // [ffn]
-  uint2* items;  // [ffn]
+  uint2* items;  // [ffn]: where it lies; the slot to fill, or the rows to read above zeros (rows_of_item)
   u32* counts;  // [8]: items, link, cached, hot, cpu, active, fetched, 0
-  u64* totals;  // [8]: the last is fetch.cu's
+  u64* totals;  // [8]: rows, not neurons, for link and hot; with rows, not cached ones but those chosen whose down row is read; the
+                // last is fetch.cu's
   const uint2* foreseen;  // of this layer, see foresee.cuh; null if nothing was
   Foresee ahead;  // of the next layer; its scores are null if nothing is wanted
 };
@@ -53,6 +62,8 @@ constexpr u32 kCandidates = 2048;
 // Sets that a warp loads at a time.
 constexpr u32 kSets = 4;
 constexpr u32 kFetched = 0x40000000u;
+// Rows of the CPU's neurons, above their numbers.
+constexpr u32 kMaskShift = 29;
 }  // namespace choose_shape
 
 struct ChooseShared : ScoreShared {
@@ -66,6 +77,9 @@ struct ChooseShared : ScoreShared {
     } candidates;
   };
   uint4 kinds[choose_shape::kWarps];
+  // With rows: neurons that the CPU may get, rows to read of misses, of these neurons, of hot ones.
+  uint4 rows[choose_shape::kWarps];
+  u32 cpu_rows;
   uint2 near[kWarp];
   u32 n_near, cutoff;
 };
@@ -77,7 +91,7 @@ DEVICE u32 in_order(float v) {
 }
 
 // A neuron of the list, or none, and what the cache has about it. What was fetched for this layer has its place with
-// kFetched instead of a slot.
+// kFetched instead of a slot. With rows the key is the score.
 struct Listed {
   u32 neuron, slot;
   float key;
@@ -86,6 +100,7 @@ struct Listed {
 };
 
 // The list of a thread: one of every 32 neurons of its warp's share.
+template <bool kRows>
 struct List {
   const Choose& c;
   const ChooseShared& shared;
@@ -102,6 +117,10 @@ struct List {
   }
   DEVICE Listed look_up(u32 neuron) const {
     Listed it = {neuron, kNone, 0.0f};
+    if constexpr (kRows) {
+      if (neuron != kNone) it.key = c.scores[neuron];
+      return it;
+    }
     if (neuron == kNone || neuron < c.n_hot) return it;
     if (c.n_sets > 0) {
       it.slot = c.slot_of[neuron - c.n_hot];
@@ -159,7 +178,8 @@ DEVICE float log2_of_one_plus_power(float d) {
   return fmaf(s, series, e);
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
+template <bool kRows>
+DEVICE void choose_neurons(const Choose& c) {
   using namespace choose_shape;
   __shared__ ChooseShared shared;
   let_next_start();
@@ -190,9 +210,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   // much, and is not tried if the list might have no room for half as much again.
   const float share = static_cast<float>(c.k) * reciprocal(static_cast<float>(each));
   const float margin = 3.0f * share * rsqrtf(share) + 8.0f;
-  const bool guess = !every && c.k > 0 && c.k < kListed && (share + 1.5f * margin) * static_cast<float>(each) < kListed;
+  const bool guess =
+      !kRows && !every && c.k > 0 && c.k < kListed && (share + 1.5f * margin) * static_cast<float>(each) < kListed;
   reinterpret_cast<uint2*>(shared.bins)[thread] = make_uint2(0, 0);
-  if (thread == 0) shared.n_near = 0;
+  if (thread == 0) shared.n_near = shared.cpu_rows = 0;
   __syncthreads();
   // One multiprocessor needs a microsecond for all scores. They are asked for behind the sample, which the barrier
   // keeps before them, and are on their way while that is counted.
@@ -204,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
 
   BlockSums sums = {shared, 0};
   unsigned char* nibbles = shared.nibbles[warp];
-  List list(c, shared, every);
+  List<kRows> list(c, shared, every);
   // Appends the neurons of all threads' words to the list of `n`: to what will be the ids, or to a guess.
   auto append = [&](u32 word, u32 first, u32& n, bool is_guess) {
     u32 before, all;
@@ -351,23 +372,54 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   if (!guess || !list_by_guess()) list_by_counting();
 
   // 2. What each of them is.
+  auto mask_of = [](const Listed& it) { return kRows ? static_cast<u32>(it.key) : 7u; };
+  // Whether the CPU may get it, if it is a miss.
+  auto is_eligible = [&](const Listed& it) {
+    return it.neuron != kNone && it.neuron >= c.n_hot && (mask_of(it) & 4) != 0;
+  };
   u32 n_active = 0, n_hot = 0, n_cached = 0, n_fetched = 0;
+  uint4 rows = make_uint4(0, 0, 0, 0);
   list.for_each([&](const Listed& it) {
     n_active += __popc(__ballot_sync(kAllLanes, it.neuron != kNone));
     n_hot += __popc(__ballot_sync(kAllLanes, it.neuron < c.n_hot));
     n_cached += __popc(__ballot_sync(kAllLanes, it.is_cached()));
     n_fetched += __popc(__ballot_sync(kAllLanes, it.is_fetched()));
+    if constexpr (kRows) {
+      // In place of cached ones: those whose down row is read.
+      n_cached += __popc(__ballot_sync(kAllLanes, (mask_of(it) & 4) != 0));
+      const u32 n_rows = __popc(mask_of(it));
+      rows.x += is_eligible(it) ? 1 : 0;
+      rows.y += it.neuron < c.n_hot ? 0 : n_rows;
+      rows.z += is_eligible(it) ? n_rows : 0;
+      rows.w += it.neuron < c.n_hot ? n_rows : 0;
+    }
   });
   if (lane == 0) shared.kinds[warp] = make_uint4(n_active, n_hot, n_cached, n_fetched);
+  if constexpr (kRows) {
+    rows = make_uint4(__reduce_add_sync(kAllLanes, rows.x), __reduce_add_sync(kAllLanes, rows.y),
+                      __reduce_add_sync(kAllLanes, rows.z), __reduce_add_sync(kAllLanes, rows.w));
+    if (lane == 0) shared.rows[warp] = rows;
+  }
   __syncthreads();
   const uint4 kinds = shared.kinds[lane];
   auto before = [&](u32 n) { return __reduce_add_sync(kAllLanes, lane < warp ? n : 0); };
   auto all = [&](u32 n) { return __reduce_add_sync(kAllLanes, n); };
   u32 at = before(kinds.x), hit_at = before(kinds.z), fetched_at = before(kinds.w);
-  const u32 chosen_hot = all(kinds.y), hits = all(kinds.z), all_fetched = all(kinds.w);
+  const u32 chosen_hot = all(kinds.y), with_down = all(kinds.z), hits = kRows ? 0 : with_down, all_fetched = all(kinds.w);
   const u32 all_active = c.n_always + all(kinds.x), all_hot = c.n_always + chosen_hot;
   const u32 misses = all_active - all_hot - hits - all_fetched;
-  const u32 n_cpu = min(misses, static_cast<u32>(fmaf(cpu_share, static_cast<float>(misses), 0.5f)));
+  // Misses that the CPU may get; with rows, how many before this warp, and the rows to read.
+  u32 n_eligible = misses, eligible_at = 0, miss_rows = 0, hot_rows = 0;
+  float wanted = static_cast<float>(misses);
+  if constexpr (kRows) {
+    rows = shared.rows[lane];
+    n_eligible = all(rows.x), eligible_at = before(rows.x), miss_rows = all(rows.y), hot_rows = all(rows.w);
+    const u32 eligible_rows = all(rows.z);
+    // So many have as many rows as all misses.
+    const float product = static_cast<float>(miss_rows) * static_cast<float>(n_eligible);
+    wanted = n_eligible > 0 ? product / static_cast<float>(eligible_rows) : 0.0f;
+  }
+  const u32 n_cpu = min(n_eligible, static_cast<u32>(fmaf(cpu_share, wanted, 0.5f)));
   const u32 n_link = misses - n_cpu, first_hit = n_link + all_fetched;
   const u32 n_candidates = c.n_sets > 0 ? min(first_hit, kCandidates) : 0;
 
@@ -378,6 +430,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     const u32 set = cold % c.n_sets - first;
     if (set < kBins) shared.candidates.next[m] = static_cast<u16>(atomicExch(&shared.bins[set], m + 1));
   };
+  // Rows of this lane's that the CPU gets.
+  u32 cpu_rows = 0;
   list.for_each([&](const Listed& it) {
     const u32 active = __ballot_sync(kAllLanes, it.neuron != kNone);
     const u32 hit = __ballot_sync(kAllLanes, it.is_cached()), fetched = __ballot_sync(kAllLanes, it.is_fetched());
@@ -386,13 +440,33 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     at += __popc(active);
     hit_at += __popc(hit);
     fetched_at += __popc(fetched);
+    // With rows: misses before this one that the CPU gets, and that it may get.
+    u32 n_eligible_before = 0, n_given = 0;
+    if constexpr (kRows) {
+      const u32 eligible = __ballot_sync(kAllLanes, is_eligible(it));
+      n_eligible_before = eligible_at + __popc(eligible & lower_lanes);
+      eligible_at += __popc(eligible);
+      n_given = n_eligible_before - min(n_eligible_before, n_eligible - n_cpu);
+    }
     if (it.neuron == kNone) return;
+    const u32 mask = mask_of(it), to = kRows ? kFillsNone | mask : kNone;
+    if (c.sketched != nullptr && (mask & 4) != 0) c.sketched[it.neuron] = 0.0f;
     c.ids[c.n_always + place] = c.n_always + it.neuron;
     if (it.neuron < c.n_hot) {
-      c.items[first_hit + hits + c.n_always + place] = make_uint2(c.n_always + it.neuron, kNone);
+      c.items[first_hit + hits + c.n_always + place] = make_uint2(c.n_always + it.neuron, to);
       return;
     }
     const u32 cold = it.neuron - c.n_hot;
+    if constexpr (kRows) {
+      if (is_eligible(it) && n_eligible_before >= n_eligible - n_cpu) {
+        c.cpu_list[n_given] = cold | mask << kMaskShift;
+        c.cpu_known[n_given] = c.products[it.neuron];
+        cpu_rows += __popc(mask);
+      } else {
+        c.items[place - chosen_hot - n_given] = make_uint2(0x40000000u | cold, to);
+      }
+      return;
+    }
     float key = 0.0f;
     if (c.n_sets > 0) {
       key = now + log2_of_one_plus_power(it.key - now);
@@ -409,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
       m = n_link + n_fetched;
       from = 0x80000000u | it.slot;
     } else if (m >= n_link) {
-      c.cpu_list[m - n_link] = cold;
+      c.cpu_list[m - n_link] = cold | mask << kMaskShift;
       return;
     }
     c.items[m] = make_uint2(from, kNone);
@@ -422,6 +496,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
   for (u32 i = thread; i < c.n_always; i += kThreads) {
     c.ids[i] = i;
     c.items[first_hit + hits + i] = make_uint2(i, kNone);
+  }
+  if constexpr (kRows) {
+    cpu_rows = __reduce_add_sync(kAllLanes, cpu_rows);
+    if (lane == 0) atomicAdd(&shared.cpu_rows, cpu_rows);
   }
   if (n_cpu > 0 && thread == 0) *c.cpu_count = n_cpu;
   // Candidates and the CPU's list are complete.
@@ -441,9 +519,12 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     for (u32 i = 0; i < 8; i++)
       if (i == thread) value = values[i];
     c.counts[thread] = value;
+    if (thread == 1) value = kRows ? miss_rows - shared.cpu_rows : 3 * value;
+    if (thread == 2) value = with_down;
+    if (thread == 3) value = kRows ? 3 * c.n_always + hot_rows : 3 * value;
     if (value > 0) atomicAdd(&c.totals[thread], static_cast<u64>(value));
   }
-  if (n_candidates == 0) return;
+  if (kRows || n_candidates == 0) return;
 
   // 3. Slots for the candidates, ascending within a set. A lane has a way of the set.
   const bool is_way = lane < c.n_ways;
@@ -522,3 +603,6 @@ extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) {
     __syncthreads();
   }
 }
+
+extern "C" __global__ void __launch_bounds__(1024, 1) choose(Choose c) { choose_neurons<false>(c); }
+extern "C" __global__ void __launch_bounds__(1024, 1) choose_rows(Choose c) { choose_neurons<true>(c); }

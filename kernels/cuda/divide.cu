@@ -9,7 +9,7 @@
 struct SectionPart {
   uint2* items;  // its list, as in choose.cu, with bundles counted from the section's first hot and first cold one
   u32* counts;   // [8]: items, link, cached, hot, 0, items, fetched, 0
-  u64* totals;   // [8]
+  u64* totals;   // [8]: rows, not neurons, for link and hot
   u32 first, end;  // its neurons
 };
 
@@ -32,6 +32,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) divide_work(DivideWork wor
   using namespace divide_shape;
   // Of the neurons over the link, and of the hot ones: the section's first item and the one behind its last.
   __shared__ u32 ranges[2][2];
+  // Rows to read of the section's, by kind as above.
+  __shared__ u32 rows[2];
   let_next_start();
   wait_for_previous();
   const SectionPart part = work.parts[blockIdx.x];
@@ -40,6 +42,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) divide_work(DivideWork wor
   const u32 first_hot = n_link + n_fetched + n_cached;
   const u32 begins[2] = {0, first_hot}, ends[2] = {n_link, n_items};
   if (thread < 4) ranges[thread / 2][thread % 2] = thread < 2 ? n_link : n_items;
+  if (thread < 2) rows[thread] = 0;
   __syncthreads();
 
   auto neuron_at = [&](u32 i) {
@@ -62,19 +65,29 @@ extern "C" __global__ void __launch_bounds__(1024, 1) divide_work(DivideWork wor
   const u32 link = ranges[0][1] - ranges[0][0], others = is_last ? first_hot - n_link : 0;
   const u32 hot = ranges[1][1] - ranges[1][0], n = link + others + hot;
   const u32 first_cold = max(part.first, work.n_hot) - work.n_hot;
+  u32 link_rows = 0, hot_rows = 0;
   for (u32 i = thread; i < n; i += kThreads) {
     uint2 item;
     if (i < link) {
       item = work.items[ranges[0][0] + i];
       item.x -= first_cold;
+      link_rows += __popc(rows_of_item(item.y));
     } else if (i < link + others) {
       item = work.items[n_link + i - link];
     } else {
       item = work.items[ranges[1][0] + i - link - others];
       item.x -= part.first;
+      hot_rows += __popc(rows_of_item(item.y));
     }
     part.items[i] = item;
   }
+  link_rows = __reduce_add_sync(kAllLanes, link_rows);
+  hot_rows = __reduce_add_sync(kAllLanes, hot_rows);
+  if (lane_id() == 0) {
+    atomicAdd(&rows[0], link_rows);
+    atomicAdd(&rows[1], hot_rows);
+  }
+  __syncthreads();
   if (thread < 8) {
     const u32 values[8] = {n, link, is_last ? n_cached : 0, hot, 0, n, is_last ? n_fetched : 0, 0};
     u32 value = 0;
@@ -82,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) divide_work(DivideWork wor
     for (u32 i = 0; i < 8; i++)
       if (i == thread) value = values[i];
     part.counts[thread] = value;
+    if (thread == 1 || thread == 3) value = rows[thread / 2];
     if (value > 0) atomicAdd(&part.totals[thread], static_cast<u64>(value));
   }
 }

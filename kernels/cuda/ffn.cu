@@ -11,6 +11,9 @@
 // - The link needs few bytes in flight and much time; a quarter of the teams reads it while the others compute with
 //   what is in device memory, so that the shorter of the two costs nothing.
 // - Nothing depends on which block is faster: the same work gives the same bits.
+//
+// ffn_rows reads of each bundle only the rows that its item names (rows_of_item): the product of a gate or up row that is not
+// read is the sketch's; where the down row is not, the activation goes to the sketch, which has a down row for it.
 #include "input.cuh"
 
 namespace ffn_shape {
@@ -65,11 +68,26 @@ struct Chunks {
   }
 };
 
+// Which rows of a neuron are read, and its place in what the sketch has: in one register.
+struct RowsRead {
+  u32 bits;
+
+  RowsRead() = default;
+  DEVICE RowsRead(u32 place, u32 mask) : bits(place << 3 | mask) {}
+  DEVICE bool gate() const { return (bits & 1) != 0; }
+  DEVICE bool up() const { return (bits & 2) != 0; }
+  DEVICE bool down() const { return (bits & 4) != 0; }
+  DEVICE u32 place() const { return bits >> 3; }
+};
+
 // One neuron: its rows, and the cache slot that is to be filled with it.
 template <class E, int N>
 struct Neuron {
   Chunks<E, N> gate, up, down;
   u32 to;
+  // With rows, instead of a slot.
+  RowsRead read;
+  float2 known;
 };
 
 struct FfnArgs {
@@ -85,6 +103,11 @@ struct FfnArgs {
   float* partial;
   const unsigned char* ahead;
   u32 ahead_bytes;
+  // With rows, of the neurons that have a sketch: gate and up as the sketch has them, the activations that its down rows are added
+  // with, and how far a neuron's place in both is behind its bundle's number. Neurons of which all is read may have no place.
+  const float2* products;
+  float* sketched;
+  int hot_offset, cold_offset;
 };
 
 // The items of a team: from `next` to before `last`, every `step`-th.
@@ -141,8 +164,9 @@ struct TeamSums {
   }
 };
 
-// N: chunks a thread holds of a row. kAhead: whether the next neuron's are loaded early; else there are too many.
-template <class E, int N, bool kAhead>
+// N: chunks a thread holds of a row. kAhead: whether the next neuron's are loaded early; else there are too many. kRows: whether
+// rows are read or not, each alone; then no slot is filled.
+template <class E, int N, bool kAhead, bool kRows>
 DEVICE void ffn_teams(const FfnArgs& args) {
   using namespace ffn_shape;
   __shared__ float scratch[2 * 2 * kMaxWarps];
@@ -174,13 +198,22 @@ DEVICE void ffn_teams(const FfnArgs& args) {
     return base + static_cast<u64>(from & ~(kSlot | kCold)) * args.bundle_bytes;
   };
   auto slot = [&](u32 to) { return args.cache + static_cast<u64>(to) * args.bundle_bytes; };
+  auto rows_read = [&](const uint2& of) {
+    const u32 number = of.x & ~(kSlot | kCold);
+    return RowsRead(number + (of.x & kCold ? args.cold_offset : args.hot_offset), rows_of_item(of.y));
+  };
+  auto known_of = [&](const RowsRead& read) {
+    return read.gate() && read.up() ? make_float2(0.0f, 0.0f) : args.products[read.place()];
+  };
   auto fetch = [&](int round, Neuron<E, N>& neuron) {
     if (round >= my_rounds) return;
     const unsigned char* bundle = computed(bundle_of(item.x));
-    neuron.to = item.y;
-    neuron.gate.fetch(bundle_row<E>(bundle, hidden, 0), me, team_size, n_chunks);
-    neuron.up.fetch(bundle_row<E>(bundle, hidden, 1), me, team_size, n_chunks);
-    neuron.down.fetch(bundle_row<E>(bundle, hidden, 2), me, team_size, n_chunks);
+    neuron.to = kRows ? kNone : item.y;
+    if constexpr (kRows) neuron.read = rows_read(item);
+    if (!kRows || neuron.read.gate()) neuron.gate.fetch(bundle_row<E>(bundle, hidden, 0), me, team_size, n_chunks);
+    if (!kRows || neuron.read.up()) neuron.up.fetch(bundle_row<E>(bundle, hidden, 1), me, team_size, n_chunks);
+    if (!kRows || neuron.read.down()) neuron.down.fetch(bundle_row<E>(bundle, hidden, 2), me, team_size, n_chunks);
+    if constexpr (kRows) neuron.known = known_of(neuron.read);
     next_item();
   };
 
@@ -198,17 +231,35 @@ DEVICE void ffn_teams(const FfnArgs& args) {
   // The bias of every column of a chunk is the same: the sum of h times its scale.
   float biases[N] = {};
 
-  auto dot_chunk = [&](u32 chunk, const uint4& gate_codes, u16 gate_scale, const uint4& up_codes, u16 up_scale,
+  auto dot_chunk = [&](const RowsRead& read, u32 chunk, const uint4& gate_codes, u16 gate_scale, const uint4& up_codes, u16 up_scale,
                        float2& sums) {
+    if constexpr (kRows) {
+      if (!read.gate() && !read.up()) return;
+      if (!read.gate() || !read.up()) {
+        float dot[1];
+        const uint4 codes[1] = {read.gate() ? gate_codes : up_codes};
+        input.template dot<1>(chunk, codes, dot);
+        (read.gate() ? sums.x : sums.y) += scale_value<E>(read.gate() ? gate_scale : up_scale) * dot[0];
+        return;
+      }
+    }
     float dots[2];
     const uint4 codes[2] = {gate_codes, up_codes};
     input.template dot<2>(chunk, codes, dots);
     sums.x += scale_value<E>(gate_scale) * dots[0];
     sums.y += scale_value<E>(up_scale) * dots[1];
   };
-  auto activation_of = [&](int round, float2 sums) {
+  auto activation_of = [&](int round, float2 sums, const RowsRead& read, const float2& known) {
     sums = team_sums(sums.x, sums.y, round % 2);
-    return activate(args.activation, sums.x * E::kOut, sums.y * E::kOut);
+    float2 products = make_float2(sums.x * E::kOut, sums.y * E::kOut);
+    if constexpr (kRows) products = make_float2(read.gate() ? products.x : known.x, read.up() ? products.y : known.y);
+    return activate(args.activation, products.x, products.y);
+  };
+  // Gives the activation of a neuron to its sketch if its down row is not read.
+  auto leaves_down = [&](const RowsRead& read, float h) {
+    if (read.down()) return false;
+    if (me == 0) args.sketched[read.place()] = h;
+    return true;
   };
   auto add_chunk = [&](float h, const uint4& codes, u16 scale, float (&output)[E::kColumns], float& bias) {
     const float scaled = h * scale_value<E>(scale);
@@ -232,10 +283,14 @@ DEVICE void ffn_teams(const FfnArgs& args) {
       for (int i = 0; i < N; i++) {
         const u32 chunk = me + i * team_size;
         if (active && chunk < n_chunks)
-          dot_chunk(chunk, neuron.gate.codes[i], neuron.gate.scales[i], neuron.up.codes[i], neuron.up.scales[i], sums);
+          dot_chunk(neuron.read, chunk, neuron.gate.codes[i], neuron.gate.scales[i], neuron.up.codes[i],
+                    neuron.up.scales[i], sums);
       }
-      const float h = activation_of(round, sums);
+      const float h = activation_of(round, sums, neuron.read, neuron.known);
       if (!active) return;
+      if constexpr (kRows) {
+        if (leaves_down(neuron.read, h)) return;
+      }
       if (h != 0.0f) {
 #pragma unroll
         for (int i = 0; i < N; i++)
@@ -264,22 +319,26 @@ DEVICE void ffn_teams(const FfnArgs& args) {
       const uint2 now = active ? args.items[work.next] : make_uint2(0, kNone);
       work.next += work.step;
       const unsigned char* bundle = bundle_of(now.x);
-      const bool fills = now.y != kNone;
+      const bool fills = !kRows && now.y != kNone;
+      const RowsRead read = kRows ? rows_read(now) : RowsRead();
       Chunks<E, 1> one, other;
       float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll 1
       for (int i = 0; i < N; i++) {
         const u32 chunk = me + i * team_size;
         if (!active || chunk >= n_chunks) continue;
-        one.fetch(bundle_row<E>(bundle, hidden, 0), chunk, 0, n_chunks);
-        other.fetch(bundle_row<E>(bundle, hidden, 1), chunk, 0, n_chunks);
+        if (!kRows || read.gate()) one.fetch(bundle_row<E>(bundle, hidden, 0), chunk, 0, n_chunks);
+        if (!kRows || read.up()) other.fetch(bundle_row<E>(bundle, hidden, 1), chunk, 0, n_chunks);
         if (fills) {
           one.store(slot(now.y), hidden, 0, chunk, 0, n_chunks);
           other.store(slot(now.y), hidden, 1, chunk, 0, n_chunks);
         }
-        dot_chunk(chunk, one.codes[0], one.scales[0], other.codes[0], other.scales[0], sums);
+        dot_chunk(read, chunk, one.codes[0], one.scales[0], other.codes[0], other.scales[0], sums);
       }
-      const float h = activation_of(round, sums);
+      const float h = activation_of(round, sums, read, kRows ? known_of(read) : make_float2(0.0f, 0.0f));
+      if constexpr (kRows) {
+        if (leaves_down(read, h)) continue;
+      }
 #pragma unroll
       for (int i = 0; i < N; i++) {
         const u32 chunk = me + i * team_size;
@@ -330,17 +389,17 @@ DEVICE void ffn_teams(const FfnArgs& args) {
 // partial [blocks, hidden] start at a multiple of 16 bytes; hidden is a multiple of 32, at most 32768. ahead: what will
 // be read soon.
 // Block: team_threads, or 256 if that is at most 128. Dynamic shared memory: as gemv, with `hidden` columns.
-template <class E>
+template <class E, bool kRows = false>
 DEVICE void ffn(const FfnArgs& args) {
   const int chunks_a_thread = ceil_div(args.hidden / E::kColumns, ffn_shape::kMaxThreads);
   if (chunks_a_thread <= 1) {
-    ffn_teams<E, 1, true>(args);
+    ffn_teams<E, 1, true, kRows>(args);
   } else if (chunks_a_thread <= 2) {
-    ffn_teams<E, 2, E::kColumns <= 8>(args);
+    ffn_teams<E, 2, E::kColumns <= 8, kRows>(args);
   } else if (E::kColumns <= 16 && chunks_a_thread <= 4) {
-    ffn_teams<E, E::kColumns <= 16 ? 4 : 1, false>(args);
+    ffn_teams<E, E::kColumns <= 16 ? 4 : 1, false, kRows>(args);
   } else if (E::kColumns <= 8) {
-    ffn_teams<E, E::kColumns <= 8 ? 8 : 1, false>(args);
+    ffn_teams<E, E::kColumns <= 8 ? 8 : 1, false, kRows>(args);
   }
 }
 
@@ -349,21 +408,45 @@ extern "C" __global__ void __launch_bounds__(512, 1)
              unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
              const unsigned char* ahead, u32 ahead_bytes) {
   ffn<Bf16>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
+             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});
 }
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_q8(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
            unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
              const unsigned char* ahead, u32 ahead_bytes) {
   ffn<Q8>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
+             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});
 }
 extern "C" __global__ void __launch_bounds__(512, 1)
     ffn_q4(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
            unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
              const unsigned char* ahead, u32 ahead_bytes) {
   ffn<Q4>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes});
+             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});
+}
+extern "C" __global__ void __launch_bounds__(512, 1)
+    ffn_rows_bf16(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
+                  unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x,
+                  float* partial, const unsigned char* ahead, u32 ahead_bytes, const float2* products, float* sketched, int hot_offset,
+                  int cold_offset) {
+  ffn<Bf16, true>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden), activation,
+                   x, partial, ahead, ahead_bytes, products, sketched, hot_offset, cold_offset});
+}
+extern "C" __global__ void __launch_bounds__(512, 1)
+    ffn_rows_q8(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
+                unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x,
+                float* partial, const unsigned char* ahead, u32 ahead_bytes, const float2* products, float* sketched, int hot_offset,
+                int cold_offset) {
+  ffn<Q8, true>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden), activation,
+                 x, partial, ahead, ahead_bytes, products, sketched, hot_offset, cold_offset});
+}
+extern "C" __global__ void __launch_bounds__(512, 1)
+    ffn_rows_q4(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
+                unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x,
+                float* partial, const unsigned char* ahead, u32 ahead_bytes, const float2* products, float* sketched, int hot_offset,
+                int cold_offset) {
+  ffn<Q4, true>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden), activation,
+                 x, partial, ahead, ahead_bytes, products, sketched, hot_offset, cold_offset});
 }
 
 // What the CPU's threads give back, all in mapped host memory: sums [n_threads, hidden] and a flag each, kFlagWords apart.

@@ -233,8 +233,14 @@ __device__ __forceinline__ void wait_a_little() {
 constexpr int kWarp = 32;
 constexpr u32 kAllLanes = 0xffffffffu;
 constexpr u32 kNone = 0xffffffffu;
+// From here on the second word of a work list's item fills no slot, and has the rows that are read: a sum of 1 for gate, 2 for
+// up, 4 for down. kNone: all of them.
+constexpr u32 kFillsNone = 0xfffffff8u;
 
 #define DEVICE __device__ __forceinline__
+
+// The rows that are read of an item with this second word.
+DEVICE u32 rows_of_item(u32 to) { return to >= kFillsNone ? to & 7 : 7; }
 
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE int lane_id() { return threadIdx.x % kWarp; }

@@ -193,11 +193,19 @@ struct Sketch {
   const u32* columns;
 };
 
-// scores [ffn]: what leaving a neuron to its sketch is expected to cost, as a length in the layer's output; sketched [ffn]: its
-// activation as the sketch has it. As many lanes as a row has units, rounded up to a power of two, take two neurons at a time.
+// If rows of a neuron are read or not, each alone: those of which it costs more than `least` to leave them to the sketch; all three
+// of a neuron if any is and `whole` is 1. products [ffn]: gate and up as the sketch has them; null if neurons are read as a whole.
+struct RowChoice {
+  float2* products;
+  float least;
+  u32 whole;
+};
+
+// scores [ffn]: what leaving a neuron to its sketch is expected to cost, as a length in the layer's output, or the rows that are
+// read: a sum of 1 for gate, 2 for up, 4 for down; sketched [ffn]: its activation as the sketch has it. As many lanes as a row has units, rounded up to a power of two, take two neurons at a time.
 // Any grid of blocks of 256 threads; dynamic shared memory for the input, 50 words a unit.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    sketch_scores(Sketch sketch, LayerInput from, int ffn, int activation, float* scores, float* sketched) {
+    sketch_scores(Sketch sketch, LayerInput from, int ffn, int activation, float* scores, float* sketched, RowChoice rows) {
   using namespace sketch_shape;
   let_next_start();
   const int units = from.hidden / kColumns;
@@ -282,6 +290,20 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       const float gate_sd = sketch.neurons[neuron], up_sd = sketch.neurons[ffn + neuron];
       const float down = sketch.neurons[2 * ffn + neuron], down_error = sketch.neurons[3 * ffn + neuron];
       const float h = activate(activation, gate, up);
+      if (rows.products != nullptr) {
+        const RowCosts costs = row_costs(activation, gate, up, gate_sd, up_sd, down, down_error);
+        const float limit = rows.least * rows.least;
+        // What is not a number is read, and of a neuron whose products say nothing everything.
+        u32 mask = !(costs.gate <= limit) ? 1 : 0;
+        if (!(costs.up <= limit)) mask |= 2;
+        if (!(costs.down <= limit)) mask |= 4;
+        const bool is_known = fabsf(gate) < 3.0e38f && fabsf(up) < 3.0e38f;
+        if (!is_known || (rows.whole && mask != 0)) mask = 7;
+        scores[neuron] = static_cast<float>(mask);
+        sketched[neuron] = fabsf(h) < 3.0e38f ? h : 0.0f;
+        rows.products[neuron] = make_float2(gate, up);
+        continue;
+      }
       const float of_h = expected_square_error(activation, gate, up, gate_sd, up_sd) * (down * down);
       const float cost = sqrtf(of_h + h * h * (down_error * down_error));
       // A neuron of which nothing can be said costs accuracy, never a crash.
@@ -292,15 +314,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// partial [n_blocks, hidden]: row b is the sum of h d of its neurons but for the active ones, with h from `sketched` and d from
-// `down`, planes of `ffn` rows in two bits; active are the first counts[5] of `ids`, ascending, of which the first `first`, before
-// those that the sketch has, are all neurons up to there.
+// partial [n_blocks, hidden]: row b is the sum of h d of its neurons, with h from `sketched` and d from `down`, planes of `ffn` rows
+// in two bits; a row of which h is zero is not read.
 // Grid (n_blocks, columns / 8192, rounded up), 256 threads. A thread has the 32 columns of a half word; if a block's columns have
 // at most 128 of these, several groups of warps share its neurons. Dynamic shared memory: a float for each neuron of a block, or
 // 32 for each thread if that is more.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    add_sketched(const unsigned char* down, const float* sketched, const u32* ids, const u32* counts, u32 first, int ffn,
-                 int hidden, float* partial) {
+    add_sketched(const unsigned char* down, const float* sketched, int ffn, int hidden, float* partial) {
   using namespace sketch_shape;
   let_next_start();
   const u32 units = hidden / kColumns, n_halves = 2 * units;
@@ -308,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const u32 n_neurons = ceil_div(ffn, gridDim.x), begin = blockIdx.x * n_neurons;
   const u32 n_mine = begin < static_cast<u32>(ffn) ? min(n_neurons, ffn - begin) : 0;
   const u32 first_half = blockIdx.y * kThreads, halves = min(n_halves - first_half, kThreads);
-  // Whole warps, so that a warp leaves out what is active together.
+  // Whole warps, so that a warp leaves out rows together.
   const u32 group_threads = (halves + kWarp - 1) / kWarp * kWarp, n_groups = kThreads / group_threads;
   const u32 group = threadIdx.x / group_threads, half = first_half + threadIdx.x % group_threads;
   const u32 unit = half / 2;
@@ -316,13 +336,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   float* const factors = reinterpret_cast<float*>(dynamic_shared());
 
   wait_for_previous();
-  for (u32 i = threadIdx.x; i < n_mine; i += kThreads) factors[i] = sketched[begin + i] * rows.row_scale(begin + i);
-  __syncthreads();
-  const u32 n_active = counts[5];
-#pragma unroll 4
-  for (u32 i = first + threadIdx.x; i < n_active; i += kThreads) {
-    const u32 place = ids[i] - first - begin;
-    if (place < n_mine) factors[place] = 0.0f;
+  for (u32 i = threadIdx.x; i < n_mine; i += kThreads) {
+    const float h = sketched[begin + i], scale = rows.row_scale(begin + i);
+    factors[i] = h == 0.0f ? 0.0f : h * scale;
   }
   __syncthreads();
 

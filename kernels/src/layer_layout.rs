@@ -89,6 +89,11 @@ impl LayerLayout {
         self.sections.iter().map(|s| s.bundles.encoding())
     }
 
+    /// Whether a row of every neuron can be read without the others: there are no streams and no further planes.
+    pub fn has_plain_rows(&self) -> bool {
+        self.encodings().all(|encoding| Encoding::PLAIN.contains(&encoding))
+    }
+
     /// The section with most bytes.
     pub fn largest(&self) -> &LayoutSection {
         let bytes = |s: &&LayoutSection| s.neurons.len() * s.bundles.bundle_bytes();

@@ -4,10 +4,12 @@ use crate::ffn::FfnSums;
 use crate::layer_active::{LayerActive, layer_active};
 use crate::plan::Mode;
 use crate::predictor::{Predictor, energy, n_needed, top_k};
+use crate::row_choice::{LeftToSketch, RowChoice};
 use crate::{Error, Result};
+use std::sync::PoisonError;
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Kernels, Pool, SketchMatrix};
-use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes};
+use thermocline_split::{ALL_ROWS, GradedCurves, Sketch, Split, sketch_bytes};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
 const TASK_NEURONS: usize = 256;
@@ -27,6 +29,31 @@ pub(crate) struct SketchedLayer {
     n_always: usize,
     activation: Activation,
     hidden_size: usize,
+    /// Whether rows are never read alone.
+    whole: bool,
+}
+
+/// What a chooser says of a layer's neurons for one input: of the last ones, as many as it is asked about.
+#[derive(Debug)]
+pub(crate) struct Judgement {
+    /// What neurons are chosen by; where rows are, those that are to be read, as a number.
+    pub scores: Vec<f32>,
+    /// A sketch's activations; empty without one.
+    pub sketched: Vec<f32>,
+    /// Its gate and up products, where rows are chosen; else of no meaning.
+    pub products: Vec<[f32; 2]>,
+}
+
+impl Judgement {
+    /// Of so many neurons, of which so many have sketches: all or none.
+    pub(crate) fn new(n: usize, n_sketched: usize) -> Self {
+        Self { scores: vec![0.0; n], sketched: vec![0.0; n_sketched], products: vec![[0.0; 2]; n_sketched] }
+    }
+
+    /// Memory that this takes.
+    pub(crate) fn bytes(n: usize, n_sketched: usize) -> usize {
+        4 * n + 12 * n_sketched
+    }
 }
 
 /// Whether sparse mode chooses by sketches: where the split has them.
@@ -39,8 +66,14 @@ pub(crate) fn is_sketched(split: &Split, mode: Mode) -> bool {
     mode != Mode::Exact && has_sketches(split)
 }
 
-/// Refuses a limit of errors where nobody can tell them.
-pub(crate) fn check_max_error(error: f32, mode: Mode, has_sketches: bool, n_always: usize) -> Result<()> {
+/// Refuses a limit of errors where nobody can tell them, or `layers` are chosen by rows.
+pub(crate) fn check_max_error(
+    error: f32,
+    mode: Mode,
+    has_sketches: bool,
+    n_always: usize,
+    layers: &[LayerActive],
+) -> Result<()> {
     let refuse = |reason: String| Err(Error::Setting { flag: "--max-error", reason });
     if !(error > 0.0 && error < 1.0) {
         return refuse(format!("{error} is not above 0 and below 1"));
@@ -55,6 +88,11 @@ pub(crate) fn check_max_error(error: f32, mode: Mode, has_sketches: bool, n_alwa
     }
     if n_always > 0 {
         return refuse("is a share of the energy that sketches see of all neurons; leave out --always".to_owned());
+    }
+    if layers.iter().any(|layer| layer.of_rows().is_some()) {
+        return refuse(
+            "limits whole neurons, and by this split's thresholds single rows are read; leave it out".to_owned(),
+        );
     }
     Ok(())
 }
@@ -97,15 +135,26 @@ pub(crate) fn chosen_active(split: &Split, share: f32, n_always: usize) -> Resul
 }
 
 impl Chooser {
-    /// Of a layer whose first `n_always` neurons every token computes; 0 for a predictor, which is asked about all.
-    pub(crate) fn load(split: &Split, layer: usize, n_always: usize) -> Result<Self> {
+    /// Of a layer whose first `n_always` neurons every token computes; 0 for a predictor, which is asked about all. `active` is what
+    /// it chooses; of a layer `on_disk`, from which chunks of bundles come, neurons are read whole or not at all.
+    pub(crate) fn load(
+        split: &Split,
+        layer: usize,
+        n_always: usize,
+        active: &LayerActive,
+        on_disk: bool,
+    ) -> Result<Self> {
         let Some(sketch) = split.sketch(layer).map_err(Error::from)? else {
             return Ok(Chooser::Predictor(Predictor::load(split, layer)?));
         };
         let config = &split.manifest().config;
         let (activation, hidden_size) = (config.activation, config.hidden_size);
-        let sketch = sketch.behind(n_always);
-        Ok(Chooser::Sketch(SketchedLayer { sketch, n_always, activation, hidden_size }))
+        let mut sketch = sketch.behind(n_always);
+        if let Some((_, factors)) = active.of_rows() {
+            sketch = sketch.with_errors_times(factors);
+        }
+        let whole = on_disk || !split.layers()[layer].bundles().has_plain_rows();
+        Ok(Chooser::Sketch(SketchedLayer { sketch, n_always, activation, hidden_size, whole }))
     }
 
     /// Bytes of all choosers of a split, in memory, where every token computes the first `n_always` neurons of each layer.
@@ -131,38 +180,38 @@ impl Chooser {
         }
     }
 
-    /// Scores of all neurons that it is asked about for the normalised input `x`, and, from a sketch, their activations: `scores` and
-    /// `sketched` are of the layer's last neurons, as many as it knows; a predictor leaves the second alone. If `ahead`, `x` is the
-    /// input of the layer before, under this layer's norm.
-    pub(crate) fn scores(
+    /// What it says of all neurons that it is asked about for the normalised input `x`, where `of_layer` is to be chosen. If `ahead`,
+    /// `x` is the input of the layer before, under this layer's norm.
+    pub(crate) fn judge(
         &self,
         (kernels, pool): (&Kernels, &mut Pool),
         ahead: bool,
         x: &[f32],
-        scores: &mut [f32],
-        sketched: &mut [f32],
+        of_layer: &LayerActive,
+        out: &mut Judgement,
     ) {
         match self {
-            Chooser::Predictor(predictor) if ahead => predictor.foresee(kernels, pool, x, scores),
-            Chooser::Predictor(predictor) => predictor.scores(kernels, pool, x, scores),
-            Chooser::Sketch(layer) => layer.judge(kernels, pool, x, scores, sketched),
+            Chooser::Predictor(predictor) if ahead => predictor.foresee(kernels, pool, x, &mut out.scores),
+            Chooser::Predictor(predictor) => predictor.scores(kernels, pool, x, &mut out.scores),
+            Chooser::Sketch(layer) => layer.judge(kernels, pool, x, of_layer.of_rows().map(|(least, _)| least), out),
         }
     }
 
     /// The neurons that are computed, ascending, into `active`: those that always are and of the others the highest scores, as many
     /// as `of_layer` says, or as many fewer of these as leave a squared error of at most `max_error`^2 of the energy that a sketch sees.
+    /// Where rows are chosen, those of which any is read.
     pub(crate) fn choose(
         &self,
-        scores: &[f32],
-        sketched: &[f32],
+        judged: &Judgement,
         of_layer: &LayerActive,
         max_error: Option<f32>,
         active: &mut Vec<u32>,
     ) {
+        let scores = &judged.scores;
         let Chooser::Sketch(layer) = self else { return top_k(scores, of_layer.n_active, active) };
         let n_chosen = of_layer.n_chosen(scores, layer.n_always);
         let n = max_error.map_or(n_chosen, |error| {
-            let allowed = f64::from(error).powi(2) * energy(sketched, &layer.sketch.down_norm);
+            let allowed = f64::from(error).powi(2) * energy(&judged.sketched, &layer.sketch.down_norm);
             n_needed(scores, allowed).min(n_chosen)
         });
         top_k(scores, n, active);
@@ -171,19 +220,34 @@ impl Chooser {
         active.splice(0..0, 0..first);
     }
 
-    /// Adds to `sums` what stands for the neurons that are not in `active`, where that is a sketch of them: `sketched` are the
-    /// activations of all. Returns the bytes that were read.
+    /// Which rows of the chosen neurons are read, if `of_layer` chooses rows.
+    pub(crate) fn rows<'a>(
+        &self,
+        judged: &'a Judgement,
+        of_layer: &LayerActive,
+        left: &'a LeftToSketch,
+    ) -> Option<RowChoice<'a>> {
+        let Chooser::Sketch(layer) = self else { return None };
+        of_layer.of_rows()?;
+        Some(RowChoice { first: layer.n_always, rows: &judged.scores, products: &judged.products, left })
+    }
+
+    /// Adds to `sums` what stands for the neurons that are not in `active`, where that is a sketch of them, and for those that are `left`
+    /// to it, which then are none. Returns the bytes that were read.
     pub(crate) fn stand_in(
         &self,
         kernels: &Kernels,
         pool: &mut Pool,
         sums: &mut FfnSums,
-        sketched: &mut [f32],
+        judged: &mut Judgement,
         active: &[u32],
+        left: &LeftToSketch,
     ) -> u64 {
         let Chooser::Sketch(layer) = self else { return 0 };
-        let first = layer.n_always;
+        let (first, sketched) = (layer.n_always, &mut judged.sketched);
         active.iter().map(|&n| n as usize).filter(|&n| n >= first).for_each(|n| sketched[n - first] = 0.0);
+        let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.drain(..).for_each(|(n, h)| sketched[n as usize - first] = h);
         sums.add_sketched(kernels, pool, layer.matrix(2), first, sketched)
     }
 }
@@ -194,23 +258,33 @@ impl SketchedLayer {
         self.sketch.matrix(part, self.hidden_size)
     }
 
-    fn judge(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], scores: &mut [f32], sketched: &mut [f32]) {
+    /// Costs of neurons, or if there is a least cost of a row, which rows reach it.
+    fn judge(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], least: Option<f32>, out: &mut Judgement) {
         let (gate, up) = (self.matrix(0), self.matrix(1));
         let mut columns = vec![0.0; x.len()];
         self.sketch.in_columns(x, &mut columns);
         let x = &columns;
-        // Two results for each neuron: pairs of slices, shared out by tasks.
-        let mut tasks: Vec<(&mut [f32], &mut [f32])> =
-            scores.chunks_mut(TASK_NEURONS).zip(sketched.chunks_mut(TASK_NEURONS)).collect();
-        pool.for_each_chunk(&mut tasks, 1, |task, pair| {
+        // Three results for each neuron: groups of slices, shared out by tasks.
+        let scores = out.scores.chunks_mut(TASK_NEURONS);
+        let others = out.sketched.chunks_mut(TASK_NEURONS).zip(out.products.chunks_mut(TASK_NEURONS));
+        let mut tasks: Vec<_> = scores.zip(others).collect();
+        pool.for_each_chunk(&mut tasks, 1, |task, group| {
             let mut products = [[0.0; TASK_NEURONS]; 2];
-            for (scores, sketched) in pair {
+            for (scores, (sketched, kept)) in group {
                 let first = task * TASK_NEURONS;
                 let [g, u] = products.each_mut().map(|p| &mut p[..scores.len()]);
                 kernels.sketch_dots(gate, first, x, g);
                 kernels.sketch_dots(up, first, x, u);
                 for (i, (score, h)) in scores.iter_mut().zip(sketched.iter_mut()).enumerate() {
-                    (*score, *h) = self.sketch.judge(self.activation, first + i, g[i], u[i]);
+                    let (g, u) = (g[i], u[i]);
+                    let Some(least) = least else {
+                        (*score, *h) = self.sketch.judge(self.activation, first + i, g, u);
+                        continue;
+                    };
+                    let rows = self.sketch.rows_to_read(self.activation, first + i, (g, u), least);
+                    *score = f32::from(if self.whole && rows > 0 { ALL_ROWS } else { rows });
+                    *h = self.activation.apply(g, u);
+                    kept[i] = [g, u];
                 }
             }
         });

@@ -58,7 +58,7 @@ pub trait Decoder {
     /// # Errors
     /// If this engine has no sketches, or the number is out of range.
     fn limit_error(&mut self, error: f32) -> Result<()> {
-        check_max_error(error, self.mode(), false, 0)
+        check_max_error(error, self.mode(), false, 0, &[])
     }
     /// What audits found since they were started; `None` if there are none.
     fn audit(&self) -> Option<AuditReport>;

@@ -4,7 +4,7 @@ use crate::account::Account;
 use crate::attention::{Rope, attend_batch, attend_one};
 use crate::audit::{Audit, AuditReport, InMemoryAndOnDisk, check_audit};
 use crate::cache::NeuronCache;
-use crate::chooser::{Chooser, check_max_error, chosen_active, has_sketches};
+use crate::chooser::{Chooser, Judgement, check_max_error, chosen_active, has_sketches};
 use crate::divide::slot_bytes;
 use crate::fetch::{DirectFile, Fetcher};
 use crate::ffn::FfnSums;
@@ -14,6 +14,7 @@ use crate::layer_ffn::{Foreseen, LayerFfn};
 use crate::matrix::{Compute, Matrix};
 use crate::plan::{Mode, Plan, decoded_bytes, n_parts, sketched_neurons};
 use crate::prefill::FfnBatch;
+use crate::row_choice::LeftToSketch;
 use crate::stream::{Stream, Streams};
 use crate::{Error, Result};
 use std::sync::Arc;
@@ -113,6 +114,10 @@ impl Engine {
         let mut attention = Vec::with_capacity(config.n_layers);
         let mut ffn = Vec::with_capacity(config.n_layers);
         let mut choosers = Vec::new();
+        let layers_active = match plan.request.mode {
+            Mode::Exact => Vec::new(),
+            Mode::Sparse { active } => chosen_active(&split, active, plan.always_neurons)?,
+        };
         for l in 0..config.n_layers {
             progress(l, config.n_layers);
             let name = |rest: &str| format!("model.layers.{l}.{rest}");
@@ -138,14 +143,11 @@ impl Engine {
             ]);
             let certified = plan.certificate_bytes > 0;
             ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], certified, run_bytes, decoded)?);
-            if matches!(plan.request.mode, Mode::Sparse { .. }) {
-                choosers.push(Chooser::load(&split, l, plan.always_neurons)?);
+            if let Some(active) = layers_active.get(l) {
+                let on_disk = plan.hot_neurons[l] < config.intermediate_size;
+                choosers.push(Chooser::load(&split, l, plan.always_neurons, active, on_disk)?);
             }
         }
-        let layers_active = match plan.request.mode {
-            Mode::Exact => Vec::new(),
-            Mode::Sparse { active } => chosen_active(&split, active, plan.always_neurons)?,
-        };
         let vocab = (config.vocab_size, hidden);
         let embedding = matrix("model.embed_tokens.weight", vocab)?;
         let lm_head = if config.tie_word_embeddings { None } else { Some(matrix("lm_head.weight", vocab)?) };
@@ -245,10 +247,11 @@ impl Engine {
     /// the root of the squared errors' sum over that of the energies; never more than the plan's share.
     ///
     /// # Errors
-    /// [`Error::Setting`] if there are no sketches to tell errors, or the number is out of range.
+    /// [`Error::Setting`] if there are no sketches to tell errors, rows are chosen by thresholds, or the number is out of range.
     pub fn limit_error(&mut self, error: f32) -> Result<()> {
         let plan = &self.plan;
-        check_max_error(error, plan.request.mode, has_sketches(&self.split), plan.always_neurons)?;
+        let has_sketches = has_sketches(&self.split);
+        check_max_error(error, plan.request.mode, has_sketches, plan.always_neurons, &self.layers_active)?;
         self.max_error = Some(error);
         Ok(())
     }
@@ -383,9 +386,10 @@ impl Engine {
         }
         let is_audited = is_sparse && self.audit.as_ref().is_some_and(Audit::is_due);
         let mut foreseen = Foreseen::default();
-        let mut scores = vec![0.0; self.config.intermediate_size - self.plan.always_neurons];
         let n_sketched = sketched_neurons(&self.split, &self.plan.request);
-        let (mut sketched, mut sketched_ahead) = (vec![0.0; n_sketched], vec![0.0; n_sketched]);
+        let judgement = || Judgement::new(self.config.intermediate_size - self.plan.always_neurons, n_sketched);
+        let (mut judged, mut judged_ahead) = (judgement(), judgement());
+        let left = LeftToSketch::default();
         let mut active = std::mem::take(&mut self.active);
         let mut normed = vec![0.0; n * hidden];
         for l in 0..self.config.n_layers {
@@ -406,10 +410,10 @@ impl Engine {
                 let (sums, quantised) = (&mut self.sums, &mut self.quantised);
                 self.ffn[l].exact(compute, disk.as_mut(), account, sums, quantised, &normed)?;
             } else {
-                let chooser = &self.choosers[l];
-                chooser.scores((&compute.kernels, &mut compute.pool), false, &normed, &mut scores, &mut sketched);
+                let (chooser, of_layer) = (&self.choosers[l], &self.layers_active[l]);
+                chooser.judge((&compute.kernels, &mut compute.pool), false, &normed, of_layer, &mut judged);
                 account.bytes.host += chooser.bytes();
-                chooser.choose(&scores, &sketched, &self.layers_active[l], self.max_error, &mut active);
+                chooser.choose(&judged, of_layer, self.max_error, &mut active);
                 let fetcher = disk.map(|disk| disk.fetcher);
                 let current = std::mem::take(&mut foreseen);
                 if let (Some(fetcher), Some(next)) = (fetcher, self.choosers.get(l + 1)) {
@@ -419,21 +423,22 @@ impl Engine {
                     ops::rms_norm(&x, &self.vectors[l + 1].ffn_norm, self.config.rms_norm_eps, &mut ahead);
                     let of_next = &self.layers_active[l + 1];
                     let mut guess = Vec::with_capacity(of_next.n_active);
-                    next.scores((&compute.kernels, &mut compute.pool), true, &ahead, &mut scores, &mut sketched_ahead);
+                    next.judge((&compute.kernels, &mut compute.pool), true, &ahead, of_next, &mut judged_ahead);
                     account.bytes.host += next.bytes();
-                    next.choose(&scores, &sketched_ahead, of_next, self.max_error, &mut guess);
+                    next.choose(&judged_ahead, of_next, self.max_error, &mut guess);
                     foreseen = self.ffn[l + 1].foresee(fetcher, &self.cache, account, &guess);
                 }
                 let (sums, cache) = (&mut self.sums, &mut self.cache);
-                let done = self.ffn[l].sparse(compute, fetcher, account, sums, cache, current, &active, &normed);
+                let rows = chooser.rows(&judged, of_layer, &left);
+                let done = self.ffn[l].sparse(compute, fetcher, account, sums, cache, current, &active, rows, &normed);
                 if let Err(e) = done {
                     if let Some(fetcher) = fetcher {
                         foreseen.discard(fetcher);
                     }
                     return Err(e);
                 }
-                account.bytes.host +=
-                    chooser.stand_in(&compute.kernels, &mut compute.pool, &mut self.sums, &mut sketched, &active);
+                let (kernels, pool) = (&compute.kernels, &mut compute.pool);
+                account.bytes.host += chooser.stand_in(kernels, pool, &mut self.sums, &mut judged, &active, &left);
             }
             self.sums.finish(&mut x);
             if is_sparse {

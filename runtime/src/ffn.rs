@@ -3,13 +3,20 @@
 //! Neurons are summed within blocks of fixed boundaries, ascending, and blocks are added in order: the result is the
 //! same to the last bit for any number of threads and for any division of the neurons between memory and disk.
 
+#[cfg(feature = "cuda")]
+use crate::row_choice::HostList;
+use crate::row_choice::{RowChoice, RowsOfNeuron};
 use std::ops::Range;
+use std::sync::PoisonError;
+#[cfg(feature = "cuda")]
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use thermocline_datasets::Activation;
 use thermocline_kernels::{
     BundleLayout, CERTIFIED_ROWS, Certificate, Encoding, Kernels, LayerLayout, PREFETCH_BYTES, Pool, PreparedInput,
     QuantisedInput, SketchMatrix, prefetch,
 };
+use thermocline_split::{ALL_ROWS, DOWN_ROW, GATE_ROW, UP_ROW};
 
 /// Blocks per layer, about: enough for the threads of a desktop, few enough that adding them up costs nothing.
 const BLOCKS: usize = 24;
@@ -49,6 +56,8 @@ pub(crate) enum Span<'a> {
     Certified { bytes: &'a [u8], certificate: &'a Certificate, input: &'a QuantisedInput },
     /// Single neurons and their bundles.
     Listed(&'a [(u32, &'a [u8])]),
+    /// Single rows of them.
+    Rows(&'a [(u32, &'a [u8])], RowChoice<'a>),
 }
 
 impl FfnSums {
@@ -78,8 +87,8 @@ impl FfnSums {
         let (first, end) = match span {
             Span::Contiguous { first, bytes } => (first, first + layout.n_in(first, bytes.len())),
             Span::Certified { .. } => (0, layout.n_neurons()),
-            Span::Listed([]) => return 0,
-            Span::Listed(list) => (list[0].0 as usize, list[list.len() - 1].0 as usize + 1),
+            Span::Listed([]) | Span::Rows([], _) => return 0,
+            Span::Listed(list) | Span::Rows(list, _) => (list[0].0 as usize, list[list.len() - 1].0 as usize + 1),
         };
         if first == end {
             return 0;
@@ -105,9 +114,15 @@ impl FfnSums {
                         certificate_bytes.fetch_add(judged, Ordering::Relaxed);
                     }
                     Span::Listed(list) => {
-                        let place = |n: usize| list.partition_point(|(id, _)| (*id as usize) < n);
-                        let mine = &list[place(neurons.start)..place(neurons.end)];
+                        let mine = among(list, neurons);
                         block.add_all(mine.len(), |i| mine[i].1);
+                    }
+                    Span::Rows(list, choice) => {
+                        let mine = among(list, neurons);
+                        let of = |i: usize| (mine[i].1, choice.of(mine[i].0 as usize));
+                        let mut of_block = Vec::new();
+                        block.add_rows(mine.len(), of, |i, h| of_block.push((mine[i].0, h)));
+                        choice.left.lock().unwrap_or_else(PoisonError::into_inner).append(&mut of_block);
                     }
                 }
             }
@@ -171,6 +186,12 @@ impl FfnSums {
     }
 }
 
+/// Those of `list`, ascending, that are among `neurons`.
+fn among<'a, 'b>(list: &'b [(u32, &'a [u8])], neurons: Range<usize>) -> &'b [(u32, &'a [u8])] {
+    let place = |n: usize| list.partition_point(|(id, _)| (*id as usize) < n);
+    &list[place(neurons.start)..place(neurons.end)]
+}
+
 /// The encoding for which a layer's input is prepared: one for q4 serves all.
 pub(crate) fn input_encoding(layout: &LayerLayout) -> Encoding {
     layout.encodings().find(|e| *e == Encoding::Q4).unwrap_or(layout.of(0).encoding())
@@ -185,7 +206,7 @@ pub(crate) struct ColdBundles<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Adds the neurons of `list`, ascending and counted from the first of `cold`, to `sums` `[hidden]`, as [`FfnSums::add`] does
+/// Adds the neurons of `list`, counted from the first of `cold`, to `sums` `[hidden]`, as [`FfnSums::add`] does
 /// within a block; returns the bytes of the rows that were read. Most of them should fire: whole bundles are read ahead.
 #[cfg(feature = "cuda")]
 pub(crate) fn add_bundles(
@@ -194,23 +215,27 @@ pub(crate) fn add_bundles(
     activation: Activation,
     x: &PreparedInput,
     sums: &mut [f32],
-    list: &[std::sync::atomic::AtomicU32],
+    list: HostList<'_>,
 ) -> u64 {
     let ColdBundles { layout, first, bytes } = cold;
     let from = layout.offset(first);
-    let neuron = |at: &std::sync::atomic::AtomicU32| first + at.load(Ordering::Relaxed) as usize;
+    let neuron = |i: usize| first + HostList::number(&list.entries[i]);
     let mut block = Block::new(kernels, *layout.coldest().bundles(), activation, true, x, sums);
-    let mut rest = list;
+    let mut next = 0;
     for (neurons, section) in layout.within(first..layout.n_neurons()) {
-        let n = if neurons.end == layout.n_neurons() {
-            rest.len()
-        } else {
-            rest.partition_point(|at| neuron(at) < neurons.end)
-        };
-        let (mine, others) = rest.split_at(n);
+        let is_last = neurons.end == layout.n_neurons();
+        let rest = &list.entries[next..];
+        let is_in = |entry: &AtomicU32| first + HostList::number(entry) < neurons.end;
+        let n = if is_last { rest.len() } else { rest.partition_point(is_in) };
         block.begin(section.bundles());
-        block.add_whole(0..n, |i| section.bundle(bytes, from, neuron(&mine[i])));
-        rest = others;
+        let bundle = |i: usize| section.bundle(bytes, from, neuron(next + i));
+        if list.known.is_some() {
+            let left = |_, _| unreachable!("a device keeps neurons whose down row is not read");
+            block.add_rows(n, |i| (bundle(i), list.rows(next + i)), left);
+        } else {
+            block.add_whole(0..n, bundle);
+        }
+        next += n;
     }
     block.finish() / 3
 }
@@ -320,6 +345,43 @@ impl<'s, 'a> Block<'s, 'a> {
         }
     }
 
+    /// Adds `n` neurons, ascending, of which those rows are read that `of` says; shows `left` the activations of those whose down
+    /// row is not.
+    fn add_rows(&mut self, n: usize, of: impl Fn(usize) -> (&'a [u8], RowsOfNeuron), mut left: impl FnMut(usize, f32)) {
+        let (layout, encoding) = (self.layout, self.layout.encoding());
+        let ahead = PREFETCH_BYTES.div_ceil(layout.bundle_bytes());
+        let ask = |i: usize| {
+            let (bundle, neuron) = of(i);
+            if neuron.rows == ALL_ROWS {
+                return prefetch(bundle);
+            }
+            let rows = [GATE_ROW, UP_ROW, DOWN_ROW].into_iter().enumerate().filter(|(_, row)| neuron.has(*row));
+            rows.for_each(|(which, _)| prefetch(layout.row(bundle, which).codes));
+        };
+        (0..ahead.min(n)).for_each(&ask);
+        for i in 0..n {
+            if i + ahead < n {
+                ask(i + ahead);
+            }
+            let (bundle, neuron) = of(i);
+            let dot = |which: usize| self.kernels.prepared_dots(encoding, [layout.row(bundle, which)], self.x)[0];
+            let [gate, up] = neuron.products;
+            let (g, u) = match (neuron.has(GATE_ROW), neuron.has(UP_ROW)) {
+                (true, true) => self.kernels.pre_activations(&layout, bundle, self.x, &[]),
+                (true, false) => (dot(0), up),
+                (false, true) => (gate, dot(1)),
+                (false, false) => (gate, up),
+            };
+            self.rows_read += u64::from((neuron.rows & (GATE_ROW | UP_ROW)).count_ones());
+            let h = self.activation.apply(g, u);
+            if !neuron.has(DOWN_ROW) {
+                left(i, h);
+            } else if h != 0.0 && self.queue(h, bundle) {
+                self.add_waiting(&[]);
+            }
+        }
+    }
+
     /// Adds the neurons of `range`, which begins with a block of the certificate, and returns the bytes of it that were
     /// read. Neurons with certified gates are zero; of the others most fire, as far as the gate goes.
     fn add_certified(
@@ -408,6 +470,11 @@ impl<'s, 'a> Block<'s, 'a> {
         if self.skip_zeros && h == 0.0 {
             return false;
         }
+        self.queue(h, bundle)
+    }
+
+    /// Lets a neuron wait whose down row is added; whether four do.
+    fn queue(&mut self, h: f32, bundle: &'a [u8]) -> bool {
         self.rows_read += 1;
         self.waiting[self.n_waiting] = (h, bundle);
         self.n_waiting += 1;

@@ -56,7 +56,7 @@ pub struct RunReport {
     pub bytes_per_token: TierBytes,
     /// Share of the needed cold neurons that the cache held; `null` if none were needed.
     pub cache_hit_rate: Option<f64>,
-    /// Share of the neurons that were computed.
+    /// Share of the neurons that were computed; of their bytes, where single rows were read.
     pub computed_share: f64,
     /// Share of the chunks read one layer early that were then needed; `null` if none were.
     pub foreseen_used: Option<f64>,

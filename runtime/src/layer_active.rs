@@ -10,10 +10,24 @@ use thermocline_split::{GradedThresholds, Split};
 pub struct LayerActive {
     /// Neurons: those that the predictor scores highest. At least one.
     pub n_active: usize,
-    /// In graded precision: those that cost more than this are computed in place of so many.
-    pub least_cost: Option<f32>,
+    /// In graded precision: what costs more than this is read in place of so many neurons.
+    pub least_cost: Option<LeastCost>,
     /// Stands for the neurons that are left out: the mean of what they give, `[hidden_size]`. Empty if it was not measured.
     pub left_out: Vec<f32>,
+}
+
+/// A cost, as a length in a layer's output.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum LeastCost {
+    /// From which a neuron is computed, whole ([`thermocline_split::Sketch::judge`]).
+    OfNeuron(f32),
+    /// From which a row of a neuron is read ([`thermocline_split::Sketch::rows_to_read`]).
+    OfRow {
+        /// The cost.
+        least: f32,
+        /// How many times the errors of gate and up products are what the sketch says.
+        error_factors: [f32; 2],
+    },
 }
 
 impl LayerActive {
@@ -43,17 +57,32 @@ impl LayerActive {
     ) -> Vec<Self> {
         let mut layers = Self::behind(config, n_always, share);
         let always = n_always as f32 / config.intermediate_size as f32;
-        if let Some(least) = thresholds.and_then(|thresholds| thresholds.layers(always, share)) {
-            layers.iter_mut().zip(least).for_each(|(layer, least)| layer.least_cost = Some(least));
+        let Some(thresholds) = thresholds else { return layers };
+        for (l, least) in thresholds.layers(always, share).into_iter().flatten().enumerate() {
+            layers[l].least_cost = Some(match thresholds.error_factors() {
+                Some(of_layers) => LeastCost::OfRow { least, error_factors: of_layers[l] },
+                None => LeastCost::OfNeuron(least),
+            });
         }
         layers
     }
 
-    /// How many of a token's `scores`, of those that are chosen among behind the first `n_always`, belong to the active ones.
+    /// How many of a token's `scores`, of those that are chosen among behind the first `n_always`, belong to the active ones. Where
+    /// rows are chosen, scores are the rows to read.
     pub fn n_chosen(&self, scores: &[f32], n_always: usize) -> usize {
         match self.least_cost {
-            Some(least) => scores.iter().filter(|score| **score > least).count(),
+            Some(LeastCost::OfNeuron(least)) => scores.iter().filter(|score| **score > least).count(),
+            Some(LeastCost::OfRow { .. }) => scores.iter().filter(|rows| **rows > 0.0).count(),
             None => self.n_active.saturating_sub(n_always),
+        }
+    }
+
+    /// The cost from which a row is read, and how many times the errors of gate and up products are what the sketch says, where
+    /// rows are chosen.
+    pub fn of_rows(&self) -> Option<(f32, [f32; 2])> {
+        match self.least_cost {
+            Some(LeastCost::OfRow { least, error_factors }) => Some((least, error_factors)),
+            _ => None,
         }
     }
 }

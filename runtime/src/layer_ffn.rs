@@ -7,6 +7,7 @@ use crate::fetch::{DirectFile, Fetcher, LayerIndex, Run, Staged, Ticket};
 use crate::ffn::{FfnSums, Span};
 use crate::matrix::{Compute, Disk};
 use crate::prefill::FfnBatch;
+use crate::row_choice::RowChoice;
 use crate::stream::Stream;
 use std::ops::Range;
 use std::sync::Arc;
@@ -283,7 +284,8 @@ impl LayerFfn {
         foreseen
     }
 
-    /// The sums of `FFN(x)` for one token, only the neurons in `active` (ascending).
+    /// The sums of `FFN(x)` for one token, only the neurons in `active` (ascending), and of these only the rows that are chosen, if
+    /// rows are.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn sparse(
         &self,
@@ -294,15 +296,17 @@ impl LayerFfn {
         cache: &mut NeuronCache,
         mut foreseen: Foreseen,
         active: &[u32],
+        choice: Option<RowChoice<'_>>,
         x: &[f32],
     ) -> Result<()> {
         let layer = self.index.layer;
         sums.start(&compute.kernels, self.layout(), x);
-        account.neurons_computed += active.len() as u64;
+        let n_rows = |&n: &u32| choice.map_or(3, |rows| u64::from(rows.of(n as usize).rows.count_ones()));
+        account.neurons_computed += active.iter().map(n_rows).sum::<u64>() / 3;
         account.neurons_total += self.n_neurons as u64;
         let missing = self.missing_chunks(layer, active, cache);
         let Some(fetcher) = fetcher.filter(|_| !missing.is_empty() || !foreseen.runs.is_empty()) else {
-            self.add_span(compute, account, sums, cache, None, active);
+            self.add_span(compute, account, sums, cache, None, active, choice);
             return Ok(());
         };
         // What was foreseen and is needed comes first in line; the rest is asked for now, in order.
@@ -357,11 +361,11 @@ impl LayerFfn {
             let (now, later) = rest.split_at(rest.partition_point(|&n| (n as usize) < frontier));
             rest = later;
             let first = range.start * chunk_neurons;
-            self.add_span(compute, account, sums, cache, Some((first, staged.bytes())), now);
+            self.add_span(compute, account, sums, cache, Some((first, staged.bytes())), now, choice);
             fetcher.release(staged);
         }
         if !rest.is_empty() {
-            self.add_span(compute, account, sums, cache, None, rest);
+            self.add_span(compute, account, sums, cache, None, rest, choice);
         }
         // Every buffer comes back, whatever happened to one of the reads.
         let mut result = Ok(());
@@ -387,6 +391,7 @@ impl LayerFfn {
         cache: &mut NeuronCache,
         staged: Option<(usize, &[u8])>,
         active: &[u32],
+        choice: Option<RowChoice<'_>>,
     ) {
         let (layer, layout) = (self.index.layer, self.layout());
         let mut from_disk = Vec::new();
@@ -394,12 +399,14 @@ impl LayerFfn {
         let (mut hits, mut cached_bytes, mut hot_bytes) = (0, 0, 0);
         for &n in active {
             let at = n as usize;
+            let n_rows = choice.map_or(3, |rows| rows.of(at).rows.count_ones());
+            let bytes = layout.of(at).bundle_bytes() as u64 * u64::from(n_rows) / 3;
             let bundle = if at < self.n_hot {
-                hot_bytes += layout.of(at).bundle_bytes() as u64;
+                hot_bytes += bytes;
                 self.hot_layout.bundle(&self.hot, 0, at)
             } else if let Some(bundle) = cache.get(layer, at) {
                 hits += 1;
-                cached_bytes += layout.of(at).bundle_bytes() as u64;
+                cached_bytes += bytes;
                 bundle
             } else {
                 from_disk.push(n);
@@ -408,7 +415,8 @@ impl LayerFfn {
             };
             list.push((n, bundle));
         }
-        sums.add(&compute.kernels, &mut compute.pool, layout, Span::Listed(&list));
+        let span = choice.map_or(Span::Listed(&list), |rows| Span::Rows(&list, rows));
+        sums.add(&compute.kernels, &mut compute.pool, layout, span);
         account.cache_hits += hits;
         account.bytes.cache += self.used(cached_bytes);
         account.bytes.host += self.used(hot_bytes);

@@ -42,6 +42,7 @@ mod predictor;
 mod prefill;
 pub mod quality;
 mod replay;
+mod row_choice;
 mod sampler;
 mod stream;
 #[cfg(test)]
@@ -58,7 +59,7 @@ pub use generate::{FinishReason, GenerateSettings, RunReport, generate};
 #[cfg(feature = "cuda")]
 pub use gpu::{GpuBenchReport, GpuBytes, GpuEngine, GpuPlan, GpuPrediction, GpuRequest, GpuSpeeds, measure_tiers};
 pub use hardware::{Hardware, StagingShape};
-pub use layer_active::{LayerActive, layer_active};
+pub use layer_active::{LayerActive, LeastCost, layer_active};
 pub use plan::{FixedBytes, Mode, Plan, PlanRequest, PlannedSection, Prediction};
 pub use predictor::{energy, n_active, n_needed, top_k};
 pub use sampler::{Sampler, SamplerSettings};

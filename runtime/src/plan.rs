@@ -4,7 +4,7 @@ use crate::attention::{Rope, batch_scratch_bytes};
 use crate::audit::Audit;
 use crate::budget::format_bytes;
 use crate::cache::NeuronCache;
-use crate::chooser::{Chooser, always_neurons, check_always, is_sketched};
+use crate::chooser::{Chooser, Judgement, always_neurons, check_always, is_sketched};
 use crate::divide::{activation_rates, active_bundle, divide, equal_prefixes, prefix_bytes, slot_bytes};
 use crate::fetch::Fetcher;
 use crate::ffn::FfnSums;
@@ -333,8 +333,10 @@ fn fixed_bytes(split: &Split, request: &PlanRequest) -> FixedBytes {
     };
     let width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.n_heads * config.head_dim;
     let widest = hidden.max(config.n_heads * config.head_dim);
-    let activations =
-        4 * batch * (4 * hidden + width) + 4 * config.vocab_size + 8 * ffn + 8 * sketched_neurons(split, request);
+    // Of a layer and of the next: what is said of neurons; then, with sketches, those that are active and what of these is left to it.
+    let n_sketched = sketched_neurons(split, request);
+    let judged = 2 * Judgement::bytes(ffn, n_sketched) + 20 * n_sketched;
+    let activations = 4 * batch * (4 * hidden + width) + 4 * config.vocab_size + judged;
     // A matrix piece and its products, or a feed-forward piece and its gate and up products.
     // Rows with streams are decoded, up to four at a time by each thread.
     let streams = split.layers().iter().any(|f| f.bundles().encodings().any(|e| e.has_stream()));

@@ -1,4 +1,5 @@
-//! From which expected error on a neuron is computed instead of left to its sketch: one threshold for all layers and tokens.
+//! From which expected error on a neuron is computed, or a single row of it read, instead of left to its sketch: one threshold for all
+//! layers and tokens.
 
 use crate::Error;
 use crate::error::Result;
@@ -7,8 +8,13 @@ use crate::error::Result;
 /// the same error counts for more where the stream is small, and a token or a layer in more doubt computes more neurons. For each of
 /// several shares of the neurons that are always computed and each of several shares of the others, the threshold that left that
 /// share on a text.
+///
+/// They are of whole neurons ([`crate::Sketch::judge`]) or of single rows ([`crate::Sketch::rows_to_read`]); then shares are of the
+/// rows, and go with what corrects the sketches' errors of gate and up products, which are those of the text that they were
+/// rounded for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GradedThresholds {
+    error_factors: Option<Vec<[f32; 2]>>,
     residual_rms: Vec<f32>,
     always: Vec<f32>,
     active: Vec<f32>,
@@ -42,7 +48,26 @@ impl GradedThresholds {
                 "graded.threshold must have a row for each of graded.always, which falls with graded.active",
             );
         }
-        Ok(Self { residual_rms, always, active, thresholds })
+        Ok(Self { error_factors: None, residual_rms, always, active, thresholds })
+    }
+
+    /// The same of single rows, where the errors of each layer's gate and up products are `error_factors [n_layers]` times what its
+    /// sketch says.
+    ///
+    /// # Errors
+    /// [`Error::Settings`] if there is not one for each layer, or one is not positive and finite.
+    pub fn of_rows(self, error_factors: Vec<[f32; 2]>) -> Result<Self> {
+        let is_sound = error_factors.as_flattened().iter().all(|v| *v > 0.0 && v.is_finite());
+        if !is_sound || error_factors.len() != self.residual_rms.len() {
+            let what = "graded.error_factors must be two for each layer, positive and finite".to_owned();
+            return Err(Error::Settings { what });
+        }
+        Ok(Self { error_factors: Some(error_factors), ..self })
+    }
+
+    /// Of thresholds of single rows, how many times the errors of each layer's gate and up products are what its sketch says.
+    pub fn error_factors(&self) -> Option<&[[f32; 2]]> {
+        self.error_factors.as_deref()
     }
 
     /// Root mean square of the residual stream behind each layer.
@@ -65,7 +90,7 @@ impl GradedThresholds {
         &self.thresholds
     }
 
-    /// Each layer's least cost from which a neuron is computed, `[n_layers]`, so that about the share `active` of those is that
+    /// Each layer's least cost from which a neuron is computed, or a row read, `[n_layers]`, so that about the share `active` of those is that
     /// are not always computed, where `always` are. `None` where that is all of them.
     /// Between shares the logarithms are interpolated, that of the active share too; above the last active share thresholds fall
     /// in proportion, to 0 at all; beyond the last share that is always computed its thresholds hold.
@@ -154,5 +179,17 @@ mod tests {
         assert!(new(&[1.0], &[0.0], &[0.1, 0.2], &[1.0, 2.0]));
         assert!(new(&[1.0], &[0.0], &[0.1, 0.2], &[1.0, f32::NAN]));
         assert!(new(&[1.0], &[0.0], &[0.1, 0.2], &[1.0]));
+    }
+
+    #[test]
+    fn factors_are_two_of_each_layer() {
+        assert_eq!(thresholds().error_factors(), None);
+        let of_rows = thresholds().of_rows(vec![[1.0, 2.0], [3.0, 0.5]]).unwrap();
+        assert_eq!(of_rows.error_factors(), Some(&[[1.0, 2.0], [3.0, 0.5]][..]));
+        assert_eq!(of_rows.layers(0.0, 0.1), thresholds().layers(0.0, 0.1));
+        for refused in [vec![], vec![[1.0; 2]], vec![[1.0; 2]; 3], vec![[1.0; 2], [0.0, 1.0]], vec![[f32::NAN, 1.0]; 2]]
+        {
+            assert!(thresholds().of_rows(refused.clone()).is_err(), "{refused:?}");
+        }
     }
 }

@@ -66,6 +66,8 @@ pub use planted::{PlantedBytes, PlantedSplit, planted_bytes, split_planted};
 pub use precision::{Planes, Precision};
 pub use resident::StoredMatrix;
 pub use shares::{LayerCost, Shares};
-pub use sketch::{CopyBits, Feedback, RowCopy, SKETCH_BITS, Sketch, sketch_bytes};
+pub use sketch::{
+    ALL_ROWS, CopyBits, DOWN_ROW, Feedback, GATE_ROW, RowCopy, SKETCH_BITS, Sketch, UP_ROW, sketch_bytes,
+};
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

@@ -1,5 +1,6 @@
 //! `manifest.json`: what is in a split directory and what it was made from.
 
+use crate::GradedCurves;
 use crate::LayerEncodings;
 use crate::curve::Curve;
 use crate::error::{Result, corrupt, io};
@@ -12,8 +13,9 @@ use thermocline_datasets::ModelConfig;
 
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
 /// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
-/// cost together, 6 where it has sketches. Those of 4 and 5 had another code and are not read.
-pub const FORMAT_VERSION: u32 = 6;
+/// cost together, 6 where it has sketches, 7 where these have thresholds of single rows. Sketches of 4 and 5 had another code and are
+/// not read.
+pub const FORMAT_VERSION: u32 = 7;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,7 +116,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// 1 to 5 (see [`FORMAT_VERSION`]).
+    /// 1 to 7 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -174,7 +176,9 @@ impl Manifest {
     /// The first version that has all that this manifest lists.
     fn least_version(&self) -> u32 {
         let has_curve = |file: &TensorFileEntry| file.tensors.iter().any(|t| Curve::has(&t.name));
+        let of_rows = |file: &TensorFileEntry| file.tensors.iter().any(|t| GradedCurves::is_of_rows(&t.name));
         match &self.shares {
+            _ if self.graded.as_ref().is_some_and(of_rows) => 7,
             _ if self.sketches.is_some() => 6,
             Some(file) if has_curve(file) => 4,
             Some(_) => 3,

@@ -10,7 +10,7 @@ use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{
     Evaluation, Fitted, Guesser, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_guesses,
-    fit_input_costs, fit_row_prices, fit_shares, fit_windows, measure_curve, measure_graded_curves,
+    fit_input_costs, fit_shares, fit_windows, measure_curve, measure_graded_curves,
 };
 use thermocline_analysis::{PlanesStudy, study_planes};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
@@ -123,9 +123,9 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let begin = Instant::now();
     super::run::limit_threads(args.threads)?;
     let masks = masks(&args.mask, &args.active, &args.always);
-    let is_fitted = |m: &Mask| matches!(m, Mask::Inputs(_) | Mask::GradedRows(_)) || is_fitted_guess(m);
+    let is_fitted = |m: &Mask| matches!(m, Mask::Inputs(_)) || is_fitted_guess(m);
     if args.fit_text.is_some() && !masks.iter().any(is_fitted) {
-        let text = "--fit-text is for --mask inputs, graded-rows, copies-1 to -3, trained and low-rank+previous, and there is none";
+        let text = "--fit-text is for --mask inputs, copies-1 to -3, trained and low-rank+previous, and there is none";
         return Err(Usage(text.to_owned()).into());
     }
     let model = Model::open(&args.model, args.precision, args.delta.as_deref())?;
@@ -139,8 +139,17 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::from_json(&model.dense().tokenizer_json()?).with_context(named)?;
     let tokens = tokenizer.encode(&text, false).with_context(named)?;
     if args.fit_shares {
-        let windows = fit_windows(&tokens, args.ctx.unwrap_or(256), args.windows.unwrap_or(4)).map_err(usage)?;
         let has_sketches = model.split().is_some_and(|split| split.sketches().is_some());
+        let (ctx, n) = (args.ctx.unwrap_or(256), args.windows.unwrap_or(4));
+        if args.no_curve {
+            if !has_sketches {
+                let text =
+                    "--no-curve is for --fit-shares of a split with sketches; this one is fitted by what shares cost";
+                return Err(Usage(text.to_owned()).into());
+            }
+            return fit_graded_alone(args, &model, &Windows::new(&tokens, ctx, n).map_err(usage)?, begin);
+        }
+        let windows = fit_windows(&tokens, ctx, n).map_err(usage)?;
         let fit = if has_sketches { fit_graded } else { fit };
         return fit(args, &model, windows, Curve::digest(&text), begin);
     }
@@ -270,6 +279,8 @@ struct FittedGraded<'a> {
     text: String,
     ctx: usize,
     windows: usize,
+    /// `rows` or `neurons`.
+    thresholds_of: &'static str,
     #[serde(flatten)]
     curves: &'a GradedCurves,
     seconds: f64,
@@ -286,32 +297,19 @@ fn fit_graded(
     text_digest: u128,
     begin: Instant,
 ) -> anyhow::Result<()> {
-    let Model::Split(checkpoint) = model else { unreachable!("a checkpoint has no sketches") };
-    let split = checkpoint.split();
-    let progress = Progress::new("eval", args.json);
-    let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let curves = measure_graded_curves(checkpoint.as_ref(), split, (&windows, &behind), text_digest, &on_step);
-    progress.finish();
-    let curves = curves.map_err(usage)?;
-    Split::put_graded_curves(split.dir(), &curves)?;
+    let curves = keep_graded(args, model, |checkpoint, on_step| {
+        let both = (&windows, &behind);
+        measure_graded_curves(checkpoint, checkpoint.split(), both, text_digest, on_step).map_err(usage)
+    })?;
     if args.json {
-        return output::json(&FittedGraded {
-            model: model_name(&args.model),
-            text: name(text_path(args)),
-            ctx: windows.ctx(),
-            windows: windows.len(),
-            curves: &curves,
-            seconds: begin.elapsed().as_secs_f64(),
-            version: env!("CARGO_PKG_VERSION"),
-            command: std::env::args().skip(1).collect(),
-        });
+        return print_fitted(args, &windows, &curves, begin);
     }
     let (model, text) = (model_name(&args.model), name(text_path(args)));
-    let of = |windows: &Windows<'_>| format!("{} windows of {}", windows.len(), windows.ctx());
     println!(
-        "{model}, {text}: thresholds from {}; perplexity over the dense model's on {} behind",
-        of(&windows),
-        of(&behind)
+        "{model}, {text}: thresholds of {} from {}; perplexity over the dense model's on {} behind",
+        kind(&curves),
+        count(&windows),
+        count(&behind)
     );
     println!("these, where this share of each layer's neurons is always computed, and that of the others is chosen");
     print!("{:>10}", "");
@@ -331,6 +329,65 @@ fn fit_graded(
         args.model.display()
     );
     Ok(())
+}
+
+/// The same with `--no-curve`: thresholds alone.
+fn fit_graded_alone(args: &Eval, model: &Model, windows: &Windows<'_>, begin: Instant) -> anyhow::Result<()> {
+    let curves = keep_graded(args, model, |checkpoint, on_step| {
+        thermocline_analysis::eval::fit_graded(checkpoint, checkpoint.split(), windows, on_step).map_err(usage)
+    })?;
+    if args.json {
+        return print_fitted(args, windows, &curves, begin);
+    }
+    println!(
+        "{}, {}: thresholds of {} from {}, kept in {}: sparse mode chooses by them; what they cost was not measured",
+        model_name(&args.model),
+        name(text_path(args)),
+        kind(&curves),
+        count(windows),
+        args.model.display()
+    );
+    Ok(())
+}
+
+/// Fits with a progress bar, and puts the result into the split.
+fn keep_graded(
+    args: &Eval,
+    model: &Model,
+    fit: impl FnOnce(&SplitCheckpoint, &dyn Fn(usize, usize)) -> anyhow::Result<GradedCurves>,
+) -> anyhow::Result<GradedCurves> {
+    let Model::Split(checkpoint) = model else { unreachable!("a checkpoint has no sketches") };
+    let progress = Progress::new("eval", args.json);
+    let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
+    let curves = fit(checkpoint, &on_step);
+    progress.finish();
+    let curves = curves?;
+    Split::put_graded_curves(checkpoint.split().dir(), &curves)?;
+    Ok(curves)
+}
+
+fn print_fitted(args: &Eval, windows: &Windows<'_>, curves: &GradedCurves, begin: Instant) -> anyhow::Result<()> {
+    output::json(&FittedGraded {
+        model: model_name(&args.model),
+        text: name(text_path(args)),
+        ctx: windows.ctx(),
+        windows: windows.len(),
+        thresholds_of: kind(curves),
+        curves,
+        seconds: begin.elapsed().as_secs_f64(),
+        version: env!("CARGO_PKG_VERSION"),
+        command: std::env::args().skip(1).collect(),
+    })
+}
+
+/// What thresholds are for.
+fn kind(curves: &GradedCurves) -> &'static str {
+    if curves.thresholds().error_factors().is_some() { "rows" } else { "neurons" }
+}
+
+fn count(windows: &Windows<'_>) -> String {
+    let n = windows.len();
+    format!("{n} {} of {}", if n == 1 { "window" } else { "windows" }, windows.ctx())
 }
 
 /// `--planes`: what each of them takes, and what it buys.
@@ -399,7 +456,7 @@ fn is_fitted_guess(mask: &Mask) -> bool {
     matches!(mask, Mask::Guessed(guesser, _) if guesser.is_fitted())
 }
 
-/// What inputs cost, rows are worth and guesses know, on `text`, as far as masks ask for it.
+/// What inputs cost and guesses know, on `text`, as far as masks ask for it.
 fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path, masks: &[Mask]) -> anyhow::Result<Fitted> {
     let read = std::fs::read_to_string(text).with_context(|| format!("--fit-text {}", text.display()))?;
     let tokens = tokenizer.encode(&read, false).with_context(|| format!("--fit-text {}", text.display()))?;
@@ -412,12 +469,9 @@ fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path, masks:
     let windows = Windows::new(&tokens, FIT_CTX, FIT_WINDOWS).map_err(usage)?;
     let progress = Progress::new("fit", args.json);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let (mut inputs, mut rows, mut guesses) = (None, None, None);
+    let (mut inputs, mut guesses) = (None, None);
     if args.mask.contains(&MaskName::Inputs) {
         inputs = Some(fit_input_costs(model.dense(), &windows, &on_step));
-    }
-    if args.mask.contains(&MaskName::GradedRows) {
-        rows = Some(fit_row_prices(model.dense(), model.split(), &windows, &on_step));
     }
     if masks.iter().any(is_fitted_guess) {
         let windows = Windows::new(&tokens, FIT_CTX, (tokens.len() / FIT_CTX).min(GUESS_WINDOWS)).map_err(usage)?;
@@ -426,7 +480,6 @@ fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path, masks:
     progress.finish();
     Ok(Fitted {
         inputs: inputs.transpose().map_err(usage)?,
-        rows: rows.transpose().map_err(usage)?,
         guesses: guesses.transpose().map_err(usage)?,
         ..Fitted::default()
     })
@@ -516,7 +569,6 @@ fn masks(names: &[MaskName], active: &[f64], always: &[f64]) -> Vec<Mask> {
             always.iter().flat_map(behind).collect()
         }
         MaskName::GradedError => each(Mask::GradedError),
-        MaskName::GradedRows => each(Mask::GradedRows),
         MaskName::Cats => each(Mask::Cats),
         MaskName::Teal => each(Mask::Teal),
         MaskName::Wina => each(Mask::Wina),
@@ -619,11 +671,10 @@ pub fn table(results: &[Evaluation]) {
     for (r, rows) in results.iter().filter_map(|r| Some((r, r.rows_read?))) {
         let [gate, up, down, bytes] = [rows.gate, rows.up, rows.down, rows.bytes].map(|share| 100.0 * share);
         println!(
-            "{} {:.2}: of the rows {bytes:.1} % were read by bytes (gate {gate:.1}, up {up:.1}, down {down:.1} %), above \
-             {:.2e}",
+            "{} {:.2}{}: of the rows {bytes:.1} % were read by bytes (gate {gate:.1}, up {up:.1}, down {down:.1} %)",
             r.mask,
             r.active.unwrap_or(1.0),
-            rows.threshold
+            r.always.map_or_else(String::new, |always| format!(" behind {always:.2}"))
         );
     }
 }

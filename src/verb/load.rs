@@ -72,7 +72,10 @@ pub fn promised(
         // What is always computed does not depend on what is chosen of the others.
         let always = always_share(split, &args, wanted, batch)?;
         args.always = Some(always);
-        curves.promise(always as f32, increase)
+        match curves.promise(always as f32, increase) {
+            Some(promise) => promise,
+            None => return refused(&unmeasured()),
+        }
     } else {
         let shares = split.shares()?;
         let Some(curve) = shares.as_ref().and_then(Shares::curve) else { return refused(&unmeasured()) };

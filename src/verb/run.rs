@@ -174,9 +174,14 @@ fn warnings(engine: &dyn Decoder) -> anyhow::Result<Vec<String>> {
 pub fn account(r: &RunReport) -> String {
     let b = &r.bytes_per_token;
     let hits = r.cache_hit_rate.map_or(String::new(), |h| format!(", cache hits {:.0} %", 100.0 * h));
+    // By thresholds it differs from text to text.
+    let computed = match r.computed_share {
+        share if share > 0.0 && share < 1.0 => format!("{:.1} % of the neurons; ", 100.0 * share),
+        _ => String::new(),
+    };
     format!(
         "{} tokens at {:.1} tok/s (prompt {} at {:.0} tok/s); per token: {}{hits}; \
-         {:.0} % of the {} limit; peak memory {}",
+         {computed}{:.0} % of the {} limit; peak memory {}",
         r.tokens.len(),
         r.decode_tok_s,
         r.prompt_tokens,

@@ -128,8 +128,13 @@ fn versions_that_do_not_fit_are_refused() {
     assert!(said.contains("--fit-shares"), "{said}");
 }
 
-/// A copy of a split with sketches, and with curves of two shares that are always computed.
+/// A copy of a split with sketches, and with curves of two shares that are always computed; thresholds are of neurons.
 fn with_graded_curves() -> (TempDir, PathBuf) {
+    graded_curves_of(false)
+}
+
+/// The same with thresholds of rows, if these are wanted.
+fn graded_curves_of(rows: bool) -> (TempDir, PathBuf) {
     let (guard, dir) = copy(&split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]));
     let curve = |always: f32, high: [f32; 3]| {
         let low = high.map(|h| h - 0.125).to_vec();
@@ -138,7 +143,10 @@ fn with_graded_curves() -> (TempDir, PathBuf) {
     let n_layers = Split::open(&dir).unwrap().manifest().config.n_layers;
     let (always, active) = (vec![0.0, 0.5], vec![0.1, 0.2, 0.5]);
     let thresholds = [0.4, 0.2, 0.1, 0.3, 0.2, 0.1].to_vec();
-    let thresholds = GradedThresholds::new(vec![1.0; n_layers], always, active, thresholds).unwrap();
+    let mut thresholds = GradedThresholds::new(vec![1.0; n_layers], always, active, thresholds).unwrap();
+    if rows {
+        thresholds = thresholds.of_rows(vec![[1.5, 2.0]; n_layers]).unwrap();
+    }
     let curves = vec![curve(0.0, [0.625, 0.375, 0.25]), curve(0.5, [0.5, 0.25, 0.125])];
     let curves = GradedCurves::new(thresholds, curves).unwrap();
     Split::put_graded_curves(&dir, &curves).unwrap();
@@ -151,6 +159,13 @@ fn sound_graded_curves_are_read_and_used() {
     forge::graded(&dir, |_| ());
     let split = Split::open(&dir).unwrap();
     assert_eq!(split.manifest().version, 6);
+    let (_guard_of_rows, of_rows) = graded_curves_of(true);
+    forge::graded(&of_rows, |_| ());
+    let of_rows = Split::open(&of_rows).unwrap();
+    assert_eq!(of_rows.manifest().version, 7);
+    let n_layers = of_rows.manifest().config.n_layers;
+    let curves = of_rows.graded_curves().unwrap().unwrap();
+    assert_eq!(curves.thresholds().error_factors(), Some(&vec![[1.5, 2.0]; n_layers][..]));
     assert_eq!(split.graded_curves().unwrap().unwrap().curves()[1].curve.points().next(), Some((0.1, 0.375, 0.5)));
     let on_cpu = [&PROMISED[..], &["31.25%", "-m", text(&dir), "--vram-budget", "0"]].concat();
     assert!(ok(&on_cpu).stderr.contains("--active 0.35"));
@@ -190,11 +205,23 @@ fn forged_graded_curves_are_refused() {
         ("zero tokens", &|t| t[6].3[..8].fill(0)),
         ("a digest cut", &|t| (t[6].2, t[6].3) = ([1, 23], t[6].3[..23].to_vec())),
         ("a tensor less", &|t| drop(t.remove(5))),
+        ("increases of nothing measured", &|t| drop(t.remove(6))),
         ("a tensor more", &|t| t.push(("graded.later".to_owned(), Format::U8, [1, 1], vec![0]))),
         ("another name", &|t| t[1].0 = "graded.share".to_owned()),
     ];
-    for (what, change) in forgeries {
-        let (_guard, dir) = with_graded_curves();
+    let of_rows: &[TensorForgery<'_>] = &[
+        ("thresholds of both kinds", &|t| t.push(("graded.threshold".to_owned(), t[3].1, t[3].2, t[3].3.clone()))),
+        ("row thresholds that rise", &|t| t[3].3[8..12].copy_from_slice(&9f32.to_le_bytes())),
+        ("no factors", &|t| drop(t.pop())),
+        ("factors of one layer", &|t| (t[7].2, t[7].3) = ([1, 2], t[7].3[..8].to_vec())),
+        ("factors of another shape", &|t| t[7].2 = [1, 2 * t[7].2[0]]),
+        ("a negative factor", &|t| t[7].3[..4].copy_from_slice(&(-1f32).to_le_bytes())),
+        ("a factor that is none", &|t| t[7].3[..4].copy_from_slice(&f32::NAN.to_le_bytes())),
+        ("a factor of nothing", &|t| t[7].3[..4].fill(0)),
+    ];
+    let forgeries = forgeries.iter().map(|f| (false, f)).chain(of_rows.iter().map(|f| (true, f)));
+    for (rows, (what, change)) in forgeries {
+        let (_guard, dir) = graded_curves_of(rows);
         forge::graded(&dir, change);
         let error = Split::open(&dir).and_then(|split| split.graded_curves()).err();
         assert!(matches!(error, Some(Error::Corrupt { .. })), "{what}: {error:?}");
@@ -203,16 +230,28 @@ fn forged_graded_curves_are_refused() {
         let said = fails(4, &["verify", text(&dir), "-m", text(&model(&llama()))]);
         assert!(said.contains(text(&dir)), "{what}: {said}");
     }
-    for version in [1, 3, 4, 5, 7] {
+    for version in [1, 3, 4, 5, 8] {
         let (_guard, dir) = with_graded_curves();
         forge::manifest(&dir, |m| m.version = version);
         match Split::open(&dir) {
-            Err(Error::UnsupportedVersion { got: 7, .. }) => assert_eq!(version, 7),
+            Err(Error::UnsupportedVersion { got: 8, .. }) => assert_eq!(version, 8),
             Err(Error::OldSketches { version: got, .. }) => assert_eq!(got, version),
             other => panic!("version {version}: {other:?}"),
         }
         let said = fails(4, &["plan", "-m", text(&dir)]);
-        assert!(said.contains(if version < 7 { "split --sketch" } else { "update thermocline" }), "{said}");
+        assert!(said.contains(if version < 8 { "split --sketch" } else { "update thermocline" }), "{said}");
+    }
+    // Thresholds may be alone; then nothing can be promised.
+    let (_guard, dir) = with_graded_curves();
+    forge::graded(&dir, |t| t.truncate(4));
+    assert!(Split::open(&dir).unwrap().graded_curves().unwrap().unwrap().curves().is_empty());
+    let said = fails(2, &[&PROMISED[..], &["20%", "-m", text(&dir), "--vram-budget", "0"]].concat());
+    assert!(said.contains("--fit-shares"), "{said}");
+    // The version says which thresholds there are.
+    for (rows, version) in [(false, 7), (true, 6)] {
+        let (_guard, dir) = graded_curves_of(rows);
+        forge::manifest(&dir, |m| m.version = version);
+        assert!(matches!(Split::open(&dir), Err(Error::Corrupt { field, .. }) if field == "version"));
     }
     let (_guard, dir) = with_graded_curves();
     forge::manifest(&dir, |m| m.sketches = None);

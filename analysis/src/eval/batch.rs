@@ -24,9 +24,7 @@ struct Stream {
     thresholds: Vec<[f32; 4]>,
     /// Inputs that were read, by group.
     kept: [u64; 4],
-    /// For [`Mask::GradedRows`]: the threshold of all layers.
-    row_threshold: f32,
-    /// Gate, up and down rows that were read.
+    /// Gate, up and down rows that were read, where rows are chosen.
     rows_read: [u64; 3],
     /// What a guess keeps from layer to layer, and what asking it or a predictor took.
     guessed: Guessed,
@@ -42,7 +40,6 @@ impl Stream {
             active,
             thresholds: Vec::new(),
             kept: [0; 4],
-            row_threshold: 0.0,
             rows_read: [0; 3],
             guessed: Guessed::default(),
         })
@@ -91,7 +88,7 @@ pub(crate) fn check_masks(masks: &[Mask], split: Option<&Split>) -> Result<()> {
 ///
 /// `split` has the predictors for [`Mask::Predicted`], the sketches for [`Mask::Graded`]; its neurons must be in `model`'s
 /// order, as they are if `model` is the [`thermocline_split::SplitCheckpoint`] of the same split. `fitted`, on another text,
-/// is for [`Mask::Inputs`], [`Mask::GradedRows`] and [`Mask::Guessed`].
+/// is for [`Mask::Inputs`], [`Mask::Graded`] and [`Mask::Guessed`].
 /// Memory: one layer as f32, one window's activations, and `4 * n_tokens * hidden_size` bytes for each mask and the dense
 /// reference; as much again for each layer that a guess looks back, and for each copy of gate and up rows their size as f32.
 /// `progress(done, total)` counts layers times streams.
@@ -122,9 +119,6 @@ pub fn evaluate(
         if let (Mask::Inputs(share), Some(costs)) = (stream.mask, &fitted.inputs) {
             stream.thresholds = costs.thresholds(of_inputs, share);
         }
-        if let (Mask::GradedRows(share), Some(prices)) = (stream.mask, &fitted.rows) {
-            stream.row_threshold = prices.threshold(share);
-        }
     }
     let total = config.n_layers * (1 + masked.len());
     for index in 0..config.n_layers {
@@ -153,18 +147,18 @@ pub fn evaluate(
         bytes.share_of(each.sum::<f64>() / windows.tokens().len() as f64)
     };
     let n_neurons = (windows.tokens().len() * config.n_layers * config.intermediate_size) as u64;
-    let read: Vec<(Mask, f64, RowsRead)> =
-        masked.iter().map(|s| (s.mask, read(s.kept), RowsRead::new(s.rows_read, n_neurons, s.row_threshold))).collect();
+    let rows = |s: &Stream| s.chooses_rows().then(|| RowsRead::new(s.rows_read, n_neurons));
+    let read: Vec<(Mask, f64, Option<RowsRead>)> = masked.iter().map(|s| (s.mask, read(s.kept), rows(s))).collect();
     let asked: Vec<(Mask, Cost)> = masked.iter().map(|s| (s.mask, s.guessed.cost)).collect();
     let mut evaluations = compare(model, windows, masks, dense, masked)?;
     for (evaluation, mask) in evaluations.iter_mut().zip(masks) {
         let counted = read.iter().find(|(m, ..)| m == mask);
+        if let Some(&(.., Some(rows))) = counted {
+            evaluation.rows_read = Some(rows);
+            evaluation.computed_share = Some(rows.bytes);
+        }
         evaluation.bytes_share = match (mask, counted) {
             (Mask::Inputs(_), Some((_, inputs, _))) => Some(*inputs),
-            (Mask::GradedRows(_), Some((_, _, rows))) => {
-                evaluation.rows_read = Some(*rows);
-                Some(bytes.graded_share(0.0, rows.bytes))
-            }
             (Mask::Graded { always, .. }, _) => {
                 evaluation.computed_share.map(|computed| bytes.graded_share(*always, computed))
             }
@@ -183,6 +177,10 @@ pub fn evaluate(
 }
 
 impl Stream {
+    fn chooses_rows(&self) -> bool {
+        self.active.iter().any(|layer| layer.of_rows().is_some())
+    }
+
     /// One layer, window by window.
     fn advance(
         &mut self,
@@ -194,11 +192,9 @@ impl Stream {
     ) -> Result<()> {
         let costs = fitted.inputs.as_ref().and_then(|c| c.layer(index));
         let choice = self.mask.input_choice(costs.zip(self.thresholds.get(index).copied()));
-        let prices = fitted.rows.as_ref().filter(|_| matches!(self.mask, Mask::GradedRows(_)));
-        let of_rows = prices.and_then(|prices| prices.layer(index, self.row_threshold));
-        let chooses_neurons = choice.is_none() && of_rows.is_none();
+        let chooses_neurons = choice.is_none() && !self.chooses_rows();
         let active = self.active.get(index);
-        let masked = MaskedLayer::new(self.mask, layer, down_norm, choosers, active, choice, of_rows)?;
+        let masked = MaskedLayer::new(self.mask, layer, down_norm, choosers, active, choice)?;
         let (mut tally, sequences) = (Tally::default(), [Sequence::plain(ctx)]);
         for window in self.x.chunks_exact_mut(ctx * layer.hidden_size()) {
             tally = tally + masked.forward(window, &sequences, Positions::All)?;

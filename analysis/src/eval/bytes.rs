@@ -77,7 +77,7 @@ impl LayerBytes {
             Mask::Cats(share) => self.attention + (1.0 + 2.0 * share) / 3.0 * self.neurons,
             Mask::Teal(share) | Mask::Wina(share) => share * (self.attention + self.neurons),
             // It depends on the text, or on the guess.
-            Mask::Inputs(_) | Mask::GradedError(_) | Mask::GradedRows(_) | Mask::Guessed(..) => return None,
+            Mask::Inputs(_) | Mask::GradedError(_) | Mask::Guessed(..) => return None,
         };
         Some(self.share_of(read))
     }

@@ -1,6 +1,6 @@
 //! What a layer's neurons are chosen by, beside their own activations.
 
-use super::{Mask, rows};
+use super::Mask;
 use crate::Result;
 use rayon::prelude::*;
 use thermocline_calibrate::dense::GatedNeurons;
@@ -33,6 +33,7 @@ pub(crate) struct SketchedLayer {
     /// Each neuron's place in the split's order.
     places: Vec<u32>,
     activation: Activation,
+    whole: bool,
 }
 
 /// What a sketch says of tokens: `[n_tokens, n_neurons]` each.
@@ -51,12 +52,27 @@ impl SketchedLayer {
         let sketch = stored.in_order(&places);
         let rows = [0, 1, 2].map(|part| sketch.decoded(part));
         let neurons = GatedNeurons::new(rows, config.hidden_size)?;
-        Ok(Some(Self { sketch, neurons, places, activation: config.activation }))
+        let whole = !split.layers()[index].bundles().has_plain_rows();
+        Ok(Some(Self { sketch, neurons, places, activation: config.activation, whole }))
     }
 
-    /// What it knows of each neuron, without the rows.
-    pub(crate) fn without_rows(self) -> Sketch {
-        Sketch { rows: Default::default(), ..self.sketch }
+    /// What it knows of each neuron, without the rows, where its errors of gate and up products are so many times as large.
+    pub(crate) fn known(&self, error_factors: [f32; 2]) -> Sketch {
+        let s = &self.sketch;
+        let [gate_sd, up_sd, down_norm, down_error] =
+            [&s.gate_sd, &s.up_sd, &s.down_norm, &s.down_error].map(|values| values.clone());
+        let known = Sketch { gate_sd, up_sd, down_norm, down_error, ..Sketch::default() };
+        known.with_errors_times(error_factors)
+    }
+
+    /// Whether rows are never read alone.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.whole
+    }
+
+    /// What its neurons apply to gate and up products.
+    pub(crate) fn activation(&self) -> Activation {
+        self.activation
     }
 
     /// Each neuron's place in the split's order, `[n_neurons]`.
@@ -67,35 +83,6 @@ impl SketchedLayer {
     /// Gate and up products for the layer's normalised input `[n_tokens, hidden_size]`, `[n_tokens, n_neurons]` each.
     pub(crate) fn pre_activations(&self, input: &[f32]) -> Result<[Vec<f32>; 2]> {
         Ok(self.neurons.pre_activations(input)?)
-    }
-
-    /// The activations `[n_tokens, n_neurons]` from those gate and up rows that are worth reading, if reading a row must spare a squared
-    /// error of `least`: of neurons whose down row is read, and of those whose down row is the sketch's, 0 for the others each; and
-    /// how many gate, up and down rows are read. `input` is as above, `exact` has the rows' own products, `known` what is known of the
-    /// neurons.
-    pub(crate) fn choose_rows(
-        &self,
-        input: &[f32],
-        exact: [Vec<f32>; 2],
-        (known, least): (&Sketch, f32),
-    ) -> Result<([Vec<f32>; 2], [u64; 3])> {
-        let [gate, up] = self.pre_activations(input)?;
-        let n = known.n_neurons();
-        // Both are overwritten in place.
-        let [mut h, mut sketched] = exact;
-        let tokens = h.par_chunks_mut(n).zip(sketched.par_chunks_mut(n)).zip(gate.par_chunks(n).zip(up.par_chunks(n)));
-        let counts = tokens.map(|((h, sketched), (gate, up))| {
-            let mut counts = [0u64; 3];
-            for i in 0..n {
-                let (of_neuron, read) =
-                    rows::choose(known, self.activation, i, [gate[i], up[i]], [h[i], sketched[i]], least);
-                (h[i], sketched[i]) = if read[2] { (of_neuron, 0.0) } else { (0.0, of_neuron) };
-                counts.iter_mut().zip(read).for_each(|(count, read)| *count += u64::from(read));
-            }
-            counts
-        });
-        let counts = counts.reduce(|| [0; 3], |a, b| std::array::from_fn(|part| a[part] + b[part]));
-        Ok(([h, sketched], counts))
     }
 
     /// For the layer's normalised input, `[n_tokens, hidden_size]`; the first `n_always` neurons of the split's order, which are

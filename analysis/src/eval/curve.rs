@@ -64,13 +64,29 @@ pub fn measure_curve(
     curve_of(&SHARES, &results, text_digest)
 }
 
-/// Fits thresholds of graded precision on `fitting`, and measures the same with them on `windows`, for each of four shares of the
-/// neurons that are always computed, at seven shares of the others.
-/// Memory: as above with `116 * n_tokens * hidden_size` bytes, or `4 * (hidden_size + intermediate_size)` for each token of `fitting`;
-/// time: that of 29 dense passes over `windows` and one over `fitting`.
+/// Fits thresholds of graded precision on `fitting`, for each of four shares of the neurons that are always computed, at seven shares of
+/// the others, or of their rows; what that costs is not measured.
+/// Memory: `4 * (hidden_size + 5 * intermediate_size)` bytes for each token of `fitting`, a layer and its sketch as f32; time: that of
+/// one dense pass over `fitting`. `progress(done, total)` counts layers.
 ///
 /// # Errors
-/// If the split has no sketches; and as above.
+/// If the split has no sketches, or a tensor cannot be read, or the residual stream is not finite.
+pub fn fit_graded(
+    model: &dyn Checkpoint,
+    split: &Split,
+    fitting: &Windows<'_>,
+    progress: &dyn Fn(usize, usize),
+) -> Result<GradedCurves> {
+    let shares = (&ALWAYS[..], &GRADED_SHARES[..]);
+    Ok(GradedCurves::new(fit_graded_thresholds(model, split, fitting, shares, progress)?, Vec::new())?)
+}
+
+/// The same, and measures on `windows` what the perplexity rises by at each of these shares.
+/// Memory: also that of [`measure_curve`] with `116 * n_tokens * hidden_size` bytes; time: also that of 29 dense passes over `windows`.
+/// `progress(done, total)` counts layers times streams.
+///
+/// # Errors
+/// As above, and if the outputs are not finite.
 pub fn measure_graded_curves(
     model: &dyn Checkpoint,
     split: &Split,
@@ -82,8 +98,7 @@ pub fn measure_graded_curves(
     let masks = ALWAYS.map(|always| GRADED_SHARES.map(|active| Mask::Graded { active, always, alike: false }));
     let masks = masks.as_flattened();
     let all = n_layers * (2 + masks.len());
-    let shares = (&ALWAYS[..], &GRADED_SHARES[..]);
-    let thresholds = fit_graded_thresholds(model, split, fitting, shares, &|done, _| progress(done, all))?;
+    let thresholds = fit_graded(model, split, fitting, &|done, _| progress(done, all))?.thresholds().clone();
     let fitted = Fitted { graded: Some(thresholds.clone()), ..Fitted::default() };
     let on_step = |done: usize, _: usize| progress(n_layers + done, all);
     let results = evaluate(model, Some(split), windows, masks, &fitted, &on_step)?;

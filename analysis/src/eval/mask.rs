@@ -30,15 +30,13 @@ pub enum Mask {
         active: f64,
         /// 0 to 1.
         always: f64,
-        /// The same number of every layer and token; else by the split's thresholds, if it has any.
+        /// The same number of every layer and token; else by the split's thresholds, if it has any, which may be of single rows: then
+        /// the shares are of these.
         alike: bool,
     },
     /// Of every layer as few as leave to the sketch a squared error that is expected to be at most the square of the given share of
     /// the neurons' energy: more where the sketch is unsure, few where most are zero.
     GradedError(f64),
-    /// Of all neurons' gate, up and down rows the given share, each chosen alone by what reading it spares ([`super::RowPrices`]); the
-    /// sketch's rows stand for the others.
-    GradedRows(f64),
     /// CATS (arXiv 2404.08763): all gates, and of up and down the given share of neurons, those whose gate reaches a
     /// threshold of the window.
     Cats(f64),
@@ -71,7 +69,6 @@ impl Mask {
             Mask::Graded { alike: false, .. } => "graded",
             Mask::Graded { alike: true, .. } => "graded-alike",
             Mask::GradedError(_) => "graded-error",
-            Mask::GradedRows(_) => "graded-rows",
             Mask::Cats(_) => "cats",
             Mask::Teal(_) => "teal",
             Mask::Wina(_) => "wina",
@@ -90,7 +87,6 @@ impl Mask {
             | Mask::PredictedAlike(share)
             | Mask::Graded { active: share, .. }
             | Mask::GradedError(share)
-            | Mask::GradedRows(share)
             | Mask::Cats(share)
             | Mask::Teal(share)
             | Mask::Wina(share)
@@ -134,12 +130,12 @@ impl Mask {
 
     /// Whether it is measured on texts only: it has thresholds of another one, or looks at what comes before in a window.
     pub(crate) fn is_for_texts(self) -> bool {
-        matches!(self, Mask::Inputs(_) | Mask::GradedRows(_) | Mask::Guessed(..))
+        matches!(self, Mask::Inputs(_) | Mask::Guessed(..))
     }
 
     /// Whether it asks the sketch.
     pub(crate) fn asks_sketch(self) -> bool {
-        matches!(self, Mask::Graded { .. } | Mask::GradedError(_) | Mask::GradedRows(_))
+        matches!(self, Mask::Graded { .. } | Mask::GradedError(_))
     }
 
     /// Sets to zero what the mask leaves out of `h [n_tokens, intermediate_size]`, and counts what that lost; of `sketched`, of
@@ -207,7 +203,7 @@ impl Mask {
                 // Gates that are kept; the others were set to zero.
                 kept.extend(scores.unwrap_or(h).iter().zip(0..).filter(|(gate, _)| **gate != 0.0).map(|(_, i)| i));
             }
-            Mask::Teal(_) | Mask::Wina(_) | Mask::Inputs(_) | Mask::GradedRows(_) => kept.extend(0..n as u32),
+            Mask::Teal(_) | Mask::Wina(_) | Mask::Inputs(_) => kept.extend(0..n as u32),
         }
     }
 }

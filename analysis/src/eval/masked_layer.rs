@@ -2,6 +2,7 @@
 
 use super::choosers::{Choosers, SketchedLayer};
 use super::inputs::{self, InputChoice, InputMethod};
+use super::rows::RowRule;
 use super::{Mask, Positions};
 use crate::Result;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,16 +20,15 @@ pub(crate) struct MaskedLayer<'a> {
     active: Option<&'a LayerActive>,
     /// How inputs are left out, if the mask does that.
     of_inputs: Option<InputMethod<'a>>,
-    /// What is known of the neurons, and the squared error from which a row is read, if the mask chooses rows.
-    of_rows: Option<(&'a Sketch, f32)>,
+    /// What is known of the neurons, and the cost from which a row is read, if the mask chooses rows.
+    of_rows: Option<(Sketch, f32)>,
     /// Gate, up and down rows that were read so far, if the mask chooses rows.
     rows_read: [AtomicU64; 3],
 }
 
 impl<'a> MaskedLayer<'a> {
     /// `down_norm [intermediate_size]`; `active` is what a predicted or graded mask computes of this layer, `choice` the inputs
-    /// that a mask of inputs keeps, `of_rows` what a mask of rows knows of the neurons, and the squared error from which it
-    /// reads a row.
+    /// that a mask of inputs keeps.
     pub(crate) fn new(
         mask: Mask,
         layer: &'a DenseLayer,
@@ -36,8 +36,9 @@ impl<'a> MaskedLayer<'a> {
         choosers: &'a Choosers,
         active: Option<&'a LayerActive>,
         choice: Option<InputChoice<'a>>,
-        of_rows: Option<(&'a Sketch, f32)>,
     ) -> Result<Self> {
+        let asked = choosers.sketch.as_ref().filter(|_| mask.asks_sketch()).zip(active.and_then(LayerActive::of_rows));
+        let of_rows = asked.map(|(sketch, (least, factors))| (sketch.known(factors), least));
         let of_inputs = choice.map(|choice| InputMethod::new(layer, choice)).transpose()?;
         let rows_read = Default::default();
         Ok(MaskedLayer { mask, layer, down_norm, choosers, active, of_inputs, of_rows, rows_read })
@@ -66,11 +67,12 @@ impl<'a> MaskedLayer<'a> {
         }
         let mut next = self.layer.attention_in(x, sequences)?;
         let input = self.layer.ffn_input(&next)?;
-        if let Some((sketch, of_rows)) = self.sketch().zip(self.of_rows) {
-            let ([h, sketched], read) = sketch.choose_rows(&input, self.layer.pre_activations(&input)?, of_rows)?;
+        if let Some(((known, least), sketch)) = self.of_rows.as_ref().zip(self.sketch()) {
+            let [mut h, mut sketched] = self.layer.pre_activations(&input)?;
+            let guessed = sketch.pre_activations(&input)?;
+            self.choose_rows((sketch, known, *least), guessed, [&mut h, &mut sketched], sequences, positions);
             self.layer.ffn_output(&mut next, h)?;
             sketch.add(&mut next, sketched)?;
-            self.rows_read.iter().zip(read).for_each(|(sum, n)| _ = sum.fetch_add(n, Ordering::Relaxed));
             x.copy_from_slice(&next);
             // Of most neurons a part is computed: recall says nothing of it.
             return Ok(Tally::default());
@@ -90,6 +92,36 @@ impl<'a> MaskedLayer<'a> {
     /// The sketch, if the mask asks it.
     fn sketch(&self) -> Option<&SketchedLayer> {
         self.choosers.sketch.as_ref().filter(|_| self.mask.asks_sketch())
+    }
+
+    /// From gate and up products, by the sketch and by the rows, to activations for the neurons' own down rows and for the sketch's, all
+    /// `[n_rows, intermediate_size]`.
+    fn choose_rows(
+        &self,
+        (sketch, known, least): (&SketchedLayer, &Sketch, f32),
+        [gate, up]: [Vec<f32>; 2],
+        [own, sketched]: [&mut [f32]; 2],
+        sequences: &[Sequence],
+        positions: Positions,
+    ) {
+        let (ffn, activation) = (self.layer.intermediate_size(), sketch.activation());
+        let n_always = always_neurons(self.mask.always() as f32, ffn);
+        let (whole, places) = (sketch.is_whole(), sketch.places());
+        let rule = RowRule { sketch: known, activation, least, whole, places, n_always };
+        let mut first = 0;
+        for ((sequence, own), (_, sketched)) in
+            split_rows(own, sequences, ffn).zip(split_rows(sketched, sequences, ffn))
+        {
+            let from = positions.first_masked(sequence);
+            let masked = (first + from) * ffn..(first + sequence.n_rows()) * ffn;
+            let ((dense, own), (dense_up, sketched)) =
+                (own.split_at_mut(from * ffn), sketched.split_at_mut(from * ffn));
+            dense.iter_mut().zip(&*dense_up).for_each(|(gate, up)| *gate = activation.apply(*gate, *up));
+            dense_up.fill(0.0);
+            let read = rule.apply([&gate[masked.clone()], &up[masked]], [own, sketched]);
+            self.rows_read.iter().zip(read).for_each(|(sum, n)| _ = sum.fetch_add(n, Ordering::Relaxed));
+            first += sequence.n_rows();
+        }
     }
 
     /// Sets to zero what the mask leaves out of `h [n_rows, intermediate_size]`; what its sketch gives instead is put in

@@ -9,8 +9,9 @@
 //! | what planes of the weights buy | [`evaluate_planes`] |
 //! | what each layer's share of the neurons costs | [`fit_shares`] |
 //! | what they cost together | [`measure_curve`], [`measure_graded_curves`] |
+//! | what graded precision chooses by | [`fit_graded`] |
 //! | what each input of a matrix costs | [`fit_input_costs`] |
-//! | what each row of a neuron is worth | [`fit_row_prices`] |
+//! | which rows of a neuron are read, where not all are | [`RowsRead`] |
 //! | other ways to guess which neurons a token needs | [`Guesser`], [`fit_guesses`] |
 //! | what comes out | [`Evaluation`], [`LayerQuality`] |
 //! | zero-shot tasks under the same masks | [`tasks`] |
@@ -39,13 +40,13 @@ pub mod tasks;
 mod windows;
 
 pub use batch::evaluate;
-pub use curve::{fit_windows, measure_curve, measure_graded_curves};
+pub use curve::{fit_graded, fit_windows, measure_curve, measure_graded_curves};
 pub use decode::evaluate_decode;
 pub use guess::{GuessFit, Guesser, fit_guesses};
 pub use input_costs::{InputCosts, fit_input_costs};
 pub use mask::{Mask, active_count};
 pub use planes::{bits_per_weight, evaluate_planes};
-pub use rows::{RowPrices, RowsRead, fit_row_prices};
+pub use rows::RowsRead;
 pub use shares::fit_shares;
 pub use tasks::{Positions, TaskFile, TaskKind, TaskResult, evaluate_task, read_task};
 pub use thermocline_runtime::quality::LayerQuality;
@@ -61,13 +62,13 @@ use thermocline_split::GradedThresholds;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// `dense`, `exact`, `oracle`, `oracle-h`, `predicted`, `predicted-alike`, `graded`, `graded-alike`,
-    /// `graded-error`, `graded-rows`, `cats`, `teal`, `wina`, `inputs`, or the name of a [`Guesser`].
+    /// `graded-error`, `cats`, `teal`, `wina`, `inputs`, or the name of a [`Guesser`].
     pub mask: String,
     /// Planes of the weights, where these are what is compared: `base`, `plus`, `exact`, `plus@SHARE`, `exact@SHARE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub planes: Option<String>,
-    /// Share of each layer's neurons that the mask keeps, where it has one; of `inputs` and `graded-rows` the share of the bytes
-    /// that it was fitted to.
+    /// Share of each layer's neurons that the mask keeps, where it has one; of `inputs`, and of `graded` where it chooses rows, the
+    /// share of the bytes that it was fitted to.
     pub active: Option<f64>,
     /// Share of each layer's neurons that a graded mask keeps at every token, in which case `active` is that of the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -96,7 +97,7 @@ pub struct Evaluation {
     pub energy_recall: Option<f64>,
     /// Mean over layers of [`LayerQuality::energy_recall_of_oracle`].
     pub energy_recall_of_oracle: Option<f64>,
-    /// Share of all neurons that were computed.
+    /// Share of all neurons that were computed; of their bytes, where rows were chosen.
     pub computed_share: Option<f64>,
     /// Bytes of the layers' weights and predictors that a token reads, relative to all of the layers' weights. Of an oracle:
     /// as if it cost nothing to ask. `None` where it depends on what is zero, or is not counted here.
@@ -126,8 +127,6 @@ pub struct Evaluation {
 pub struct Fitted {
     /// For [`Mask::Inputs`].
     pub inputs: Option<InputCosts>,
-    /// For [`Mask::GradedRows`].
-    pub rows: Option<RowPrices>,
     /// For [`Mask::Graded`], in place of those of the split.
     pub graded: Option<GradedThresholds>,
     /// For [`Mask::Guessed`].
@@ -139,18 +138,13 @@ impl Fitted {
     fn check(&self, masks: &[Mask]) -> Result<()> {
         let lacks = |mask: &&Mask| match mask {
             Mask::Inputs(_) => self.inputs.is_none(),
-            Mask::GradedRows(_) => self.rows.is_none(),
             Mask::Guessed(guesser, share) => {
                 guesser.is_fitted() && !self.guesses.as_ref().is_some_and(|fit| fit.serves(*guesser, *share))
             }
             _ => false,
         };
         let Some(mask) = masks.iter().find(lacks) else { return Ok(()) };
-        let what = match mask {
-            Mask::Inputs(_) => "they cost",
-            Mask::Guessed(..) => "the layers read",
-            _ => "rows are worth",
-        };
+        let what = if matches!(mask, Mask::Inputs(_)) { "they cost" } else { "the layers read" };
         let name = mask.name();
         let reason = format!("{name} needs to know what {what}: give --fit-text a text, better not the one of --text");
         Err(Error::Setting { flag: "--mask", reason })

@@ -19,19 +19,22 @@ pub fn expected_error(activation: Activation, gate: f32, up: f32, gate_sd: f32, 
     (g.square * u.square - 2.0 * value * (g.mean * u.mean) + value * value).max(0.0).sqrt()
 }
 
-/// Expected `(h - v)^2` if only the up row's product is in doubt, normal around `up` with this standard deviation: what reading
-/// that row spares where the gate stays as it is.
+/// What is expected of a neuron's rows, if gate and up are normal with means `gate` and `up` and these standard deviations.
 #[inline]
-pub fn up_row_error(activation: Activation, gate: f32, up: f32, up_sd: f32) -> f32 {
-    let [gate, up] = factors(activation, gate, up, 0.0, up_sd);
-    gate.value * gate.value * up.error
+pub fn expected_rows(activation: Activation, gate: f32, up: f32, gate_sd: f32, up_sd: f32) -> ExpectedRows {
+    let [g, u] = factors(activation, gate, up, gate_sd, up_sd);
+    ExpectedRows { gate: g.error * u.square, up: g.value * g.value * u.error, square: g.square * u.square }
 }
 
-/// The same of the gate row, where up is known with this standard deviation: 0 where its row was read.
-#[inline]
-pub fn gate_row_error(activation: Activation, gate: f32, up: f32, gate_sd: f32, up_sd: f32) -> f32 {
-    let [gate, up] = factors(activation, gate, up, gate_sd, up_sd);
-    gate.error * up.square
+/// Squares of activations.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ExpectedRows {
+    /// Expected square of what is missed if only the gate row's product is taken for its mean: what reading that row spares.
+    pub gate: f32,
+    /// The same of the up row, where the gate stays as it is.
+    pub up: f32,
+    /// Expected `h^2`.
+    pub square: f32,
 }
 
 /// One of the two factors of an activation, as a function of a normal pre-activation.
@@ -155,11 +158,9 @@ mod tests {
                     [value(gate, u) - value(gate, up), value(g, up) - value(gate, up), value(g, u) - value(gate, u)];
                 errors.iter_mut().zip(of).for_each(|(sum, of)| *sum += of * of / N as f64);
             }
-            let got = [
-                up_row_error(activation, gate, up, up_sd),
-                gate_row_error(activation, gate, up, gate_sd, 0.0),
-                gate_row_error(activation, gate, up, gate_sd, up_sd),
-            ];
+            let rows = expected_rows(activation, gate, up, gate_sd, up_sd);
+            let of_known_up = expected_rows(activation, gate, up, gate_sd, 0.0);
+            let got = [rows.up, of_known_up.gate, rows.gate];
             for (got, expected) in got.into_iter().zip(errors) {
                 let got = f64::from(got);
                 assert!((got - expected).abs() < 0.1 * expected + 1e-4, "{activation:?} {gate} {up}: {got} {expected}");

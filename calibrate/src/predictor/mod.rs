@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | low-rank stand-ins for gate and up | [`LowRank`], [`fit_low_rank`] |
 //! | what a rough guess of gate and up says of a neuron | [`expected_magnitude`], [`expected_error`] |
-//! | what each of its rows would tell | [`up_row_error`], [`gate_row_error`] |
+//! | what each of its rows would tell | [`expected_rows`] |
 //! | a network of two layers that names the set, trained by gradients | [`TwoLayer`], [`train_two_layer`] |
 //! | how much of the output a guess keeps | [`energy_recall`] |
 
@@ -15,7 +15,7 @@ mod recall;
 mod train;
 mod two_layer;
 
-pub use expected::{expected_error, expected_magnitude, gate_row_error, up_row_error};
+pub use expected::{ExpectedRows, expected_error, expected_magnitude, expected_rows};
 pub use fit::fit_low_rank;
 pub use low_rank::LowRank;
 pub use recall::energy_recall;

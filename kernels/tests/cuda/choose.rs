@@ -1,7 +1,7 @@
 use crate::{Random, device, pinned, poisoned, read, upload};
 use proptest::prelude::*;
 use thermocline_kernels::cuda::launch::{
-    Ahead, CacheTables, Choose, Foreseen, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
+    Ahead, CacheTables, Choose, Foreseen, HOST_ROWS, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
 };
 
 const NONE: u32 = u32::MAX;
@@ -49,6 +49,60 @@ struct Work {
     items: Vec<[u32; 2]>,
     counts: [u32; 8],
     host: Vec<u32>,
+}
+
+/// No cache.
+fn no_cache() -> CacheTables {
+    let none = upload(&[NONE; 4]).view();
+    CacheTables {
+        n_sets: 0,
+        n_ways: 1,
+        slot_of: none.clone(),
+        owner: none.clone(),
+        key: none.clone(),
+        used: none,
+        lambda: 1.0,
+    }
+}
+
+/// Which rows of each neuron behind the first `n_always` are read.
+struct RowsModel {
+    n_hot: usize,
+    n_always: usize,
+    share: f32,
+    masks: Vec<u32>,
+}
+
+impl RowsModel {
+    /// A token's work, and the rows over the link and of hot neurons.
+    fn token(&self) -> (Work, [u64; 2]) {
+        let n_rows = |neurons: &[usize]| neurons.iter().map(|i| self.mask(*i).count_ones()).sum::<u32>();
+        let is_active = |i: &usize| *i < self.n_always || self.mask(*i) > 0;
+        let (n_hot, ffn) = (self.n_hot, self.n_always + self.masks.len());
+        let hot: Vec<usize> = (0..n_hot).filter(is_active).collect();
+        let misses: Vec<usize> = (n_hot..ffn).filter(is_active).collect();
+        let eligible: Vec<usize> = misses.iter().copied().filter(|i| self.mask(*i) & 4 > 0).collect();
+        let (of_misses, of_eligible) = (n_rows(&misses) as f32, n_rows(&eligible) as f32);
+        let wanted = if eligible.is_empty() { 0.0 } else { of_misses * eligible.len() as f32 / of_eligible };
+        let n_host = (self.share.mul_add(wanted, 0.5) as usize).min(eligible.len());
+        let host = &eligible[eligible.len() - n_host..];
+        let link: Vec<usize> = misses.iter().copied().filter(|i| !host.contains(i)).collect();
+        let second = |i: &usize| 0xffff_fff8 | self.mask(*i);
+        let items = link.iter().map(|i| [0x4000_0000 | (i - n_hot) as u32, second(i)]);
+        let items: Vec<_> = items.chain(hot.iter().map(|i| [*i as u32, second(i)])).collect();
+        let counts = [items.len(), link.len(), 0, hot.len(), n_host, hot.len() + misses.len(), 0, 0].map(|n| n as u32);
+        let work = Work {
+            ids: hot.iter().chain(&misses).map(|i| *i as u32).collect(),
+            items,
+            counts,
+            host: host.iter().map(|i| (i - n_hot) as u32 | self.mask(*i) << 29).collect(),
+        };
+        (work, [n_rows(&link).into(), n_rows(&hot).into()])
+    }
+
+    fn mask(&self, neuron: usize) -> u32 {
+        if neuron < self.n_always { 7 } else { self.masks[neuron - self.n_always] }
+    }
 }
 
 fn active(scores: &[f32], selection: Selection) -> Vec<u32> {
@@ -101,7 +155,7 @@ impl Model {
         let n = |n: usize| n as u32;
         let counts =
             [n(items.len()), n(misses.len()), n(hits.len()), n(hot), n(n_host), n(ids.len()), n(fetched.len()), 0];
-        Work { ids, items, counts, host: host.iter().map(|c| *c as u32).collect() }
+        Work { ids, items, counts, host: host.iter().map(|c| *c as u32 | 7 << HOST_ROWS).collect() }
     }
 
     /// The slot that a miss takes.
@@ -242,13 +296,17 @@ proptest! {
                 }
             }
             let (list, count, flag) = (pinned(&vec![7u32; n_cold]), pinned(&[99u32]), pinned(&[98u32; INPUT_FLAG + 1]));
-            let host = HostWork { list: list.view(), count: count.view(), flag: flag.view() };
+            let host = HostWork { list: list.view(), known: pinned(&[0u32]).view(), count: count.view(), flag: flag.view() };
+            let (activations, sketched) = (random.values(n_others), serial % 2 == 0);
+            let after = upload(&activations);
+            let activations_view = after.view();
             let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
             let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
             choose(device(), &Choose {
                 scores: &upload(&[&scores[..], &[9.0; 3]].concat()).view(), ffn, n_hot, n_always, selection, cache: &cache,
                 step: &upload(&[0u32, 3, serial, share.to_bits(), 0]).view(), layer: 1, n_layers: 3, host: Some(&host),
                 fetched: fetched.map(|_| &foreseen), ahead: None, out: &out,
+                rows: false, sketched: sketched.then_some(&activations_view), products: None,
             }).unwrap();
 
             let chosen = active(&scores, selection).into_iter().map(|i| n_always as u32 + i);
@@ -261,6 +319,9 @@ proptest! {
             };
             prop_assert_eq!(got.counts, want.counts);
             prop_assert!(got == want, "{:?}\n{:?}", got, want);
+            let mut left = activations;
+            want.ids[n_always..].iter().filter(|_| sketched).for_each(|i| left[*i as usize - n_always] = 0.0);
+            prop_assert_eq!(read::<f32>(&after), left);
             prop_assert_eq!(read::<u32>(&flag)[INPUT_FLAG], flag_value(serial, 1, 3));
             if want.host.is_empty() {
                 prop_assert_eq!((read::<u32>(&count)[0], read::<u32>(&flag)[0]), (99, 98), "the host is left alone");
@@ -275,7 +336,84 @@ proptest! {
                 let bits = |keys: &[f32]| keys.iter().map(|k| k.to_bits()).collect::<Vec<_>>();
                 prop_assert_eq!(bits(&read::<f32>(&key)), bits(&model.key));
             }
-            expected_totals.iter_mut().zip(want.counts).for_each(|(total, n)| *total += u64::from(n));
+            // Rows, of those over the link and of hot ones.
+            let rows = [1, 3, 1, 3, 1, 1, 1, 1];
+            for (total, (n, rows)) in expected_totals.iter_mut().zip(want.counts.into_iter().zip(rows)) {
+                *total += rows * u64::from(n);
+            }
+            prop_assert_eq!(read::<u64>(&totals), expected_totals);
+        }
+    }
+
+    #[test]
+    fn choose_divides_rows_as_the_model_does(
+        (ffn, _, n_hot) in sizes(),
+        share in prop_oneof![Just(0.0f32), 0.0f32..1.0, Just(1.0)],
+        always in prop_oneof![Just(0.0f64), Just(1.0), 0.0..1.0],
+        // Neurons in so many of which rows are read; which rows, mostly.
+        one_in in prop_oneof![Just(1usize), 2usize..40, Just(usize::MAX >> 32)],
+        mostly in 0u32..8,
+        (has_host, has_sketched) in any::<(bool, bool)>(),
+        serial: u32,
+        seed: u64,
+    ) {
+        let random = &mut Random::new(seed);
+        let n_cold = ffn - n_hot;
+        let n_always = ((n_hot as f64 * always) as usize).min(ffn - 1);
+        let n_others = ffn - n_always;
+        let totals = upload(&[5u64; 8]);
+        let mut expected_totals = [5u64; 8];
+        for serial in [serial, serial.wrapping_add(1)] {
+            let mut mask = || match random.below(one_in) {
+                0 if mostly > 0 && random.below(4) > 0 => mostly,
+                0 => random.below(8) as u32,
+                _ => 0,
+            };
+            let masks: Vec<u32> = (0..n_others).map(|_| mask()).collect();
+            let model = RowsModel { n_hot, n_always, share: if has_host { share } else { 0.0 }, masks };
+            let scores: Vec<f32> = model.masks.iter().map(|m| *m as f32).chain([7.0; 3]).collect();
+            let (activations, products) = (random.values(n_others), random.values(2 * n_others));
+            let after = upload(&activations);
+            let (list, known) = (pinned(&vec![NONE; n_cold + 1]), pinned(&vec![9f32; 2 * n_cold + 2]));
+            let (count, flag) = (pinned(&[99u32]), pinned(&[98u32; INPUT_FLAG + 1]));
+            let host = HostWork { list: list.view(), known: known.view(), count: count.view(), flag: flag.view() };
+            let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
+            let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
+            choose(device(), &Choose {
+                scores: &upload(&scores).view(), ffn, n_hot, n_always, selection: Selection::Above(0.5), cache: &no_cache(),
+                step: &upload(&[0u32, 3, serial, share.to_bits(), 0]).view(), layer: 1, n_layers: 3,
+                host: has_host.then_some(&host), fetched: None, ahead: None, out: &out,
+                rows: true, sketched: has_sketched.then_some(&after.view()), products: Some(&upload(&products).view()),
+            }).unwrap();
+
+            let (want, [link_rows, hot_rows]) = model.token();
+            let (n, n_host) = (want.items.len(), want.host.len());
+            let (got_items, got_list, got_known) = (read::<[u32; 2]>(&items), read::<u32>(&list), read::<[f32; 2]>(&known));
+            let got = Work {
+                ids: read::<u32>(&ids)[..want.ids.len()].to_vec(),
+                items: got_items[..n].to_vec(),
+                counts: read::<[u32; 8]>(&counts)[0],
+                host: got_list[..n_host].to_vec(),
+            };
+            prop_assert_eq!(got.counts, want.counts);
+            prop_assert!(got == want, "{:?}\n{:?}", got, want);
+            let over_link = got.items[..want.counts[1] as usize].iter().map(|item| item[0]);
+            prop_assert!(over_link.is_sorted(), "ascending");
+            prop_assert!(got_items[n..].iter().flatten().all(|word| *word == NONE), "nothing behind the last item");
+            prop_assert!(got_list[n_host..=n_cold].iter().all(|entry| *entry == NONE), "nothing behind the last entry");
+            prop_assert!(got_known[n_host..=n_cold].iter().flatten().all(|v| *v == 9.0), "nothing behind the last entry");
+            for (got, entry) in got_known.iter().zip(&want.host) {
+                let i = (entry & 0x1fff_ffff) as usize + n_hot - n_always;
+                prop_assert_eq!(&got[..], &products[2 * i..][..2]);
+            }
+            let left = activations.iter().zip(&model.masks).map(|(h, m)| if has_sketched && m & 4 > 0 { 0.0 } else { *h });
+            prop_assert_eq!(read::<f32>(&after), left.collect::<Vec<_>>());
+            let flags = (read::<u32>(&count)[0], read::<u32>(&flag)[0]);
+            prop_assert_eq!(flags, if n_host > 0 { (n_host as u32, flag_value(serial, 1, 3)) } else { (99, 98) });
+            let mut grown = want.counts.map(u64::from);
+            let with_down = model.masks.iter().filter(|mask| **mask & 4 > 0).count() as u64;
+            [grown[1], grown[2], grown[3]] = [link_rows, with_down, hot_rows];
+            expected_totals.iter_mut().zip(grown).for_each(|(total, n)| *total += n);
             prop_assert_eq!(read::<u64>(&totals), expected_totals);
         }
     }
@@ -300,7 +438,7 @@ proptest! {
         };
         let (cache, next) = (tables(0, &none), tables(usize::from(has_cache), &upload(&[&slot_of[..], &[NONE]].concat())));
         let (list, count, flag) = (pinned(&vec![7u32; ffn]), pinned(&[99u32]), pinned(&[98u32; INPUT_FLAG + 1]));
-        let host = HostWork { list: list.view(), count: count.view(), flag: flag.view() };
+        let host = HostWork { list: list.view(), known: pinned(&[0u32]).view(), count: count.view(), flag: flag.view() };
         let (ids, items, counts) = (poisoned(4 * ffn), poisoned(8 * ffn), poisoned(32));
         let totals = upload(&[0u64; 8]);
         let out = WorkList { ids: ids.view(), items: items.view(), counts: counts.view(), totals: totals.view() };
@@ -310,7 +448,7 @@ proptest! {
         choose(device(), &Choose {
             scores: &scores_view, ffn, n_hot: ffn, n_always: 0, selection: Selection::Top(1), cache: &cache,
             step: &upload(&[0u32, 3, 11, 0, n_wanted as u32]).view(), layer: 1, n_layers: 3,
-            host: has_host.then_some(&host), fetched: None,
+            host: has_host.then_some(&host), fetched: None, rows: false, sketched: None, products: None,
             ahead: Some(Ahead { scores: &scores_view, n_hot, cache: &next, foreseen: &foreseen }), out: &out,
         }).unwrap();
 

@@ -13,11 +13,13 @@ fn items(layer: &Layer, random: &mut Random) -> [Vec<[u32; 2]>; 4] {
         if random.below(layer.one_in) > 0 {
             continue;
         }
-        let slot = if random.below(3) == 0 { neuron as u32 } else { NONE };
+        // A slot to fill, or rows to read.
+        let none = if layer.rows { 0xffff_fff8 | random.below(8) as u32 } else { NONE };
+        let slot = if !layer.rows && random.below(3) == 0 { neuron as u32 } else { none };
         // Any number may be that of a place or a slot.
         let (place, cold) = (random.below(1 << 20) as u32, neuron.wrapping_sub(layer.n_hot) as u32);
         let (kind, item) = match if neuron < last { 0 } else { random.below(3) } {
-            _ if neuron < layer.n_hot => (3, [neuron as u32, NONE]),
+            _ if neuron < layer.n_hot => (3, [neuron as u32, none]),
             0 => (0, [0x4000_0000 | cold, slot]),
             1 => (1, [0xc000_0000 | place, slot]),
             _ => (2, [0x8000_0000 | place, NONE]),
@@ -34,6 +36,8 @@ struct Layer {
     n_hot: usize,
     /// One neuron in so many is active.
     one_in: usize,
+    /// Whether rows are read alone.
+    rows: bool,
 }
 
 impl Layer {
@@ -44,7 +48,7 @@ impl Layer {
 
 fn layers() -> impl Strategy<Value = Layer> {
     let sizes = prop::collection::vec(prop_oneof![4 => 1usize..40, 1 => 1000usize..3000], 1..7);
-    (sizes, 0.0..1.0f64, 1usize..12, 0usize..3).prop_map(|(sizes, share, one_in, at)| {
+    (sizes, 0.0..1.0f64, 1usize..12, 0usize..3, any::<bool>()).prop_map(|(sizes, share, one_in, at, rows)| {
         let borders: Vec<usize> = std::iter::once(0)
             .chain(sizes.iter().scan(0, |end, n| {
                 *end += n;
@@ -57,7 +61,7 @@ fn layers() -> impl Strategy<Value = Layer> {
             0 => borders[(share * borders.len() as f64) as usize],
             _ => (share * (ffn + 1) as f64) as usize,
         };
-        Layer { borders, n_hot, one_in }
+        Layer { borders, n_hot, one_in, rows }
     })
 }
 
@@ -114,7 +118,9 @@ proptest! {
             let n = link + fetched + cached + hot;
             let want_counts = [n, link, cached, hot, 0, n, fetched, 0];
             prop_assert_eq!(read::<u32>(counts), want_counts, "section {} of {:?}", i, layer);
-            let grown = want_counts.map(|count| 7 + u64::from(count));
+            let mut grown = want_counts.map(|count| 7 + u64::from(count));
+            let n_rows = |[_, to]: &[u32; 2]| if *to >= 0xffff_fff8 { u64::from((to & 7).count_ones()) } else { 3 };
+            [grown[1], grown[3]] = [0, 3].map(|kind| 7 + want[kind].iter().map(n_rows).sum::<u64>());
             prop_assert_eq!(read::<u64>(totals), grown, "section {} of {:?}", i, layer);
             let got = read::<[u32; 2]>(items);
             prop_assert_eq!(&got[..n as usize], &want.concat()[..], "section {} of {:?}", i, layer);

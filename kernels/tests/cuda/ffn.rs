@@ -5,7 +5,7 @@ use crate::{
 use proptest::prelude::*;
 use std::time::Duration;
 use thermocline_kernels::cuda::launch::{
-    Bundles, HostResult, Nonlinearity, RESULT_FLAG, WorkList, ffn, finish, flag_value,
+    Bundles, HostResult, Nonlinearity, RESULT_FLAG, SketchedRows, WorkList, ffn, finish, flag_value,
 };
 use thermocline_kernels::{BundleLayout, Encoding, ScaleFit, pack, unpack};
 
@@ -39,29 +39,41 @@ fn bundles(layout: &BundleLayout, n: usize, mut row: impl FnMut() -> Vec<f32>) -
 /// The sum over the neurons, and a bound of the kernel's error, for each column.
 fn reference(layout: &BundleLayout, bundles: &[&[u8]], activation: Nonlinearity, x: &[f32]) -> Vec<(f64, f64)> {
     let x = wide(x);
-    let error = additions(layout.hidden_size()) * U;
     let mut out = vec![(0.0, 0.0); x.len()];
     for bundle in bundles {
-        let [(g, g_error), (u, u_error)] = [0, 1].map(|which| {
-            let (row, sizes) = decoded(layout, bundle, which);
-            let size: f64 = sizes.iter().zip(&x).map(|(s, x)| s * x.abs()).sum();
-            (dot(&row, &x), size * error)
-        });
-        let act = match activation {
-            Nonlinearity::Silu => g / (1.0 + (-g).exp()),
-            _ => g.max(0.0),
-        };
-        let up = if activation == Nonlinearity::Drelu { u.max(0.0) } else { u };
-        // No activation is steeper than 1.1; the exponential and the reciprocal round a few times.
-        let h_error = 1.1 * g_error * (up.abs() + u_error) + act.abs() * u_error + (act * up).abs() * 16.0 * U;
-        let (down, sizes) = decoded(layout, bundle, 2);
-        for ((out, d), size) in out.iter_mut().zip(&down).zip(&sizes) {
-            out.0 += act * up * f64::from(*d);
-            out.1 +=
-                h_error * f64::from(d.abs()) + ((act * up).abs() + h_error) * size * (bundles.len() as f64 + 24.0) * U;
-        }
+        let products = [0, 1].map(|which| product(layout, bundle, which, &x));
+        let h = activated(activation, products);
+        add_down(layout, bundle, h, bundles.len(), &mut out);
     }
     out
+}
+
+/// A row's product, and a bound of the kernel's error.
+fn product(layout: &BundleLayout, bundle: &[u8], which: usize, x: &[f64]) -> (f64, f64) {
+    let (row, sizes) = decoded(layout, bundle, which);
+    let size: f64 = sizes.iter().zip(x).map(|(s, x)| s * x.abs()).sum();
+    (dot(&row, x), size * additions(layout.hidden_size()) * U)
+}
+
+/// The same of the activation.
+fn activated(activation: Nonlinearity, [(g, g_error), (u, u_error)]: [(f64, f64); 2]) -> (f64, f64) {
+    let act = match activation {
+        Nonlinearity::Silu => g / (1.0 + (-g).exp()),
+        _ => g.max(0.0),
+    };
+    let up = if activation == Nonlinearity::Drelu { u.max(0.0) } else { u };
+    // No activation is steeper than 1.1; the exponential and the reciprocal round a few times.
+    let error = 1.1 * g_error * (up.abs() + u_error) + act.abs() * u_error + (act * up).abs() * 16.0 * U;
+    (act * up, error)
+}
+
+/// Adds one of `n` neurons to the sum and its bound.
+fn add_down(layout: &BundleLayout, bundle: &[u8], (h, h_error): (f64, f64), n: usize, out: &mut [(f64, f64)]) {
+    let (down, sizes) = decoded(layout, bundle, 2);
+    for ((out, d), size) in out.iter_mut().zip(&down).zip(&sizes) {
+        out.0 += h * f64::from(*d);
+        out.1 += h_error * f64::from(d.abs()) + (h.abs() + h_error) * size * (n as f64 + 24.0) * U;
+    }
 }
 
 fn hidden() -> impl Strategy<Value = usize> {
@@ -144,7 +156,7 @@ pub(crate) fn run(case: &Case, [hot, cold, cached]: [&[u8]; 3], x: &[f32], rando
         ahead: Some(&hot_memory),
     };
     let x_memory = upload(x);
-    ffn(device(), layout, activation, &work, bundles, &x_memory.view(), n_blocks, &partial.view()).unwrap();
+    ffn(device(), layout, activation, &work, bundles, &x_memory.view(), n_blocks, &partial.view(), None).unwrap();
     Outcome { items, slots, filled: read(&cache), partial: read(&partial) }
 }
 
@@ -187,6 +199,80 @@ pub(crate) fn check_bundles(case: &Case, made: [&[u8]; 3], x: &[f32], random: &m
     assert_eq!(filled[..n_cached * bytes], slots[..n_cached * bytes], "slots that are read stay as they are");
 }
 
+/// Rows that are read or not, each alone: `counts` neurons over the link, always active, and others that are hot.
+fn check_rows(layout: BundleLayout, activation: Nonlinearity, n_blocks: usize, counts: [usize; 3], seed: u64) {
+    let [n_link, n_always, n_hot] = counts;
+    let (hidden, random) = (layout.hidden_size(), &mut Random::new(seed));
+    let x = random.values(hidden);
+    let [hot, cold] = [n_always + n_hot, n_link].map(|n| random_bundles(&layout, n + 1, random));
+    // Link, from the last to the first, then hot; those that are always active have no place.
+    let n_between = random.below(5);
+    let (hot_offset, cold_offset) = (-(n_always as i32), (n_hot + n_between) as i32);
+    let place = |[from, _]: [u32; 2]| {
+        let offset = if from >> 30 == 1 { cold_offset } else { hot_offset };
+        usize::try_from((from & 0x3fff_ffff) as i32 + offset).ok()
+    };
+    let mut any_rows = || 0xffff_fff8 | random.below(8) as u32;
+    let mut items: Vec<[u32; 2]> = (1..=n_link).rev().map(|i| [0x4000_0000 | i as u32, any_rows()]).collect();
+    items.extend((0..n_always).map(|i| [i as u32, NONE]));
+    items.extend((n_always..n_always + n_hot).map(|i| [i as u32, any_rows()]));
+    let n_places = n_hot + n_between + n_link + 2;
+    let bundle_of = |from: u32| {
+        let memory = if from >> 30 == 1 { &cold } else { &hot };
+        &memory[(from & 0x3fff_ffff) as usize * layout.bundle_bytes()..][..layout.bundle_bytes()]
+    };
+
+    // Products of rows that are read are not; nor is what there is of other neurons.
+    let mut products = vec![[f32::NAN; 2]; n_places];
+    let sketched = vec![7.5f32; n_places];
+    let mut wanted: Vec<Option<(f64, f64)>> = vec![None; n_places];
+    let mut sums = vec![(0.0, 0.0); hidden];
+    let wide_x = wide(&x);
+    for item in &items {
+        let bundle = bundle_of(item[0]);
+        let of_row = [0, 1].map(|which| {
+            if item[1] >> which & 1 == 1 {
+                return product(&layout, bundle, which, &wide_x);
+            }
+            let value = random.value();
+            products[place(*item).unwrap()][which] = value;
+            (value.into(), 0.0)
+        });
+        let h = activated(activation, of_row);
+        if item[1] & 4 > 0 {
+            add_down(&layout, bundle, h, items.len(), &mut sums);
+        } else {
+            wanted[place(*item).unwrap()] = Some(h);
+        }
+    }
+
+    let n = items.len() as u32;
+    items.push([0, NONE]);
+    let work = WorkList {
+        ids: poisoned(4).view(),
+        items: upload(&items).view(),
+        counts: upload(&[n, n_link as u32, 0, n - n_link as u32, 0, n, 0, 0]).view(),
+        totals: poisoned(64).view(),
+    };
+    let (hot_memory, cold_memory, no_slots) = (upload(&hot).view(), pinned(&cold).view(), poisoned(4).view());
+    let bundles =
+        Bundles { hot: &hot_memory, cold: &cold_memory, cache: &no_slots, fetched: None, ahead: Some(&hot_memory) };
+    let (partial, sketched) = (poisoned(4 * n_blocks * hidden), upload(&sketched));
+    let (products, sketched_view) = (upload(&products).view(), sketched.view());
+    let rows = SketchedRows { products: &products, sketched: &sketched_view, hot_offset, cold_offset };
+    let x = upload(&x).view();
+    ffn(device(), layout, activation, &work, bundles, &x, n_blocks, &partial.view(), Some(rows)).unwrap();
+    let partial = read::<f32>(&partial);
+    for (c, (want, tolerance)) in sums.into_iter().enumerate() {
+        let sum: f64 = (0..n_blocks).map(|b| f64::from(partial[b * hidden + c])).sum();
+        assert!((sum - want).abs() <= tolerance + 1e-30, "{layout:?} column {c}: {sum} {want} {tolerance:e}");
+    }
+    for (i, (got, want)) in read::<f32>(&sketched).into_iter().zip(wanted).enumerate() {
+        let (want, tolerance) = want.unwrap_or((7.5, 0.0));
+        assert_near(got, want, tolerance, &format!("{layout:?}, activation {i}"));
+    }
+}
+
 pub(crate) fn activation() -> impl Strategy<Value = Nonlinearity> {
     prop_oneof![Just(Nonlinearity::Silu), Just(Nonlinearity::Relu), Just(Nonlinearity::Drelu)]
 }
@@ -202,6 +288,16 @@ proptest! {
         let layout = BundleLayout::new(Encoding::PLAIN[encoding], hidden).unwrap();
         let counts = if hidden > 5000 { counts.map(|n| n / 4) } else { counts };
         check(&Case { layout, activation, n_blocks, counts, whole: false }, seed);
+    }
+
+    #[test]
+    fn ffn_reads_the_rows_that_items_name(
+        encoding in 0usize..3, hidden in hidden(), activation in activation(), n_blocks in 1usize..7,
+        counts in [0usize..20, 0usize..5, 0usize..25], seed: u64,
+    ) {
+        let layout = BundleLayout::new(Encoding::PLAIN[encoding], hidden).unwrap();
+        let counts = if hidden > 5000 { counts.map(|n| n / 4) } else { counts };
+        check_rows(layout, activation, n_blocks, counts, seed);
     }
 
     #[test]
@@ -261,6 +357,7 @@ fn ffn_takes_the_widest_rows() {
                 &Case { layout, activation: Nonlinearity::Silu, n_blocks: 2, counts: [3, 1, 2], whole: false },
                 hidden as u64,
             );
+            check_rows(layout, Nonlinearity::Silu, 2, [5, 1, 5], hidden as u64);
         }
     }
 }

@@ -1,7 +1,7 @@
 use crate::{Random, U, additions, assert_near, device, pinned, poisoned, read, upload, wide};
 use proptest::prelude::*;
 use thermocline_kernels::cuda::launch::{
-    DeviceSketch, LayerInput, Nonlinearity, Sketched, WorkList, add_sketched, sketch_rows, sketch_scores,
+    DeviceSketch, LayerInput, Nonlinearity, RowChoice, Sketched, add_sketched, sketch_rows, sketch_scores,
 };
 use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_planes, sketch_row, unsketch};
 
@@ -46,21 +46,45 @@ impl Part {
     }
 }
 
-/// Value, expected value and expected square of `act(v)` for `v ~ N(mean, sd^2)`, as calibrate defines them.
-fn factor(is_silu: bool, mean: f64, sd: f64) -> [f64; 3] {
+/// Value, expected value, expected square, and expected square of the distance from the value of `act(v)` for `v ~ N(mean, sd^2)`,
+/// as calibrate defines them.
+fn factor(is_silu: bool, mean: f64, sd: f64) -> [f64; 4] {
     if is_silu {
         let sigmoid = 1.0 / (1.0 + (-mean).exp());
         let (value, slope) = (mean * sigmoid, sigmoid * (1.0 + mean * (1.0 - sigmoid)) * sd);
-        return [value, value, value * value + slope * slope];
+        return [value, value, value * value + slope * slope, slope * slope];
     }
     let value = mean.max(0.0);
     if sd <= 1e-6 * mean.abs() {
-        return [value, value, value * value];
+        return [value, value, value * value, 0.0];
     }
     let t = mean / sd;
     let (below, density) = (1.0 / (1.0 + (-1.702 * t).exp()), 0.398_942_3 * (-0.5 * t * t).exp());
-    let square = (mean * mean + sd * sd) * below + mean * sd * density;
-    [value, (mean * below + sd * density).max(0.0), square.max(0.0)]
+    let square = ((mean * mean + sd * sd) * below + mean * sd * density).max(0.0);
+    let expected = (mean * below + sd * density).max(0.0);
+    [value, expected, square, (square - 2.0 * value * expected + value * value).max(0.0)]
+}
+
+fn factors(activation: Nonlinearity, [gate, up]: [f64; 2], [gate_sd, up_sd]: [f64; 2]) -> [[f64; 4]; 2] {
+    let u = match activation {
+        Nonlinearity::Drelu => factor(false, up, up_sd),
+        _ => [up, up, up * up + up_sd * up_sd, up_sd * up_sd],
+    };
+    [factor(activation == Nonlinearity::Silu, gate, gate_sd), u]
+}
+
+/// Squared costs of leaving the gate, the up and the down row to the sketch, and how far each may be off.
+fn row_costs(
+    activation: Nonlinearity,
+    [gate, up]: [f64; 2],
+    [gate_sd, up_sd, down, down_error]: [f64; 4],
+) -> [(f64, f64); 3] {
+    let [g, u] = factors(activation, [gate, up], [gate_sd, up_sd]);
+    // Roundings of squares of which little is left.
+    let size = ((gate.abs() + gate_sd) * (up.abs() + up_sd)).powi(2) * 1e-5;
+    let squares = [down, down, down_error].map(|length| length * length);
+    let costs = [g[3] * u[2], g[0] * g[0] * u[3], g[2] * u[2]];
+    std::array::from_fn(|row| (costs[row] * squares[row], (1e-3 * costs[row] + size) * squares[row]))
 }
 
 /// What one neuron should come out as: activation, squared score, and how far each may be off.
@@ -69,11 +93,7 @@ fn judged(
     [(gate, gate_error), (up, up_error)]: [(f64, f64); 2],
     [gate_sd, up_sd, down, down_error]: [f64; 4],
 ) -> [(f64, f64); 2] {
-    let g = factor(activation == Nonlinearity::Silu, gate, gate_sd);
-    let u = match activation {
-        Nonlinearity::Drelu => factor(false, up, up_sd),
-        _ => [up, up, up * up + up_sd * up_sd],
-    };
+    let [g, u] = factors(activation, [gate, up], [gate_sd, up_sd]);
     let h = g[0] * u[0];
     let square = (g[2] * u[2] - 2.0 * h * (g[1] * u[1]) + h * h).max(0.0);
     // Sizes of the factors, and what errors of the products and exponentials that are right to 3e-5 make of them.
@@ -94,7 +114,7 @@ proptest! {
         units in prop_oneof![1usize..40, Just(64)],
         ffn in 1usize..200,
         activation in 0usize..3,
-        with_host in any::<bool>(),
+        (with_host, whole) in any::<(bool, bool)>(),
         seed: u64,
     ) {
         let random = &mut Random::new(seed);
@@ -107,7 +127,10 @@ proptest! {
         neurons[..ffn].iter_mut().step_by(3).for_each(|sd| *sd = 0.0);
         let broken = random.below(ffn);
         neurons[2 * ffn + broken] = f32::NAN;
-        let (x, weight, eps) = (random.values(hidden), random.values(hidden), 1e-3f32);
+        let (x, mut weight, eps) = (random.values(hidden), random.values(hidden), 1e-3f32);
+        // Products are large, or about as large as what they miss.
+        let size = (-(random.below(14) as f32)).exp2();
+        weight.iter_mut().for_each(|w| *w *= size);
         let (host_x, normed) = (pinned(&vec![7f32; hidden + 1]), pinned(&vec![7f32; hidden + 1]));
         let (scores, activations) = (poisoned(4 * ffn + 4), poisoned(4 * ffn + 4));
         let mut columns: Vec<u32> = (0..hidden as u32).collect();
@@ -118,7 +141,7 @@ proptest! {
         };
         let (x_view, host_view, normed_view) = (upload(&x).view(), host_x.view(), normed.view());
         let from = LayerInput { hidden, x: &x_view, eps, normed: &normed_view, host_x: with_host.then_some(&host_view) };
-        let out = Sketched { scores: &scores.view(), activations: &activations.view() };
+        let out = Sketched { scores: &scores.view(), activations: &activations.view(), rows: None };
         sketch_scores(device(), &sketch, from, &upload(&weight).view(), activation, out).unwrap();
 
         let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
@@ -136,62 +159,91 @@ proptest! {
 
         let (scores, activations) = (read::<f32>(&scores), read::<f32>(&activations));
         prop_assert!(scores[ffn].is_nan() && activations[ffn].is_nan(), "nothing after the end");
+        let products = |i: usize| [&gate, &up].map(|part| {
+            let (product, error) = part.dot(i, &in_columns);
+            (product, error + scale_error * error / U)
+        });
+        let of_neuron = |i: usize| [0, 1, 2, 3].map(|which| f64::from(neurons[which * ffn + i]));
         for i in 0..ffn {
             if i == broken {
                 prop_assert_eq!([scores[i], activations[i]], [0.0, 0.0]);
                 continue;
             }
-            let product = |part: &Part| {
-                let (product, error) = part.dot(i, &in_columns);
-                (product, error + scale_error * error / U)
-            };
-            let of = |which: usize| f64::from(neurons[which * ffn + i]);
-            let [(h, h_error), (score, score_error)] =
-                judged(activation, [product(&gate), product(&up)], [of(0), of(1), of(2), of(3)]);
+            let [(h, h_error), (score, score_error)] = judged(activation, products(i), of_neuron(i));
             assert_near(activations[i], h, h_error, &format!("{activation:?}, activation of neuron {i}"));
             let got = f64::from(scores[i]).powi(2);
             prop_assert!((got - score).abs() <= score_error, "{:?}, neuron {}: {} {} {:e}", activation, i, got, score, score_error);
         }
+
+        // Rows alone, about as costly as one of them.
+        let one = random.below(ffn);
+        let wanted = row_costs(activation, products(one).map(|(product, _)| product), of_neuron(one))[random.below(3)].0;
+        let least = (wanted * f64::from(random.value() + 1.5)).sqrt() as f32;
+        let least = if least.is_finite() { least } else { 0.5 };
+        let (masks, in_rows, of_rows) = (poisoned(4 * ffn + 4), poisoned(4 * ffn + 4), poisoned(8 * ffn + 8));
+        let rows = Some(RowChoice { least, whole, products: &of_rows.view() });
+        let out = Sketched { scores: &masks.view(), activations: &in_rows.view(), rows };
+        sketch_scores(device(), &sketch, from, &upload(&weight).view(), activation, out).unwrap();
+        let (masks, in_rows, of_rows) = (read::<f32>(&masks), read::<f32>(&in_rows), read::<[f32; 2]>(&of_rows));
+        prop_assert!(masks[ffn].is_nan() && in_rows[ffn].is_nan() && of_rows[ffn][0].is_nan(), "nothing after the end");
+        for i in 0..ffn {
+            for (got, (want, error)) in of_rows[i].into_iter().zip(products(i)) {
+                assert_near(got, want, error, &format!("product of neuron {i}"));
+            }
+            let (h, h_error) = judged(activation, products(i), of_neuron(i))[0];
+            assert_near(in_rows[i], h, h_error, &format!("{activation:?}, activation of neuron {i}"));
+            let limit = f64::from(least).powi(2);
+            // What is not a number is read; of what is close to the limit nothing can be said.
+            let is_read = row_costs(activation, of_rows[i].map(f64::from), of_neuron(i)).map(|(cost, error)| match cost {
+                _ if (cost - limit).abs() <= error => None,
+                _ => Some(cost.is_nan() || cost > limit),
+            });
+            prop_assert!(masks[i] == masks[i].trunc() && (0.0..8.0).contains(&masks[i]), "{} of neuron {}", masks[i], i);
+            let any = if is_read.contains(&Some(true)) { Some(true) } else { is_read.into_iter().all(|row| row == Some(false)).then_some(false) };
+            for (row, mut is_read) in is_read.into_iter().enumerate() {
+                if whole {
+                    is_read = any;
+                }
+                let got = masks[i] as u32 >> row & 1 == 1;
+                prop_assert!(is_read.is_none_or(|want| want == got), "{:?}, row {} of neuron {}: {}", activation, row, i, got);
+            }
+            prop_assert!(!whole || masks[i] == 0.0 || masks[i] == 7.0, "all or nothing");
+        }
+        prop_assert!(masks[broken] as u32 & 3 == 3, "what is not a number is read");
     }
 
     #[test]
-    fn down_rows_of_neurons_that_are_not_active_are_added(
+    fn down_rows_are_added_but_for_those_without_activation(
         units in prop_oneof![1usize..40, Just(64), Just(65)],
         ffn in 1usize..300,
         n_blocks in prop_oneof![1usize..9, Just(0)],
         active_share in 0usize..5,
-        first in prop_oneof![Just(0usize), 1usize..200],
         seed: u64,
     ) {
         let random = &mut Random::new(seed);
         let hidden = units * SKETCH_UNIT;
         let n_blocks = if n_blocks == 0 { sketch_rows(2 * device().n_multiprocessors(), ffn, hidden) } else { n_blocks };
-        let down = Part::random(SketchBits::Two, ffn, hidden, random);
-        let h = random.values(ffn);
-        let active: Vec<u32> = (0..ffn as u32).filter(|_| random.below(4) < active_share).collect();
-        let before = 0..first as u32;
-        let mut ids: Vec<u32> = before.chain(active.iter().map(|i| first as u32 + i)).collect();
-        let n_active = ids.len() as u32;
-        // What the list held before.
-        ids.resize(first + ffn, (first + ffn / 2) as u32);
-        let nothing = upload(&[0u8; 16]).view();
+        let mut down = Part::random(SketchBits::Two, ffn, hidden, random);
+        let mut h = random.values(ffn);
+        let active: Vec<usize> = (0..ffn).filter(|_| random.below(4) < active_share).collect();
+        for &i in &active {
+            h[i] = if random.below(2) == 0 { 0.0 } else { -0.0 };
+            // Its row's scale, behind the codes: whatever it is, nothing is added.
+            down.planes[16 * units * ffn + 2 * i..][..2].copy_from_slice(&[0xff, 0x7f]);
+        }
         let sketch = DeviceSketch {
             gate: upload(&down.planes).view(), up: upload(&vec![0u8; ffn * SketchBits::Three.row_bytes(hidden)]).view(),
             down: upload(&down.planes).view(), neurons: upload(&vec![0f32; 4 * ffn]).view(),
-            columns: upload(&vec![0u32; hidden]).view(), first, n_neurons: ffn, hidden,
-        };
-        let work = WorkList {
-            ids: upload(&ids).view(), items: nothing.clone(), totals: nothing,
-            counts: upload(&[1, 2, 3, 4, 5, n_active, 6, 7u32]).view(),
+            columns: upload(&vec![0u32; hidden]).view(), first: 0, n_neurons: ffn, hidden,
         };
         let partial = poisoned(4 * (n_blocks * hidden + 1));
-        add_sketched(device(), &sketch, &upload(&h).view(), &work, n_blocks, &partial.view()).unwrap();
+        add_sketched(device(), &sketch, &upload(&h).view(), n_blocks, &partial.view()).unwrap();
         let partial = read::<f32>(&partial);
         prop_assert!(partial[n_blocks * hidden].is_nan(), "nothing after the end");
         let of_block = ffn.div_ceil(n_blocks);
         for (b, got) in partial[..n_blocks * hidden].chunks_exact(hidden).enumerate() {
             let mine = (b * of_block).min(ffn)..((b + 1) * of_block).min(ffn);
-            let mine: Vec<usize> = mine.filter(|&i| active.binary_search(&(i as u32)).is_err()).collect();
+            let mine: Vec<usize> = mine.filter(|&i| active.binary_search(&i).is_err()).collect();
             for (c, got) in got.iter().enumerate() {
                 let term = |i: &usize, w: f64| f64::from(h[*i]) * w;
                 let want: f64 = mine.iter().map(|i| term(i, f64::from(down.weights[i * hidden + c]))).sum();

@@ -41,6 +41,8 @@ pub(super) struct Scratch {
     pub scores: View,
     /// Activations as the sketch has them; empty without one.
     pub sketched: View,
+    /// Gate and up products, pairs, where single rows are read.
+    pub products: View,
     /// Of the layer in progress, with the totals of all ([`super::sections::totals_rows`]).
     pub work: WorkList,
     /// Of the sections of a layer that has several.
@@ -80,6 +82,7 @@ pub(super) struct Mapped {
     pub result_flags: Memory,
     pub count: Memory,
     pub list: Memory,
+    pub known: Memory,
     pub x: Memory,
     pub y: Memory,
     pub n_threads: usize,
@@ -107,7 +110,7 @@ pub(super) fn n_sketch_rows(split: &Split, request: &GpuRequest) -> usize {
 }
 
 /// Bytes of each part of [`Scratch`], in order.
-fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 16] {
+fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 17] {
     let config = &split.manifest().config;
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     [
@@ -121,6 +124,7 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * inner_values(hidden, rank(split)),
         4 * ffn.next_multiple_of(4),
         4 * most_sketched(split, request),
+        8 * most_sketched(split, request),
         4 * ffn,
         8 * ffn,
         COUNTS_BYTES,
@@ -223,6 +227,7 @@ impl Loader<'_> {
             inner: part(),
             scores: part(),
             sketched: part(),
+            products: part(),
             work: WorkList { ids: part(), items: part(), counts: part(), totals: part() },
             sections: Vec::new(),
             partial: part(),
@@ -273,6 +278,7 @@ impl Loader<'_> {
             result_flags: pin(4 * RESULT_FLAG * n_threads)?,
             count: pin(4)?,
             list: pin(4 * config.intermediate_size)?,
+            known: pin(8 * config.intermediate_size)?,
             x: pin(4 * config.hidden_size)?,
             y: pin(4 * config.hidden_size * n_threads)?,
             n_threads,
@@ -283,7 +289,12 @@ impl Loader<'_> {
 impl Mapped {
     /// What the kernels write for the host's threads.
     pub(super) fn work(&self) -> HostWork {
-        HostWork { list: self.list.view(), count: self.count.view(), flag: self.request_flag.view() }
+        HostWork {
+            list: self.list.view(),
+            known: self.known.view(),
+            count: self.count.view(),
+            flag: self.request_flag.view(),
+        }
     }
 
     /// What the kernels read from them.

@@ -291,7 +291,8 @@ impl GpuEngine {
         for (word, value) in self.model.mapped.step.words().iter().zip(step) {
             word.store(value, Ordering::Release);
         }
-        let before = self.host.as_ref().map_or(0, HostShare::bytes);
+        let of_host = |host: &HostShare| (host.bytes(), host.rows());
+        let before = self.host.as_ref().map_or((0, 0), of_host);
         let audit = self.audit.as_ref().filter(|audit| audit.audit.is_due());
         let is_audited = audit.is_some();
         let started = match audit {
@@ -318,15 +319,15 @@ impl GpuEngine {
             audit.audit.count();
         }
         self.len += 1;
-        let host_bytes = self.host.as_ref().map_or(0, HostShare::bytes) - before;
-        self.count(host_bytes);
+        let (host_bytes, host_rows) = self.host.as_ref().map_or((0, 0), of_host);
+        self.count(host_bytes - before.0, host_rows - before.1);
         let mut logits = vec![0.0; vocab_size];
         self.model.mapped.logits.copy_to(&mut logits);
         Ok(logits)
     }
 
-    /// Adds a token to the account. `host_bytes`: what the host's threads have read.
-    fn count(&mut self, host_bytes: u64) {
+    /// Adds a token to the account. `host_bytes`: what the host's threads have read; `host_rows`: how many rows they were asked for.
+    fn count(&mut self, host_bytes: u64, host_rows: u64) {
         let config = &self.split.manifest().config;
         let fixed = &self.plan.fixed;
         let n = (config.n_layers * config.intermediate_size) as u64;
@@ -335,6 +336,8 @@ impl GpuEngine {
         let a = &mut self.account;
         let since = added(&self.model.mapped.totals, &mut self.totals);
         let before = a.link_bytes;
+        // Where single rows are read.
+        let (mut n_rows, mut of_rows) = (host_rows, false);
         for layer in &self.model.layers {
             if !layer.is_chosen {
                 bytes.device += layer.layout.bytes(0..layer.n_hot) as u64;
@@ -344,18 +347,27 @@ impl GpuEngine {
             }
             for section in &layer.sections {
                 let bundle = section.layout.bundle_bytes() as u64;
-                let [_, link, cached, hot, ..] = since[section.totals];
-                bytes.device += hot * bundle;
+                let [_, link_rows, cached, hot_rows, ..] = since[section.totals];
+                let cached = if layer.rows.is_some() { 0 } else { cached };
+                bytes.device += hot_rows * bundle / 3;
                 bytes.cache += cached * bundle;
-                a.link_bytes += link * bundle;
+                a.link_bytes += link_rows * bundle / 3;
             }
-            let [_, link, cached, _, host, active, used, fetched] = since[layer.totals];
+            let [_, link_rows, cached, hot_rows, host, active, used, fetched] = since[layer.totals];
+            if layer.rows.is_some() {
+                (n_rows, of_rows) = (n_rows + link_rows + hot_rows, true);
+                if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
+                    // There is no cache; this counts those whose down row was read.
+                    bytes.device -= cached * sketch.down_row_bytes();
+                }
+                continue;
+            }
             let early_bytes = fetched * layer.last_section().layout.bundle_bytes() as u64;
             a.link_bytes += early_bytes;
             a.early_link_bytes += early_bytes;
             a.cache_hits += cached;
             // A cache is for what changes from token to token.
-            a.cache_misses += if layer.chooser.is_some() { link + host + used } else { 0 };
+            a.cache_misses += if layer.chooser.is_some() { link_rows / 3 + host + used } else { 0 };
             a.foreseen += fetched;
             a.foreseen_used += used;
             a.neurons_computed += active;
@@ -364,6 +376,7 @@ impl GpuEngine {
                 bytes.device -= (active - sketch.first as u64) * sketch.down_row_bytes();
             }
         }
+        a.neurons_computed += if of_rows { n_rows / 3 } else { 0 };
         bytes.host = a.link_bytes - before + host_bytes;
         a.neurons_total += n;
         a.bytes.device += bytes.device;

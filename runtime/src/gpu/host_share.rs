@@ -6,6 +6,7 @@
 
 use super::load::{Layer, Model};
 use crate::ffn::{ColdBundles, add_bundles, input_encoding};
+use crate::row_choice::HostList;
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
-use thermocline_kernels::cuda::launch::{INPUT_FLAG, RESULT_FLAG, flag_value};
+use thermocline_kernels::cuda::launch::{HOST_ROWS, INPUT_FLAG, RESULT_FLAG, flag_value};
 use thermocline_kernels::{Kernels, LayerLayout, PreparedInput};
 
 /// What the device takes for "the host has given up".
@@ -46,6 +47,7 @@ struct Shared {
     result_flags: Memory,
     count: Memory,
     list: Memory,
+    known: Memory,
     x: Memory,
     y: Memory,
     awake: AtomicBool,
@@ -53,6 +55,10 @@ struct Shared {
     panicked: AtomicBool,
     /// Bytes of rows that were read.
     bytes: AtomicU64,
+    /// Rows that were asked for.
+    rows: AtomicU64,
+    /// Whether lists may ask for single rows.
+    of_rows: bool,
     n_threads: usize,
 }
 
@@ -89,12 +95,15 @@ impl HostShare {
             result_flags: m.result_flags.clone(),
             count: m.count.clone(),
             list: m.list.clone(),
+            known: m.known.clone(),
             x: m.x.clone(),
             y: m.y.clone(),
             awake: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
+            rows: AtomicU64::new(0),
+            of_rows: model.layers.iter().any(|l| l.rows.is_some()),
             n_threads,
         });
         let seen = shared.request_flag.words()[0].load(Ordering::Acquire);
@@ -131,6 +140,11 @@ impl HostShare {
         self.shared.bytes.load(Ordering::Relaxed)
     }
 
+    /// Rows asked for so far, three of a whole neuron.
+    pub(super) fn rows(&self) -> u64 {
+        self.shared.rows.load(Ordering::Relaxed)
+    }
+
     /// Bytes a second of rows read and computed with, on `n` neurons of each of several layers that have cold ones, spread over
     /// all of them or one behind the other; 0 if none has. The device must be idle. Takes numbers of tokens after `serial`,
     /// which is moved on: flags never go back.
@@ -154,7 +168,8 @@ impl HostShare {
             let n = n.min(available).min(shared.list.words().len());
             for (i, word) in shared.list.words()[..n].iter().enumerate() {
                 let spread = (ROUNDS * i + round) * available / (ROUNDS * n);
-                word.store(if is_scattered { spread } else { round * (available - n) + i } as u32, Ordering::Relaxed);
+                let cold = if is_scattered { spread } else { round * (available - n) + i };
+                word.store(cold as u32 | 7 << HOST_ROWS, Ordering::Relaxed);
             }
             shared.count.words()[0].store(n as u32, Ordering::Relaxed);
             *serial += 1;
@@ -214,12 +229,15 @@ fn work(shared: &Shared, t: usize, mut seen: u32, mut prepared: u32) {
         }
         seen = flag;
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
-        let mine = &shared.list.words()[n * t / n_threads..n * (t + 1) / n_threads];
+        let places = n * t / n_threads..n * (t + 1) / n_threads;
+        let known = shared.of_rows.then(|| &shared.known.words()[2 * places.start..2 * places.end]);
+        let mine = HostList { entries: &shared.list.words()[places], known };
         let bytes = add_bundles(&kernels, layer.bundles(), shared.activation, &input, &mut sums, mine);
         shared.y.copy_from(t * hidden, &sums);
         shared.result_flag(t).store(flag, Ordering::Release);
         // While the device is busy with other things.
         shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+        shared.rows.fetch_add(mine.n_rows(), Ordering::Relaxed);
         sums.fill(0.0);
     }
 }

@@ -4,7 +4,7 @@ use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch, n_sketch
 use super::plan::{GpuPlan, heads, pinned_embedding};
 use super::sections::{Section, first_totals_row};
 use crate::chooser::chosen_active;
-use crate::layer_active::LayerActive;
+use crate::layer_active::{LayerActive, LeastCost};
 use crate::plan::Mode;
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -45,6 +45,8 @@ pub(super) struct Layer {
     pub n_always: usize,
     /// Those of the others that a token computes.
     pub selection: Selection,
+    /// If it reads single rows of them.
+    pub rows: Option<RowRule>,
     /// Sparse mode: stands for the others.
     pub left_out: Option<View>,
     /// Whether that is listed anew for each token, and by the kernel that divides it with the host.
@@ -53,6 +55,15 @@ pub(super) struct Layer {
     pub work: WorkList,
     /// Its row of the totals.
     pub totals: usize,
+}
+
+/// Which rows of a layer's neurons are read.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowRule {
+    /// The cost from which a row is.
+    pub least: f32,
+    /// Whether none is read alone.
+    pub whole: bool,
 }
 
 impl Layer {
@@ -340,10 +351,17 @@ impl Loader<'_> {
             slots: self.arena.take(slots * file.bundles().coldest().bundles().bundle_bytes()),
             n_always: if chooser.is_some() { n_always } else { 0 },
             selection: match active.filter(|_| chooser.is_some()) {
-                Some(LayerActive { least_cost: Some(least), .. }) => Selection::Above(*least),
+                Some(LayerActive { least_cost: Some(LeastCost::OfNeuron(least)), .. }) => Selection::Above(*least),
+                // By which of their rows are read, as a number.
+                Some(LayerActive { least_cost: Some(LeastCost::OfRow { .. }), .. }) => Selection::Above(0.5),
                 Some(active) => Selection::Top(active.n_active - n_always),
                 None => Selection::Every,
             },
+            rows: chooser
+                .as_ref()
+                .and(active)
+                .and_then(LayerActive::of_rows)
+                .map(|(least, _)| RowRule { least, whole: !file.bundles().has_plain_rows() }),
             chooser,
             left_out: left_out.transpose()?,
             is_chosen: self.is_chosen(n_hot),
@@ -358,7 +376,10 @@ impl Loader<'_> {
         let Some(sketch) = self.split.sketch(l)? else {
             return Ok(DeviceChooser::Predictor(self.predictor(l)?));
         };
-        let (first, sketch) = (self.plan.always_neurons, sketch.behind(self.plan.always_neurons));
+        let (first, mut sketch) = (self.plan.always_neurons, sketch.behind(self.plan.always_neurons));
+        if let Some((_, factors)) = self.active.get(l).and_then(LayerActive::of_rows) {
+            sketch = sketch.with_errors_times(factors);
+        }
         let n_neurons = sketch.n_neurons();
         let put = |bytes: &[u8]| self.arena.put(self.device, bytes);
         let rows = |part: usize| put(&sketch_planes(sketch.matrix(part, hidden)));

@@ -83,7 +83,7 @@ impl Probe<'_> {
         self.device.fill(self.x, 0)?;
         best_of(self.device, (n * self.layout.bundle_bytes()) as f64, || {
             let (layout, activation, n_blocks) = (self.layout, self.activation, self.n_blocks);
-            Ok(ffn(self.device, layout, activation, self.work, bundles, self.x, n_blocks, self.partial)?)
+            Ok(ffn(self.device, layout, activation, self.work, bundles, self.x, n_blocks, self.partial, None)?)
         })
     }
 }

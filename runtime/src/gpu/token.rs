@@ -2,13 +2,16 @@
 //! memory, so that the same graph serves every token.
 
 use super::audit::Kept;
-use super::load::{DeviceChooser, Layer, Model};
+use super::buffers::Scratch;
+use super::load::{DeviceChooser, Layer, Model, RowRule};
 use super::plan::{GpuPlan, heads};
+use super::sections::Section;
 use crate::Result;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
-    Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, Sketched, add_sketched,
-    attend, choose, divide_work, embed, fetch_bundles, ffn, finish, gemv, predict_inner, predict_scores, sketch_scores,
+    Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, RowChoice, Sketched,
+    SketchedRows, add_sketched, attend, choose, divide_work, embed, fetch_bundles, ffn, finish, gemv, predict_inner,
+    predict_scores, sketch_scores,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue, View};
 
@@ -102,7 +105,8 @@ fn feed_forward(
             predict_scores(device, &predictors, input, model.activation)?;
         }
         Some(DeviceChooser::Sketch(sketch)) => {
-            let out = Sketched { scores: &s.scores, activations: &s.sketched };
+            let of_row = |rule: RowRule| RowChoice { least: rule.least, whole: rule.whole, products: &s.products };
+            let out = Sketched { scores: &s.scores, activations: &s.sketched, rows: layer.rows.map(of_row) };
             sketch_scores(device, sketch, input, &layer.ffn_norm, model.activation, out)?;
         }
         None => {
@@ -129,6 +133,9 @@ fn feed_forward(
                 n_hot: layer.n_hot,
                 n_always: layer.n_always,
                 selection: layer.selection,
+                rows: layer.rows.is_some(),
+                sketched: matches!(layer.chooser, Some(DeviceChooser::Sketch(_))).then_some(&s.sketched),
+                products: layer.rows.is_some().then_some(&s.products),
                 cache: &layer.cache,
                 step: &s.step,
                 layer: l,
@@ -153,17 +160,27 @@ fn feed_forward(
     // Each section leaves a row for every block; the last brings what comes next into the second-level cache.
     let row = 4 * config.hidden_size;
     let (rows, mut n_rows) = (row * model.n_blocks, layer.sections.len() * model.n_blocks);
-    if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
-        let partial = s.partial.slice(row * n_rows, row * model.sketch_rows);
-        add_sketched(device, sketch, &s.sketched, &layer.work, model.sketch_rows, &partial)?;
-        n_rows += model.sketch_rows;
+    let sketched = s.partial.slice(row * n_rows, row * model.sketch_rows);
+    let sketch = match &layer.chooser {
+        Some(DeviceChooser::Sketch(sketch)) => Some(sketch),
+        _ => None,
+    };
+    // Single rows leave it activations to add; whole neurons leave it nothing, and the link has more time.
+    let (before, behind) = if layer.rows.is_some() { (None, sketch) } else { (sketch, None) };
+    if let Some(sketch) = before {
+        add_sketched(device, sketch, &s.sketched, model.sketch_rows, &sketched)?;
     }
     for (i, section) in layer.sections.iter().enumerate() {
         let ahead = ahead.filter(|_| i + 1 == layer.sections.len());
         let bundles = Bundles { hot: &section.hot, cold: &section.cold, cache: &layer.slots, fetched: places, ahead };
         let (work, partial) = (&section.work, s.partial.slice(i * rows, rows));
-        ffn(device, section.layout, model.activation, work, bundles, &s.normed, model.n_blocks, &partial)?;
+        let rows = layer.rows.filter(|rule| !rule.whole).map(|_| layer.sketched_rows(section, s));
+        ffn(device, section.layout, model.activation, work, bundles, &s.normed, model.n_blocks, &partial, rows)?;
     }
+    if let Some(sketch) = behind {
+        add_sketched(device, sketch, &s.sketched, model.sketch_rows, &sketched)?;
+    }
+    n_rows += if sketch.is_some() { model.sketch_rows } else { 0 };
     // From when this layer does not need the link any more to when the next one does.
     if let Some(next) = next {
         device.order(Queue::Compute, Queue::Copy)?;
@@ -172,6 +189,20 @@ fn feed_forward(
     }
     let (hidden, counts, left_out) = (config.hidden_size, &layer.work.counts, layer.left_out.as_ref());
     finish(device, &s.partial, n_rows, hidden, counts, left_out, host.as_ref(), &s.step, place, &s.x)
+}
+
+impl Layer {
+    /// Where the fused kernel finds what stands for rows that it does not read: neurons have the numbers of those behind the first
+    /// ones, bundles those of the section.
+    fn sketched_rows<'a>(&self, section: &Section, s: &'a Scratch) -> SketchedRows<'a> {
+        let behind = |neuron: usize| neuron as i32 - self.n_always as i32;
+        SketchedRows {
+            products: &s.products,
+            sketched: &s.sketched,
+            hot_offset: behind(section.neurons.start),
+            cold_offset: behind(section.first_cold()),
+        }
+    }
 }
 
 /// A layer for which the link fetches while the attention before it is computed.

@@ -14,13 +14,22 @@ use feedback::{Rounded, round_alone};
 pub(crate) use feedback::{Search, round_row, unit_scale};
 use ndarray::Array2;
 use rayon::prelude::*;
-use thermocline_calibrate::predictor::{expected_error, gate_row_error, up_row_error};
+use thermocline_calibrate::predictor::{expected_error, expected_rows};
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, unsketch};
 
 /// Bits of gate, up and down rows. SiLU leaves little of a gate's error where the gate is negative, so that the up row's counts
 /// more.
 pub const SKETCH_BITS: [SketchBits; 3] = [SketchBits::Two, SketchBits::Three, SketchBits::Two];
+
+/// A neuron's gate row, among those that are to be read.
+pub const GATE_ROW: u8 = 1;
+/// Its up row.
+pub const UP_ROW: u8 = 2;
+/// Its down row.
+pub const DOWN_ROW: u8 = 4;
+/// All three.
+pub const ALL_ROWS: u8 = GATE_ROW | UP_ROW | DOWN_ROW;
 
 const PARTS: [&str; 3] = ["gate", "up", "down"];
 
@@ -96,26 +105,33 @@ impl Sketch {
         if cost.is_nan() || !h.is_finite() { (0.0, 0.0) } else { (cost, h) }
     }
 
-    /// What reading the up row of neuron `i` is expected to spare, as a squared length in the layer's output, if the products of
-    /// its sketch are `gate` and `up`. Infinite where these say nothing: such a row must be read.
+    /// What reading the gate, the up and the down row of neuron `i` is expected to spare, as squared lengths in the layer's output, if
+    /// the products of its sketch are `gate` and `up`: what is known of a neuron before any of its rows is read.
     #[inline]
-    pub fn up_row_error(&self, activation: Activation, i: usize, gate: f32, up: f32) -> f32 {
-        let error = up_row_error(activation, gate, up, self.up_sd[i]) * self.down_norm[i].powi(2);
-        if error.is_nan() || !up.is_finite() { f32::INFINITY } else { error }
+    pub fn row_costs(&self, activation: Activation, i: usize, gate: f32, up: f32) -> [f32; 3] {
+        let of = expected_rows(activation, gate, up, self.gate_sd[i], self.up_sd[i]);
+        let (down, error) = (self.down_norm[i].powi(2), self.down_error[i].powi(2));
+        [of.gate * down, of.up * down, of.square * error]
     }
 
-    /// The same of the gate row, once it is decided whether `up` is the product of the up row itself.
+    /// The rows of neuron `i` ([`GATE_ROW`], [`UP_ROW`], [`DOWN_ROW`]) that are worth reading where a length of `least` in the layer's
+    /// output is; a row of which nothing can be said is, and so are all of a neuron whose products say nothing.
     #[inline]
-    pub fn gate_row_error(&self, activation: Activation, i: usize, gate: f32, up: f32, up_is_read: bool) -> f32 {
-        let up_sd = if up_is_read { 0.0 } else { self.up_sd[i] };
-        let error = gate_row_error(activation, gate, up, self.gate_sd[i], up_sd) * self.down_norm[i].powi(2);
-        if error.is_nan() || !gate.is_finite() { f32::INFINITY } else { error }
+    pub fn rows_to_read(&self, activation: Activation, i: usize, (gate, up): (f32, f32), least: f32) -> u8 {
+        if !(gate.is_finite() && up.is_finite()) {
+            return ALL_ROWS;
+        }
+        let costs = self.row_costs(activation, i, gate, up);
+        let is_read = |cost: f32| u8::from(cost > least * least || cost.is_nan());
+        GATE_ROW * is_read(costs[0]) + UP_ROW * is_read(costs[1]) + DOWN_ROW * is_read(costs[2])
     }
 
-    /// The same of the down row, for the activation `h` that is taken.
-    #[inline]
-    pub fn down_row_error(&self, i: usize, h: f32) -> f32 {
-        (h * self.down_error[i]).powi(2)
+    /// With errors of gate and up products that are so many times as large.
+    #[must_use]
+    pub fn with_errors_times(mut self, [gate, up]: [f32; 2]) -> Self {
+        self.gate_sd.iter_mut().for_each(|sd| *sd *= gate);
+        self.up_sd.iter_mut().for_each(|sd| *sd *= up);
+        self
     }
 
     /// With neuron `order[p]` at place p.

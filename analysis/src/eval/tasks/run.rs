@@ -88,7 +88,7 @@ fn run_pass(
         for (i, stream) in streams.iter_mut().enumerate() {
             on_step(index * masks.len() + i);
             let (active, choice) = (stream.active.get(index), stream.mask.input_choice(None));
-            let masked = MaskedLayer::new(stream.mask, &layer, &down_norm, &choosers, active, choice, None)?;
+            let masked = MaskedLayer::new(stream.mask, &layer, &down_norm, &choosers, active, choice)?;
             for (sequences, rows) in &groups {
                 let x = &mut stream.x[rows.start * hidden..rows.end * hidden];
                 masked.forward(x, &pass.sequences[sequences.clone()], positions)?;

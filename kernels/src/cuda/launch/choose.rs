@@ -39,13 +39,18 @@ pub struct CacheTables {
 /// Where the host reads which neurons it is to compute: mapped memory. [`super::predict_scores`] gives it the input.
 #[derive(Debug, Clone)]
 pub struct HostWork {
-    /// u32 `[ffn]`: cold numbers.
+    /// u32 `[ffn]`: cold numbers, ascending, and from [`HOST_ROWS`] on the rows to read: a sum of 1 for gate, 2 for up, 4 for down.
     pub list: View,
+    /// `[ffn]` pairs, used with [`Choose::rows`]: gate and up of each of these as the sketch has them.
+    pub known: View,
     /// u32: length of the list.
     pub count: View,
     /// u32: the layer's number, raised last ([`flag_value`]); at [`INPUT_FLAG`] the same, raised as soon as x is there.
     pub flag: View,
 }
+
+/// The bit of an entry of [`HostWork::list`] at which its rows begin: those below are its number.
+pub const HOST_ROWS: u32 = 29;
 
 /// Words from [`HostWork::flag`] to the one for the input: another line of the cache.
 pub const INPUT_FLAG: usize = 32;
@@ -87,11 +92,14 @@ pub fn flag_value(serial: u32, layer: usize, n_layers: usize) -> u32 {
 pub struct WorkList {
     /// u32 `[ffn]`: the active neurons, ascending.
     pub ids: View,
-    /// u32 pairs `[ffn]`: where each bundle comes from and which slot it fills.
+    /// u32 pairs `[ffn]`: where each bundle comes from and which slot it fills; from `0xffff_fff8` on none, and the three lowest bits
+    /// are the rows to read, as in [`HostWork::list`].
     pub items: View,
     /// u32 `[8]`: items, over the link, cached, hot, host, active, fetched beforehand, 0.
     pub counts: View,
-    /// u64 `[8]`: the same, added up over tokens; the last is what [`super::fetch_bundles`] has fetched.
+    /// u64 `[8]`: the same, added up over tokens, but rows to read of those over the link and of hot ones, three of a whole
+    /// neuron; with [`Choose::rows`], in place of cached ones, those that were chosen and whose down row is read; the last is what
+    /// [`super::fetch_bundles`] has fetched.
     pub totals: View,
 }
 
@@ -118,6 +126,14 @@ pub struct Choose<'a> {
     pub n_always: usize,
     /// Which of the others are active.
     pub selection: Selection,
+    /// Whether rows are read or not, each alone: scores are which of a neuron's, as [`super::RowChoice`] leaves them, and those that
+    /// have any are active, [`Selection::Above`] 0.5. Without a cache.
+    pub rows: bool,
+    /// `[ffn - n_always]`: activations as a sketch has them, which become 0 of the active ones, with `rows` of those whose down row is
+    /// read.
+    pub sketched: Option<&'a View>,
+    /// `[ffn - n_always]` pairs: gate and up as the sketch has them, for the host; wanted with `rows`.
+    pub products: Option<&'a View>,
     /// The cache.
     pub cache: &'a CacheTables,
     /// The step.
@@ -165,6 +181,16 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
             host.list.len() >= 4 * n_cold && host.count.len() >= 4 && host.flag.len() > 4 * INPUT_FLAG,
             "host work"
         );
+        assert!(n_cold <= 1 << HOST_ROWS, "room for the rows");
+    }
+    c.sketched.iter().for_each(|v| floats(v, n_others));
+    if c.rows {
+        assert!(c.selection == Selection::Above(0.5), "neurons that have rows to read");
+        assert!(cache.n_sets == 0 && !foresees, "no cache, and nothing foreseen");
+        if let Some(host) = c.host {
+            floats(&host.known, 2 * n_cold);
+            floats(c.products.expect("products for the host"), 2 * n_others);
+        }
     }
     if let Some(a) = &c.ahead {
         floats(a.scores, c.ffn.next_multiple_of(4));
@@ -191,6 +217,8 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     // The fields of `struct Choose` in kernels/cuda/choose.cu, with its padding.
     let words = vec![
         c.scores.address(),
+        c.sketched.map_or(0, View::address),
+        c.products.map_or(0, View::address),
         // Those that are always active are left out of all numbers but of what comes out.
         pair(n_others as u32, k as u32),
         pair((c.n_hot - c.n_always) as u32, every),
@@ -204,6 +232,7 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         c.step.address(),
         pair(c.layer as u32, c.n_layers as u32),
         host(|h| &h.list),
+        host(|h| &h.known),
         host(|h| &h.count),
         host(|h| &h.flag),
         out.ids.address(),
@@ -219,7 +248,7 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
         ahead(&|a| pair(a.n_hot as u32, a.foreseen.n_places as u32)),
     ];
     let launch = Launch {
-        kernel: "choose".to_owned(),
+        kernel: if c.rows { "choose_rows" } else { "choose" }.to_owned(),
         grid: [1 + u32::from(c.host.is_some()) + u32::from(c.ahead.is_some()), 1],
         block: 1024,
         shared_bytes: 0,
@@ -227,7 +256,8 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     };
     let mut uses = vec![c.scores, c.step, &cache.slot_of, &cache.owner, &cache.key, &cache.used];
     uses.extend([&out.ids, &out.items, &out.counts, &out.totals]);
-    uses.extend(c.host.iter().flat_map(|h| [&h.list, &h.count, &h.flag]));
+    uses.extend(c.host.iter().flat_map(|h| [&h.list, &h.known, &h.count, &h.flag]));
+    uses.extend(c.sketched.into_iter().chain(c.products));
     uses.extend(c.ahead.iter().flat_map(|a| [a.scores, &a.cache.slot_of]));
     let foreseen = c.fetched.into_iter().chain(c.ahead.map(|a| a.foreseen));
     uses.extend(foreseen.flat_map(|f| [&f.words, &f.list, &f.n_listed]));

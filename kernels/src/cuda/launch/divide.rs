@@ -13,7 +13,7 @@ const PARTS: usize = 4;
 /// memory, among the layer's sections: neighbouring neurons, in order, and the list that each gets, for as many items as it has
 /// neurons, and for the last one all of the cache and of what was fetched. In these lists bundles are counted from the first of
 /// the section's that is in device memory, or in host memory. `counts` are as in [`WorkList`] but for the host's part, which is
-/// left out; `totals` grow by them.
+/// left out; `totals` grow as there.
 ///
 /// Only neurons of the last section may be cached or fetched.
 ///

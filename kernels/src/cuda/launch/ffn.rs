@@ -23,6 +23,20 @@ pub struct Bundles<'a> {
     pub ahead: Option<&'a View>,
 }
 
+/// What a sketch has of neurons of which not all rows are read. A neuron's place in both is its bundle's number plus an offset; one of
+/// which all rows are read needs none.
+#[derive(Debug, Clone, Copy)]
+pub struct SketchedRows<'a> {
+    /// Pairs: the products of gate and up rows that are not read.
+    pub products: &'a View,
+    /// Gets the activations of neurons whose down row is not read, for [`super::add_sketched`].
+    pub sketched: &'a View,
+    /// Of bundles in [`Bundles::hot`].
+    pub hot_offset: i32,
+    /// Of bundles in [`Bundles::cold`].
+    pub cold_offset: i32,
+}
+
 /// Threads of a block of the fused kernel. A team of up to 16 warps has a chunk of columns for each thread; small teams
 /// share a block.
 fn ffn_threads(layout: BundleLayout) -> u32 {
@@ -37,7 +51,8 @@ pub fn ffn_blocks(device: &Device) -> usize {
 }
 
 /// The fused hot/cold kernel: `partial[b, :] = sum h_i d_i` over the items of block b. `partial` is
-/// `[n_blocks, hidden]`. Of a bundle that fills a slot, what its rows use is written there.
+/// `[n_blocks, hidden]`. Of a bundle that fills a slot, what its rows use is written there. With `rows` only the rows that items name
+/// are read, and no slot is filled.
 ///
 /// # Errors
 /// See the module.
@@ -51,6 +66,7 @@ pub fn ffn(
     x: &View,
     n_blocks: usize,
     partial: &View,
+    rows: Option<SketchedRows<'_>>,
 ) -> Result<()> {
     let hidden = layout.hidden_size();
     assert!(hidden.is_multiple_of(GROUP), "the hidden size is a multiple of {GROUP}");
@@ -77,6 +93,12 @@ pub fn ffn(
             u32_of(bundles.ahead.map_or(0, |v| v.len().min(device.cache_bytes() / 2))),
         ],
     };
+    if let Some(rows) = rows {
+        assert!(!is_planar(layout.encoding()), "rows are read alone in plain encodings");
+        launch.kernel = format!("ffn_rows_{}", suffix(layout.encoding()));
+        launch.args.extend([address(rows.products), address(rows.sketched)]);
+        launch.args.extend([rows.hot_offset, rows.cold_offset].map(|offset| Arg::U32(offset.cast_unsigned())));
+    }
     if is_planar(layout.encoding()) {
         let teams = Teams::for_bundles(device, layout);
         (launch.block, launch.shared_bytes) = (teams.threads(), teams.shared_bytes as u32);
@@ -88,6 +110,7 @@ pub fn ffn(
     let mut uses = vec![&work.items, &work.counts, bundles.hot, bundles.cold, bundles.cache, x, partial];
     uses.extend(bundles.fetched);
     uses.extend(bundles.ahead);
+    uses.extend(rows.iter().flat_map(|rows| [rows.products, rows.sketched]));
     device.launch(launch, &uses)
 }
 

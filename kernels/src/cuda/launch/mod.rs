@@ -22,16 +22,16 @@ mod sketch;
 
 pub use attention::{Heads, MAX_SPLITS, RopeTables, attend};
 pub use choose::{
-    Ahead, CacheTables, Choose, Foreseen, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value, host_item,
-    hot_item,
+    Ahead, CacheTables, Choose, Foreseen, HOST_ROWS, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
+    host_item, hot_item,
 };
 pub use divide::divide_work;
 pub use fetch::fetch_bundles;
-pub use ffn::{Bundles, HostResult, RESULT_FLAG, ffn, ffn_blocks, finish};
+pub use ffn::{Bundles, HostResult, RESULT_FLAG, SketchedRows, ffn, ffn_blocks, finish};
 pub use predict::{LayerInput, LowRankPredictor, inner_values, predict_inner, predict_scores};
 pub use product::{Added, Norm, embed, gemv};
 pub use prompt::{add_bias_rows, attend_rows, embed_rows, gate_rows, norm_rows, unpack_bundles, unpack_rows};
-pub use sketch::{DeviceSketch, Sketched, add_sketched, sketch_rows, sketch_scores};
+pub use sketch::{DeviceSketch, RowChoice, Sketched, add_sketched, sketch_rows, sketch_scores};
 
 use predict::layer_input;
 

@@ -1,6 +1,6 @@
 //! A layer's sketch: scores of all neurons, and what stands for those that are not computed.
 
-use super::{LayerInput, Nonlinearity, THREADS, WorkList, address, floats, layer_input, u32_of};
+use super::{LayerInput, Nonlinearity, THREADS, address, floats, layer_input, u32_of};
 use crate::cuda::backend::{Arg, Launch};
 use crate::cuda::device::Device;
 use crate::cuda::error::Result;
@@ -54,10 +54,24 @@ impl DeviceSketch {
 /// What a sketch says of its neurons, `[n_neurons]` each.
 #[derive(Debug, Clone, Copy)]
 pub struct Sketched<'a> {
-    /// What leaving a neuron to its sketch is expected to cost, as a length in the layer's output.
+    /// What leaving a neuron to its sketch is expected to cost, as a length in the layer's output. With `rows`, which of its rows
+    /// are read: a sum of 1 for gate, 2 for up, 4 for down.
     pub scores: &'a View,
     /// Its activation as the sketch has it.
     pub activations: &'a View,
+    /// How rows are chosen, if each is read or not alone.
+    pub rows: Option<RowChoice<'a>>,
+}
+
+/// The rows of a neuron that are read.
+#[derive(Debug, Clone, Copy)]
+pub struct RowChoice<'a> {
+    /// Those of which it is expected to cost more than this to leave them to the sketch, as a length in the layer's output.
+    pub least: f32,
+    /// All of a neuron, if any is.
+    pub whole: bool,
+    /// `[n_neurons]` pairs: gate and up as the sketch has them.
+    pub products: &'a View,
 }
 
 /// Scores and activations of its neurons for `norm(x)`, which is given away as by [`super::predict_scores`]; `norm_weight`
@@ -78,6 +92,7 @@ pub fn sketch_scores(
     floats(norm_weight, hidden);
     floats(out.scores, n);
     floats(out.activations, n);
+    out.rows.iter().for_each(|rows| floats(rows.products, 2 * n));
     assert_eq!(from.hidden, hidden, "the input's width");
     let units = hidden / SKETCH_UNIT;
     // A lane for each unit of a row, up to a warp; each such team takes two neurons.
@@ -100,11 +115,16 @@ pub fn sketch_scores(
             Arg::U32(activation as u32),
             address(out.scores),
             address(out.activations),
+            // The fields of `struct RowChoice` there.
+            Arg::Struct(out.rows.map_or(vec![0; 2], |rows| {
+                vec![rows.products.address(), u64::from(rows.least.to_bits()) | u64::from(rows.whole) << 32]
+            })),
         ],
     };
     let of_sketch = [&sketch.gate, &sketch.up, &sketch.neurons, &sketch.columns];
     let uses = [norm_weight, from.x, from.normed, out.scores, out.activations];
-    device.launch(launch, &of_sketch.into_iter().chain(uses).chain(from.host_x).collect::<Vec<_>>())
+    let optional = from.host_x.into_iter().chain(out.rows.map(|rows| rows.products));
+    device.launch(launch, &of_sketch.into_iter().chain(uses).chain(optional).collect::<Vec<_>>())
 }
 
 /// Rows that [`add_sketched`] leaves with at most `n_blocks` blocks of which each has a few neurons.
@@ -113,9 +133,9 @@ pub fn sketch_rows(n_blocks: usize, n_neurons: usize, hidden: usize) -> usize {
     (n_blocks / hidden.div_ceil(BLOCK_COLUMNS)).clamp(1, n_neurons.div_ceil(LEAST_NEURONS))
 }
 
-/// `partial[b, :] = sum h_i d_i` over those of an equal part of the neurons that are not active, as the sketch has them.
-/// `activations` `[n_neurons]` are those of [`sketch_scores`]; `work`, what was chosen by its scores; `partial`, `[n_rows, hidden]`,
-/// see [`sketch_rows`].
+/// `partial[b, :] = sum h_i d_i` over an equal part of the neurons, with down rows of the sketch. `activations` `[n_neurons]` are
+/// those of [`sketch_scores`], of which [`super::choose`] has made zeros where the neuron's own down row is read, and with rows
+/// [`super::ffn`] has put others where it is not; `partial`, `[n_rows, hidden]`, see [`sketch_rows`].
 ///
 /// # Errors
 /// See the module.
@@ -123,7 +143,6 @@ pub fn add_sketched(
     device: &Device,
     sketch: &DeviceSketch,
     activations: &View,
-    work: &WorkList,
     n_rows: usize,
     partial: &View,
 ) -> Result<()> {
@@ -131,22 +150,13 @@ pub fn add_sketched(
     sketch.check();
     floats(activations, n);
     floats(partial, n_rows * hidden);
-    assert!(n_rows > 0 && work.ids.len() >= 4 * (sketch.first + n) && work.counts.len() >= 32, "what was chosen");
+    assert!(n_rows > 0, "a row for each part");
     let launch = Launch {
         kernel: "add_sketched".to_owned(),
         grid: [n_rows as u32, hidden.div_ceil(BLOCK_COLUMNS) as u32],
         block: THREADS,
         shared_bytes: (4 * n.div_ceil(n_rows)).max(4 * THREAD_COLUMNS * THREADS as usize) as u32,
-        args: vec![
-            address(&sketch.down),
-            address(activations),
-            address(&work.ids),
-            address(&work.counts),
-            u32_of(sketch.first),
-            u32_of(n),
-            u32_of(hidden),
-            address(partial),
-        ],
+        args: vec![address(&sketch.down), address(activations), u32_of(n), u32_of(hidden), address(partial)],
     };
-    device.launch(launch, &[&sketch.down, activations, &work.ids, &work.counts, partial])
+    device.launch(launch, &[&sketch.down, activations, partial])
 }
