@@ -29,13 +29,13 @@ fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
     let mut by_key: BTreeMap<_, Vec<(&EvalFile, &Evaluation)>> = BTreeMap::new();
     for file in evals {
         for result in masks(file) {
-            let key = (subject(file), result.mask.clone(), result.engine.clone());
+            let key = (subject(file), kind(result), result.engine.clone());
             by_key.entry(key).or_default().push((file, result));
         }
     }
-    let families = by_key.into_iter().map(|((subject, mask, engine), mut results)| {
+    let families = by_key.into_iter().map(|((subject, kind, engine), mut results)| {
         results.sort_by(|a, b| a.1.active.unwrap_or(1.0).total_cmp(&b.1.active.unwrap_or(1.0)));
-        let mut label = mask;
+        let mut label = kind;
         if engine == "decode" {
             label.push_str(", decoded");
         }
@@ -45,6 +45,13 @@ fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
         Family { label, results }
     });
     families.collect()
+}
+
+/// The mask, what its shares are of, and behind which share they are.
+fn kind(result: &Evaluation) -> String {
+    let rows = if result.rows_read.is_some() { " by rows" } else { "" };
+    let always = result.always.map_or_else(String::new, |share| format!(" behind {}", percent(share)));
+    format!("{}{rows}{always}", result.mask)
 }
 
 /// Perplexity and KL against the share that is computed, and what tasks say.
@@ -84,11 +91,13 @@ fn over(
 
 /// The axis of [`over`] for the share that was asked for: of the neurons, but for masks that leave out something else.
 fn share_axis(families: &[Family<'_>]) -> Axis {
-    const OTHERS: [(&str, &str); 4] =
-        [("teal", "inputs"), ("wina", "inputs"), ("inputs", "bytes"), ("graded-rows", "rows' bytes")];
+    const OTHERS: [(&str, &str); 3] = [("teal", "inputs"), ("wina", "inputs"), ("inputs", "bytes")];
     let is_shown = |mask: &str| families.iter().flat_map(|f| &f.results).any(|(_, r)| r.mask == mask);
     let shown = OTHERS.into_iter().filter(|(mask, _)| is_shown(mask));
-    let others: Vec<String> = shown.map(|(mask, what)| format!("{mask}: of {what}")).collect();
+    let mut others: Vec<String> = shown.map(|(mask, what)| format!("{mask}: of {what}")).collect();
+    if families.iter().flat_map(|f| &f.results).any(|(_, r)| r.rows_read.is_some()) {
+        others.push("graded: of rows' bytes".to_owned());
+    }
     let label = match others.as_slice() {
         [] => "neurons computed (% of each layer)".to_owned(),
         others => format!("share (% of each layer's neurons; {})", others.join(", ")),
@@ -129,6 +138,8 @@ fn perplexity(families: &[Family<'_>], lowest: f64) -> Figure {
 fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
     let of = |r: &Evaluation| Some((r.bytes_share?, r.kl.filter(|kl| *kl > 0.0)?));
     let series = over(families, |r| of(r).map(|p| p.0), |r| of(r).map(|p| p.1));
+    // With sketches a token can read more than the dense model's.
+    let most = series.iter().flat_map(|s| &s.points).map(|p| p.0).fold(100.0, f64::max);
     let all = families.iter().flat_map(|f| f.results.iter().map(|(file, r)| (f.label.as_str(), *file, *r)));
     let runnable: Vec<_> = all.filter(|(_, _, r)| !r.mask.starts_with("oracle") && of(r).is_some()).collect();
     // Figures of one model on one text are compared.
@@ -152,7 +163,7 @@ fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
         Figure::new(
             Chart {
                 title: "Distance from the dense model against bytes".to_owned(),
-                x: Axis::new("bytes that a token reads (% of the layers)").from_to(0.0, 100.0),
+                x: Axis::new("bytes that a token reads (% of the layers)").from_to(0.0, 10.0 * (most / 10.0).ceil()),
                 y: Axis::new("KL(dense || masked), nats per token").log(),
                 body: Body::Lines(series),
             },
@@ -273,4 +284,20 @@ pub(crate) fn recall(evals: &[EvalFile]) -> Section {
 
 fn by_layer(title: &str, y: &str, body: Body) -> Chart {
     Chart { title: title.to_owned(), x: Axis::new("layer"), y: Axis::new(y).from_to(0.0, 100.0), body }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shares of neurons and of rows, and behind different shares, are no points of one line.
+    #[test]
+    fn shares_of_different_things_are_told_apart() {
+        let record = include_str!("../../records/cpu-zen5-2core/eval-qwen05-graded.json");
+        let record: serde_json::Value = serde_json::from_str(record).unwrap();
+        let results: Vec<Evaluation> = serde_json::from_value(record["results"].clone()).unwrap();
+        let mut kinds: Vec<String> = results.iter().map(kind).collect();
+        kinds.dedup();
+        assert_eq!(kinds, ["dense", "graded by rows", "graded by rows behind 53 %"]);
+    }
 }
