@@ -184,12 +184,25 @@ fn rows_are_chosen_one_by_one() {
     let message = fails(2, &[&["run", "-p", "the lake", "-n", "8", "--max-error", "0.1"][..], &sparse].concat());
     assert!(message.contains("--max-error") && message.contains("single rows"), "{message}");
 
-    // From disk, neurons that have a row to read are read whole: nearer to the dense model.
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), r#"{"context": "the lake", "choices": [" was calm", " rose"], "answer": 0}"#).unwrap();
+    let task = format!("cloze={}", text(file.path()));
+    let tasks = ["eval", "-m", text(&dir), "--task", &task, "--mask", "dense,graded", "--active", "0.1,1", "--json"];
+    let results = json(&tasks)["results"].clone();
+    assert!(results[1]["kl"].as_f64().is_none_or(|kl| kl > 0.0), "{results}");
+}
+
+/// Chunks come from disk with all of a neuron's rows: what is there is computed with.
+#[test]
+fn from_disk_neurons_with_a_row_to_read_are_read_whole() {
+    let (_guard, dir) = copy(&split(&medium(), "q4", &["--sketch"]));
+    ok(&["eval", "-m", text(&dir), "--fit-shares", "--no-curve", "--text", text(support::corpus()), "--ctx", "64"]);
     let mode = Mode::Sparse { active: 0.3 };
     let (least, _) = budget_range(&dir, mode);
     let decoded = |mode: Mode, budget: Option<u64>| {
-        let mut engine = engine(&dir, request(mode, budget, 3)).unwrap();
-        let logits: Vec<Vec<f32>> = prompt(12).iter().map(|t| engine.forward(&[*t], Logits::Last).unwrap()).collect();
+        let mut engine = engine(&dir, request(mode, budget, 2)).unwrap();
+        assert_eq!(engine.plan().streams(), budget.is_some());
+        let logits: Vec<Vec<f32>> = prompt(6).iter().map(|t| engine.forward(&[*t], Logits::Last).unwrap()).collect();
         (logits, engine.account().neurons_computed)
     };
     let (dense, _) = decoded(Mode::Exact, None);
@@ -200,13 +213,6 @@ fn rows_are_chosen_one_by_one() {
     let (in_memory, from_disk) = (decoded(mode, None), decoded(mode, Some(least)));
     assert!(from_disk.1 > in_memory.1 + in_memory.1 / 10, "{} and {}", from_disk.1, in_memory.1);
     assert!(off(&from_disk.0) < off(&in_memory.0), "{} and {}", off(&from_disk.0), off(&in_memory.0));
-
-    let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(file.path(), r#"{"context": "the lake", "choices": [" was calm", " rose"], "answer": 0}"#).unwrap();
-    let task = format!("cloze={}", text(file.path()));
-    let tasks = ["eval", "-m", text(&dir), "--task", &task, "--mask", "dense,graded", "--active", "0.1,1", "--json"];
-    let results = json(&tasks)["results"].clone();
-    assert!(results[1]["kl"].as_f64().is_none_or(|kl| kl > 0.0), "{results}");
 }
 
 #[test]
