@@ -403,51 +403,26 @@ DEVICE void ffn(const FfnArgs& args) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1)
-    ffn_bf16(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-             unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
-             const unsigned char* ahead, u32 ahead_bytes) {
-  ffn<Bf16>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});
-}
-extern "C" __global__ void __launch_bounds__(512, 1)
-    ffn_q8(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-           unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
-             const unsigned char* ahead, u32 ahead_bytes) {
-  ffn<Q8>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});
-}
-extern "C" __global__ void __launch_bounds__(512, 1)
-    ffn_q4(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-           unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x, float* partial,
-             const unsigned char* ahead, u32 ahead_bytes) {
-  ffn<Q4>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes),
-             static_cast<u32>(hidden), activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});
-}
-extern "C" __global__ void __launch_bounds__(512, 1)
-    ffn_rows_bf16(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-                  unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x,
-                  float* partial, const unsigned char* ahead, u32 ahead_bytes, const float2* products, float* sketched, int hot_offset,
-                  int cold_offset) {
-  ffn<Bf16, true>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden), activation,
-                   x, partial, ahead, ahead_bytes, products, sketched, hot_offset, cold_offset});
-}
-extern "C" __global__ void __launch_bounds__(512, 1)
-    ffn_rows_q8(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-                unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x,
-                float* partial, const unsigned char* ahead, u32 ahead_bytes, const float2* products, float* sketched, int hot_offset,
-                int cold_offset) {
-  ffn<Q8, true>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden), activation,
-                 x, partial, ahead, ahead_bytes, products, sketched, hot_offset, cold_offset});
-}
-extern "C" __global__ void __launch_bounds__(512, 1)
-    ffn_rows_q4(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,
-                unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation, const float* x,
-                float* partial, const unsigned char* ahead, u32 ahead_bytes, const float2* products, float* sketched, int hot_offset,
-                int cold_offset) {
-  ffn<Q4, true>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden), activation,
-                 x, partial, ahead, ahead_bytes, products, sketched, hot_offset, cold_offset});
-}
+#define FFN_KERNELS(name, E)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(512, 1)                                                                 \
+      ffn_##name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,           \
+                 unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation,     \
+                 const float* x, float* partial, const unsigned char* ahead, u32 ahead_bytes) {                        \
+    ffn<E>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),        \
+            activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});                                      \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(512, 1)                                                                 \
+      ffn_rows_##name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,      \
+                      unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden,                \
+                      int activation, const float* x, float* partial, const unsigned char* ahead, u32 ahead_bytes,     \
+                      const float2* products, float* sketched, int hot_offset, int cold_offset) {                      \
+    ffn<E, true>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),  \
+                  activation, x, partial, ahead, ahead_bytes, products, sketched, hot_offset, cold_offset});           \
+  }
+FFN_KERNELS(bf16, Bf16)
+FFN_KERNELS(q8, Q8)
+FFN_KERNELS(q4, Q4)
+#undef FFN_KERNELS
 
 // What the CPU's threads give back, all in mapped host memory: sums [n_threads, hidden] and a flag each, kFlagWords apart.
 struct HostPart {

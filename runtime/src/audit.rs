@@ -2,8 +2,8 @@
 //!
 //! Of an audited token the layers' inputs, choices and outputs are kept. When the token is done, every neuron of every layer is
 //! computed from that same input, with the kernels that the run uses, and the choice is compared with the best one of its
-//! size. A neuron of which any row is read counts as computed. Nothing of it reaches the run: not the residual stream, not the cache, not the account. Neurons on disk pass through
-//! the buffers that the run has for them.
+//! size. A neuron of which any row is read counts as computed. Nothing of it reaches the run: not the residual stream, not the
+//! cache, not the account. Neurons on disk pass through the buffers that the run has for them.
 
 use crate::fetch::Fetcher;
 use crate::ffn::{FfnSums, Span};

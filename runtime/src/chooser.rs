@@ -9,7 +9,7 @@ use crate::{Error, Result};
 use std::sync::PoisonError;
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Kernels, Pool, SketchMatrix};
-use thermocline_split::{ALL_ROWS, GradedCurves, Sketch, Split, sketch_bytes};
+use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
 const TASK_NEURONS: usize = 256;
@@ -134,6 +134,21 @@ pub(crate) fn chosen_active(split: &Split, share: f32, n_always: usize) -> Resul
     Ok(LayerActive::graded(&split.manifest().config, n_always, share, thresholds))
 }
 
+/// The sketch of a layer, if the split has one, of the neurons behind the first `n_always`; with the errors that its rows are chosen by,
+/// where `active` chooses rows.
+pub(crate) fn sketch_behind(
+    split: &Split,
+    layer: usize,
+    n_always: usize,
+    active: Option<&LayerActive>,
+) -> Result<Option<Sketch>> {
+    let sketch = split.sketch(layer)?.map(|sketch| sketch.behind(n_always));
+    Ok(match active.and_then(LayerActive::of_rows) {
+        Some((_, factors)) => sketch.map(|sketch| sketch.with_errors_times(factors)),
+        None => sketch,
+    })
+}
+
 impl Chooser {
     /// Of a layer whose first `n_always` neurons every token computes; 0 for a predictor, which is asked about all. `active` is what
     /// it chooses; of a layer `on_disk`, from which chunks of bundles come, neurons are read whole or not at all.
@@ -144,15 +159,11 @@ impl Chooser {
         active: &LayerActive,
         on_disk: bool,
     ) -> Result<Self> {
-        let Some(sketch) = split.sketch(layer).map_err(Error::from)? else {
+        let Some(sketch) = sketch_behind(split, layer, n_always, Some(active))? else {
             return Ok(Chooser::Predictor(Predictor::load(split, layer)?));
         };
         let config = &split.manifest().config;
         let (activation, hidden_size) = (config.activation, config.hidden_size);
-        let mut sketch = sketch.behind(n_always);
-        if let Some((_, factors)) = active.of_rows() {
-            sketch = sketch.with_errors_times(factors);
-        }
         let whole = on_disk || !split.layers()[layer].bundles().has_plain_rows();
         Ok(Chooser::Sketch(SketchedLayer { sketch, n_always, activation, hidden_size, whole }))
     }
@@ -281,8 +292,8 @@ impl SketchedLayer {
                         (*score, *h) = self.sketch.judge(self.activation, first + i, g, u);
                         continue;
                     };
-                    let rows = self.sketch.rows_to_read(self.activation, first + i, (g, u), least);
-                    *score = f32::from(if self.whole && rows > 0 { ALL_ROWS } else { rows });
+                    let rows = self.sketch.rows_to_read(self.activation, first + i, (g, u), least, self.whole);
+                    *score = f32::from(rows);
                     *h = self.activation.apply(g, u);
                     kept[i] = [g, u];
                 }

@@ -70,6 +70,11 @@ impl GradedThresholds {
         self.error_factors.as_deref()
     }
 
+    /// What they are for: `rows` or `neurons`.
+    pub fn kind(&self) -> &'static str {
+        if self.error_factors.is_some() { "rows" } else { "neurons" }
+    }
+
     /// Root mean square of the residual stream behind each layer.
     pub fn residual_rms(&self) -> &[f32] {
         &self.residual_rms

@@ -307,7 +307,7 @@ fn fit_graded(
     let (model, text) = (model_name(&args.model), name(text_path(args)));
     println!(
         "{model}, {text}: thresholds of {} from {}; perplexity over the dense model's on {} behind",
-        kind(&curves),
+        curves.thresholds().kind(),
         count(&windows),
         count(&behind)
     );
@@ -343,7 +343,7 @@ fn fit_graded_alone(args: &Eval, model: &Model, windows: &Windows<'_>, begin: In
         "{}, {}: thresholds of {} from {}, kept in {}: sparse mode chooses by them; what they cost was not measured",
         model_name(&args.model),
         name(text_path(args)),
-        kind(&curves),
+        curves.thresholds().kind(),
         count(windows),
         args.model.display()
     );
@@ -372,17 +372,12 @@ fn print_fitted(args: &Eval, windows: &Windows<'_>, curves: &GradedCurves, begin
         text: name(text_path(args)),
         ctx: windows.ctx(),
         windows: windows.len(),
-        thresholds_of: kind(curves),
+        thresholds_of: curves.thresholds().kind(),
         curves,
         seconds: begin.elapsed().as_secs_f64(),
         version: env!("CARGO_PKG_VERSION"),
         command: std::env::args().skip(1).collect(),
     })
-}
-
-/// What thresholds are for.
-fn kind(curves: &GradedCurves) -> &'static str {
-    if curves.thresholds().error_factors().is_some() { "rows" } else { "neurons" }
 }
 
 fn count(windows: &Windows<'_>) -> String {

@@ -73,8 +73,7 @@ fn split(path: &Path) -> anyhow::Result<Value> {
     }
     if let Some(graded) = split.graded_curves()? {
         value["graded"] = serde_json::from_str(&serde_json::to_string(&graded)?)?;
-        let is_of_rows = graded.thresholds().error_factors().is_some();
-        value["graded"]["thresholds_of"] = if is_of_rows { "rows" } else { "neurons" }.into();
+        value["graded"]["thresholds_of"] = graded.thresholds().kind().into();
     }
     if let Some(report) = split.planted()? {
         value["planted"] = serde_json::to_value(report)?;

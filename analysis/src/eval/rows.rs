@@ -49,8 +49,7 @@ impl RowRule<'_> {
         if (self.places[i] as usize) < self.n_always {
             return ALL_ROWS;
         }
-        let rows = self.sketch.rows_to_read(self.activation, i, sketched, self.least);
-        if self.whole && rows > 0 { ALL_ROWS } else { rows }
+        self.sketch.rows_to_read(self.activation, i, sketched, self.least, self.whole)
     }
 
     /// For tokens with these gate and up products, `[n_tokens, n_neurons]` each, by the sketch and by the rows: activations for the
@@ -152,7 +151,7 @@ mod tests {
         let sketch = sketch();
         for products in [(f32::NAN, 1.0), (1.0, f32::NAN), (f32::INFINITY, 1.0), (1.0, f32::NEG_INFINITY)] {
             for activation in [Activation::Silu, Activation::Relu, Activation::Drelu] {
-                let rows = sketch.rows_to_read(activation, 0, products, 1e6);
+                let rows = sketch.rows_to_read(activation, 0, products, 1e6, false);
                 assert_eq!(rows, ALL_ROWS, "{activation:?} {products:?}");
             }
         }

@@ -2,7 +2,7 @@
 
 use super::audit::GpuAudit;
 use super::host_share::HostShare;
-use super::load::{DeviceChooser, Layer, Model};
+use super::load::{Layer, Model};
 use super::plan::GpuPlan;
 use super::predict::{GpuPrediction, GpuSpeeds};
 use super::prefill::Batch;
@@ -356,7 +356,7 @@ impl GpuEngine {
             let [_, link_rows, cached, hot_rows, host, active, used, fetched] = since[layer.totals];
             if layer.rows.is_some() {
                 (n_rows, of_rows) = (n_rows + link_rows + hot_rows, true);
-                if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
+                if let Some(sketch) = layer.sketch() {
                     // There is no cache; this counts those whose down row was read.
                     bytes.device -= cached * sketch.down_row_bytes();
                 }
@@ -372,7 +372,7 @@ impl GpuEngine {
             a.foreseen_used += used;
             a.neurons_computed += active;
             // The others' down rows are the sketch's.
-            if let Some(DeviceChooser::Sketch(sketch)) = &layer.chooser {
+            if let Some(sketch) = layer.sketch() {
                 bytes.device -= (active - sketch.first as u64) * sketch.down_row_bytes();
             }
         }

@@ -17,6 +17,7 @@ use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
 use thermocline_kernels::cuda::launch::{HOST_ROWS, INPUT_FLAG, RESULT_FLAG, flag_value};
 use thermocline_kernels::{Kernels, LayerLayout, PreparedInput};
+use thermocline_split::ALL_ROWS;
 
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
@@ -169,7 +170,7 @@ impl HostShare {
             for (i, word) in shared.list.words()[..n].iter().enumerate() {
                 let spread = (ROUNDS * i + round) * available / (ROUNDS * n);
                 let cold = if is_scattered { spread } else { round * (available - n) + i };
-                word.store(cold as u32 | 7 << HOST_ROWS, Ordering::Relaxed);
+                word.store(cold as u32 | u32::from(ALL_ROWS) << HOST_ROWS, Ordering::Relaxed);
             }
             shared.count.words()[0].store(n as u32, Ordering::Relaxed);
             *serial += 1;

@@ -3,7 +3,7 @@
 use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch, n_sketch_rows};
 use super::plan::{GpuPlan, heads, pinned_embedding};
 use super::sections::{Section, first_totals_row};
-use crate::chooser::chosen_active;
+use crate::chooser::{chosen_active, sketch_behind};
 use crate::layer_active::{LayerActive, LeastCost};
 use crate::plan::Mode;
 use crate::{Error, Result};
@@ -86,6 +86,14 @@ impl Layer {
     pub(super) fn predictor(&self) -> Option<&DevicePredictor> {
         match &self.chooser {
             Some(DeviceChooser::Predictor(predictor)) => Some(predictor),
+            _ => None,
+        }
+    }
+
+    /// The same, if that is a sketch.
+    pub(super) fn sketch(&self) -> Option<&DeviceSketch> {
+        match &self.chooser {
+            Some(DeviceChooser::Sketch(sketch)) => Some(sketch),
             _ => None,
         }
     }
@@ -373,13 +381,10 @@ impl Loader<'_> {
 
     fn chooser(&self, l: usize) -> Result<DeviceChooser> {
         let hidden = self.plan.hidden_size;
-        let Some(sketch) = self.split.sketch(l)? else {
+        let first = self.plan.always_neurons;
+        let Some(sketch) = sketch_behind(self.split, l, first, self.active.get(l))? else {
             return Ok(DeviceChooser::Predictor(self.predictor(l)?));
         };
-        let (first, mut sketch) = (self.plan.always_neurons, sketch.behind(self.plan.always_neurons));
-        if let Some((_, factors)) = self.active.get(l).and_then(LayerActive::of_rows) {
-            sketch = sketch.with_errors_times(factors);
-        }
         let n_neurons = sketch.n_neurons();
         let put = |bytes: &[u8]| self.arena.put(self.device, bytes);
         let rows = |part: usize| put(&sketch_planes(sketch.matrix(part, hidden)));

@@ -134,7 +134,7 @@ fn feed_forward(
                 n_always: layer.n_always,
                 selection: layer.selection,
                 rows: layer.rows.is_some(),
-                sketched: matches!(layer.chooser, Some(DeviceChooser::Sketch(_))).then_some(&s.sketched),
+                sketched: layer.sketch().map(|_| &s.sketched),
                 products: layer.rows.is_some().then_some(&s.products),
                 cache: &layer.cache,
                 step: &s.step,
@@ -161,10 +161,7 @@ fn feed_forward(
     let row = 4 * config.hidden_size;
     let (rows, mut n_rows) = (row * model.n_blocks, layer.sections.len() * model.n_blocks);
     let sketched = s.partial.slice(row * n_rows, row * model.sketch_rows);
-    let sketch = match &layer.chooser {
-        Some(DeviceChooser::Sketch(sketch)) => Some(sketch),
-        _ => None,
-    };
+    let sketch = layer.sketch();
     // Single rows leave it activations to add; whole neurons leave it nothing, and the link has more time.
     let (before, behind) = if layer.rows.is_some() { (None, sketch) } else { (sketch, None) };
     if let Some(sketch) = before {

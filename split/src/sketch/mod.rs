@@ -115,15 +115,24 @@ impl Sketch {
     }
 
     /// The rows of neuron `i` ([`GATE_ROW`], [`UP_ROW`], [`DOWN_ROW`]) that are worth reading where a length of `least` in the layer's
-    /// output is; a row of which nothing can be said is, and so are all of a neuron whose products say nothing.
+    /// output is; a row of which nothing can be said is, and so are all of a neuron whose products say nothing. If `whole`, rows are never
+    /// read alone: all are where one is.
     #[inline]
-    pub fn rows_to_read(&self, activation: Activation, i: usize, (gate, up): (f32, f32), least: f32) -> u8 {
+    pub fn rows_to_read(
+        &self,
+        activation: Activation,
+        i: usize,
+        (gate, up): (f32, f32),
+        least: f32,
+        whole: bool,
+    ) -> u8 {
         if !(gate.is_finite() && up.is_finite()) {
             return ALL_ROWS;
         }
         let costs = self.row_costs(activation, i, gate, up);
         let is_read = |cost: f32| u8::from(cost > least * least || cost.is_nan());
-        GATE_ROW * is_read(costs[0]) + UP_ROW * is_read(costs[1]) + DOWN_ROW * is_read(costs[2])
+        let rows = GATE_ROW * is_read(costs[0]) + UP_ROW * is_read(costs[1]) + DOWN_ROW * is_read(costs[2]);
+        if whole && rows > 0 { ALL_ROWS } else { rows }
     }
 
     /// With errors of gate and up products that are so many times as large.
