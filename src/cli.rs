@@ -429,6 +429,10 @@ pub struct Split {
     /// needs, and stands for the others
     #[arg(long)]
     pub sketch: bool,
+    /// With --sketch: also keep what the copy leaves of each row, in 4.5 bits a weight. Sparse mode then reads single rows (see eval
+    /// --fit-shares) that come nearer to the checkpoint's than q4's, for as many bytes, and host memory holds no others
+    #[arg(long, requires = "sketch")]
+    pub residuals: bool,
     #[command(flatten)]
     pub threads: Threads,
     /// Print one JSON value and nothing else
@@ -702,6 +706,10 @@ pub struct Eval {
     /// Delta directory: the model that it makes of the split's, which must have the base's bits
     #[arg(long, value_name = "DIR", conflicts_with = "planes")]
     pub delta: Option<PathBuf>,
+    /// What the model is compared with, a checkpoint or a split of the same vocabulary: a split's own checkpoint, for what its encoding
+    /// loses, too; a split with all its planes [default: the model itself, computed densely]
+    #[arg(long, value_name = "MODEL", conflicts_with_all = ["task", "fit_shares", "planes", "engine"])]
+    pub reference: Option<PathBuf>,
     /// What each plane of the weights buys, against all of them: as --precision; several, separated by commas, give a row
     /// each
     #[arg(long, value_delimiter = ',', value_name = "PLANES", conflicts_with_all = ["mask", "active", "precision", "engine"])]

@@ -4,9 +4,11 @@
 mod support;
 
 use std::fs;
+use std::path::Path;
 use std::process::Stdio;
 use support::{
-    calibrating, copy, fails, json, llama, model, ok, profile, qwen_relu, run, split, splitting, text, thermocline,
+    calibrating, copy, fails, json, llama, medium, model, ok, profile, qwen_relu, run, split, splitting, text,
+    thermocline,
 };
 
 fn tiny_split() -> std::path::PathBuf {
@@ -335,6 +337,32 @@ fn what_a_settings_file_gets_wrong_is_told_with_line_and_key() {
     }
     let message = fails(2, &["plan", "-m", "x", "--config", "/nonexistent/settings.toml"]);
     assert!(message.contains("/nonexistent/settings.toml"), "{message}");
+}
+
+/// Against the checkpoint an encoding's own loss shows, too.
+#[test]
+fn a_model_is_compared_with_the_one_that_was_asked_for() {
+    let (checkpoint, q4) = (model(&llama()), split(&llama(), "q4", &[]));
+    let windows = ["--text", text(support::corpus()), "--ctx", "64", "--windows", "2"];
+    let of = |dir: &Path, more: &[&str]| json(&[&["eval", "-m", text(dir), "--json"], more, &windows[..]].concat());
+    let (alone, own) = (of(&checkpoint, &[]), of(&q4, &["--mask", "dense,teal"]));
+    let both = of(&q4, &["--mask", "dense,teal", "--reference", text(&checkpoint)]);
+    assert_eq!(both["perplexity_dense"], alone["perplexity"]);
+    assert!(both["reference"].is_string() && own["reference"].is_null());
+    for i in 0..2 {
+        let [both, own] = [&both, &own].map(|all| &all["results"][i]);
+        assert_eq!(both["perplexity"], own["perplexity"], "the model is the same");
+        assert!(both["kl"].as_f64() > own["kl"].as_f64(), "{both} {own}");
+    }
+    assert_eq!(own["results"][0]["kl"], 0.0);
+    // What is compared with itself is as far away as it is without.
+    let again = of(&q4, &["--mask", "dense,teal", "--reference", text(&q4)]);
+    assert_eq!(again["results"], own["results"]);
+    let table = ok(&[&["eval", "-m", text(&q4), "--reference", text(&checkpoint)][..], &windows].concat()).stdout;
+    assert!(table.contains(", against "), "{table}");
+    let other = model(&medium());
+    let message = fails(2, &[&["eval", "-m", text(&q4), "--reference", text(&other)][..], &windows].concat());
+    assert!(message.contains("--reference") && message.contains("tokens"), "{message}");
 }
 
 #[test]

@@ -373,15 +373,18 @@ fn graded_thresholds_choose_as_on_the_cpu() {
 #[test]
 fn single_rows_are_read_as_on_the_cpu() {
     let sketched: &[&str] = &["--chunk-neurons", "8", "--sketch"];
+    let residuals: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals"];
     let splits = [
-        (four_layers(), "q4"),
-        (four_layers(), "q4,hot@0.25=q8"),
-        (llama(), "bf16"),
-        (qwen_relu(), "q8"),
-        (llama(), "bf16x"),
+        (four_layers(), "q4", sketched),
+        (four_layers(), "q4,hot@0.25=q8", sketched),
+        (llama(), "bf16", sketched),
+        (qwen_relu(), "q8", sketched),
+        (llama(), "bf16x", sketched),
+        (four_layers(), "q4", residuals),
+        (llama(), "bf16", residuals),
     ];
-    for (made, encoding) in splits {
-        let (_guard, dir) = with_thresholds(&split(&made, encoding, sketched), true);
+    for (made, encoding, how) in splits {
+        let (_guard, dir) = with_thresholds(&split(&made, encoding, how), true);
         let open = || Split::open(&dir).unwrap();
         let mode = Mode::Sparse { active: 0.3 };
         let (least, whole) = vram_range_of(&open(), &device(), mode);
@@ -399,6 +402,7 @@ fn single_rows_are_read_as_on_the_cpu() {
             let request = GpuRequest { base: PlanRequest { always, ..request.base }, ..request };
             let gpu = agree(&open, request, share, &what);
             let account = gpu.account();
+            assert_eq!(gpu.plan().residuals, how == residuals, "{what}");
             let of_always = (8 * gpu.plan().hot_neurons.len() * gpu.plan().always_neurons) as u64;
             assert!(account.neurons_computed > of_always && account.neurons_computed < account.neurons_total, "{what}");
             if always.is_some() {
@@ -417,7 +421,9 @@ fn single_rows_are_read_as_on_the_cpu() {
 fn audits_say_what_the_cpu_engine_says_and_change_nothing() {
     let mode = Mode::Sparse { active: 0.3 };
     let sketched = split(&four_layers(), "q4,hot@0.25=q8", &["--chunk-neurons", "8", "--sketch"]);
-    for dir in [demo("q4"), sketched] {
+    let residuals = split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch", "--residuals"]);
+    let (_guard, residuals) = with_thresholds(&residuals, true);
+    for dir in [demo("q4"), sketched, residuals] {
         let (least, whole) = vram_range(&dir, &device(), mode);
         for (vram, share) in [(whole, 0.0), (least + (whole - least) / 3, 0.5)] {
             let what = format!("{}, {vram} bytes, host {share}", dir.display());

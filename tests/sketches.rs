@@ -11,9 +11,11 @@ use support::{
     qwen_relu, request, split, splitting, text,
 };
 use thermocline_datasets::Checkpoint;
-use thermocline_runtime::{Logits, Mode};
-use thermocline_split::{SKETCH_BITS, Split, SplitCheckpoint};
+use thermocline_kernels::unpack;
+use thermocline_runtime::{Logits, Mode, PlanRequest};
+use thermocline_split::{SKETCH_BITS, Split, SplitCheckpoint, residual_layout};
 
+const RESIDUALS: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals"];
 const SKETCHED: &[&str] = &["--chunk-neurons", "8", "--sketch"];
 
 /// What a fit knew of each row's products, against the rows that it stored: over inputs that a model has.
@@ -92,6 +94,61 @@ fn sketches_are_the_same_bytes_every_time_and_only_where_they_were_asked_for() {
         ok(&splitting(&model, &profile, &given, &again));
     }
     assert!(files(&again) == files(&dir), "an interrupted run ends in the same bytes, with any number of threads");
+}
+
+/// Rows of sketch and residual: far nearer to the checkpoint's than q4 has them, gate and up rows as products with what the layer
+/// reads.
+#[test]
+fn residuals_bring_rows_nearer_than_q4() {
+    let dense = SplitCheckpoint::open(&split(&medium(), "bf16", &["--sketch", "--residuals"])).unwrap();
+    let in_q4 = SplitCheckpoint::open(&split(&medium(), "q4", &[])).unwrap();
+    let (stored, hidden) = (dense.split(), dense.config().hidden_size);
+    assert_eq!(stored.manifest().version, 8);
+    let ffn = dense.config().intermediate_size;
+    let layout = residual_layout(hidden).unwrap();
+    assert_eq!(layout.bundle_bytes(), (3 * (hidden / 2 + hidden / 16)).next_multiple_of(16));
+    let mut bundles = vec![0; ffn * layout.bundle_bytes()];
+    stored.read_residuals(0, 0, &mut bundles).unwrap();
+    // A part of them is the same.
+    let mut some = vec![0; 5 * layout.bundle_bytes()];
+    stored.read_residuals(0, 1000, &mut some).unwrap();
+    assert!(some == bundles[1000 * layout.bundle_bytes()..][..some.len()]);
+    let (sketch, order) = (stored.sketch(0).unwrap().unwrap(), stored.layers()[0].order());
+    let x = layer_inputs(&dense);
+    for (part, name) in ["gate", "up", "down"].into_iter().enumerate() {
+        let rows = |from: &SplitCheckpoint| {
+            let rows = from.load(&format!("model.layers.0.mlp.{name}_proj.weight")).unwrap();
+            move |id: usize| -> Vec<f32> {
+                if part < 2 {
+                    rows[id * hidden..][..hidden].to_vec()
+                } else {
+                    rows.iter().skip(id).step_by(ffn).copied().collect()
+                }
+            }
+        };
+        let (wanted, q4) = (rows(&dense), rows(&in_q4));
+        let mut lost = [0.0f64; 2];
+        for place in (0..ffn).step_by(61) {
+            let id = order[place] as usize;
+            let (mut got, mut residual) = (vec![0.0; hidden], vec![0.0; hidden]);
+            sketch.decode_row(part, place, &mut got);
+            let bundle = &bundles[place * layout.bundle_bytes()..][..layout.bundle_bytes()];
+            unpack(layout.encoding(), layout.row(bundle, part), &mut residual);
+            got.iter_mut().zip(residual).for_each(|(got, residual)| *got += residual);
+            for (lost, row) in lost.iter_mut().zip([got, q4(id)]) {
+                let off: Vec<f32> = wanted(id).iter().zip(row).map(|(w, v)| w - v).collect();
+                *lost += match part {
+                    2 => off.iter().map(|v| f64::from(v * v)).sum::<f64>(),
+                    _ => x
+                        .chunks_exact(hidden)
+                        .map(|x| off.iter().zip(x).map(|(o, x)| f64::from(o * x)).sum::<f64>().powi(2))
+                        .sum::<f64>(),
+                };
+            }
+        }
+        let ratio = (lost[0] / lost[1]).sqrt();
+        assert!(ratio < 0.6, "{name}: {ratio} of what q4 loses");
+    }
 }
 
 /// The less is computed, the further from the dense model; but far nearer than with a predictor and nothing in place of the rest.
@@ -190,6 +247,153 @@ fn rows_are_chosen_one_by_one() {
     let tasks = ["eval", "-m", text(&dir), "--task", &task, "--mask", "dense,graded", "--active", "0.1,1", "--json"];
     let results = json(&tasks)["results"].clone();
     assert!(results[1]["kl"].as_f64().is_none_or(|kl| kl > 0.0), "{results}");
+}
+
+/// A copy of a split whose sketches have residuals, with thresholds of rows.
+fn with_residuals(made: &support::Made) -> (tempfile::TempDir, std::path::PathBuf) {
+    let (guard, dir) = copy(&split(made, "q4", RESIDUALS));
+    let corpus = text(support::corpus());
+    ok(&["eval", "-m", text(&dir), "--fit-shares", "--no-curve", "--text", corpus, "--ctx", "64", "--windows", "2"]);
+    (guard, dir)
+}
+
+/// Rows as what sketches leave of them, by any number of threads, and prompts too.
+#[test]
+fn rows_are_read_as_residuals() {
+    let (_guard, dir) = with_residuals(&llama());
+    let mode = Mode::Sparse { active: 0.3 };
+    let decoded = |mode: Mode, always: Option<f32>, n_threads: usize| {
+        let mut engine = engine(&dir, PlanRequest { always, ..request(mode, None, n_threads) }).unwrap();
+        let tokens = prompt(24);
+        let mut logits = vec![engine.prefill(&tokens[..12]).unwrap()];
+        let before = engine.account();
+        logits.extend(tokens[12..].iter().map(|t| engine.forward(&[*t], Logits::Last).unwrap()));
+        let account = engine.account();
+        (logits.concat(), account.bytes.host - before.bytes.host, engine)
+    };
+    let (dense, ..) = decoded(Mode::Exact, None, 1);
+    let first = dense.len() / 13;
+    let of_checkpoint = engine(&split(&llama(), "bf16", &[]), request(Mode::Exact, None, 1))
+        .unwrap()
+        .prefill(&prompt(24)[..12])
+        .unwrap();
+    let off_by = |got: &[f32], want: &[f32]| got.iter().zip(want).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+    let off = |got: &[f32]| off_by(got, &dense);
+    for always in [None, Some(0.3), Some(1.0)] {
+        let (one, bytes, engine) = decoded(mode, always, 1);
+        let plan = engine.plan();
+        assert!(plan.residuals && plan.residuals_would_take.is_none());
+        let n_sections = if always == Some(0.3) { 2 * plan.hot_neurons.len() } else { 0 };
+        assert_eq!(plan.sections.len(), n_sections, "{always:?}");
+        let (three, _, _) = decoded(mode, always, 3);
+        assert!(bits(&one) == bits(&three), "{always:?}");
+        // All neurons always computed are the split's own, as in exact mode.
+        assert_eq!(off(&one) == 0.0, always == Some(1.0), "{always:?}: {}", off(&one));
+        if always.is_none() {
+            let prompt_off = off(&one[..first]);
+            assert!(prompt_off > 0.0 && prompt_off < 0.5 * off(&one), "{prompt_off} of {}", off(&one));
+            let [read, q4] = [&one, &dense].map(|logits| off_by(&logits[..first], &of_checkpoint));
+            assert!(read < 0.7 * q4, "{read} off the checkpoint's, q4 {q4}");
+            // Sketches alone are further away.
+            let (few, fewer_bytes, _) = decoded(Mode::Sparse { active: 0.01 }, None, 1);
+            assert!(off(&one) < off(&few) && bytes > fewer_bytes);
+            let rows = 12 * (plan.hot_neurons.len() * plan.hot_neurons[0]) as u64 * 3 * (64 / 2 + 4);
+            let share = (bytes - fewer_bytes) as f64 / rows as f64;
+            assert!((0.15..0.45).contains(&share), "{share}");
+        }
+    }
+    // Of everything it reads the split's own rows.
+    let (whole, _, engine) = decoded(Mode::Sparse { active: 1.0 }, None, 2);
+    assert!(
+        !engine.plan().residuals && off(&whole) < 1e-3 * off_by(&vec![0.0; dense.len()], &dense),
+        "{}",
+        off(&whole)
+    );
+    let run = [
+        "run",
+        "-m",
+        text(&dir),
+        "-p",
+        "the lake",
+        "-n",
+        "4",
+        "--vram-budget",
+        "0",
+        "--mode",
+        "sparse",
+        "--audit-every",
+        "1",
+    ];
+    let account = json(&[&run[..], &["--active", "0.3", "--json"]].concat());
+    let audit = &account["audit"];
+    assert!(audit["recall"].as_f64().unwrap() > 0.8 && audit["output_error"].as_f64().unwrap() < 0.1, "{account}");
+    let plan = ok(&["plan", "-m", text(&dir), "--vram-budget", "0", "--mode", "sparse", "--active", "0.3"]).stdout;
+    assert!(plan.contains("as what their sketches leave of them"), "{plan}");
+}
+
+/// Where there is no memory for all of them neurons are read whole, and the plan says so.
+#[test]
+fn residuals_that_do_not_fit_are_left_out_aloud() {
+    let (_guard, dir) = with_residuals(&medium());
+    let mode = Mode::Sparse { active: 0.3 };
+    let (least, _) = budget_range(&dir, mode);
+    let all = engine(&dir, request(mode, None, 2)).unwrap();
+    let total = all.plan().total_bytes;
+    // Before thresholds were fitted neurons were read whole, and took as much.
+    let whole = engine(&split(&medium(), "q4", RESIDUALS), request(mode, None, 2)).unwrap();
+    assert!(all.plan().residuals && !whole.plan().residuals && total == whole.plan().total_bytes);
+    for (budget, fits) in [(total, true), (total - 1, false), (least, false)] {
+        let mut engine = engine(&dir, request(mode, Some(budget), 2)).unwrap();
+        assert_eq!((engine.plan().residuals, engine.plan().streams()), (fits, !fits), "{budget}");
+        assert_eq!(engine.plan().residuals_would_take, (!fits).then_some(total));
+        assert!(engine.forward(&[3], Logits::Last).unwrap().iter().all(|l| l.is_finite()));
+    }
+    let plan = ["plan", "-m", text(&dir), "--vram-budget", "0", "--mode", "sparse"];
+    let total = json(&[&plan[..], &["--json"]].concat())["plan"]["total_bytes"].as_u64().unwrap();
+    let budget = format!("{}KiB", total / 1024 - 8);
+    let said = ok(&[&plan[..], &["--ram-budget", &budget]].concat()).stdout;
+    assert!(said.contains("note: with what sketches leave") && said.contains("read whole"), "{said}");
+}
+
+#[test]
+fn residuals_that_lie_are_refused() {
+    let (_guard, made) = with_residuals(&llama());
+    let refused = |change: &dyn Fn(&Path), words: [&str; 2]| {
+        let (_guard, dir) = copy(&made);
+        change(&dir);
+        let error = engine(&dir, request(Mode::Sparse { active: 0.25 }, None, 2)).map(drop).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    for scale in [0x7e00u16, 0x7c00, 0xfc00] {
+        let lie = move |bytes: &mut [u8]| bytes[3 * 64 / 2..][..2].copy_from_slice(&scale.to_le_bytes());
+        refused(&|dir| forge::residual(dir, "residuals.1", lie), ["residuals.1", "not finite"]);
+    }
+    refused(
+        &|dir| forge::manifest(dir, |m| m.residuals.as_mut().unwrap().tensors[0].name = "residuals.7".to_owned()),
+        ["residuals.safetensors", "residuals.0"],
+    );
+    refused(&|dir| forge::manifest(dir, |m| m.version = 7), ["version", "8"]);
+    refused(&|dir| forge::manifest(dir, |m| (m.sketches, m.graded) = (None, None)), ["residuals", "of sketches"]);
+    refused(&|dir| fs::remove_file(dir.join("residuals.safetensors")).unwrap(), ["residuals.safetensors", "missing"]);
+    refused(
+        &|dir| {
+            let path = dir.join("residuals.safetensors");
+            let mut bytes = fs::read(&path).unwrap();
+            *bytes.last_mut().unwrap() ^= 1;
+            fs::write(path, bytes).unwrap();
+        },
+        ["residuals", "checksum"],
+    );
+    let (_guard, dir) = copy(&made);
+    let path = dir.join("residuals.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.len() / 2;
+    bytes[at] ^= 16;
+    fs::write(path, bytes).unwrap();
+    let checked = fails(4, &["verify", text(&dir), "-m", text(&model(&llama()))]);
+    assert!(checked.contains("residuals") && checked.contains("checksum"), "{checked}");
+    let alone = ["split", "-m", "model", "--profile", "profile", "-o", "out", "--residuals"];
+    assert!(fails(2, &alone).contains("--sketch"));
 }
 
 /// Chunks come from disk with all of a neuron's rows: what is there is computed with.

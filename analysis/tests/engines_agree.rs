@@ -22,10 +22,19 @@ fn tokens(n: usize) -> Vec<u32> {
 }
 
 fn make(dir: &Path, model: &TinyModel, encoding: Encoding) -> std::path::PathBuf {
-    make_with(dir, model, encoding, false)
+    make_with(dir, model, encoding, Extra::Nothing)
 }
 
-fn make_with(dir: &Path, model: &TinyModel, encoding: Encoding, sketch: bool) -> std::path::PathBuf {
+/// What a split has besides predictors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Extra {
+    Nothing,
+    Sketches,
+    /// And what these leave.
+    Residuals,
+}
+
+fn make_with(dir: &Path, model: &TinyModel, encoding: Encoding, extra: Extra) -> std::path::PathBuf {
     write_tiny_safetensors(&dir.join("model"), model, 5).unwrap();
     let checkpoint = open_checkpoint(&dir.join("model")).unwrap();
     let settings = Settings { window_len: 64, n_samples: 128, ..Settings::default() };
@@ -40,7 +49,8 @@ fn make_with(dir: &Path, model: &TinyModel, encoding: Encoding, sketch: bool) ->
         compression: Compression::None,
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
-        sketch,
+        sketch: extra != Extra::Nothing,
+        residuals: extra == Extra::Residuals,
     };
     split(checkpoint.as_ref(), &profile, &options, &dir.join("split"), &|_, _| ()).unwrap();
     dir.join("split")
@@ -147,7 +157,7 @@ fn graded(active: f64) -> Mask {
 #[test]
 fn sketches_are_used_alike_by_both_engines() {
     let dir = tempfile::tempdir().unwrap();
-    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, true);
+    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, Extra::Sketches);
     let tokens = tokens(CTX * WINDOWS);
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let model = SplitCheckpoint::open(&path).unwrap();
@@ -176,7 +186,7 @@ fn sketches_are_used_alike_by_both_engines() {
 #[test]
 fn neurons_are_always_computed_alike_by_both_engines() {
     let dir = tempfile::tempdir().unwrap();
-    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, true);
+    let path = make_with(dir.path(), &TinyModel::default(), Encoding::Q4, Extra::Sketches);
     let tokens = tokens(CTX * WINDOWS);
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let model = SplitCheckpoint::open(&path).unwrap();
@@ -214,9 +224,12 @@ fn neurons_are_always_computed_alike_by_both_engines() {
 /// neurons they compute, where most of a layer are zero, or in how many single rows they read.
 #[test]
 fn graded_thresholds_are_used_alike_by_both_engines() {
-    for activation in [Activation::Silu, Activation::Relu] {
+    let residuals = Extra::Residuals;
+    for (activation, extra) in
+        [(Activation::Silu, Extra::Sketches), (Activation::Silu, residuals), (Activation::Relu, Extra::Sketches)]
+    {
         let dir = tempfile::tempdir().unwrap();
-        let path = make_with(dir.path(), &TinyModel { activation, ..TinyModel::default() }, Encoding::Q4, true);
+        let path = make_with(dir.path(), &TinyModel { activation, ..TinyModel::default() }, Encoding::Q4, extra);
         let tokens = tokens(CTX * WINDOWS);
         let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
         let model = SplitCheckpoint::open(&path).unwrap();
@@ -224,7 +237,8 @@ fn graded_thresholds_are_used_alike_by_both_engines() {
         Split::put_graded_curves(&path, &curves).unwrap();
         let model = SplitCheckpoint::open(&path).unwrap();
         let of_rows = activation == Activation::Silu;
-        assert_eq!(model.split().manifest().version, if of_rows { 7 } else { 6 });
+        let version = if extra == residuals { 8 } else { 6 + u32::from(of_rows) };
+        assert_eq!(model.split().manifest().version, version);
         let factors = curves.thresholds().error_factors();
         assert_eq!(factors.map(<[_]>::len), of_rows.then_some(model.split().layers().len()));
         let masks = [(0.0, false), (0.0, true), (0.5, false), (0.3, false)];
@@ -244,10 +258,16 @@ fn graded_thresholds_are_used_alike_by_both_engines() {
                 assert!(result.recall.is_none() && result.computed_share == Some(read.bytes));
             }
             assert!(by_mask[0].rows_read.is_some());
-            assert!(by_mask[0].kl < by_mask[1].kl, "{:?} by rows, {:?} by neurons", by_mask[0].kl, by_mask[1].kl);
-            // The same bytes are counted as for whole neurons.
-            let apart = (by_mask[0].bytes_share.unwrap() - by_mask[1].bytes_share.unwrap()).abs();
-            assert!(apart < 0.03, "{apart}");
+            // Residuals are not the reference's own rows.
+            assert!(
+                extra == residuals || by_mask[0].kl < by_mask[1].kl,
+                "{:?} by rows, {:?} by neurons",
+                by_mask[0].kl,
+                by_mask[1].kl
+            );
+            // As many bytes are counted as for whole neurons.
+            let [of_rows, of_neurons] = [0, 1].map(|i| by_mask[i].bytes_share.unwrap());
+            assert!((of_rows - of_neurons).abs() < 0.03, "{of_neurons} {of_rows}");
         } else {
             let spread = |e: &Evaluation| {
                 let shares = e.layers.iter().map(|l| l.computed_share);
@@ -272,7 +292,7 @@ fn graded_thresholds_are_used_alike_by_both_engines() {
             let (largest, mean) = gaps(want, &got);
             assert!(largest < 0.2 && mean < 1e-2, "{activation:?} {always}: largest gap {largest}, mean {mean}");
         }
-        // Of everything there is nothing to choose.
+        // Of everything there is nothing to choose, and it is the split's own.
         let whole = evaluate(&model, Some(model.split()), &windows, &[graded(1.0)], &Fitted::default(), &|_, _| ());
         assert!(whole.unwrap()[0].kl.unwrap() < 1e-9);
         let split = Split::open(&path).unwrap();
@@ -289,7 +309,7 @@ fn graded_thresholds_are_used_alike_by_both_engines() {
 fn errors_are_limited_alike_by_both_engines() {
     let dir = tempfile::tempdir().unwrap();
     let model = TinyModel { activation: Activation::Relu, ..TinyModel::default() };
-    let path = make_with(dir.path(), &model, Encoding::Bf16, true);
+    let path = make_with(dir.path(), &model, Encoding::Bf16, Extra::Sketches);
     let tokens = tokens(CTX * WINDOWS);
     let windows = Windows::new(&tokens, CTX, WINDOWS).unwrap();
     let model = SplitCheckpoint::open(&path).unwrap();

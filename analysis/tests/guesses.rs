@@ -47,6 +47,7 @@ fn make(dir: &Path) -> SplitCheckpoint {
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
         sketch: false,
+        residuals: false,
     };
     split(checkpoint.as_ref(), &profile, &options, &dir.join("split"), &|_, _| ()).unwrap();
     SplitCheckpoint::open(&dir.join("split")).unwrap()

@@ -37,6 +37,7 @@ fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
         sketch: false,
+        residuals: false,
     };
     split(checkpoint.as_ref(), &profile, &options, &split_dir, &|_, _| ()).unwrap();
     let config = checkpoint.config();

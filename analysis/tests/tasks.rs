@@ -56,6 +56,7 @@ fn make_split(dir: &Path, model: &TinyModel) -> SplitCheckpoint {
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
         sketch: false,
+        residuals: false,
     };
     let path = dir.join("split");
     split(checkpoint.as_ref(), &profile, &options, &path, &|_, _| ()).unwrap();

@@ -1,5 +1,5 @@
-//! The fused kernel alone: bundles of several sizes, scattered in pinned memory, read in place; whole, and single rows of them.
-//! Needs a GPU; prints one line a size, with the copy engine's speed as the limit.
+//! The fused kernel alone: bundles of several sizes, scattered in pinned memory, read in place; whole, single rows of
+//! them, and single rows of residuals. Needs a GPU; prints one line a size, with the copy engine's speed as the limit.
 //!
 //!     cargo bench -p thermocline-kernels --bench link
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -47,19 +47,19 @@ fn main() {
     });
     let limit = median(copies.collect());
     println!("{}; copy engine {limit:.1} GB/s", device.name());
-    println!(
-        "{:>8} {:>10} {:>10} {:>8} {:>10} {:>10} {:>8}",
-        "hidden", "bundle B", "GB/s", "of copy", "row B", "GB/s", "of copy"
-    );
+    print!("{:>8}", "hidden");
+    ["bundle B", "q4 row B", "r4 row B"].iter().for_each(|what| print!(" {what:>10} {:>10} {:>8}", "GB/s", "of copy"));
+    println!();
     let n_blocks = ffn_blocks(&device);
     for hidden in [1024, 2048, 4096, 8192, 16384] {
-        let layout = BundleLayout::new(Encoding::Q4, hidden).unwrap();
-        let (bundle, n_pool) = (layout.bundle_bytes(), POOL_BYTES / layout.bundle_bytes());
         let view = |bytes: usize| device.allocate(bytes).unwrap().view();
         let (x, partial, none) = (view(4 * hidden), view(4 * hidden * n_blocks), view(16));
         device.write(&x, bytemuck::cast_slice(&vec![0.01f32; hidden])).unwrap();
-        let (products, sketched) = (view(8 * n_pool), view(4 * n_pool));
-        let [whole, single] = [false, true].map(|is_single| {
+        print!("{hidden:>8}");
+        for (encoding, is_single) in [(Encoding::Q4, false), (Encoding::Q4, true), (Encoding::R4, true)] {
+            let layout = BundleLayout::new(encoding, hidden).unwrap();
+            let (bundle, n_pool) = (layout.bundle_bytes(), POOL_BYTES / layout.bundle_bytes());
+            let (products, sketched) = (view(8 * n_pool), view(4 * n_pool));
             let n = if is_single { 3 * LAUNCH_BYTES / (5 * bundle) } else { LAUNCH_BYTES / bundle };
             let work = WorkList { ids: view(16), items: view(8 * n), counts: view(32), totals: view(64) };
             device.write(&work.counts, bytemuck::cast_slice(&[n as u32, n as u32, 0, 0, 0, n as u32, 0, 0])).unwrap();
@@ -90,14 +90,10 @@ fn main() {
                 ffn(&device, layout, Nonlinearity::Silu, &work, bundles, &x, n_blocks, &partial, rows).unwrap();
                 (n_rows * bundle / 3) as f64 / device.record().unwrap().since(&begin).unwrap() / 1e6
             });
-            median(speeds.collect())
-        });
-        let share = |speed: f64| format!("{:.0}%", 100.0 * speed / limit);
-        println!(
-            "{hidden:>8} {bundle:>10} {whole:>10.1} {:>8} {:>10} {single:>10.1} {:>8}",
-            share(whole),
-            bundle / 3,
-            share(single)
-        );
+            let speed = median(speeds.collect());
+            let bytes = if is_single { bundle / 3 } else { bundle };
+            print!(" {bytes:>10} {speed:>10.1} {:>8}", format!("{:.0}%", 100.0 * speed / limit));
+        }
+        println!();
     }
 }

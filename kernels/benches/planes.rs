@@ -50,6 +50,7 @@ fn packed(encoding: Encoding, bits: &[u16]) -> PackedRow {
         Encoding::Q4 => PackedRow { base: residual::pack(Encoding::Q4Exact, bits, fit).base, ..Default::default() },
         Encoding::Q4Plus => PackedRow { head: vec![], stream: vec![], ..residual::pack(Encoding::Q4Exact, bits, fit) },
         Encoding::Q4Exact | Encoding::Q8Exact => residual::pack(encoding, bits, fit),
+        Encoding::R4 => panic!("no weights are residuals"),
     }
 }
 

@@ -15,6 +15,7 @@
 struct Bf16 {
   static constexpr int kColumns = 8;
   static constexpr bool kScaled = false;
+  static constexpr bool kResidual = false;
   static constexpr float kBias = 0.0f;
   static constexpr float kIn = 1.0f;
   static constexpr float kOut = 1.0f;
@@ -36,6 +37,7 @@ DEVICE u32 word(const uint4& codes, int k) {
 struct Q8 {
   static constexpr int kColumns = 16;
   static constexpr bool kScaled = true;
+  static constexpr bool kResidual = false;
   static constexpr float kBias = 0.0f;
   static constexpr float kIn = 1.0f;
   static constexpr float kOut = 1.0f;
@@ -55,6 +57,7 @@ struct Q8 {
 struct Q4 {
   static constexpr int kColumns = 32;
   static constexpr bool kScaled = true;
+  static constexpr bool kResidual = false;
   // Codes are stored with an offset of 8.
   static constexpr float kBias = 8.0f;
   static constexpr float kIn = kSmallIntegerIn;
@@ -73,6 +76,11 @@ struct Q4 {
     return make_float4(small_integer(w & nibble), small_integer(w & nibble << 8), small_integer(w & nibble << 16),
                        small_integer(w >> 8 & nibble << 16));
   }
+};
+
+// What a sketch leaves of a row: weights are the sketch's and these together.
+struct R4 : Q4 {
+  static constexpr bool kResidual = true;
 };
 
 // One row: where its codes and its scales begin, in bytes from `base`. Offsets of 32 bits are added up before they meet

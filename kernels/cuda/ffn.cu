@@ -13,7 +13,8 @@
 // - Nothing depends on which block is faster: the same work gives the same bits.
 //
 // ffn_rows reads of each bundle only the rows that its item names (rows_of_item): the product of a gate or up row that is not
-// read is the sketch's; where the down row is not, the activation goes to the sketch, which has a down row for it.
+// read is the sketch's; where the down row is not, the activation goes to the sketch, which has a down row for it. Residual rows
+// (r4) are what the sketch leaves of a row: their products are added to the sketch's, and the activation always goes there.
 #include "input.cuh"
 
 namespace ffn_shape {
@@ -104,7 +105,8 @@ struct FfnArgs {
   const unsigned char* ahead;
   u32 ahead_bytes;
   // With rows, of the neurons that have a sketch: gate and up as the sketch has them, the activations that its down rows are added
-  // with, and how far a neuron's place in both is behind its bundle's number. Neurons of which all is read may have no place.
+  // with, and how far a neuron's place in both is behind its bundle's number. Neurons of which all is read may have no place, unless
+  // rows are residual.
   const float2* products;
   float* sketched;
   int hot_offset, cold_offset;
@@ -168,6 +170,7 @@ struct TeamSums {
 // rows are read or not, each alone; then no slot is filled.
 template <class E, int N, bool kAhead, bool kRows>
 DEVICE void ffn_teams(const FfnArgs& args) {
+  static_assert(!E::kResidual || kRows, "residual rows are read alone");
   using namespace ffn_shape;
   __shared__ float scratch[2 * 2 * kMaxWarps];
   let_next_start();
@@ -203,7 +206,7 @@ DEVICE void ffn_teams(const FfnArgs& args) {
     return RowsRead(number + (of.x & kCold ? args.cold_offset : args.hot_offset), rows_of_item(of.y));
   };
   auto known_of = [&](const RowsRead& read) {
-    return read.gate() && read.up() ? make_float2(0.0f, 0.0f) : args.products[read.place()];
+    return !E::kResidual && read.gate() && read.up() ? make_float2(0.0f, 0.0f) : args.products[read.place()];
   };
   auto fetch = [&](int round, Neuron<E, N>& neuron) {
     if (round >= my_rounds) return;
@@ -252,14 +255,19 @@ DEVICE void ffn_teams(const FfnArgs& args) {
   auto activation_of = [&](int round, float2 sums, const RowsRead& read, const float2& known) {
     sums = team_sums(sums.x, sums.y, round % 2);
     float2 products = make_float2(sums.x * E::kOut, sums.y * E::kOut);
-    if constexpr (kRows) products = make_float2(read.gate() ? products.x : known.x, read.up() ? products.y : known.y);
+    if constexpr (E::kResidual) {
+      // The sums of rows that are not read are zero.
+      products = make_float2(known.x + products.x, known.y + products.y);
+    } else if constexpr (kRows) {
+      products = make_float2(read.gate() ? products.x : known.x, read.up() ? products.y : known.y);
+    }
     return activate(args.activation, products.x, products.y);
   };
-  // Gives the activation of a neuron to its sketch if its down row is not read.
+  // Gives the activation of a neuron to its sketch, if that has a part in its down row, and says if it has all of it.
   auto leaves_down = [&](const RowsRead& read, float h) {
-    if (read.down()) return false;
+    if (!E::kResidual && read.down()) return false;
     if (me == 0) args.sketched[read.place()] = h;
-    return true;
+    return !E::kResidual || !read.down();
   };
   auto add_chunk = [&](float h, const uint4& codes, u16 scale, float (&output)[E::kColumns], float& bias) {
     const float scaled = h * scale_value<E>(scale);
@@ -335,9 +343,9 @@ DEVICE void ffn_teams(const FfnArgs& args) {
         }
         dot_chunk(read, chunk, one.codes[0], one.scales[0], other.codes[0], other.scales[0], sums);
       }
-      const float h = activation_of(round, sums, read, kRows ? known_of(read) : make_float2(0.0f, 0.0f));
+      const float h = activation_of(round, sums, read, kRows && active ? known_of(read) : make_float2(0.0f, 0.0f));
       if constexpr (kRows) {
-        if (leaves_down(read, h)) continue;
+        if (active && leaves_down(read, h)) continue;
       }
 #pragma unroll
       for (int i = 0; i < N; i++) {
@@ -403,14 +411,7 @@ DEVICE void ffn(const FfnArgs& args) {
   }
 }
 
-#define FFN_KERNELS(name, E)                                                                                           \
-  extern "C" __global__ void __launch_bounds__(512, 1)                                                                 \
-      ffn_##name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,           \
-                 unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation,     \
-                 const float* x, float* partial, const unsigned char* ahead, u32 ahead_bytes) {                        \
-    ffn<E>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),        \
-            activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});                                      \
-  }                                                                                                                    \
+#define FFN_ROWS_KERNEL(name, E)                                                                                       \
   extern "C" __global__ void __launch_bounds__(512, 1)                                                                 \
       ffn_rows_##name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,      \
                       unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden,                \
@@ -419,9 +420,20 @@ DEVICE void ffn(const FfnArgs& args) {
     ffn<E, true>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),  \
                   activation, x, partial, ahead, ahead_bytes, products, sketched, hot_offset, cold_offset});           \
   }
+#define FFN_KERNELS(name, E)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(512, 1)                                                                 \
+      ffn_##name(const uint2* items, const u32* counts, const unsigned char* hot, const unsigned char* cold,           \
+                 unsigned char* cache, const unsigned char* fetched, int bundle_bytes, int hidden, int activation,     \
+                 const float* x, float* partial, const unsigned char* ahead, u32 ahead_bytes) {                        \
+    ffn<E>({items, counts, hot, cold, cache, fetched, static_cast<u32>(bundle_bytes), static_cast<u32>(hidden),        \
+            activation, x, partial, ahead, ahead_bytes, nullptr, nullptr, 0, 0});                                      \
+  }                                                                                                                    \
+  FFN_ROWS_KERNEL(name, E)
 FFN_KERNELS(bf16, Bf16)
 FFN_KERNELS(q8, Q8)
 FFN_KERNELS(q4, Q4)
+FFN_ROWS_KERNEL(r4, R4)
+#undef FFN_ROWS_KERNEL
 #undef FFN_KERNELS
 
 // What the CPU's threads give back, all in mapped host memory: sums [n_threads, hidden] and a flag each, kFlagWords apart.

@@ -19,6 +19,8 @@ struct Input {
 
   DEVICE float4& part(int index) const { return values[index + index / kParts]; }
   DEVICE float4& part(int chunk, int k) const { return values[chunk * (kParts + 1) + k]; }
+  // One value of the vector.
+  DEVICE float& value(int column) const { return reinterpret_cast<float*>(&part(column / 4))[column % 4]; }
   DEVICE float start(int chunk) const { return E::kBias != 0.0f ? part(chunk, kParts).x : 0.0f; }
 
   // Part `index` of the vector `x`, which has zeros after its end.

@@ -12,6 +12,27 @@ DEVICE void split_value(float v, u64 at, u16* hi, u16* lo) {
   lo[at] = float_to_bf16(v - bf16_to_float(high));
 }
 
+// Part `part` of a row, four values, split; behind the last column there is nothing.
+DEVICE void split_four(const float4& v, int columns, int part, u16* hi, u16* lo) {
+  const float four[4] = {v.x, v.y, v.z, v.w};
+  u16 high[4], low[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) split_value(four[i], i, high, low);
+  if (columns % 4 == 0) {
+    auto packed = [](const u16(&h)[4]) { return make_uint2(h[0] | u32(h[1]) << 16, h[2] | u32(h[3]) << 16); };
+    reinterpret_cast<uint2*>(hi)[part] = packed(high);
+    reinterpret_cast<uint2*>(lo)[part] = packed(low);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (4 * part + i < columns) {
+        hi[4 * part + i] = high[i];
+        lo[4 * part + i] = low[i];
+      }
+    }
+  }
+}
+
 // tokens [n]; table: encoded rows of `columns`; x [n, columns].
 template <class E>
 DEVICE void embed_rows(const u32* tokens, int n, const unsigned char* table, int columns, float* x) {
@@ -49,23 +70,7 @@ DEVICE void unpack_row(const Row<E>& row, int columns, u16* hi, u16* lo) {
 #pragma unroll
     for (int k = 0; k < E::kColumns / 4; k++)
       if (k == wanted) v = weights<E>(codes, scale, k);
-    const float four[4] = {v.x, v.y, v.z, v.w};
-    u16 high[4], low[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) split_value(four[i], i, high, low);
-    if (columns % 4 == 0) {
-      auto packed = [](const u16(&h)[4]) { return make_uint2(h[0] | u32(h[1]) << 16, h[2] | u32(h[3]) << 16); };
-      reinterpret_cast<uint2*>(hi)[part] = packed(high);
-      reinterpret_cast<uint2*>(lo)[part] = packed(low);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (4 * part + i < columns) {
-          hi[4 * part + i] = high[i];
-          lo[4 * part + i] = low[i];
-        }
-      }
-    }
+    split_four(v, columns, part, hi, lo);
   }
 }
 

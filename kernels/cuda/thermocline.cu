@@ -19,6 +19,7 @@
 #include "sketch.cu"
 #include "fetch.cu"
 #include "prefill.cu"
+#include "prefill_residual.cu"
 #include "attend_rows.cu"
 #include "exact.cuh"
 #include "exact_team.cuh"

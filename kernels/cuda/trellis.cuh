@@ -44,6 +44,7 @@ DEVICE void transpose(u32 a, u32 b, u32 c, u32 (&out)[4]) {
 
 // Half a unit of a row of two bits.
 struct Two {
+  static constexpr bool kIsOfThree = false;
   // Of columns 16 r to 16 r + 7, or 16 r + 8 to 16 r + 15 in the upper half, for each r.
   u32 codes[4];
   DEVICE Two() {}
@@ -56,6 +57,7 @@ struct Two {
 
 // Half a unit of a row of three bits.
 struct Three {
+  static constexpr bool kIsOfThree = true;
   u32 codes[4], below_zero;
   DEVICE Three() {}
   DEVICE Three(const Subsets& subsets, u32 points, u32 highest) : below_zero(~highest) {

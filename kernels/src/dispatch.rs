@@ -86,7 +86,7 @@ impl Kernels {
         input.is_fixed = false;
         #[cfg(target_arch = "x86_64")]
         if self.isa == Isa::Avx512
-            && encoding == Encoding::Q4
+            && matches!(encoding, Encoding::Q4 | Encoding::R4)
             && encoding.accepts(x.len())
             && is_x86_feature_detected!("avx512vnni")
         {
@@ -119,7 +119,7 @@ impl Kernels {
         ahead: &[&[u8]],
     ) -> [f32; N] {
         #[cfg(target_arch = "x86_64")]
-        if input.is_fixed && self.isa == Isa::Avx512 && encoding == Encoding::Q4 {
+        if input.is_fixed && self.isa == Isa::Avx512 && matches!(encoding, Encoding::Q4 | Encoding::R4) {
             let columns = input.values.len();
             for row in &rows {
                 check(encoding, row, columns);

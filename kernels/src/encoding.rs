@@ -25,6 +25,9 @@ pub(crate) const SYMBOLS: usize = 9;
 /// | `q4+plus` | `q4`, and a coarse plane of 4 more bits | 8.5 | the middle of a sixteenth of the code's range |
 /// | `q4+exact` | `q4+plus`, and a final plane ([`mod@exact::residual`](crate::exact::residual)) | about 11.4 | the bfloat16 |
 /// | `q8+exact` | `q8`, and a final plane | about 11.3 | the bfloat16 |
+/// | `r4` | as `q4` | 4.5 | (code - 8) * scale, which is added to what a sketch has |
+///
+/// `r4` is for what a sketch ([`crate::sketch`]) leaves of a row, not for weights: no split has a section of it.
 ///
 /// The parts of a row are planes: codes, scales, coarse codes, a head of lengths, a stream of codes of variable length.
 /// What is stored is exactly a bfloat16 where the last column says so, whatever its bits.
@@ -44,10 +47,12 @@ pub enum Encoding {
     Q4Exact,
     /// `Q8` with the final plane.
     Q8Exact,
+    /// What a sketch leaves of a row, in the codes of `Q4`.
+    R4,
 }
 
 impl Encoding {
-    /// Every encoding, for tests and help texts.
+    /// Every encoding of weights, for tests and help texts.
     pub const ALL: [Encoding; 7] = [
         Encoding::Bf16,
         Encoding::Q8,
@@ -71,6 +76,7 @@ impl Encoding {
             Encoding::Q4Plus => "q4+plus",
             Encoding::Q4Exact => "q4+exact",
             Encoding::Q8Exact => "q8+exact",
+            Encoding::R4 => "r4",
         }
     }
 
@@ -84,10 +90,11 @@ impl Encoding {
             Encoding::Q4Plus => 5,
             Encoding::Q4Exact => 6,
             Encoding::Q8Exact => 7,
+            Encoding::R4 => 8,
         }
     }
 
-    /// The inverse of [`Encoding::id`].
+    /// The inverse of [`Encoding::id`], of an encoding of weights.
     pub fn from_id(id: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|e| e.id() == id)
     }
@@ -109,6 +116,11 @@ impl Encoding {
     /// Whether rows have a head and a stream: codes of variable length.
     pub fn has_stream(self) -> bool {
         self.is_exact() && self != Encoding::Bf16
+    }
+
+    /// Whether rows are one plane of codes and its scales, each found without the others.
+    pub fn is_plain(self) -> bool {
+        self == Encoding::R4 || Self::PLAIN.contains(&self)
     }
 
     /// Whether rows of `columns` weights can be stored: quantised rows are whole groups.

@@ -91,7 +91,7 @@ impl LayerLayout {
 
     /// Whether a row of every neuron can be read without the others: there are no streams and no further planes.
     pub fn has_plain_rows(&self) -> bool {
-        self.encodings().all(|encoding| Encoding::PLAIN.contains(&encoding))
+        self.encodings().all(Encoding::is_plain)
     }
 
     /// The section with most bytes.

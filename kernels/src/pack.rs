@@ -45,7 +45,7 @@ pub enum ScaleFit<'a> {
 /// If the encoding is not a plain one or does not accept rows of this length, `out` is shorter than a row, or a weighted fit has another
 /// number of weights.
 pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) -> Result<(), PackError> {
-    assert!(Encoding::PLAIN.contains(&encoding), "{encoding} rows are packed by `exact`");
+    assert!(encoding.is_plain(), "{encoding} rows are packed by `exact`");
     assert!(encoding.accepts(row.len()), "{encoding} cannot store rows of {}", row.len());
     if let ScaleFit::Weighted(Some(w)) = fit {
         assert_eq!(w.len(), row.len(), "one weight a column");
@@ -59,7 +59,8 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
         }
         return Ok(());
     }
-    let (low, high) = if encoding == Encoding::Q4 { (-8.0, 7.0) } else { (-127.0, 127.0) };
+    let in_nibbles = matches!(encoding, Encoding::Q4 | Encoding::R4);
+    let (low, high) = if in_nibbles { (-8.0, 7.0) } else { (-127.0, 127.0) };
     for (g, values) in row.chunks_exact(GROUP).enumerate() {
         let fit = match fit {
             ScaleFit::Weighted(Some(w)) => ScaleFit::Weighted(Some(&w[g * GROUP..(g + 1) * GROUP])),
@@ -73,7 +74,7 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
         let inverse = if scale == f16::ZERO { 0.0 } else { 1.0 / scale.to_f32() };
         let code = |v: f32| settle(v, scale.to_f32(), (v * inverse).round_ties_even() as i32, low as i32, high as i32);
         rest[2 * g..2 * g + 2].copy_from_slice(&scale.to_le_bytes());
-        if encoding == Encoding::Q4 {
+        if in_nibbles {
             for j in 0..GROUP / 2 {
                 let (lo, hi) = (code(values[j]) + 8, code(values[j + GROUP / 2]) + 8);
                 codes[g * (GROUP / 2) + j] = (lo | hi << 4) as u8;
@@ -194,7 +195,7 @@ pub fn unpack(encoding: Encoding, row: RowRef<'_>, out: &mut [f32]) {
                 }
             }
         }
-        Encoding::Q4 => {
+        Encoding::Q4 | Encoding::R4 => {
             for (g, (o, c)) in out.chunks_exact_mut(GROUP).zip(row.codes.chunks_exact(GROUP / 2)).enumerate() {
                 let s = scale(g);
                 let (lo, hi) = o.split_at_mut(GROUP / 2);

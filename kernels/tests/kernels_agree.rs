@@ -3,7 +3,8 @@
 
 use proptest::prelude::*;
 use thermocline_kernels::{
-    BundleLayout, Encoding, Isa, Kernels, Pool, RowRef, ScaleFit, gemv, matmul, matmul_nn, pack, reference, unpack,
+    BundleLayout, Encoding, Isa, Kernels, Pool, PreparedInput, RowRef, ScaleFit, gemv, matmul, matmul_nn, pack,
+    reference, unpack,
 };
 
 fn encoded(encoding: Encoding, row: &[f32]) -> Vec<u8> {
@@ -135,6 +136,29 @@ fn bundle_rows_come_back_and_do_not_overlap() {
         }
     }
     assert!(BundleLayout::new(Encoding::Q4, 100).is_none());
+}
+
+/// Residual rows are q4's, but for what is made of them.
+#[test]
+fn residual_rows_are_computed_with_as_those_of_q4() {
+    let values =
+        |seed: usize, n: usize| -> Vec<f32> { (0..n).map(|j| ((j * 37 + seed) % 61) as f32 / 30.0 - 1.0).collect() };
+    for columns in [32, 96, 320] {
+        let (rows, x) = ([values(3, columns), values(11, columns)], values(29, columns));
+        for kernels in Isa::ALL.into_iter().filter_map(Kernels::new) {
+            let of = |encoding: Encoding| {
+                let packed = rows.each_ref().map(|row| encoded(encoding, row));
+                let refs = packed.each_ref().map(|row| RowRef::from_matrix_row(encoding, columns, row));
+                let (mut input, mut unpacked, mut sum) = (PreparedInput::default(), vec![0.0; columns], x.clone());
+                kernels.prepare(encoding, &x, &mut input);
+                kernels.unpack(encoding, refs[0], &mut unpacked);
+                kernels.axpy(encoding, refs[1], 0.7, &mut sum);
+                let dots = (kernels.dots(encoding, refs, &x), kernels.prepared_dots(encoding, refs, &input));
+                (packed, dots, unpacked, sum)
+            };
+            assert!(of(Encoding::R4) == of(Encoding::Q4), "{:?}, {columns}", kernels.isa());
+        }
+    }
 }
 
 #[test]

@@ -5,17 +5,22 @@
 //! size. A neuron of which any row is read counts as computed. Nothing of it reaches the run: not the residual stream, not the
 //! cache, not the account. Neurons on disk pass through the buffers that the run has for them.
 
+use crate::chooser::{Chooser, SketchedLayer};
 use crate::fetch::Fetcher;
 use crate::ffn::{FfnSums, Span};
 use crate::layer_ffn::LayerFfn;
 use crate::matrix::Compute;
 use crate::plan::Mode;
 use crate::quality::{LayerQuality, Tally, compare};
+use crate::row_choice::{LeftToSketch, RowChoice};
 use crate::{Error, Result};
 use serde::Serialize;
+use std::borrow::Cow;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 use thermocline_datasets::ModelConfig;
-use thermocline_kernels::LayerLayout;
+use thermocline_kernels::{Encoding, Kernels, LayerLayout, Pool};
+use thermocline_split::ALL_ROWS;
 
 /// What audits found. Means are over layers, and in each layer over the audited tokens; `null` if no token was audited.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -78,11 +83,17 @@ pub(crate) trait AllNeurons {
     /// # Errors
     /// If they cannot be read.
     fn for_all(&self, l: usize, see: &mut dyn FnMut(&LayerLayout, usize, &[u8])) -> Result<()>;
+    /// The sketch of layer `l`, which there must be where bundles are residuals.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn sketch(&self, l: usize) -> Result<Option<Cow<'_, SketchedLayer>>>;
 }
 
 /// Those of the CPU engine.
 pub(crate) struct InMemoryAndOnDisk<'a> {
     pub layers: &'a [LayerFfn],
+    pub choosers: &'a [Chooser],
     pub fetcher: Option<&'a Fetcher>,
 }
 
@@ -93,6 +104,10 @@ impl AllNeurons for InMemoryAndOnDisk<'_> {
 
     fn for_all(&self, l: usize, see: &mut dyn FnMut(&LayerLayout, usize, &[u8])) -> Result<()> {
         self.layers[l].for_all(self.fetcher, see)
+    }
+
+    fn sketch(&self, l: usize) -> Result<Option<Cow<'_, SketchedLayer>>> {
+        Ok(self.choosers[l].sketch().map(Cow::Borrowed))
     }
 }
 
@@ -207,14 +222,30 @@ impl Audit {
         sums: &mut FfnSums,
     ) -> Result<LayerSums> {
         let (hidden, ffn) = (self.all.len(), self.weights.len());
-        sums.start(&compute.kernels, neurons.layout(l), &self.inputs[l * hidden..][..hidden]);
+        let x = &self.inputs[l * hidden..][..hidden];
+        let Compute { kernels, pool } = compute;
+        sums.start(kernels, neurons.layout(l), x);
+        let is_residual = |encoding| encoding == Encoding::R4;
+        let sketch = if neurons.layout(l).encodings().any(is_residual) { neurons.sketch(l)? } else { None };
+        let mut residuals = sketch.map(|sketch| Residuals::new(sketch, kernels, pool, x));
         let weights = &mut self.weights;
         neurons.for_all(l, &mut |layout, first, bytes| {
-            let n = layout.n_in(first, bytes.len());
-            sums.add(&compute.kernels, &mut compute.pool, layout, Span::Contiguous { first, bytes });
-            let weights = &mut weights[first..first + n];
-            sums.weights(&compute.kernels, &mut compute.pool, layout, first, bytes, weights);
+            let from = layout.offset(first);
+            for (section, of) in layout.within(first..first + layout.n_in(first, bytes.len())) {
+                let bytes = &bytes[layout.offset(section.start) - from..layout.offset(section.end) - from];
+                let (first, weights) = (section.start, &mut weights[section]);
+                match residuals.as_mut().filter(|_| is_residual(of.bundles().encoding())) {
+                    Some(residuals) => residuals.add(sums, kernels, pool, layout, first, bytes, weights),
+                    None => {
+                        sums.add(kernels, pool, layout, Span::Contiguous { first, bytes });
+                        sums.weights(kernels, pool, layout, first, bytes, weights);
+                    }
+                }
+            }
         })?;
+        if let Some(Residuals { sketch, h, .. }) = residuals {
+            sums.add_sketched(kernels, pool, sketch.matrix(2), sketch.first(), &h);
+        }
         self.all.fill(0.0);
         sums.finish(&mut self.all);
         let computed = self.computed[l * ffn..][..ffn].iter().zip(0..);
@@ -246,6 +277,49 @@ impl Audit {
             lost_energy: mean(|l| l.lost_energy),
             output_error: mean(|l| l.output_error),
             layers,
+        }
+    }
+}
+
+/// The neurons of a layer whose rows are residuals, all of them computed.
+struct Residuals<'a> {
+    sketch: Cow<'a, SketchedLayer>,
+    /// The sketch's gate and up products.
+    products: Vec<[f32; 2]>,
+    /// Every row is read.
+    rows: Vec<f32>,
+    /// Activations of those that were added, for the sketch's down rows.
+    h: Vec<f32>,
+}
+
+impl<'a> Residuals<'a> {
+    fn new(sketch: Cow<'a, SketchedLayer>, kernels: &Kernels, pool: &mut Pool, x: &[f32]) -> Self {
+        let products = sketch.products(kernels, pool, x);
+        let (rows, h) = (vec![f32::from(ALL_ROWS); products.len()], vec![0.0; products.len()]);
+        Self { sketch, products, rows, h }
+    }
+
+    /// Adds the neurons from `first` on whose bundles `bytes` holds to `sums`, and puts |h| * ||d|| of each into `weights`.
+    #[allow(clippy::too_many_arguments)]
+    fn add(
+        &mut self,
+        sums: &mut FfnSums,
+        kernels: &Kernels,
+        pool: &mut Pool,
+        layout: &LayerLayout,
+        first: usize,
+        bytes: &[u8],
+        weights: &mut [f32],
+    ) {
+        let listed = (first..first + weights.len()).map(|n| (n as u32, layout.bundle(bytes, first, n)));
+        let (listed, left) = (listed.collect::<Vec<_>>(), LeftToSketch::default());
+        let behind = self.sketch.first();
+        let choice = RowChoice { first: behind, rows: &self.rows, products: &self.products, left: &left };
+        sums.add(kernels, pool, layout, Span::Rows(&listed, choice));
+        for (n, h) in left.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            let n = n as usize;
+            self.h[n - behind] = h;
+            weights[n - first] = h.abs() * self.sketch.down_norm(n);
         }
     }
 }

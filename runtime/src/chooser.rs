@@ -8,7 +8,7 @@ use crate::row_choice::{LeftToSketch, RowChoice};
 use crate::{Error, Result};
 use std::sync::PoisonError;
 use thermocline_datasets::Activation;
-use thermocline_kernels::{Kernels, Pool, SketchMatrix};
+use thermocline_kernels::{Kernels, Pool, SketchMatrix, ops};
 use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
@@ -22,7 +22,7 @@ pub(crate) enum Chooser {
 }
 
 /// A layer's sketch, in memory, without that of the neurons that every token computes.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct SketchedLayer {
     sketch: Sketch,
     /// The first neurons of the split's order, which are not asked.
@@ -159,13 +159,19 @@ impl Chooser {
         active: &LayerActive,
         on_disk: bool,
     ) -> Result<Self> {
-        let Some(sketch) = sketch_behind(split, layer, n_always, Some(active))? else {
+        let Some(sketched) = SketchedLayer::behind(split, layer, n_always, Some(active))? else {
             return Ok(Chooser::Predictor(Predictor::load(split, layer)?));
         };
-        let config = &split.manifest().config;
-        let (activation, hidden_size) = (config.activation, config.hidden_size);
         let whole = on_disk || !split.layers()[layer].bundles().has_plain_rows();
-        Ok(Chooser::Sketch(SketchedLayer { sketch, n_always, activation, hidden_size, whole }))
+        Ok(Chooser::Sketch(SketchedLayer { whole, ..sketched }))
+    }
+
+    /// The sketch, if it is one.
+    pub(crate) fn sketch(&self) -> Option<&SketchedLayer> {
+        match self {
+            Chooser::Sketch(layer) => Some(layer),
+            Chooser::Predictor(_) => None,
+        }
     }
 
     /// Bytes of all choosers of a split, in memory, where every token computes the first `n_always` neurons of each layer.
@@ -264,8 +270,53 @@ impl Chooser {
 }
 
 impl SketchedLayer {
+    /// As [`sketch_behind`], for single rows.
+    pub(crate) fn behind(
+        split: &Split,
+        layer: usize,
+        n_always: usize,
+        active: Option<&LayerActive>,
+    ) -> Result<Option<Self>> {
+        let config = &split.manifest().config;
+        let (activation, hidden_size) = (config.activation, config.hidden_size);
+        let sketch = sketch_behind(split, layer, n_always, active)?;
+        Ok(sketch.map(|sketch| Self { sketch, n_always, activation, hidden_size, whole: false }))
+    }
+
+    /// Without gate and up rows.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn down_rows(mut self) -> Self {
+        self.sketch.rows[..2].iter_mut().for_each(|rows| *rows = Vec::new());
+        self
+    }
+
+    /// The first neuron that it has.
+    pub(crate) fn first(&self) -> usize {
+        self.n_always
+    }
+
+    /// Adds row `part` (0 gate, 1 up, 2 down) of neuron `n` to `out`, `[hidden]`.
+    pub(crate) fn add_row(&self, part: usize, n: usize, out: &mut [f32]) {
+        let mut row = vec![0.0; out.len()];
+        self.sketch.decode_row(part, n - self.n_always, &mut row);
+        ops::axpy(1.0, &row, out);
+    }
+
+    /// The length of the down column of neuron `n`.
+    pub(crate) fn down_norm(&self, n: usize) -> f32 {
+        self.sketch.down_norm[n - self.n_always]
+    }
+
+    /// Gate and up products with the layer's normalised input of all its neurons.
+    pub(crate) fn products(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32]) -> Vec<[f32; 2]> {
+        let n = self.sketch.n_neurons();
+        let mut judged = Judgement::new(n, n);
+        self.judge(kernels, pool, x, Some(0.0), &mut judged);
+        judged.products
+    }
+
     /// Gate (0), up (1) or down (2) rows.
-    fn matrix(&self, part: usize) -> SketchMatrix<'_> {
+    pub(crate) fn matrix(&self, part: usize) -> SketchMatrix<'_> {
         self.sketch.matrix(part, self.hidden_size)
     }
 

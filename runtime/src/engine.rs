@@ -142,7 +142,9 @@ impl Engine {
                 matrix(&name("self_attn.o_proj.weight"), (hidden, q_width))?,
             ]);
             let certified = plan.certificate_bytes > 0;
-            ffn.push(LayerFfn::load(&split, l, plan.hot_neurons[l], certified, run_bytes, decoded)?);
+            let residuals_from = plan.residuals.then_some(plan.always_neurons);
+            let neurons = (plan.hot_neurons[l], residuals_from);
+            ffn.push(LayerFfn::load(&split, l, neurons, certified, run_bytes, decoded)?);
             if let Some(active) = layers_active.get(l) {
                 let on_disk = plan.hot_neurons[l] < config.intermediate_size;
                 choosers.push(Chooser::load(&split, l, plan.always_neurons, active, on_disk)?);
@@ -403,7 +405,9 @@ impl Engine {
             let mut disk = self.streams.as_mut().map(Streams::current);
             let (compute, account) = (&mut self.compute, &mut self.account);
             if n > 1 {
-                self.ffn[l].batch(compute, disk.as_mut(), account, &mut self.batch, &normed, &mut x)?;
+                let sketch = self.choosers.get(l).and_then(Chooser::sketch);
+                let io = (normed.as_slice(), x.as_mut_slice());
+                self.ffn[l].batch(compute, disk.as_mut(), account, &mut self.batch, sketch, io)?;
                 continue;
             }
             if !is_sparse {
@@ -458,7 +462,7 @@ impl Engine {
         if let Some(audit) = self.audit.as_mut().filter(|_| is_sparse) {
             if is_audited {
                 let fetcher = self.streams.as_ref().map(|streams| &streams.fetcher);
-                let neurons = InMemoryAndOnDisk { layers: &self.ffn, fetcher };
+                let neurons = InMemoryAndOnDisk { layers: &self.ffn, choosers: &self.choosers, fetcher };
                 audit.run(&neurons, &mut self.compute, &mut self.sums)?;
             }
             audit.count();

@@ -192,9 +192,9 @@ fn among<'a, 'b>(list: &'b [(u32, &'a [u8])], neurons: Range<usize>) -> &'b [(u3
     &list[place(neurons.start)..place(neurons.end)]
 }
 
-/// The encoding for which a layer's input is prepared: one for q4 serves all.
+/// The encoding for which a layer's input is prepared: one for codes of q4 serves all.
 pub(crate) fn input_encoding(layout: &LayerLayout) -> Encoding {
-    layout.encodings().find(|e| *e == Encoding::Q4).unwrap_or(layout.of(0).encoding())
+    layout.encodings().find(|e| matches!(e, Encoding::Q4 | Encoding::R4)).unwrap_or(layout.of(0).encoding())
 }
 
 /// The bundles of a layer's neurons from `first` on.
@@ -204,6 +204,8 @@ pub(crate) struct ColdBundles<'a> {
     pub layout: &'a LayerLayout,
     pub first: usize,
     pub bytes: &'a [u8],
+    /// If they are residuals: down rows of the sketch, and the neuron that its first is of.
+    pub sketch: Option<(SketchMatrix<'a>, usize)>,
 }
 
 /// Adds the neurons of `list`, counted from the first of `cold`, to `sums` `[hidden]`, as [`FfnSums::add`] does
@@ -217,11 +219,11 @@ pub(crate) fn add_bundles(
     sums: &mut [f32],
     list: HostList<'_>,
 ) -> u64 {
-    let ColdBundles { layout, first, bytes } = cold;
+    let ColdBundles { layout, first, bytes, sketch } = cold;
     let from = layout.offset(first);
     let neuron = |i: usize| first + HostList::number(&list.entries[i]);
     let mut block = Block::new(kernels, *layout.coldest().bundles(), activation, true, x, sums);
-    let mut next = 0;
+    let (mut next, mut sketched_rows, mut activations) = (0, Vec::new(), Vec::new());
     for (neurons, section) in layout.within(first..layout.n_neurons()) {
         let is_last = neurons.end == layout.n_neurons();
         let rest = &list.entries[next..];
@@ -230,14 +232,22 @@ pub(crate) fn add_bundles(
         block.begin(section.bundles());
         let bundle = |i: usize| section.bundle(bytes, from, neuron(next + i));
         if list.known.is_some() {
-            let left = |_, _| unreachable!("a device keeps neurons whose down row is not read");
+            // A device keeps neurons whose down row is not read: these are residuals.
+            let left = |i: usize, h: f32| {
+                let first_sketched = sketch.map_or(0, |(_, first)| first);
+                sketched_rows.push((neuron(next + i) - first_sketched) as u32);
+                activations.push(h);
+            };
             block.add_rows(n, |i| (bundle(i), list.rows(next + i)), left);
         } else {
             block.add_whole(0..n, bundle);
         }
         next += n;
     }
-    block.finish() / 3
+    let bytes = block.finish() / 3;
+    let Some((down, _)) = sketch else { return bytes };
+    kernels.sketch_axpys(down, &sketched_rows, &activations, sums);
+    bytes + (sketched_rows.len() * down.row_bytes()) as u64
 }
 
 /// One block of one span, on one thread.
@@ -346,9 +356,10 @@ impl<'s, 'a> Block<'s, 'a> {
     }
 
     /// Adds `n` neurons, ascending, of which those rows are read that `of` says; shows `left` the activations of those whose down
-    /// row is not.
+    /// row is not. Where rows are residuals, products are added to what the sketch has, and its down rows to all neurons'.
     fn add_rows(&mut self, n: usize, of: impl Fn(usize) -> (&'a [u8], RowsOfNeuron), mut left: impl FnMut(usize, f32)) {
         let (layout, encoding) = (self.layout, self.layout.encoding());
+        let is_residual = encoding == Encoding::R4;
         let ahead = PREFETCH_BYTES.div_ceil(layout.bundle_bytes());
         let ask = |i: usize| {
             let (bundle, neuron) = of(i);
@@ -365,18 +376,23 @@ impl<'s, 'a> Block<'s, 'a> {
             }
             let (bundle, neuron) = of(i);
             let dot = |which: usize| self.kernels.prepared_dots(encoding, [layout.row(bundle, which)], self.x)[0];
+            let whole = |known: f32, product: f32| if is_residual { known + product } else { product };
             let [gate, up] = neuron.products;
             let (g, u) = match (neuron.has(GATE_ROW), neuron.has(UP_ROW)) {
-                (true, true) => self.kernels.pre_activations(&layout, bundle, self.x, &[]),
-                (true, false) => (dot(0), up),
-                (false, true) => (gate, dot(1)),
+                (true, true) => {
+                    let (g, u) = self.kernels.pre_activations(&layout, bundle, self.x, &[]);
+                    (whole(gate, g), whole(up, u))
+                }
+                (true, false) => (whole(gate, dot(0)), up),
+                (false, true) => (gate, whole(up, dot(1))),
                 (false, false) => (gate, up),
             };
             self.rows_read += u64::from((neuron.rows & (GATE_ROW | UP_ROW)).count_ones());
             let h = self.activation.apply(g, u);
-            if !neuron.has(DOWN_ROW) {
+            if is_residual || !neuron.has(DOWN_ROW) {
                 left(i, h);
-            } else if h != 0.0 && self.queue(h, bundle) {
+            }
+            if neuron.has(DOWN_ROW) && h != 0.0 && self.queue(h, bundle) {
                 self.add_waiting(&[]);
             }
         }

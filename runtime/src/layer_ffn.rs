@@ -3,10 +3,12 @@
 use crate::Result;
 use crate::account::Account;
 use crate::cache::NeuronCache;
+use crate::chooser::SketchedLayer;
 use crate::fetch::{DirectFile, Fetcher, LayerIndex, Run, Staged, Ticket};
 use crate::ffn::{FfnSums, Span};
 use crate::matrix::{Compute, Disk};
 use crate::prefill::FfnBatch;
+use crate::residual::with_residuals;
 use crate::row_choice::RowChoice;
 use crate::stream::Stream;
 use std::ops::Range;
@@ -27,11 +29,12 @@ pub(crate) struct LayerFfn {
     /// The planes' files, the base's first.
     files: Vec<Arc<DirectFile>>,
     hot: AlignedBuf,
-    /// Where in `hot` bundles lie: without the room behind their streams.
+    /// Where in `hot` bundles lie: without the room behind their streams, or residuals.
     hot_layout: LayerLayout,
     /// Of all gates, if the plan has it and the gates' magnitudes allow it.
     certificate: Option<Certificate>,
     n_hot: usize,
+    has_residuals: bool,
     /// Of a bundle's bytes, how much is read: there is room behind streams.
     used_share: f64,
     n_neurons: usize,
@@ -55,11 +58,12 @@ impl Foreseen {
 }
 
 impl LayerFfn {
-    /// Reads the hot prefix; `certified` asks for a certificate of the gates, which must then all be hot.
+    /// Reads the hot prefix; `certified` asks for a certificate of the gates, which must then all be hot. With `residuals_from` all are,
+    /// those from that one on as what their sketches leave of them.
     pub(crate) fn load(
         split: &Arc<Split>,
         layer: usize,
-        n_hot: usize,
+        (n_hot, residuals_from): (usize, Option<usize>),
         certified: bool,
         run_bytes: usize,
         decoded_bytes: usize,
@@ -67,7 +71,10 @@ impl LayerFfn {
         let index = Arc::new(LayerIndex { split: Arc::clone(split), layer });
         let file = index.file();
         let n_neurons = file.order().len();
-        let (hot, layout) = read_hot(file, n_hot)?;
+        let (hot, layout) = match residuals_from {
+            Some(first) => read_with_residuals(split, layer, first)?,
+            None => read_hot(file, n_hot)?,
+        };
         let kernels = Kernels::detect();
         let gate = |n: usize, out: &mut [f32]| {
             let (of, bundle) = (layout.of(n), layout.bundle(&hot, 0, n));
@@ -76,13 +83,15 @@ impl LayerFfn {
         let certificate = if certified { Certificate::new(n_neurons, layout.hidden_size(), gate)? } else { None };
         let files = file.paths().map(|path| Ok(Arc::new(DirectFile::open(path)?))).collect::<Result<_>>()?;
         let padded = file.bundles().offset(n_hot).max(1);
-        let used_share = if n_hot == 0 { 1.0 } else { layout.offset(n_hot) as f64 / padded as f64 };
+        let has_room = n_hot > 0 && residuals_from.is_none();
+        let used_share = if has_room { layout.offset(n_hot) as f64 / padded as f64 } else { 1.0 };
         Ok(Self {
             files,
             hot,
             hot_layout: layout,
             certificate,
             n_hot,
+            has_residuals: residuals_from.is_some(),
             used_share,
             n_neurons,
             run_bytes,
@@ -96,9 +105,10 @@ impl LayerFfn {
         self.files.iter().all(|file| file.is_direct())
     }
 
-    /// Where the bundles lie that are read from disk, all of them put together.
+    /// Where the bundles lie that are read from disk, all of them put together; those in memory, if some are residuals, of which
+    /// none is read from disk.
     pub(crate) fn layout(&self) -> &LayerLayout {
-        self.index.file().bundles()
+        if self.has_residuals { &self.hot_layout } else { self.index.file().bundles() }
     }
 
     /// The first flaw among the hot bundles.
@@ -175,23 +185,23 @@ impl LayerFfn {
         Ok(())
     }
 
-    /// `y += FFN(x)` for a batch of tokens, every neuron.
+    /// `y += FFN(x)` for a batch of tokens, every neuron; the `sketch` of those whose rows are residuals.
     pub(crate) fn batch(
         &self,
         compute: &mut Compute,
         mut disk: Option<&mut Disk<'_>>,
         account: &mut Account,
         batch: &mut FfnBatch,
-        x: &[f32],
-        y: &mut [f32],
+        sketch: Option<&SketchedLayer>,
+        (x, y): (&[f32], &mut [f32]),
     ) -> Result<()> {
         account.bytes.host += self.hot_bytes().len() as u64;
-        batch.add(compute, &self.hot_layout, x, self.hot_bytes(), y);
+        batch.add(compute, &self.hot_layout, sketch, x, self.hot_bytes(), y);
         let mut first = self.n_hot;
         while first < self.n_neurons {
             let Some(disk) = disk.as_mut() else { unreachable!("cold neurons without a stream") };
             let staged = self.take(disk, account)?;
-            batch.add(compute, self.layout(), x, staged.bytes(), y);
+            batch.add(compute, self.layout(), None, x, staged.bytes(), y);
             first += self.layout().n_in(first, staged.bytes().len());
             disk.fetcher.release(staged);
         }
@@ -455,4 +465,19 @@ fn read_hot(file: &LayerFile, n: usize) -> Result<(AlignedBuf, LayerLayout)> {
     }
     let trimmed = layout.trimmed(&lengths).unwrap_or_else(|| layout.clone());
     Ok((hot, trimmed))
+}
+
+/// A layer's first `n_always` bundles, and what sketches leave of the others; where they lie.
+fn read_with_residuals(split: &Split, layer: usize, n_always: usize) -> Result<(AlignedBuf, LayerLayout)> {
+    let file = &split.layers()[layer];
+    let layout = with_residuals(file, n_always);
+    let (always, end) = (layout.offset(n_always), layout.offset(layout.n_neurons()));
+    let mut hot = AlignedBuf::zeroed(end)?;
+    // Whole chunks, of which the last may have neurons that are not always computed.
+    let chunks = 0..n_always.div_ceil(file.chunk_neurons());
+    let mut whole = vec![0; file.bundles().bytes(file.neurons(chunks.clone()))];
+    file.read_chunks(chunks, &mut whole)?;
+    hot[..always].copy_from_slice(&whole[..always]);
+    split.read_residuals(layer, n_always, &mut hot[always..end])?;
+    Ok((hot, layout))
 }

@@ -42,6 +42,7 @@ mod predictor;
 mod prefill;
 pub mod quality;
 mod replay;
+mod residual;
 mod row_choice;
 mod sampler;
 mod stream;

@@ -12,11 +12,13 @@ use crate::hardware::{Hardware, StagingShape};
 use crate::kv::KvCache;
 use crate::prefill::{FfnBatch, PIECE};
 use crate::replay::{Replayed, Trace};
+use crate::residual::{layout_with, reads_residuals};
 use crate::{Error, Result};
 use serde::Serialize;
+use std::borrow::Cow;
 use thermocline_datasets::Activation;
-use thermocline_kernels::{Certificate, Encoding, LayoutSection, QuantisedInput};
-use thermocline_split::{Format, LayerFile, Split, StoredMatrix};
+use thermocline_kernels::{Certificate, Encoding, LayerLayout, LayoutSection, QuantisedInput};
+use thermocline_split::{Format, LayerFile, Split, StoredMatrix, residual_layout};
 
 /// How neurons are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -88,6 +90,11 @@ pub struct Plan {
     pub hot_bytes: u64,
     /// The first neurons of each layer, which every token of sparse mode computes and of which no sketch is in memory.
     pub always_neurons: usize,
+    /// Sparse mode: the others are in memory as what their sketches leave of them, none is on disk.
+    pub residuals: bool,
+    /// What all would take if they were, where the budget is too small for that: then neurons are read whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residuals_would_take: Option<u64>,
     /// Layers whose neurons are not all laid out alike: what each of their sections is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sections: Vec<PlannedSection>,
@@ -160,6 +167,7 @@ impl Plan {
         let matrices = split.matrices()?;
         let matrix_bytes: u64 = matrices.iter().map(StoredMatrix::bytes).sum();
         let all_hot = prefix_bytes(split, &vec![n; config.n_layers]);
+        let n_always = n_always(split, &request);
         let mut fixed = fixed_bytes(split, &request);
         let budget = request.ram_budget_bytes.unwrap_or(u64::MAX);
         let mut staging = StagingShape::default();
@@ -167,7 +175,12 @@ impl Plan {
         let mut hot = vec![n; config.n_layers];
         let mut cache_slots = 0;
         let mut replayed = None;
-        if fixed.total().saturating_add(matrix_bytes).saturating_add(all_hot) > budget {
+        let besides = fixed.total().saturating_add(matrix_bytes);
+        let has_residuals = reads_residuals(split, request.mode)?;
+        let layouts = |residuals| split.layers().iter().map(move |file| layout_with(file, residuals));
+        let with_residuals = has_residuals.then(|| layouts(Some(n_always)).map(|l| l.offset(n) as u64).sum::<u64>());
+        let residuals = with_residuals.filter(|bytes| besides.saturating_add(*bytes) <= budget);
+        if residuals.is_none() && besides.saturating_add(all_hot) > budget {
             staging = staging_shape(split, &matrices, budget, budget.saturating_sub(fixed.total()));
             fixed.staging = staging_bytes(split, &staging);
             let mut left = budget.checked_sub(fixed.total()).ok_or_else(|| does_not_fit(budget, &fixed))?;
@@ -190,13 +203,14 @@ impl Plan {
             }
         }
         let pinned_bytes = matrices.iter().zip(&pinned_rows).map(|(t, &r)| (r * t.row_bytes()) as u64).sum();
-        let hot_bytes = prefix_bytes(split, &hot);
+        let hot_bytes = residuals.unwrap_or_else(|| prefix_bytes(split, &hot));
         let cache_bytes = NeuronCache::bytes(cache_slots, slot_bytes(split, &hot), config.n_layers, n);
         let taken: u64 = fixed.total() + pinned_bytes + hot_bytes + cache_bytes;
         let certificate_bytes = match certificate_bytes(split, &request) {
             bytes if fixed.staging == 0 && taken.saturating_add(bytes) <= budget => bytes,
             _ => 0,
         };
+        let in_use: Vec<_> = layouts(residuals.map(|_| n_always)).collect();
         let mut plan = Self {
             request,
             total_bytes: taken + certificate_bytes,
@@ -205,8 +219,10 @@ impl Plan {
             pinned_bytes,
             hot_neurons: hot,
             hot_bytes,
-            always_neurons: n_always(split, &request),
-            sections: sections(split),
+            always_neurons: n_always,
+            residuals: residuals.is_some(),
+            residuals_would_take: with_residuals.filter(|_| residuals.is_none()).map(|bytes| besides + bytes),
+            sections: sections(in_use.iter().map(Cow::as_ref)),
             certificate_bytes,
             cache_slots,
             cache_bytes,
@@ -255,8 +271,10 @@ impl Plan {
                 }
             }
             (Mode::Sparse { active }, None) => {
-                let bundle = active_bundle(split, |_| 0..config.intermediate_size)?;
-                ram += (always + (1.0 - always) * f64::from(active)) * total * used * bundle;
+                let bundle = used * active_bundle(split, |_| 0..config.intermediate_size)?;
+                let residual = residual_layout(config.hidden_size).filter(|_| self.residuals);
+                let chosen = residual.map_or(bundle, |layout| layout.bundle_bytes() as f64);
+                ram += total * (always * bundle + (1.0 - always) * f64::from(active) * chosen);
             }
             (Mode::Sparse { active }, Some(r)) => {
                 // The trace holds the profile's active share; another share is scaled.
@@ -447,18 +465,17 @@ pub(crate) fn n_parts(split: &Split) -> usize {
     layers.chain(matrices).max().unwrap_or(1)
 }
 
-/// Layers with several sections.
-pub(crate) fn sections(split: &Split) -> Vec<PlannedSection> {
-    let several = split.layers().iter().filter(|f| f.bundles().uniform().is_none());
-    let of_layer = |f: &LayerFile| {
-        let layer = f.layer();
+/// The sections of layers that have several, if they are laid out so.
+pub(crate) fn sections<'a>(layouts: impl Iterator<Item = &'a LayerLayout>) -> Vec<PlannedSection> {
+    let several = layouts.enumerate().filter(|(_, layout)| layout.uniform().is_none());
+    let of_layer = |(layer, layout): (usize, &LayerLayout)| {
         let planned = move |s: &LayoutSection| PlannedSection {
             layer,
             neurons: s.neurons().len(),
             encoding: s.bundles().encoding().name(),
             bundle_bytes: s.bundles().bundle_bytes(),
         };
-        f.bundles().sections().iter().map(planned).collect::<Vec<_>>()
+        layout.sections().iter().map(planned).collect::<Vec<_>>()
     };
     several.flat_map(of_layer).collect()
 }

@@ -3,9 +3,10 @@
 //! Pieces have fixed boundaries and every product runs on one thread, so that the result does not depend on where the
 //! weights came from nor on the number of threads.
 
+use crate::chooser::SketchedLayer;
 use crate::matrix::Compute;
 use thermocline_datasets::Activation;
-use thermocline_kernels::{LayerLayout, MatrixRef, Pool, matmul, matmul_nn};
+use thermocline_kernels::{Encoding, LayerLayout, MatrixRef, Pool, matmul, matmul_nn};
 
 /// Neurons, or rows of a matrix, that are in memory as f32 at a time.
 pub(crate) const PIECE: usize = 256;
@@ -87,11 +88,13 @@ impl FfnBatch {
         (self.filled, self.done) = (0, 0);
     }
 
-    /// Takes the next bundles; multiplies whenever a piece is complete. `x` and `y` are `[n, hidden]`, `y += FFN(x)`.
+    /// Takes the next bundles; multiplies whenever a piece is complete. `x` and `y` are `[n, hidden]`, `y += FFN(x)`. Residuals are of
+    /// the `sketch`.
     pub(crate) fn add(
         &mut self,
         compute: &mut Compute,
         layout: &LayerLayout,
+        sketch: Option<&SketchedLayer>,
         x: &[f32],
         mut bundles: &[u8],
         y: &mut [f32],
@@ -110,6 +113,11 @@ impl FfnBatch {
                         let neuron = first + task * 16 + r;
                         let (of, bundle) = (layout.of(neuron), layout.bundle(now, first, neuron));
                         kernels.unpack(of.encoding(), of.row(bundle, which), out);
+                        if of.encoding() == Encoding::R4
+                            && let Some(sketch) = sketch
+                        {
+                            sketch.add_row(which, neuron, out);
+                        }
                     }
                 });
             }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use thermocline_kernels::cuda::launch::HOST_ROWS;
 use thermocline_split::ALL_ROWS;
 
-/// Neurons whose down row was not read, and their activations.
+/// Neurons whose down row was not read, or is but a residual, and their activations.
 pub(crate) type LeftToSketch = Mutex<Vec<(u32, f32)>>;
 
 /// Which rows of a layer's neurons are read, from neuron `first` on; of those before all are.
@@ -16,9 +16,9 @@ pub(crate) struct RowChoice<'a> {
     pub first: usize,
     /// As numbers.
     pub rows: &'a [f32],
-    /// Gate and up products, for rows that are not read.
+    /// Gate and up products of the sketch, for rows that are not read; of residuals for all.
     pub products: &'a [[f32; 2]],
-    /// Gets those whose down row is not read, in no order.
+    /// Gets those whose down row is not read, and all whose rows are residuals, in no order.
     pub left: &'a LeftToSketch,
 }
 
@@ -32,7 +32,7 @@ impl RowChoice<'_> {
     }
 }
 
-/// What is read of a neuron, and its gate and up products where that row is not.
+/// What is read of a neuron, and its gate and up products by the sketch.
 #[derive(Clone, Copy)]
 pub(crate) struct RowsOfNeuron {
     pub rows: u8,

@@ -42,6 +42,8 @@ pub struct SplitOptions {
     pub scales: Scales,
     /// Whether layers get a [`crate::Sketch`].
     pub sketch: bool,
+    /// Whether what the sketches leave of their rows is kept, too; only with sketches.
+    pub residuals: bool,
 }
 
 /// What the scales of quantised groups are chosen by.
@@ -96,6 +98,7 @@ struct Identity {
     compression: String,
     scales: String,
     sketch: bool,
+    residuals: bool,
 }
 
 /// Splits `checkpoint` into `out`, which must not exist. `progress(done, total)` counts layers.
@@ -159,6 +162,8 @@ fn build(
 
     if options.sketch {
         sketch::check_width(config.hidden_size)?;
+    } else if options.residuals {
+        return Err(settings("--residuals is what sketches leave of their rows; add --sketch".to_owned()));
     }
 
     let surveyed = survey(profile)?;
@@ -189,6 +194,7 @@ fn build(
         compression: format!("{:?}", options.compression),
         scales: format!("{:?}", options.scales),
         sketch: options.sketch,
+        residuals: options.residuals,
     };
     let partial = Partial::open(out, &serde_json::to_string(&identity).unwrap_or_default())?;
     partial.check_space(expected_bytes(checkpoint, options))?;
@@ -224,8 +230,9 @@ fn build(
     let (resident, resident_planes) = write_resident(checkpoint, profile, options, dir)?;
     let places: Vec<u64> = profile.sample_tokens()?.into_iter().take(TRACE_TOKENS_MAX).collect();
     let rank = packing.predictor_rank;
-    let Assembled { predictors, statistics, sketches } =
-        assemble_parts(config, rank, false, options.sketch, &places, &partial)?;
+    let kinds = Kinds { ahead: false, sketches: options.sketch, residuals: options.residuals };
+    let Assembled { predictors, statistics, sketches, residuals } =
+        assemble_parts(config, rank, kinds, &places, &partial)?;
     let files = write_plain_files(checkpoint, dir)?;
     let of_layer = |l: &LayerEntry| l.file_bytes + l.others().map(|p| p.file_bytes).sum::<u64>();
     let ffn_bytes: u64 = layers.iter().map(of_layer).sum();
@@ -240,7 +247,7 @@ fn build(
         + resident.file_bytes
         + resident_planes.as_ref().map_or(0, |f| f.file_bytes)
         + predictors.file_bytes
-        + sketches.as_ref().map_or(0, |f| f.file_bytes)
+        + [&sketches, &residuals].into_iter().flatten().map(|f| f.file_bytes).sum::<u64>()
         + statistics.file_bytes;
     let manifest = Manifest {
         format: "thermocline-split".to_owned(),
@@ -256,6 +263,7 @@ fn build(
         shares: None,
         graded: None,
         sketches,
+        residuals,
         files,
         checksum: String::new(),
     };
@@ -387,15 +395,25 @@ pub(crate) struct Assembled {
     pub statistics: TensorFileEntry,
     /// If the layers have sketches.
     pub sketches: Option<TensorFileEntry>,
+    /// If what these leave was kept.
+    pub residuals: Option<TensorFileEntry>,
 }
 
-/// Puts the layers' parts together: predictors of rank `rank`, `with_ahead` those for the input of the layer before,
-/// statistics with the trace of the tokens at `places`, and sketches if there are any.
+/// What layers' parts have, that not all have.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kinds {
+    /// Predictors for the input of the layer before.
+    pub ahead: bool,
+    pub sketches: bool,
+    pub residuals: bool,
+}
+
+/// Puts the layers' parts together: predictors of rank `rank`, statistics with the trace of the tokens at `places`, and what else
+/// they have.
 pub(crate) fn assemble_parts(
     config: &ModelConfig,
     rank: usize,
-    with_ahead: bool,
-    with_sketches: bool,
+    kinds: Kinds,
     places: &[u64],
     partial: &Partial,
 ) -> Result<Assembled> {
@@ -404,7 +422,7 @@ pub(crate) fn assemble_parts(
     let mut statistics = vec![("trace.token".to_owned(), Format::U8, n_trace, 8)];
     for l in 0..config.n_layers {
         predictors.push((format!("predictors.{l}.input"), Format::Q8, rank, config.hidden_size));
-        if with_ahead && l > 0 {
+        if kinds.ahead && l > 0 {
             predictors.push((format!("predictors.{l}.ahead"), Format::Q8, rank, config.hidden_size));
         }
         predictors.push((format!("predictors.{l}.factors"), FACTORS.into(), 2 * ffn, rank));
@@ -419,13 +437,18 @@ pub(crate) fn assemble_parts(
         let tensors = (0..config.n_layers).flat_map(|l| sketch::tensors(l, config));
         Writer::create(partial.dir(), "sketches.safetensors", tensors.collect())
     };
-    let mut sketches = with_sketches.then(create_sketches).transpose()?;
+    let create_residuals = || {
+        let tensors = (0..config.n_layers).map(|l| sketch::residual_tensor(l, config));
+        Writer::create(partial.dir(), "residuals.safetensors", tensors.collect())
+    };
+    let mut sketches = kinds.sketches.then(create_sketches).transpose()?;
+    let mut residuals = kinds.residuals.then(create_residuals).transpose()?;
     let tokens: Vec<u8> = places.iter().flat_map(|t| t.to_le_bytes()).collect();
     statistics.write("trace.token", &tokens)?;
     for l in 0..config.n_layers {
         let part: PackedLayer = partial.read_part(l)?;
         predictors.write(&format!("predictors.{l}.input"), &part.predictor_input)?;
-        if with_ahead && l > 0 {
+        if kinds.ahead && l > 0 {
             predictors.write(&format!("predictors.{l}.ahead"), &part.predictor_ahead)?;
         }
         predictors.write(&format!("predictors.{l}.factors"), &part.predictor_factors)?;
@@ -439,11 +462,15 @@ pub(crate) fn assemble_parts(
                 sketches.write(name, bytes)?;
             }
         }
+        if let Some(residuals) = &mut residuals {
+            residuals.write(&sketch::residual_tensor(l, config).0, &part.residuals)?;
+        }
     }
     Ok(Assembled {
         predictors: predictors.finish()?,
         statistics: statistics.finish()?,
         sketches: sketches.map(Writer::finish).transpose()?,
+        residuals: residuals.map(Writer::finish).transpose()?,
     })
 }
 
@@ -486,6 +513,8 @@ fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
             + 2 * config.intermediate_size * (options.predictor_rank * 2));
     let sketch = sketch::sketch_bytes(config.intermediate_size, config.hidden_size);
     let sketches = if options.sketch { config.n_layers * sketch } else { 0 };
+    let (_, _, rows, bundle_bytes) = sketch::residual_tensor(0, config);
+    let residuals = if options.residuals { config.n_layers * rows * bundle_bytes } else { 0 };
     // They lie in their parts, too, until they are put together.
-    (ffn + resident + predictors + 2 * sketches) as u64 + (16 << 20)
+    (ffn + resident + predictors + 2 * (sketches + residuals)) as u64 + (16 << 20)
 }

@@ -118,6 +118,7 @@ fn dtype(encoding: Encoding) -> SourceDtype {
         Encoding::Q8 => SourceDtype::Quantized("q8"),
         Encoding::Q4 => SourceDtype::Quantized("q4"),
         Encoding::Q4Plus => SourceDtype::Quantized("q4+plus"),
+        Encoding::R4 => SourceDtype::Quantized("r4"),
     }
 }
 

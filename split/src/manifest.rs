@@ -13,9 +13,9 @@ use thermocline_datasets::ModelConfig;
 
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
 /// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
-/// cost together, 6 where it has sketches, 7 where these have thresholds of single rows. Sketches of 4 and 5 had another code and are
-/// not read.
-pub const FORMAT_VERSION: u32 = 7;
+/// cost together, 6 where it has sketches, 7 where these have thresholds of single rows, 8 where it has what sketches leave of their
+/// rows. Sketches of 4 and 5 had another code and are not read.
+pub const FORMAT_VERSION: u32 = 8;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,7 +116,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// 1 to 7 (see [`FORMAT_VERSION`]).
+    /// 1 to 8 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -141,6 +141,9 @@ pub struct Manifest {
     /// Low-bit copies of the neurons ([`crate::Sketch`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sketches: Option<TensorFileEntry>,
+    /// What these leave of the neurons' rows ([`crate::residual_layout`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub residuals: Option<TensorFileEntry>,
     /// What it costs to compute a part of the neurons and leave the others to their sketches ([`crate::GradedCurves`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub graded: Option<TensorFileEntry>,
@@ -178,6 +181,7 @@ impl Manifest {
         let has_curve = |file: &TensorFileEntry| file.tensors.iter().any(|t| Curve::has(&t.name));
         let of_rows = |file: &TensorFileEntry| file.tensors.iter().any(|t| GradedCurves::is_of_rows(&t.name));
         match &self.shares {
+            _ if self.residuals.is_some() => 8,
             _ if self.graded.as_ref().is_some_and(of_rows) => 7,
             _ if self.sketches.is_some() => 6,
             Some(file) if has_curve(file) => 4,
@@ -230,10 +234,16 @@ impl Manifest {
         ]);
         let names = names
             .chain(
-                [&manifest.resident_planes, &manifest.shares, &manifest.sketches, &manifest.graded]
-                    .into_iter()
-                    .flatten()
-                    .map(|f| &f.file),
+                [
+                    &manifest.resident_planes,
+                    &manifest.shares,
+                    &manifest.sketches,
+                    &manifest.residuals,
+                    &manifest.graded,
+                ]
+                .into_iter()
+                .flatten()
+                .map(|f| &f.file),
             )
             .chain(manifest.layers.iter().flat_map(|l| l.others().map(|p| &p.file)));
         for name in names {
@@ -243,8 +253,12 @@ impl Manifest {
             }
         }
         manifest.config.check(&path)?;
-        if manifest.graded.is_some() && manifest.sketches.is_none() {
-            return Err(corrupt(&path, "graded", "of sketches, and there are none".to_owned()));
+        if manifest.sketches.is_none() {
+            for (field, file) in [("graded", &manifest.graded), ("residuals", &manifest.residuals)] {
+                if file.is_some() {
+                    return Err(corrupt(&path, field, "of sketches, and there are none".to_owned()));
+                }
+            }
         }
         if manifest.version < 6 && manifest.sketches.is_some() {
             return Err(crate::Error::OldSketches { path, version: manifest.version });

@@ -43,6 +43,7 @@ pub struct Split {
     statistics: TensorFile,
     shares: Option<TensorFile>,
     sketches: Option<TensorFile>,
+    residuals: Option<TensorFile>,
     graded: Option<TensorFile>,
 }
 
@@ -85,6 +86,7 @@ impl Split {
         let statistics = TensorFile::open(dir, &manifest.statistics)?;
         let shares = manifest.shares.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
         let sketches = manifest.sketches.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
+        let residuals = manifest.residuals.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
         let graded = manifest.graded.as_ref().map(|entry| TensorFile::open(dir, entry)).transpose()?;
         Ok(Self {
             dir: dir.to_owned(),
@@ -98,6 +100,7 @@ impl Split {
             statistics,
             shares,
             sketches,
+            residuals,
             graded,
         })
     }
@@ -215,6 +218,25 @@ impl Split {
     /// If it cannot be read, is damaged or does not fit the model.
     pub fn sketch(&self, layer: usize) -> Result<Option<Sketch>> {
         self.sketches.as_ref().map(|file| Sketch::read(file, &self.manifest.config, layer)).transpose()
+    }
+
+    /// The file of what sketches leave of the neurons' rows, if the split has it.
+    pub fn residuals(&self) -> Option<&TensorFile> {
+        self.residuals.as_ref()
+    }
+
+    /// Reads what the sketch of `layer` leaves of the rows of its neurons from `first` on: bundles ([`crate::residual_layout`]) in the
+    /// split's order, as many as `out` has room for.
+    ///
+    /// # Errors
+    /// If the split has no residuals, or they cannot be read, are damaged or do not fit the model.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn read_residuals(&self, layer: usize, first: usize, out: &mut [u8]) -> Result<()> {
+        let missing = || corrupt(&self.dir.join("manifest.json"), "residuals", "the split has none");
+        let file = self.residuals.as_ref().ok_or_else(missing)?;
+        crate::sketch::read_residuals(file, &self.manifest.config, layer, first, out)
     }
 
     /// The predictor of one layer as it is stored, its shapes checked.

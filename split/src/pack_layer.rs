@@ -43,11 +43,13 @@ pub(crate) struct PackedLayer {
     pub trace: Vec<u8>,
     /// The sketch's tensors in file order ([`Sketch::into_bytes`]); empty if there is none.
     pub sketch: [Vec<u8>; 5],
+    /// What the sketch leaves, as bundles in split order; empty if nothing is kept of it.
+    pub residuals: Vec<u8>,
 }
 
 impl PackedLayer {
     /// What goes into a part file, in file order.
-    pub(crate) fn parts(&self) -> [&Vec<u8>; 12] {
+    pub(crate) fn parts(&self) -> [&Vec<u8>; 13] {
         let [gate, up, down, sketched_neurons, columns] = &self.sketch;
         [
             &self.predictor_input,
@@ -62,11 +64,12 @@ impl PackedLayer {
             down,
             sketched_neurons,
             columns,
+            &self.residuals,
         ]
     }
 
     /// The same, to be filled in.
-    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 12] {
+    pub(crate) fn parts_mut(&mut self) -> [&mut Vec<u8>; 13] {
         let [gate, up, down, sketched_neurons, columns] = &mut self.sketch;
         [
             &mut self.predictor_input,
@@ -81,6 +84,7 @@ impl PackedLayer {
             down,
             sketched_neurons,
             columns,
+            &mut self.residuals,
         ]
     }
 }
@@ -131,6 +135,16 @@ pub(crate) fn pack_layer(
     let fitted =
         predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
     let sketch = options.sketch.then(|| Sketch::fit(moment, &gate, &up, &down, norms.clone())).transpose()?;
+    let left_by = |sketch: &Sketch| {
+        let [gate_name, up_name, down_name] = ["gate", "up", "down"].map(name);
+        let bundles = sketch.residuals(
+            [&gate, &up, &down],
+            [by_moments, by_moments, plain],
+            [&gate_name, &up_name, &down_name],
+        )?;
+        Ok::<_, Error>(bundles_in_order(&bundles, &order))
+    };
+    let residuals = sketch.as_ref().filter(|_| options.residuals).map(left_by).transpose()?.unwrap_or_default();
     let sketch = sketch.map(|sketch| sketch.in_order(&order));
     let (predictor_factors, [gate_residual, up_residual]) = pack_factors(&fitted, &order, l)?;
     let floats = |values: &dyn Fn(usize) -> f32| -> Vec<u8> {
@@ -152,6 +166,7 @@ pub(crate) fn pack_layer(
         energy: floats(&|id| statistics.energy[id] as f32),
         trace: reorder_bits(statistics, &order),
         sketch: sketch.map(Sketch::into_bytes).unwrap_or_default(),
+        residuals,
         order,
         sections: planes,
     })
@@ -185,6 +200,12 @@ fn pack_factors(fitted: &LowRank, order: &[u32], l: usize) -> Result<(Vec<u8>, [
     })?;
     let column = |which: usize| residuals.iter().flat_map(|r| r[which].to_le_bytes()).collect();
     Ok((rows, [column(0), column(1)]))
+}
+
+/// Bundles of one length, that of neuron `order[p]` at place p.
+fn bundles_in_order(bundles: &[u8], order: &[u32]) -> Vec<u8> {
+    let each = bundles.len() / order.len();
+    order.iter().flat_map(|&id| &bundles[id as usize * each..][..each]).copied().collect()
 }
 
 /// `[rows, columns]` to `[columns, rows]`.

@@ -30,7 +30,7 @@ pub(crate) fn further_planes(encoding: Encoding) -> &'static [Plane] {
         Encoding::Q4Plus => &[Plane::Coarse],
         Encoding::Q4Exact => &[Plane::Coarse, Plane::Final],
         Encoding::Q8Exact => &[Plane::Final],
-        Encoding::Bf16 | Encoding::Bf16x | Encoding::Q8 | Encoding::Q4 => &[],
+        Encoding::Bf16 | Encoding::Bf16x | Encoding::Q8 | Encoding::Q4 | Encoding::R4 => &[],
     }
 }
 

@@ -94,7 +94,7 @@ impl Format {
     }
 }
 
-/// Of the base, where there are further planes.
+/// Of the base, where there are further planes; residuals are bytes of their own.
 impl From<Encoding> for Format {
     fn from(e: Encoding) -> Self {
         match e {
@@ -102,6 +102,7 @@ impl From<Encoding> for Format {
             Encoding::Q8 | Encoding::Q8Exact => Format::Q8,
             Encoding::Bf16x => Format::Bf16x,
             Encoding::Q4 | Encoding::Q4Plus | Encoding::Q4Exact => Format::Q4,
+            Encoding::R4 => Format::U8,
         }
     }
 }
@@ -362,11 +363,25 @@ impl TensorFile {
     /// # Panics
     /// If `out` is longer than the tensor.
     pub fn read_start(&self, tensor: &TensorEntry, out: &mut [u8]) -> Result<()> {
-        assert!(out.len() as u64 <= tensor.bytes, "no more rows than the tensor has");
-        let wanted = out.len();
+        self.read_part(tensor, 0, out)
+    }
+
+    /// The same with the rows from `first` on.
+    ///
+    /// # Errors
+    /// If it cannot be read or its checksum is wrong.
+    ///
+    /// # Panics
+    /// If the tensor has not so many rows.
+    pub fn read_part(&self, tensor: &TensorEntry, first: usize, out: &mut [u8]) -> Result<()> {
+        let first = first * tensor.row_bytes();
+        assert!((first + out.len()) as u64 <= tensor.bytes, "no more rows than the tensor has");
+        let end = first + out.len();
         self.read_by(tensor, PIECE_BYTES, |at, piece| {
-            let n = piece.len().min(wanted.saturating_sub(at));
-            out[at.min(wanted)..][..n].copy_from_slice(&piece[..n]);
+            let (from, to) = (at.clamp(first, end), (at + piece.len()).clamp(first, end));
+            if from < to {
+                out[from - first..to - first].copy_from_slice(&piece[from - at..to - at]);
+            }
         })
     }
 

@@ -55,9 +55,9 @@ pub fn verify(split: Split, checkpoint: &dyn Checkpoint, progress: &dyn Fn(usize
     if got != expected {
         return Err(Error::WrongSource { path: split.dir().to_owned(), got, expected });
     }
-    // Everything that the comparison of weights below does not read: predictors, sketches, statistics, costs
+    // Everything that the comparison of weights below does not read: predictors, sketches and their residuals, statistics, costs
     // of shares, tokenizer.
-    let further = split.resident_planes().into_iter().chain(split.sketches());
+    let further = split.resident_planes().into_iter().chain(split.sketches()).chain(split.residuals());
     for file in [split.predictors(), split.statistics(), split.resident()].into_iter().chain(further) {
         check_tensors(file)?;
     }
@@ -88,7 +88,10 @@ impl Split {
     /// # Errors
     /// If a file cannot be read or is damaged, and [`Error::Unsound`] as from [`Split::check_weights`].
     pub fn check(&self, progress: &dyn Fn(usize, usize)) -> Result<()> {
-        [Some(self.statistics()), self.sketches()].into_iter().flatten().try_for_each(check_tensors)?;
+        [Some(self.statistics()), self.sketches(), self.residuals()]
+            .into_iter()
+            .flatten()
+            .try_for_each(check_tensors)?;
         self.shares()?;
         self.graded_curves()?;
         check_plain_files(self)?;

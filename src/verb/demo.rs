@@ -235,7 +235,7 @@ fn evaluate(
     masks.extend(SHARES.map(Mask::Oracle));
     masks.extend(SHARES.map(Mask::Predicted));
     let model = super::eval::Model::open(split, Precision::Base.into(), None)?;
-    let results = super::eval::batch(&model, &windows, &masks, &Fitted::default(), false)?;
+    let results = super::eval::batch(None, &model, &windows, &masks, &Fitted::default(), false)?;
     let output = super::eval::Output::new(&model, split, text_name, &windows, &results, step)?;
     said("eval", step, &format!("{} tokens under {} masks", windows.tokens().len(), masks.len()));
     super::eval::table(&results);

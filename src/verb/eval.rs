@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Instant;
 use thermocline_analysis::Error;
 use thermocline_analysis::eval::{
-    Evaluation, Fitted, Guesser, Mask, Windows, evaluate, evaluate_decode, evaluate_planes, fit_guesses,
+    Evaluation, Fitted, Guesser, Mask, Windows, evaluate_against, evaluate_decode, evaluate_planes, fit_guesses,
     fit_input_costs, fit_shares, fit_windows, measure_curve, measure_graded_curves,
 };
 use thermocline_analysis::{PlanesStudy, study_planes};
@@ -44,6 +44,9 @@ pub struct Output<'a> {
     seconds: f64,
     version: &'static str,
     command: Vec<String>,
+    /// What it was compared with, if that is not the model itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reference: Option<String>,
     /// What the planes take.
     #[serde(skip_serializing_if = "Option::is_none")]
     study: Option<&'a PlanesStudy>,
@@ -73,6 +76,7 @@ impl<'a> Output<'a> {
             seconds: begin.elapsed().as_secs_f64(),
             version: env!("CARGO_PKG_VERSION"),
             command: std::env::args().skip(1).collect(),
+            reference: None,
             study: None,
         })
     }
@@ -161,15 +165,20 @@ pub fn eval(args: &Eval) -> anyhow::Result<()> {
         EngineName::Batch => {
             let fitted =
                 args.fit_text.as_deref().map(|text| fitted(args, &model, &tokenizer, text, &masks)).transpose()?;
-            batch(&model, &windows, &masks, &fitted.unwrap_or_default(), args.json)?
+            let open = |path| Model::open(path, Precision::Exact.into(), None);
+            let reference = args.reference.as_deref().map(open).transpose()?;
+            batch(reference.as_ref(), &model, &windows, &masks, &fitted.unwrap_or_default(), args.json)?
         }
         EngineName::Decode => decode(args, &windows, &masks)?,
     };
+    let reference = args.reference.as_deref().map(model_name);
     if args.json {
-        return output::json(&Output::new(&model, &args.model, &name(text_path(args)), &windows, &results, begin)?);
+        let output = Output::new(&model, &args.model, &name(text_path(args)), &windows, &results, begin)?;
+        return output::json(&Output { reference, ..output });
     }
     let (model_name, text) = (model_name(&args.model), name(text_path(args)));
-    println!("{model_name} ({}), {text}: {} windows of {}", encoding(&model), windows.len(), windows.ctx());
+    let against = reference.map_or(String::new(), |name| format!(", against {name}"));
+    println!("{model_name} ({}), {text}: {} windows of {}{against}", encoding(&model), windows.len(), windows.ctx());
     table(&results);
     println!(
         "masks at {POSITIONS}; bytes: of the layers' weights, predictor included; +- is the 95 % interval: {INTERVAL}"
@@ -482,6 +491,7 @@ fn fitted(args: &Eval, model: &Model, tokenizer: &Tokenizer, text: &Path, masks:
 
 /// Evaluates with a progress bar.
 pub fn batch(
+    reference: Option<&Model>,
     model: &Model,
     windows: &Windows<'_>,
     masks: &[Mask],
@@ -490,7 +500,8 @@ pub fn batch(
 ) -> anyhow::Result<Vec<Evaluation>> {
     let progress = Progress::new("eval", quiet);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let results = evaluate(model.dense(), model.split(), windows, masks, fitted, &on_step);
+    let of_model = (model.dense(), model.split());
+    let results = evaluate_against(reference.map(Model::dense), of_model, windows, masks, fitted, &on_step);
     progress.finish();
     results.map_err(usage)
 }

@@ -61,6 +61,9 @@ fn split(path: &Path) -> anyhow::Result<Value> {
     if let Some(sketches) = &m.sketches {
         value["sketch_bytes"] = sketches.file_bytes.into();
     }
+    if let Some(residuals) = &m.residuals {
+        value["residual_bytes"] = residuals.file_bytes.into();
+    }
     if let Some(shares) = split.shares()? {
         let rounded = |share: f32| (f64::from(share) * 1e3).round() / 1e3;
         let each = |shares: &[f32]| shares.iter().map(|&s| rounded(s)).collect::<Vec<_>>();

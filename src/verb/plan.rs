@@ -83,6 +83,11 @@ fn chooser_name(has_sketches: bool) -> &'static str {
     if has_sketches { "sketches" } else { "predictors" }
 }
 
+/// How neurons are in memory that are not always computed.
+fn as_residuals(residuals: bool) -> &'static str {
+    if residuals { ", as what their sketches leave of them unless they are always computed" } else { "" }
+}
+
 /// Of which neurons there is no sketch, if `n` of each layer are computed by every token.
 fn always_computed(n: usize, hot_neurons: &[usize]) -> String {
     match n {
@@ -98,7 +103,7 @@ pub fn print(plan: &Plan, has_sketches: bool) {
     println!("RAM budget {budget}; all weights {}", format_bytes(plan.dense_bytes));
     row("matrices", plan.pinned_bytes, "embedding, attention, head".to_owned());
     let (hot, layers) = (plan.hot_neurons.iter().sum::<usize>(), plan.hot_neurons.len());
-    row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
+    row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers{}", as_residuals(plan.residuals)));
     print_sections(&plan.sections);
     if plan.certificate_bytes > 0 {
         row("gate certificates", plan.certificate_bytes, "8-bit copies of the gates".to_owned());
@@ -116,6 +121,13 @@ pub fn print(plan: &Plan, has_sketches: bool) {
     row("norms, scratch", plan.fixed.vectors + plan.fixed.scratch, String::new());
     row("disk buffers", plan.fixed.staging, String::new());
     row("total", plan.total_bytes, String::new());
+    if let Some(bytes) = plan.residuals_would_take {
+        println!(
+            "note: with what sketches leave of the neurons in memory, {} in all, nothing would be read from disk; this budget is too \
+             small for that, and neurons are read whole",
+            format_bytes(bytes)
+        );
+    }
     if let Some(exact) = plan.exact_disk_bytes_per_token.filter(|&exact| exact <= plan.disk_bytes_per_token) {
         println!(
             "note: sparse mode is expected to read {} a token from disk, exact mode {}: the neurons that it skips lie in \
@@ -199,7 +211,8 @@ pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
     let fixed = &plan.fixed;
     row("matrices", fixed.matrices, "attention, head".to_owned());
     let (hot, layers) = (plan.hot_neurons.iter().sum::<usize>(), plan.hot_neurons.len());
-    row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers"));
+    let residuals = as_residuals(plan.residuals);
+    row("hot neurons", plan.hot_bytes, format!("{hot} in {layers} layers{residuals}"));
     print_sections(&plan.sections);
     let expected = match plan.cache_slots() {
         0 => String::new(),
@@ -226,5 +239,8 @@ pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
     row("prompt buffers", fixed.prefill, String::new());
     row("CUDA context", fixed.context, "taken before the first weight, other processes' included".to_owned());
     row("total", plan.total_bytes, String::new());
-    row("pinned RAM", plan.pinned_bytes, "the other neurons".to_owned());
+    row("pinned RAM", plan.pinned_bytes, format!("the other neurons{residuals}"));
+    if plan.host_sketch_bytes > 0 {
+        row("RAM", plan.host_sketch_bytes, "sketches, for the CPU's share of them".to_owned());
+    }
 }

@@ -47,6 +47,7 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
         ScalesName::Absmax => Scales::Absmax,
     };
     options.sketch = args.sketch;
+    options.residuals = args.residuals;
     let report = make(checkpoint.as_ref(), &profile, &options, &args.output, args.json)?;
     if args.json {
         return output::json(&report);
@@ -126,7 +127,7 @@ pub fn defaults(checkpoint: &dyn Checkpoint, encoding: LayerEncodings) -> SplitO
         Encoding::Bf16 => Encoding::Bf16,
         Encoding::Bf16x => Encoding::Bf16x,
         Encoding::Q4Exact | Encoding::Q8Exact => Encoding::Q8Exact,
-        Encoding::Q4 | Encoding::Q4Plus | Encoding::Q8 => Encoding::Q8,
+        Encoding::Q4 | Encoding::Q4Plus | Encoding::Q8 | Encoding::R4 => Encoding::Q8,
     };
     SplitOptions {
         encoding,
@@ -137,6 +138,7 @@ pub fn defaults(checkpoint: &dyn Checkpoint, encoding: LayerEncodings) -> SplitO
         predictor_rank: (checkpoint.config().hidden_size / 9).next_multiple_of(32),
         scales: Scales::Moments,
         sketch: false,
+        residuals: false,
     }
 }
 

@@ -166,6 +166,11 @@ pub fn sketch(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
     listed_tensor(dir, name, |m| m.sketches.as_mut().unwrap(), change);
 }
 
+/// The same for a tensor of `residuals.safetensors`.
+pub fn residual(dir: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
+    listed_tensor(dir, name, |m| m.residuals.as_mut().unwrap(), change);
+}
+
 fn listed_tensor(
     dir: &Path,
     name: &str,

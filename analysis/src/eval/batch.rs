@@ -104,30 +104,60 @@ pub fn evaluate(
     fitted: &Fitted,
     progress: &dyn Fn(usize, usize),
 ) -> Result<Vec<Evaluation>> {
+    evaluate_against(None, (model, split), windows, masks, fitted, progress)
+}
+
+/// The same, compared with another model of the same vocabulary, if there is a `reference`; [`Mask::Dense`] is compared, too, then.
+///
+/// # Errors
+/// As [`evaluate`], or if the vocabularies are not of one size.
+pub fn evaluate_against(
+    reference: Option<&dyn Checkpoint>,
+    (model, split): (&dyn Checkpoint, Option<&Split>),
+    windows: &Windows<'_>,
+    masks: &[Mask],
+    fitted: &Fitted,
+    progress: &dyn Fn(usize, usize),
+) -> Result<Vec<Evaluation>> {
     check_masks(masks, split)?;
     fitted.check(masks)?;
     let config = model.config();
     let bytes = LayerBytes::of(model, split)?;
     let of_inputs = bytes.of_inputs(config);
+    let (ours, theirs) = (config.vocab_size, reference.unwrap_or(model).config().vocab_size);
+    if ours != theirs {
+        let reason = format!("it has {theirs} tokens, the model {ours}: their probabilities cannot be compared");
+        return Err(Error::Setting { flag: "--reference", reason });
+    }
     let x = Embedding::load(model)?.rows(windows.tokens())?;
-    let mut dense = Stream::new(Mask::Dense, x, split, fitted)?;
-    // The dense mask is the reference itself; every other one gets its own stream.
-    let own = masks.iter().filter(|m| **m != Mask::Dense);
+    // The dense mask is the reference itself, if there is no other; every other one gets its own stream.
+    let own = masks.iter().filter(|m| reference.is_some() || **m != Mask::Dense);
     let mut masked: Vec<Stream> =
-        own.map(|&mask| Stream::new(mask, dense.x.clone(), split, fitted)).collect::<Result<_>>()?;
+        own.map(|&mask| Stream::new(mask, x.clone(), split, fitted)).collect::<Result<_>>()?;
     for stream in &mut masked {
         if let (Mask::Inputs(share), Some(costs)) = (stream.mask, &fitted.inputs) {
             stream.thresholds = costs.thresholds(of_inputs, share);
         }
     }
-    let total = config.n_layers * (1 + masked.len());
+    let mut dense = Stream::new(Mask::Dense, x, split, fitted)?;
+    let n_before = reference.map_or(0, |reference| reference.config().n_layers);
+    let with_dense = usize::from(reference.is_none());
+    let total = n_before + config.n_layers * (with_dense + masked.len());
+    if let Some(reference) = reference {
+        dense.x = Embedding::load(reference)?.rows(windows.tokens())?;
+        for index in 0..n_before {
+            progress(index, total);
+            let layer = DenseLayer::load(reference, index)?;
+            dense.advance((index, &layer), &layer.down_norms()?, &Choosers::default(), fitted, windows.ctx())?;
+        }
+    }
     for index in 0..config.n_layers {
         let layer = DenseLayer::load(model, index)?;
         let choosers = Choosers::load(split, masks, index)?;
         let down_norm = layer.down_norms()?;
         let guesses = Guesses::load((index, &layer), &down_norm, split, fitted.guesses.as_ref(), masks)?;
-        let before = index * (1 + masked.len());
-        for (i, stream) in std::iter::once(&mut dense).chain(&mut masked).enumerate() {
+        let before = n_before + index * (with_dense + masked.len());
+        for (i, stream) in std::iter::once(&mut dense).take(with_dense).chain(&mut masked).enumerate() {
             progress(before + i, total);
             if let (Mask::Guessed(guesser, share), Some(guess)) = (stream.mask, guesses.of(stream.mask)) {
                 let of_layer = (&layer, down_norm.as_slice());
@@ -150,7 +180,7 @@ pub fn evaluate(
     let rows = |s: &Stream| s.chooses_rows().then(|| RowsRead::new(s.rows_read, n_neurons));
     let read: Vec<(Mask, f64, Option<RowsRead>)> = masked.iter().map(|s| (s.mask, read(s.kept), rows(s))).collect();
     let asked: Vec<(Mask, Cost)> = masked.iter().map(|s| (s.mask, s.guessed.cost)).collect();
-    let mut evaluations = compare(model, windows, masks, dense, masked)?;
+    let mut evaluations = compare((model, reference), windows, masks, dense, masked)?;
     for (evaluation, mask) in evaluations.iter_mut().zip(masks) {
         let counted = read.iter().find(|(m, ..)| m == mask);
         if let Some(&(.., Some(rows))) = counted {
@@ -159,6 +189,7 @@ pub fn evaluate(
         }
         evaluation.bytes_share = match (mask, counted) {
             (Mask::Inputs(_), Some((_, inputs, _))) => Some(*inputs),
+            (Mask::Graded { always, .. }, Some((.., Some(rows)))) => Some(bytes.graded_rows_share(*always, rows.bytes)),
             (Mask::Graded { always, .. }, _) => {
                 evaluation.computed_share.map(|computed| bytes.graded_share(*always, computed))
             }
@@ -210,24 +241,29 @@ impl Stream {
 
 /// Logits of every stream at the same few positions at a time, so that no more than those are ever held.
 fn compare(
-    model: &dyn Checkpoint,
+    (model, reference): (&dyn Checkpoint, Option<&dyn Checkpoint>),
     windows: &Windows<'_>,
     masks: &[Mask],
     dense: Stream,
     masked: Vec<Stream>,
 ) -> Result<Vec<Evaluation>> {
     let (head, hidden) = (Head::load(model)?, model.config().hidden_size);
+    let other_head = reference.map(Head::load).transpose()?;
+    let (dense_head, dense_hidden) = match (&other_head, reference) {
+        (Some(head), Some(reference)) => (head, reference.config().hidden_size),
+        _ => (&head, hidden),
+    };
     let positions = positions_at_once(head.vocab_size());
     let mut of_dense = TokenScores::default();
     let mut scores = vec![TokenScores::default(); masked.len()];
     for start in (0..windows.tokens().len()).step_by(positions) {
         let end = (start + positions).min(windows.tokens().len());
         let targets: Vec<Option<u32>> = (start..end).map(|p| windows.next(p)).collect();
-        let reference = head.logits(&dense.x[start * hidden..end * hidden])?;
-        add(&mut of_dense, &reference, &reference, head.vocab_size(), &targets);
+        let of_reference = dense_head.logits(&dense.x[start * dense_hidden..end * dense_hidden])?;
+        add(&mut of_dense, &of_reference, &of_reference, head.vocab_size(), &targets);
         for (stream, scores) in masked.iter().zip(&mut scores) {
             let logits = head.logits(&stream.x[start * hidden..end * hidden])?;
-            add(scores, &reference, &logits, head.vocab_size(), &targets);
+            add(scores, &of_reference, &logits, head.vocab_size(), &targets);
         }
     }
     let losses = of_dense.losses.clone();
@@ -235,7 +271,7 @@ fn compare(
     let mut out = Vec::with_capacity(masks.len());
     for &mask in masks {
         let (stream, scores) = match mask {
-            Mask::Dense => (&dense, of_dense.clone()),
+            Mask::Dense if reference.is_none() => (&dense, of_dense.clone()),
             // One stream was made for each of the other masks, in this order.
             _ => match rest.next() {
                 Some(found) => found,

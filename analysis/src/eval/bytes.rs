@@ -13,6 +13,8 @@ pub(crate) struct LayerBytes {
     neurons: f64,
     predictors: f64,
     sketches: f64,
+    /// What sketches leave of the neurons' rows, if that is what single rows are read from.
+    residuals: Option<f64>,
 }
 
 impl LayerBytes {
@@ -20,7 +22,7 @@ impl LayerBytes {
     pub(crate) fn of(model: &dyn Checkpoint, split: Option<&Split>) -> Result<Self> {
         let Some(split) = split else {
             let [attention, neurons] = n_weights(model.config()).map(|n| 2.0 * n);
-            return Ok(Self { attention, neurons, predictors: 0.0, sketches: 0.0 });
+            return Ok(Self { attention, neurons, predictors: 0.0, sketches: 0.0, residuals: None });
         };
         let of_layers = |m: &&thermocline_split::StoredMatrix<'_>| m.entry().name.starts_with("model.layers.");
         let matrices = split.matrices()?;
@@ -29,7 +31,8 @@ impl LayerBytes {
         let used = |name: &str| !name.ends_with(".ahead");
         let predictors = split.predictors().tensors().iter().filter(|t| used(&t.name)).map(|t| t.bytes).sum::<u64>();
         let sketches = split.sketches().map_or(0, TensorFile::data_bytes);
-        Ok(Self { attention, neurons, predictors: predictors as f64, sketches: sketches as f64 })
+        let residuals = split.residuals().map(|file| file.data_bytes() as f64);
+        Ok(Self { attention, neurons, predictors: predictors as f64, sketches: sketches as f64, residuals })
     }
 
     /// What one input of each group of matrices makes a token read.
@@ -55,6 +58,12 @@ impl LayerBytes {
     /// neurons' bytes, relative to everything.
     pub(crate) fn graded_share(&self, always: f64, of_neurons: f64) -> f64 {
         self.share_of(self.attention + (1.0 - always) * self.sketches + of_neurons * self.neurons)
+    }
+
+    /// The same of a mask that reads single rows.
+    pub(crate) fn graded_rows_share(&self, always: f64, of_neurons: f64) -> f64 {
+        let read = always * self.neurons + (of_neurons - always) * self.residuals.unwrap_or(self.neurons);
+        self.share_of(self.attention + (1.0 - always) * self.sketches + read)
     }
 
     /// What a mask reads whose guess takes `asked` bytes and that computes this share of the neurons, relative to everything.
@@ -96,11 +105,13 @@ mod tests {
     /// Sketches of those that are not always computed, and the rows of those that are and of the chosen ones.
     #[test]
     fn graded_masks_read_sketches_of_the_others() {
-        let bytes = LayerBytes { attention: 2.0, neurons: 8.0, predictors: 1.0, sketches: 4.0 };
+        let bytes = LayerBytes { attention: 2.0, neurons: 8.0, predictors: 1.0, sketches: 4.0, residuals: Some(4.0) };
         let share = |active, always| bytes.share(Mask::Graded { active, always, alike: false }).unwrap();
         assert!((share(0.25, 0.0) - 0.8).abs() < 1e-9);
         assert!((share(0.25, 0.5) - (2.0 + 2.0 + 5.0) / 10.0).abs() < 1e-9);
         assert!((share(0.25, 1.0) - 1.0).abs() < 1e-9);
+        assert!((bytes.graded_rows_share(0.5, 0.75) - (2.0 + 2.0 + 4.0 + 1.0) / 10.0).abs() < 1e-9);
+        assert_eq!(LayerBytes { residuals: None, ..bytes }.graded_rows_share(0.5, 0.75), share(0.5, 0.5));
         assert_eq!(bytes.chooser_share(Mask::Graded { active: 0.25, always: 0.5, alike: true }), Some(0.2));
     }
 }

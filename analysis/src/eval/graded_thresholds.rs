@@ -46,7 +46,7 @@ pub(crate) fn fit_graded_thresholds(
     for index in 0..config.n_layers {
         progress(index, config.n_layers);
         let layer = DenseLayer::load(model, index)?;
-        let sketch = SketchedLayer::load(split, index)?.ok_or_else(|| {
+        let sketch = SketchedLayer::load(split, index, false)?.ok_or_else(|| {
             let reason = format!("layer {index} has no sketch: make the split with --sketch");
             Error::Setting { flag: "--fit-shares", reason }
         })?;

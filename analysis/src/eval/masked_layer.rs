@@ -68,10 +68,10 @@ impl<'a> MaskedLayer<'a> {
         let mut next = self.layer.attention_in(x, sequences)?;
         let input = self.layer.ffn_input(&next)?;
         if let Some(((known, least), sketch)) = self.of_rows.as_ref().zip(self.sketch()) {
-            let [mut h, mut sketched] = self.layer.pre_activations(&input)?;
+            let [mut h, mut sketched] = self.read_products(sketch, &input)?;
             let guessed = sketch.pre_activations(&input)?;
             self.choose_rows((sketch, known, *least), guessed, [&mut h, &mut sketched], sequences, positions);
-            self.layer.ffn_output(&mut next, h)?;
+            self.add_read(sketch, &mut next, h)?;
             sketch.add(&mut next, sketched)?;
             x.copy_from_slice(&next);
             // Of most neurons a part is computed: recall says nothing of it.
@@ -87,6 +87,43 @@ impl<'a> MaskedLayer<'a> {
         self.stand_in(&mut next, sequences, positions);
         x.copy_from_slice(&next);
         Ok(tally)
+    }
+
+    /// Gate and up products with the rows that are read, of all neurons, `[n_rows, intermediate_size]`: with the residuals of those that
+    /// are not always computed, if the sketch has them, else with the neurons' own.
+    fn read_products(&self, sketch: &SketchedLayer, input: &[f32]) -> Result<[Vec<f32>; 2]> {
+        let Some(residual) = sketch.with_residuals() else { return Ok(self.layer.pre_activations(input)?) };
+        let mut products = residual.pre_activations(input)?;
+        if self.n_always() > 0 {
+            for (products, own) in products.iter_mut().zip(self.layer.pre_activations(input)?) {
+                self.where_always(sketch, products, |i, product| *product = own[i]);
+            }
+        }
+        Ok(products)
+    }
+
+    /// Adds `h [n_rows, intermediate_size]` times the down rows that are read to `x`.
+    fn add_read(&self, sketch: &SketchedLayer, x: &mut [f32], mut h: Vec<f32>) -> Result<()> {
+        let Some(residual) = sketch.with_residuals() else { return Ok(self.layer.ffn_output(x, h)?) };
+        if self.n_always() > 0 {
+            let mut own = vec![0.0; h.len()];
+            self.where_always(sketch, &mut h, |i, h| own[i] = std::mem::take(h));
+            self.layer.ffn_output(x, own)?;
+        }
+        Ok(residual.output(x, h)?)
+    }
+
+    /// Shows `see` those of `values [n_rows, intermediate_size]` that are of neurons which every token computes.
+    fn where_always(&self, sketch: &SketchedLayer, values: &mut [f32], mut see: impl FnMut(usize, &mut f32)) {
+        let (n, places) = (self.n_always(), sketch.places());
+        let always =
+            values.iter_mut().enumerate().zip(places.iter().cycle()).filter(|(_, place)| (**place as usize) < n);
+        always.for_each(|((i, value), _)| see(i, value));
+    }
+
+    /// The first neurons of the split's order that every token computes.
+    fn n_always(&self) -> usize {
+        always_neurons(self.mask.always() as f32, self.layer.intermediate_size())
     }
 
     /// The sketch, if the mask asks it.
@@ -105,7 +142,7 @@ impl<'a> MaskedLayer<'a> {
         positions: Positions,
     ) {
         let (ffn, activation) = (self.layer.intermediate_size(), sketch.activation());
-        let n_always = always_neurons(self.mask.always() as f32, ffn);
+        let n_always = self.n_always();
         let (whole, places) = (sketch.is_whole(), sketch.places());
         let rule = RowRule { sketch: known, activation, least, whole, places, n_always };
         let mut first = 0;
@@ -160,8 +197,7 @@ impl<'a> MaskedLayer<'a> {
     /// into `sketched`.
     fn scores(&self, input: &[f32], sketched: &mut Vec<f32>, sequences: &[Sequence]) -> Result<Option<Vec<f32>>> {
         if let Some(sketch) = self.sketch() {
-            let n_always = always_neurons(self.mask.always() as f32, self.layer.intermediate_size());
-            let look = sketch.look(input, n_always)?;
+            let look = sketch.look(input, self.n_always())?;
             *sketched = look.h;
             return Ok(Some(look.scores));
         }

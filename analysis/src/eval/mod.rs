@@ -39,7 +39,7 @@ mod shares;
 pub mod tasks;
 mod windows;
 
-pub use batch::evaluate;
+pub use batch::{evaluate, evaluate_against};
 pub use curve::{fit_graded, fit_windows, measure_curve, measure_graded_curves};
 pub use decode::evaluate_decode;
 pub use guess::{GuessFit, Guesser, fit_guesses};

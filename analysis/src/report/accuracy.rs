@@ -22,7 +22,8 @@ fn masks(file: &EvalFile) -> impl Iterator<Item = &Evaluation> {
 }
 
 fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
-    let subject = |f: &EvalFile| (f.model.clone(), f.encoding.clone(), f.text.clone(), f.ctx, f.windows);
+    let subject =
+        |f: &EvalFile| (f.model.clone(), f.encoding.clone(), f.reference.clone(), f.text.clone(), f.ctx, f.windows);
     let mut subjects: Vec<_> = evals.iter().map(subject).collect();
     subjects.sort();
     subjects.dedup();
@@ -41,6 +42,9 @@ fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
         }
         if subjects.len() > 1 {
             label = format!("{label}, {} {}", short(&subject.0, 10), short(&subject.1, 5));
+        }
+        if let Some(reference) = subject.2 {
+            label = format!("{label}, against {}", short(&reference, 10));
         }
         Family { label, results }
     });
@@ -142,8 +146,12 @@ fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
     let most = series.iter().flat_map(|s| &s.points).map(|p| p.0).fold(100.0, f64::max);
     let all = families.iter().flat_map(|f| f.results.iter().map(|(file, r)| (f.label.as_str(), *file, *r)));
     let runnable: Vec<_> = all.filter(|(_, _, r)| !r.mask.starts_with("oracle") && of(r).is_some()).collect();
-    // Figures of one model on one text are compared.
-    let subject = |f: &EvalFile| (f.model.clone(), f.encoding.clone(), f.text.clone(), f.ctx, f.windows);
+    // Figures of one model on one text are compared, and those of all that was compared with one other.
+    let subject = |f: &EvalFile| {
+        let model = || (f.model.clone(), f.encoding.clone());
+        let of = f.reference.clone().map_or_else(model, |reference| (reference, String::new()));
+        (of, f.reference.is_some(), f.text.clone(), f.ctx, f.windows)
+    };
     let is_beaten = |file: &EvalFile, point: Option<(f64, f64)>| {
         let same = runnable.iter().filter(|(_, other, _)| subject(other) == subject(file));
         let mut points = same.map(|(_, _, r)| of(r));
@@ -162,7 +170,7 @@ fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
         );
         Figure::new(
             Chart {
-                title: "Distance from the dense model against bytes".to_owned(),
+                title: format!("Distance from the {} against bytes", compared_with(families)),
                 x: Axis::new("bytes that a token reads (% of the layers)").from_to(0.0, 10.0 * (most / 10.0).ceil()),
                 y: Axis::new("KL(dense || masked), nats per token").log(),
                 body: Body::Lines(series),
@@ -172,14 +180,21 @@ fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
     })
 }
 
+/// What distances are from.
+fn compared_with(families: &[Family<'_>]) -> &'static str {
+    let has_reference = families.iter().flat_map(|f| &f.results).any(|(file, _)| file.reference.is_some());
+    if has_reference { "dense model or reference" } else { "dense model" }
+}
+
 fn divergence(families: &[Family<'_>]) -> Option<Figure> {
     let sparse = |r: &Evaluation| r.kl.filter(|kl| r.active.is_some() && *kl > 0.0);
     let series = over(families, |r| r.active, sparse);
     let best = families.iter().flat_map(|f| &f.results).filter(|(_, r)| sparse(r).is_some());
     let best = best.min_by(|a, b| a.1.kl.unwrap_or(0.0).total_cmp(&b.1.kl.unwrap_or(0.0)))?.1;
     let closest = format!(
-        "closest to the dense model here is {} at {} active, {:.3} nats per token away, with the same likeliest \
+        "closest to the {} here is {} at {} active, {:.3} nats per token away, with the same likeliest \
          token at {} of the positions.",
+        compared_with(families),
         best.mask,
         percent(best.active.unwrap_or(1.0)),
         best.kl.unwrap_or(0.0),
@@ -195,7 +210,7 @@ fn divergence(families: &[Family<'_>]) -> Option<Figure> {
     };
     Some(Figure::new(
         Chart {
-            title: "Distance from the dense model".to_owned(),
+            title: format!("Distance from the {}", compared_with(families)),
             x: share_axis(families),
             y: Axis::new("KL(dense || masked), nats per token").log(),
             body: Body::Lines(series),
@@ -216,12 +231,13 @@ fn results_table(evals: &[EvalFile]) -> Result<Table> {
         text("model", &|f, _| f.model.clone()),
         text("neurons", &|f, _| f.encoding.clone()),
         text("text", &|f, _| format!("{}, {} x {}", f.text, f.windows, f.ctx)),
+        text("against", &|f, _| f.reference.clone().unwrap_or_else(|| "dense".to_owned())),
         text("mask", &|_, r| if r.engine == "decode" { format!("{}, decoded", r.mask) } else { r.mask.clone() }),
         text("active", &|_, r| r.active.map_or("\u{2013}".to_owned(), percent)),
         text("bytes", &|_, r| r.bytes_share.map_or("\u{2013}".to_owned(), percent)),
         number("perplexity", &|r| Some(r.perplexity)),
         text("95 %", &|_, r| format!("{:.1}\u{2013}{:.1}", r.perplexity_ci95[0], r.perplexity_ci95[1])),
-        number("of dense", &|r| r.perplexity_ratio),
+        number("ratio", &|r| r.perplexity_ratio),
         number("KL", &|r| r.kl),
         number("top-1", &|r| r.top1_agreement),
         number("recall", &|r| r.recall),
@@ -299,5 +315,25 @@ mod tests {
         let mut kinds: Vec<String> = results.iter().map(kind).collect();
         kinds.dedup();
         assert_eq!(kinds, ["dense", "graded by rows", "graded by rows behind 53 %"]);
+    }
+
+    /// What was compared with the checkpoint is no line with what was compared with the split itself, and splits of one checkpoint
+    /// beat each other.
+    #[test]
+    fn what_was_compared_with_another_model_is_told_apart() {
+        let records = [
+            include_str!("../../records/cpu-zen5-2core/eval-smollm2-reference-residuals.json"),
+            include_str!("../../records/cpu-zen5-2core/eval-smollm2-reference-q4.json"),
+            include_str!("../../records/cpu-zen5-2core/eval-smollm2-graded.json"),
+        ];
+        let files = records.map(|record| serde_json::from_str::<EvalFile>(record).unwrap());
+        let all = families(&files);
+        let against = all.iter().filter(|f| f.label.ends_with(", against smollm2")).count();
+        assert_eq!((against, compared_with(&all)), (4, "dense model or reference"));
+        assert!(all.iter().all(|f| f.results.iter().all(|(file, _)| file.model == f.results[0].0.model)));
+        let front = divergence_by_bytes(&families(&files[..2])).unwrap().reading;
+        // Thirty percent of the rows are nearer than all of them in q4, for fewer bytes.
+        assert!(front.contains("against smollm2 at 30 %") && !front.contains("dense"), "{front}");
+        assert_eq!(compared_with(&families(&files[2..])), "dense model");
     }
 }

@@ -58,6 +58,8 @@ pub struct EvalFile {
     pub ctx: usize,
     /// Windows.
     pub windows: usize,
+    /// What it was compared with, if that was not the model itself.
+    pub reference: Option<String>,
     /// Arguments of the program.
     pub command: Vec<String>,
     /// What planes take, if these are what was compared.

@@ -68,6 +68,8 @@ pub fn gpu_plan() -> GpuPlan {
         fixed: GpuBytes { matrices: 1_000_000, predictors: 200_000, kv_cache: 640_000, ..GpuBytes::default() },
         hot_neurons: vec![100, 100],
         always_neurons: 0,
+        residuals: false,
+        host_sketch_bytes: 0,
         hot_bytes: 8 * GIB,
         sections: Vec::new(),
         mixed_cold_layers: 0,

@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-pub(super) const SOURCES: [&str; 26] = [
+pub(super) const SOURCES: [&str; 27] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -35,6 +35,7 @@ pub(super) const SOURCES: [&str; 26] = [
     include_str!("../../cuda/sketch.cu"),
     include_str!("../../cuda/fetch.cu"),
     include_str!("../../cuda/prefill.cu"),
+    include_str!("../../cuda/prefill_residual.cu"),
     include_str!("../../cuda/attend_rows.cu"),
     include_str!("../../cuda/exact.cuh"),
     include_str!("../../cuda/exact_team.cuh"),

@@ -54,7 +54,7 @@ pub fn decode(encoding: Encoding, row: RowRef<'_>, out: &mut [u16]) {
         Encoding::Bf16 => copy_bits(row.codes, out),
         Encoding::Bf16x => bf16x::decode(row, out),
         Encoding::Q4Exact | Encoding::Q8Exact => residual::decode(encoding, row, out),
-        Encoding::Q8 | Encoding::Q4 | Encoding::Q4Plus => panic!("{encoding} rows are not exact"),
+        Encoding::Q8 | Encoding::Q4 | Encoding::Q4Plus | Encoding::R4 => panic!("{encoding} rows are not exact"),
     }
 }
 

@@ -20,7 +20,7 @@ pub(crate) unsafe fn dots<const N: usize>(
         match encoding {
             Encoding::Bf16 => dots_bf16(rows, x, ahead),
             Encoding::Q8 => dots_groups::<N, Q8>(rows, x, ahead),
-            Encoding::Q4 => dots_groups::<N, Q4>(rows, x, ahead),
+            Encoding::Q4 | Encoding::R4 => dots_groups::<N, Q4>(rows, x, ahead),
             Encoding::Q4Plus => dots_groups::<N, Q4Plus>(rows, x, ahead),
             Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => unreachable!("rows are decoded first"),
         }
@@ -44,7 +44,7 @@ pub(crate) unsafe fn axpys<const N: usize>(
             match encoding {
                 Encoding::Bf16 => axpy_bf16(row, a, y, &mut ahead),
                 Encoding::Q8 => axpy_groups::<Q8>(row, a, y, &mut ahead),
-                Encoding::Q4 => axpy_groups::<Q4>(row, a, y, &mut ahead),
+                Encoding::Q4 | Encoding::R4 => axpy_groups::<Q4>(row, a, y, &mut ahead),
                 Encoding::Q4Plus => axpy_groups::<Q4Plus>(row, a, y, &mut ahead),
                 Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => unreachable!("rows are decoded first"),
             }

@@ -29,7 +29,7 @@ pub(crate) unsafe fn dots<const N: usize>(
         match encoding {
             Encoding::Bf16 => dots_bf16(rows, x, ahead),
             Encoding::Q8 => dots_groups::<N, Q8>(rows, x, ahead),
-            Encoding::Q4 => dots_groups::<N, Q4>(rows, x, ahead),
+            Encoding::Q4 | Encoding::R4 => dots_groups::<N, Q4>(rows, x, ahead),
             Encoding::Q4Plus => dots_groups::<N, Q4Plus>(rows, x, ahead),
             Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => unreachable!("rows are decoded first"),
         }
@@ -54,7 +54,7 @@ pub(crate) unsafe fn axpys<const N: usize>(
                 rows.into_iter().zip(a).for_each(|(row, a)| axpy_bf16(row, a, y, &mut ahead));
             }
             Encoding::Q8 => axpys_groups::<N, Q8>(rows, a, y, ahead),
-            Encoding::Q4 => axpys_groups::<N, Q4>(rows, a, y, ahead),
+            Encoding::Q4 | Encoding::R4 => axpys_groups::<N, Q4>(rows, a, y, ahead),
             Encoding::Q4Plus => axpys_groups::<N, Q4Plus>(rows, a, y, ahead),
             Encoding::Bf16x | Encoding::Q4Exact | Encoding::Q8Exact => unreachable!("rows are decoded first"),
         }

@@ -52,7 +52,7 @@ struct Work {
 }
 
 /// No cache.
-fn no_cache() -> CacheTables {
+pub(crate) fn no_cache() -> CacheTables {
     let none = upload(&[NONE; 4]).view();
     CacheTables {
         n_sets: 0,

@@ -173,7 +173,7 @@ proptest! {
         let halves: [[_; 2]; 3] = std::array::from_fn(|_| std::array::from_fn(|_| poisoned(2 * n * hidden)));
         let views = halves.each_ref().map(|pair| pair.each_ref().map(|half| half.view()));
         let refs = views.each_ref().map(|pair| pair.each_ref());
-        unpack_bundles(device(), layout, &upload(&bytes).view(), n, refs).unwrap();
+        unpack_bundles(device(), layout, &upload(&bytes).view(), n, None, refs).unwrap();
         for (which, [hi, lo]) in halves.iter().enumerate() {
             let want: Vec<u16> = rows.iter().flat_map(|neuron| neuron[which].clone()).collect();
             prop_assert!(read::<u16>(hi) == want, "{}, row {}", encoding, which);
@@ -196,7 +196,7 @@ proptest! {
             let halves: [[_; 2]; 3] = std::array::from_fn(|_| std::array::from_fn(|_| poisoned(2 * hidden)));
             let views = halves.each_ref().map(|pair| pair.each_ref().map(|half| half.view()));
             let refs = views.each_ref().map(|pair| pair.each_ref());
-            unpack_bundles(device(), layout, &upload(&bytes).view(), 1, refs).unwrap();
+            unpack_bundles(device(), layout, &upload(&bytes).view(), 1, None, refs).unwrap();
             bytes[layout.bundle_bytes()..].iter_mut().for_each(|b| *b = !*b);
             halves.each_ref().map(|pair| pair.each_ref().map(read::<u16>))
         };

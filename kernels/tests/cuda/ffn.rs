@@ -7,7 +7,7 @@ use std::time::Duration;
 use thermocline_kernels::cuda::launch::{
     Bundles, HostResult, Nonlinearity, RESULT_FLAG, SketchedRows, WorkList, ffn, finish, flag_value,
 };
-use thermocline_kernels::{BundleLayout, Encoding, ScaleFit, pack, unpack};
+use thermocline_kernels::{BundleLayout, Encoding, SKETCH_UNIT, ScaleFit, pack, unpack};
 
 const NONE: u32 = u32::MAX;
 
@@ -49,14 +49,20 @@ fn reference(layout: &BundleLayout, bundles: &[&[u8]], activation: Nonlinearity,
 }
 
 /// A row's product, and a bound of the kernel's error.
-fn product(layout: &BundleLayout, bundle: &[u8], which: usize, x: &[f64]) -> (f64, f64) {
+pub(crate) fn product(layout: &BundleLayout, bundle: &[u8], which: usize, x: &[f64]) -> (f64, f64) {
     let (row, sizes) = decoded(layout, bundle, which);
     let size: f64 = sizes.iter().zip(x).map(|(s, x)| s * x.abs()).sum();
     (dot(&row, x), size * additions(layout.hidden_size()) * U)
 }
 
+/// What a sketch has of a product and what a residual row adds to it.
+pub(crate) fn together((known, known_error): (f64, f64), (added, added_error): (f64, f64)) -> (f64, f64) {
+    let (product, error) = (known + added, known_error + added_error);
+    (product, error + (product.abs() + error) * 2.0 * U)
+}
+
 /// The same of the activation.
-fn activated(activation: Nonlinearity, [(g, g_error), (u, u_error)]: [(f64, f64); 2]) -> (f64, f64) {
+pub(crate) fn activated(activation: Nonlinearity, [(g, g_error), (u, u_error)]: [(f64, f64); 2]) -> (f64, f64) {
     let act = match activation {
         Nonlinearity::Silu => g / (1.0 + (-g).exp()),
         _ => g.max(0.0),
@@ -68,7 +74,13 @@ fn activated(activation: Nonlinearity, [(g, g_error), (u, u_error)]: [(f64, f64)
 }
 
 /// Adds one of `n` neurons to the sum and its bound.
-fn add_down(layout: &BundleLayout, bundle: &[u8], (h, h_error): (f64, f64), n: usize, out: &mut [(f64, f64)]) {
+pub(crate) fn add_down(
+    layout: &BundleLayout,
+    bundle: &[u8],
+    (h, h_error): (f64, f64),
+    n: usize,
+    out: &mut [(f64, f64)],
+) {
     let (down, sizes) = decoded(layout, bundle, 2);
     for ((out, d), size) in out.iter_mut().zip(&down).zip(&sizes) {
         out.0 += h * f64::from(*d);
@@ -199,10 +211,12 @@ pub(crate) fn check_bundles(case: &Case, made: [&[u8]; 3], x: &[f32], random: &m
     assert_eq!(filled[..n_cached * bytes], slots[..n_cached * bytes], "slots that are read stay as they are");
 }
 
-/// Rows that are read or not, each alone: `counts` neurons over the link, always active, and others that are hot.
+/// Rows that are read or not, each alone: `counts` neurons over the link, always active, and others that are hot. Residual rows
+/// are added to what is known, which every neuron has, and every activation goes to the sketch.
 fn check_rows(layout: BundleLayout, activation: Nonlinearity, n_blocks: usize, counts: [usize; 3], seed: u64) {
     let [n_link, n_always, n_hot] = counts;
     let (hidden, random) = (layout.hidden_size(), &mut Random::new(seed));
+    let is_residual = layout.encoding() == Encoding::R4;
     let x = random.values(hidden);
     let [hot, cold] = [n_always + n_hot, n_link].map(|n| random_bundles(&layout, n + 1, random));
     // Link, from the last to the first, then hot; those that are always active have no place.
@@ -231,17 +245,20 @@ fn check_rows(layout: BundleLayout, activation: Nonlinearity, n_blocks: usize, c
     for item in &items {
         let bundle = bundle_of(item[0]);
         let of_row = [0, 1].map(|which| {
-            if item[1] >> which & 1 == 1 {
+            let is_read = item[1] >> which & 1 == 1;
+            if is_read && !is_residual {
                 return product(&layout, bundle, which, &wide_x);
             }
             let value = random.value();
             products[place(*item).unwrap()][which] = value;
-            (value.into(), 0.0)
+            let known = (value.into(), 0.0);
+            if is_read { together(known, product(&layout, bundle, which, &wide_x)) } else { known }
         });
         let h = activated(activation, of_row);
         if item[1] & 4 > 0 {
             add_down(&layout, bundle, h, items.len(), &mut sums);
-        } else {
+        }
+        if item[1] & 4 == 0 || is_residual {
             wanted[place(*item).unwrap()] = Some(h);
         }
     }
@@ -298,6 +315,16 @@ proptest! {
         let layout = BundleLayout::new(Encoding::PLAIN[encoding], hidden).unwrap();
         let counts = if hidden > 5000 { counts.map(|n| n / 4) } else { counts };
         check_rows(layout, activation, n_blocks, counts, seed);
+    }
+
+    #[test]
+    fn ffn_adds_residual_rows_to_what_is_known(
+        units in prop_oneof![4 => 1usize..40, 1 => Just(80usize), 1 => Just(128)], activation in activation(), n_blocks in 1usize..7,
+        counts in [0usize..20, 0usize..25], seed: u64,
+    ) {
+        let layout = BundleLayout::new(Encoding::R4, SKETCH_UNIT * units).unwrap();
+        let [n_link, n_hot] = if units > 70 { counts.map(|n| n / 4) } else { counts };
+        check_rows(layout, activation, n_blocks, [n_link, 0, n_hot], seed);
     }
 
     #[test]
@@ -359,6 +386,10 @@ fn ffn_takes_the_widest_rows() {
             );
             check_rows(layout, Nonlinearity::Silu, 2, [5, 1, 5], hidden as u64);
         }
+    }
+    for hidden in [10_240, 16_384, 32_768] {
+        let layout = BundleLayout::new(Encoding::R4, hidden).unwrap();
+        check_rows(layout, Nonlinearity::Silu, 2, [5, 0, 5], hidden as u64);
     }
 }
 

@@ -16,6 +16,7 @@ mod ffn;
 mod matrix;
 mod predict;
 mod prefill;
+mod residual;
 mod sketch;
 
 use std::path::Path;
@@ -153,7 +154,7 @@ fn whole_input(columns: usize, random: &mut Random) -> Vec<f32> {
 
 fn term_sizes<'a>(encoding: Encoding, row: RowRef<'a>, weights: &'a [f32]) -> impl Iterator<Item = f64> + 'a {
     weights.iter().enumerate().map(move |(c, w)| {
-        let offset = if encoding == Encoding::Q4 {
+        let offset = if matches!(encoding, Encoding::Q4 | Encoding::R4) {
             let bits = [row.scales[c / 32 * 2], row.scales[c / 32 * 2 + 1]];
             16.0 * half::f16::from_le_bytes(bits).to_f64().abs()
         } else {

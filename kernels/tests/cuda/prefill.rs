@@ -15,10 +15,10 @@ use thermocline_kernels::{BundleLayout, Encoding, unpack};
 const SPLIT: f64 = 1.0 / (1 << 16) as f64;
 
 /// Where split values go.
-struct Halves([Memory; 2]);
+pub(crate) struct Halves(pub [Memory; 2]);
 
 impl Halves {
-    fn new(n: usize) -> Self {
+    pub fn new(n: usize) -> Self {
         Self([poisoned(2 * n), poisoned(2 * n)])
     }
 
@@ -35,7 +35,7 @@ impl Halves {
 }
 
 /// Whether two bf16 numbers hold exactly what each value's bits allow.
-fn assert_split(got: &Halves, want: &[f32]) {
+pub(crate) fn assert_split(got: &Halves, want: &[f32]) {
     for (got, want) in got.sums().into_iter().zip(want) {
         assert!((got - f64::from(*want)).abs() <= f64::from(want.abs()) * SPLIT, "{got} {want}");
     }
@@ -68,7 +68,7 @@ proptest! {
         let out: [Halves; 3] = std::array::from_fn(|_| Halves::new(n * 32 * groups));
         let views = [&out[0], &out[1], &out[2]].map(|o| [o.0[0].view(), o.0[1].view()]);
         let refs = [&views[0], &views[1], &views[2]].map(|v| [&v[0], &v[1]]);
-        unpack_bundles(device(), layout, &upload(&bundles).view(), n, refs).unwrap();
+        unpack_bundles(device(), layout, &upload(&bundles).view(), n, None, refs).unwrap();
         for (which, out) in out.iter().enumerate() {
             let mut want = vec![0.0; n * 32 * groups];
             for (want, bundle) in want.chunks_exact_mut(32 * groups).zip(bundles.chunks_exact(layout.bundle_bytes())) {

@@ -6,15 +6,15 @@ use thermocline_kernels::cuda::launch::{
 use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, sketch_planes, sketch_row, unsketch};
 
 /// Random rows of one part of a sketch.
-struct Part {
-    planes: Vec<u8>,
+pub(crate) struct Part {
+    pub planes: Vec<u8>,
     columns: usize,
     /// `[rows, columns]`.
-    weights: Vec<f32>,
+    pub weights: Vec<f32>,
 }
 
 impl Part {
-    fn random(bits: SketchBits, n_rows: usize, columns: usize, random: &mut Random) -> Self {
+    pub fn random(bits: SketchBits, n_rows: usize, columns: usize, random: &mut Random) -> Self {
         let row_bytes = bits.row_bytes(columns);
         let (mut bytes, mut weights) = (vec![0; n_rows * row_bytes], vec![0.0; n_rows * columns]);
         for (row, weights) in bytes.chunks_exact_mut(row_bytes).zip(weights.chunks_exact_mut(columns)) {
@@ -31,7 +31,7 @@ impl Part {
     /// `row . x` for x in the order of columns, and a bound of what the kernel's sum misses: an input becomes a
     /// whole number of 8355000ths of the largest of its unit. That rounds by half of one, and the factor and the product before
     /// it, as floats of 24 bits, by as much each.
-    fn dot(&self, row: usize, x: &[f64]) -> (f64, f64) {
+    pub fn dot(&self, row: usize, x: &[f64]) -> (f64, f64) {
         let row = &self.weights[row * self.columns..(row + 1) * self.columns];
         let (mut product, mut error) = (0.0, 0.0);
         for (row, x) in row.chunks_exact(SKETCH_UNIT).zip(x.chunks_exact(SKETCH_UNIT)) {

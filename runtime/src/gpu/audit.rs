@@ -6,12 +6,15 @@ use super::load::Model;
 use super::sections::COUNTS_BYTES;
 use crate::Result;
 use crate::audit::{AllNeurons, Audit};
+use crate::chooser::SketchedLayer;
 use crate::ffn::FfnSums;
 use crate::matrix::Compute;
+use std::borrow::Cow;
 use std::sync::atomic::Ordering;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::{CudaError, Device, Memory, Queue, View};
 use thermocline_kernels::{AlignedBuf, Kernels, LayerLayout, Pool};
+use thermocline_split::Split;
 
 /// What is kept of an audited token, layer by layer.
 #[derive(Debug)]
@@ -92,7 +95,7 @@ impl GpuAudit {
     }
 
     /// Audits the token that was kept, when the device is done with it.
-    pub(super) fn run(&mut self, device: &Device, model: &Model) -> Result<()> {
+    pub(super) fn run(&mut self, split: &Split, device: &Device, model: &Model) -> Result<()> {
         for l in 0..model.layers.len() {
             let ([x, before, after], listed) = self.kept.layer(l);
             let active = model.layers[l].all_neurons().map_or(listed, Iterator::collect);
@@ -101,12 +104,13 @@ impl GpuAudit {
                 output.iter_mut().zip(added).for_each(|(output, added)| *output = added);
             });
         }
-        self.audit.run(&OnDevice { device, model }, &mut self.compute, &mut self.sums)
+        self.audit.run(&OnDevice { split, device, model }, &mut self.compute, &mut self.sums)
     }
 }
 
 /// Hot neurons in device memory, the others pinned.
 struct OnDevice<'a> {
+    split: &'a Split,
     device: &'a Device,
     model: &'a Model,
 }
@@ -126,5 +130,11 @@ impl AllNeurons for OnDevice<'_> {
             see(&layer.layout, layer.n_hot, &layer.cold.host_bytes()[..layer.cold_bytes() as usize]);
         }
         Ok(())
+    }
+
+    /// The device's copy is taken apart into planes: it is read again.
+    fn sketch(&self, l: usize) -> Result<Option<Cow<'_, SketchedLayer>>> {
+        let sketched = SketchedLayer::behind(self.split, l, self.model.layers[l].n_always, None)?;
+        Ok(sketched.map(Cow::Owned))
     }
 }

@@ -3,7 +3,7 @@
 
 use super::load::Loader;
 use super::plan::{GpuRequest, aligned, device_matrices, heads, largest_coldest_bundle};
-use super::sections::{COUNTS_BYTES, TOTALS_BYTES, lists_bytes, most_sections, totals_rows};
+use super::sections::{COUNTS_BYTES, Sections, TOTALS_BYTES};
 use crate::Result;
 use crate::chooser::is_sketched;
 use std::sync::Mutex;
@@ -110,7 +110,8 @@ pub(super) fn n_sketch_rows(split: &Split, request: &GpuRequest) -> usize {
 }
 
 /// Bytes of each part of [`Scratch`], in order.
-fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize; 17] {
+fn scratch_parts(sections: Sections<'_>, request: &GpuRequest, n_splits: usize) -> [usize; 17] {
+    let split = sections.split;
     let config = &split.manifest().config;
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     [
@@ -128,8 +129,8 @@ fn scratch_parts(split: &Split, request: &GpuRequest, n_splits: usize) -> [usize
         4 * ffn,
         8 * ffn,
         COUNTS_BYTES,
-        TOTALS_BYTES * totals_rows(split),
-        4 * hidden * (request.n_blocks * most_sections(split) + n_sketch_rows(split, request)),
+        TOTALS_BYTES * sections.totals_rows(),
+        4 * hidden * (request.n_blocks * sections.most() + n_sketch_rows(split, request)),
         4 * config.vocab_size,
     ]
 }
@@ -153,9 +154,9 @@ pub(super) fn lookahead_bytes(split: &Split, n_places: usize) -> u64 {
     lookahead_parts(split, n_places).iter().zip(counts).map(|(&b, n)| n * aligned(b as u64)).sum()
 }
 
-pub(super) fn scratch_bytes(split: &Split, request: &GpuRequest, n_splits: usize) -> u64 {
-    scratch_parts(split, request, n_splits).iter().map(|&b| aligned(b as u64)).sum::<u64>()
-        + lists_bytes(split, request.base.mode)
+pub(super) fn scratch_bytes(sections: Sections<'_>, request: &GpuRequest, n_splits: usize) -> u64 {
+    scratch_parts(sections, request, n_splits).iter().map(|&b| aligned(b as u64)).sum::<u64>()
+        + sections.lists_bytes(request.base.mode)
 }
 
 /// Bytes of each part of [`PrefillBuffers`]: tokens, x, input (twice), q/k/v, gate, up, h (twice), stored (twice), rows
@@ -212,7 +213,7 @@ impl Arena {
 impl Loader<'_> {
     pub(super) fn scratch(&self) -> Result<Scratch> {
         let plan = self.plan;
-        let parts = scratch_parts(self.split, &plan.request, plan.n_splits);
+        let parts = scratch_parts(self.all_sections(), &plan.request, plan.n_splits);
         let mut views = parts.iter().map(|&bytes| self.arena.take(bytes));
         let mut part = || views.next().expect("a part for each view");
         // In the order of `scratch_parts`.
@@ -273,7 +274,7 @@ impl Loader<'_> {
         Ok(Mapped {
             step: pin(Step::BYTES)?,
             logits: pin(4 * config.vocab_size)?,
-            totals: pin(TOTALS_BYTES * totals_rows(self.split))?,
+            totals: pin(TOTALS_BYTES * self.all_sections().totals_rows())?,
             request_flag: pin(4 * (INPUT_FLAG + 1))?,
             result_flags: pin(4 * RESULT_FLAG * n_threads)?,
             count: pin(4)?,

@@ -74,8 +74,9 @@ impl GpuEngine {
             device.fill(&layer.cache.key, 0xfe)?;
             device.fill(&layer.cache.used, 0)?;
         }
-        let host =
-            with_host.then(|| HostShare::start(&model, config.activation, plan.request.base.n_threads)).transpose()?;
+        let host = with_host
+            .then(|| HostShare::start(&split, &model, config.activation, plan.request.base.n_threads))
+            .transpose()?;
         let mut serial = 0;
         let mut speeds = speeds::of_model(&device, &model)?;
         if let Some(host) = &host {
@@ -314,7 +315,7 @@ impl GpuEngine {
         ran?;
         if let Some(audit) = &mut self.audit {
             if is_audited {
-                audit.run(&self.device, &self.model)?;
+                audit.run(&self.split, &self.device, &self.model)?;
             }
             audit.audit.count();
         }
@@ -356,7 +357,7 @@ impl GpuEngine {
             let [_, link_rows, cached, hot_rows, host, active, used, fetched] = since[layer.totals];
             if layer.rows.is_some() {
                 (n_rows, of_rows) = (n_rows + link_rows + hot_rows, true);
-                if let Some(sketch) = layer.sketch() {
+                if let Some(sketch) = layer.sketch().filter(|_| !self.plan.residuals) {
                     // There is no cache; this counts those whose down row was read.
                     bytes.device -= cached * sketch.down_row_bytes();
                 }

@@ -5,6 +5,7 @@
 //! own. They never wait for each other: the device adds up what they leave.
 
 use super::load::{Layer, Model};
+use crate::chooser::SketchedLayer;
 use crate::ffn::{ColdBundles, add_bundles, input_encoding};
 use crate::row_choice::HostList;
 use crate::{Error, Result};
@@ -16,8 +17,8 @@ use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
 use thermocline_kernels::cuda::Memory;
 use thermocline_kernels::cuda::launch::{HOST_ROWS, INPUT_FLAG, RESULT_FLAG, flag_value};
-use thermocline_kernels::{Kernels, LayerLayout, PreparedInput};
-use thermocline_split::ALL_ROWS;
+use thermocline_kernels::{Encoding, Kernels, LayerLayout, PreparedInput};
+use thermocline_split::{ALL_ROWS, Split};
 
 /// What the device takes for "the host has given up".
 const GIVEN_UP: u32 = u32::MAX;
@@ -69,11 +70,14 @@ struct ColdNeurons {
     layout: LayerLayout,
     n_hot: usize,
     memory: Memory,
+    /// If they are residuals: the sketch of these and of those between them and the ones that every token computes.
+    sketch: Option<SketchedLayer>,
 }
 
 impl ColdNeurons {
     fn bundles(&self) -> ColdBundles<'_> {
-        ColdBundles { layout: &self.layout, first: self.n_hot, bytes: self.memory.host_bytes() }
+        let sketch = self.sketch.as_ref().map(|sketch| (sketch.matrix(2), sketch.first()));
+        ColdBundles { layout: &self.layout, first: self.n_hot, bytes: self.memory.host_bytes(), sketch }
     }
 }
 
@@ -85,13 +89,18 @@ impl Shared {
 }
 
 impl HostShare {
-    pub(super) fn start(model: &Model, activation: Activation, n_threads: usize) -> Result<Self> {
+    pub(super) fn start(split: &Split, model: &Model, activation: Activation, n_threads: usize) -> Result<Self> {
         let m = &model.mapped;
-        let cold = |l: &Layer| ColdNeurons { layout: l.layout.clone(), n_hot: l.n_hot, memory: l.cold.clone() };
+        let cold = |(i, l): (usize, &Layer)| -> Result<ColdNeurons> {
+            let is_residual = l.n_hot < l.layout.n_neurons() && l.last_section().layout.encoding() == Encoding::R4;
+            let sketch = if is_residual { SketchedLayer::behind(split, i, l.n_always, None)? } else { None };
+            let sketch = sketch.map(SketchedLayer::down_rows);
+            Ok(ColdNeurons { layout: l.layout.clone(), n_hot: l.n_hot, memory: l.cold.clone(), sketch })
+        };
         let shared = Arc::new(Shared {
             activation,
             hidden_size: model.layers.first().map_or(0, |l| l.layout.hidden_size()),
-            layers: model.layers.iter().map(cold).collect(),
+            layers: model.layers.iter().enumerate().map(cold).collect::<Result<_>>()?,
             request_flag: m.request_flag.clone(),
             result_flags: m.result_flags.clone(),
             count: m.count.clone(),

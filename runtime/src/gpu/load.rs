@@ -2,11 +2,12 @@
 
 use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch, n_sketch_rows};
 use super::plan::{GpuPlan, heads, pinned_embedding};
-use super::sections::{Section, first_totals_row};
+use super::sections::Section;
 use crate::chooser::{chosen_active, sketch_behind};
 use crate::layer_active::{LayerActive, LeastCost};
 use crate::plan::Mode;
 use crate::{Error, Result};
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use thermocline_datasets::{Activation, ModelConfig};
@@ -15,7 +16,7 @@ use thermocline_kernels::cuda::launch::{
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
 use thermocline_kernels::{AlignedBuf, Encoding, LayerLayout, sketch_planes};
-use thermocline_split::{Flaw, LayerFile, Split, StoredPredictor, TensorEntry};
+use thermocline_split::{Flaw, Split, StoredPredictor, TensorEntry};
 
 /// Neurons, or rows of a matrix, of a prompt batch's piece: large enough for the tensor cores, small in memory.
 const PREFILL_PIECE: usize = 4096;
@@ -323,8 +324,8 @@ impl Loader<'_> {
         let chooser = self.plan.has_choice(self.split).then(|| self.chooser(l)).transpose()?;
         let file = &self.split.layers()[l];
         let n_hot = self.plan.hot_neurons[l];
-        let (hot, hot_flaw) = self.hot(file, n_hot)?;
-        let (cold, cold_flaw) = self.cold(file, n_hot)?;
+        let (hot, hot_flaw) = self.hot(l, n_hot)?;
+        let (cold, cold_flaw) = self.cold(l, n_hot)?;
         let (work, sections) = self.sections(l, n_hot, [&hot, &cold.view()], scratch)?;
         let values = heads(config, self.plan.request.base.context).cache_values();
         let n_sets = self.plan.cache_sets[l];
@@ -351,7 +352,7 @@ impl Loader<'_> {
             o,
             keys: self.arena.take(2 * values),
             values: self.arena.take(2 * values),
-            layout: file.bundles().clone(),
+            layout: self.layout(l),
             n_hot,
             cold,
             sections,
@@ -374,7 +375,7 @@ impl Loader<'_> {
             left_out: left_out.transpose()?,
             is_chosen: self.is_chosen(n_hot),
             work,
-            totals: first_totals_row(self.split, l),
+            totals: self.all_sections().first_totals_row(l),
         };
         Ok((layer, flaws.into_iter().next().or(hot_flaw).or(cold_flaw)))
     }
@@ -408,17 +409,44 @@ impl Loader<'_> {
         Ok(DevicePredictor { input: matrix(input)?, ahead, factors: matrix(factors)?, neurons })
     }
 
-    fn hot(&self, file: &LayerFile, n_hot: usize) -> Result<(View, Option<Flaw>)> {
-        let mut bytes = vec![0; file.bundles().bytes(0..n_hot)];
-        file.read_chunks(0..n_hot.div_ceil(file.chunk_neurons()), &mut bytes)?;
-        Ok((self.arena.put(self.device, &bytes)?, file.flaw(0, &bytes)))
+    /// How the neurons of layer `l` lie on the device and in pinned memory.
+    pub(super) fn layout(&self, l: usize) -> LayerLayout {
+        self.plan.layout(&self.split.layers()[l]).into_owned()
     }
 
-    fn cold(&self, file: &LayerFile, n_hot: usize) -> Result<(Memory, Option<Flaw>)> {
-        let len = file.bundles().bytes(n_hot..file.order().len());
+    /// The bundles of `neurons` of layer `l`, which begin and end with whole chunks or residuals, into `out`.
+    fn read(&self, l: usize, neurons: Range<usize>, out: &mut [u8]) -> Result<Option<Flaw>> {
+        let (file, layout) = (&self.split.layers()[l], self.layout(l));
+        let border = if self.plan.residuals { self.plan.always_neurons } else { neurons.end };
+        let border = border.clamp(neurons.start, neurons.end);
+        let (stored, residuals) = out.split_at_mut(layout.bytes(neurons.start..border));
+        let chunks = neurons.start.div_ceil(file.chunk_neurons())..border.div_ceil(file.chunk_neurons());
+        let of_chunks = file.bundles().bytes(file.neurons(chunks.clone()));
+        if of_chunks == stored.len() {
+            file.read_chunks(chunks, stored)?;
+        } else {
+            // Neurons that are always computed end within the last one.
+            let mut whole = vec![0; of_chunks];
+            file.read_chunks(chunks, &mut whole)?;
+            stored.copy_from_slice(&whole[..stored.len()]);
+        }
+        if border < neurons.end {
+            self.split.read_residuals(l, border, residuals)?;
+        }
+        Ok(file.flaw_in(&layout, neurons.start, out))
+    }
+
+    fn hot(&self, l: usize, n_hot: usize) -> Result<(View, Option<Flaw>)> {
+        let mut bytes = vec![0; self.layout(l).bytes(0..n_hot)];
+        let flaw = self.read(l, 0..n_hot, &mut bytes)?;
+        Ok((self.arena.put(self.device, &bytes)?, flaw))
+    }
+
+    fn cold(&self, l: usize, n_hot: usize) -> Result<(Memory, Option<Flaw>)> {
+        let layout = self.layout(l);
+        let len = layout.bytes(n_hot..layout.n_neurons());
         let mut host = AlignedBuf::zeroed(len)?;
-        file.read_chunks(n_hot.div_ceil(file.chunk_neurons())..file.n_chunks(), &mut host[..len])?;
-        let flaw = file.flaw(n_hot, &host[..len]);
+        let flaw = self.read(l, n_hot..layout.n_neurons(), &mut host[..len])?;
         Ok((self.device.pin(host)?, flaw))
     }
 }

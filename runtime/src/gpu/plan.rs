@@ -1,18 +1,21 @@
 //! What goes where in a VRAM budget, and how fast that should be.
 
 use super::replay::{LayerTrace, Policy, Replayed, WAYS};
+use super::sections::Sections;
 use crate::attention::Rope;
 use crate::budget::format_bytes;
 use crate::chooser::{always_neurons, check_always, has_sketches, is_sketched};
 use crate::divide::{active_bundle, equal_prefixes, hot_prefixes, layers_by_rate};
 use crate::kv::KvCache;
 use crate::plan::{Mode, check_request, sections};
+use crate::residual::{layout_with, reads_residuals};
 use crate::{Error, PlanRequest, PlannedSection, Result};
 use serde::Serialize;
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::LayerLayout;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
-use thermocline_split::{Format, SKETCH_BITS, Split, StoredMatrix, TensorEntry};
+use thermocline_split::{Format, LayerFile, SKETCH_BITS, Split, StoredMatrix, TensorEntry};
 
 /// Every piece of device memory begins at a multiple of this.
 pub(super) const ALIGN: u64 = 256;
@@ -111,6 +114,10 @@ pub struct GpuPlan {
     /// Sparse mode with sketches: the first neurons of each layer, all hot, which every token computes and of which there is no
     /// sketch on the device.
     pub always_neurons: usize,
+    /// Sparse mode: the others are there, and in pinned memory, as what their sketches leave of them.
+    pub residuals: bool,
+    /// Bytes of sketches that the host's threads need for their part of these neurons, in host memory.
+    pub host_sketch_bytes: u64,
     /// Layers whose neurons are not all laid out alike: what each of their sections is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sections: Vec<PlannedSection>,
@@ -166,13 +173,16 @@ pub(super) fn aligned(bytes: u64) -> u64 {
 
 /// Bytes that the first `hot[l]` bundles of each layer take on the device.
 fn prefix_bytes(split: &Split, hot: &[usize]) -> u64 {
-    let of_layer = |(layout, &h): (&LayerLayout, &usize)| aligned(layout.bytes(0..h) as u64);
-    layouts(split).zip(hot).map(of_layer).sum()
+    prefixes_of(layouts(split), hot)
+}
+
+fn prefixes_of<'a>(layouts: impl Iterator<Item = &'a LayerLayout>, hot: &[usize]) -> u64 {
+    layouts.zip(hot).map(|(layout, &h)| aligned(layout.bytes(0..h) as u64)).sum()
 }
 
 /// Bytes of the other bundles.
-fn cold_bytes(split: &Split, hot: &[usize]) -> u64 {
-    layouts(split).zip(hot).map(|(layout, &h)| layout.bytes(h..layout.n_neurons()) as u64).sum()
+fn rest_of<'a>(layouts: impl Iterator<Item = &'a LayerLayout>, hot: &[usize]) -> u64 {
+    layouts.zip(hot).map(|(layout, &h)| layout.bytes(h..layout.n_neurons()) as u64).sum()
 }
 
 fn layouts(split: &Split) -> impl Iterator<Item = &LayerLayout> {
@@ -221,7 +231,8 @@ impl GpuPlan {
         let context = request.base.context;
         let n_splits = n_splits(context, request.n_blocks, config.n_kv_heads);
         let prefill_neurons = super::load::prefill_piece(config);
-        let fixed = fixed_bytes(split, &request, n_splits, prefill_neurons);
+        let residuals = reads_residuals(split, request.base.mode)?;
+        let fixed = fixed_bytes(Sections { split, residuals }, &request, n_splits, prefill_neurons);
         let budget = request.vram_budget_bytes;
         let Some(left) = budget.checked_sub(fixed.total()) else {
             return Err(Error::VramTooSmall {
@@ -236,7 +247,9 @@ impl GpuPlan {
             hot_neurons: vec![n; n_layers],
             hot_bytes: 0,
             always_neurons: 0,
-            sections: sections(split),
+            residuals,
+            host_sketch_bytes: 0,
+            sections: Vec::new(),
             mixed_cold_layers: 0,
             cache_sets: vec![0; n_layers],
             cache_ways: WAYS,
@@ -268,24 +281,31 @@ impl GpuPlan {
                 }
             }
         }
-        plan.hot_bytes = prefix_bytes(split, &plan.hot_neurons);
-        plan.mixed_cold_layers = layouts(split).zip(&plan.hot_neurons).filter(|(l, h)| !is_cold_alike(l, **h)).count();
+        let in_use: Vec<_> = split.layers().iter().map(|file| plan.layout(file)).collect();
+        let in_use = || in_use.iter().map(Cow::as_ref);
+        plan.hot_bytes = prefixes_of(in_use(), &plan.hot_neurons);
+        plan.sections = sections(in_use());
+        plan.mixed_cold_layers = in_use().zip(&plan.hot_neurons).filter(|(l, h)| !is_cold_alike(l, **h)).count();
         let caches = layouts(split).zip(&plan.hot_neurons).zip(&plan.cache_sets);
         plan.cache_bytes = caches.map(|((layout, &h), &s)| cache_bytes(n - h, s, coldest_bundle(layout))).sum();
         plan.total_bytes = plan.fixed.total() + plan.hot_bytes + plan.cache_bytes;
-        let cold = cold_bytes(split, &plan.hot_neurons);
+        let cold = rest_of(in_use(), &plan.hot_neurons);
         plan.pinned_bytes = cold + pinned_embedding(split).map_or(0, |m| m.bytes());
+        if plan.residuals && cold > 0 {
+            plan.host_sketch_bytes = (n_layers * (n - plan.always_neurons)) as u64 * sketched_down_row_bytes(split);
+        }
+        let on_host = plan.pinned_bytes + plan.host_sketch_bytes;
         if let Some(ram) = request.base.ram_budget_bytes
-            && plan.pinned_bytes > ram
+            && on_host > ram
         {
             let what = format!("the neurons that are not in VRAM ({}), pinned", format_bytes(cold));
-            return Err(Error::DoesNotFit { budget_bytes: ram, needed_bytes: plan.pinned_bytes, what });
+            return Err(Error::DoesNotFit { budget_bytes: ram, needed_bytes: on_host, what });
         }
         plan.device_bytes_per_token = plan.fixed.matrices + plan.fixed.predictors + KvCache::bytes(config, context);
         match request.base.mode {
             Mode::Exact => {
                 plan.host_bytes_per_token = cold;
-                plan.device_bytes_per_token += cold_bytes(split, &vec![0; n_layers]) - cold;
+                plan.device_bytes_per_token += rest_of(in_use(), &vec![0; n_layers]) - cold;
             }
             Mode::Sparse { active } => {
                 if is_sketched(split, request.base.mode) {
@@ -296,6 +316,11 @@ impl GpuPlan {
             }
         }
         Ok(plan)
+    }
+
+    /// How the neurons of `file` lie on the device, hot ones first, and in pinned memory.
+    pub(super) fn layout<'a>(&self, file: &'a LayerFile) -> Cow<'a, LayerLayout> {
+        layout_with(file, self.residuals.then_some(self.always_neurons))
     }
 
     /// Whether a token chooses among the neurons of `split`.
@@ -311,7 +336,13 @@ impl GpuPlan {
         // What was counted so far is what there must be at least.
         let room = left + self.fixed.predictors;
         let n_always = |hot: &[usize]| asked.unwrap_or_else(|| hot.iter().copied().min().unwrap_or(0));
-        let bytes = |hot: &[usize]| prefix_bytes(split, hot) + sketch_bytes(split, n - n_always(hot));
+        let residuals = self.residuals;
+        let prefixes = |hot: &[usize]| {
+            let residuals_from = residuals.then(|| n_always(hot));
+            let layouts: Vec<_> = split.layers().iter().map(|file| layout_with(file, residuals_from)).collect();
+            prefixes_of(layouts.iter().map(Cow::as_ref), hot)
+        };
+        let bytes = |hot: &[usize]| prefixes(hot) + sketch_bytes(split, n - n_always(hot));
         let n_layers = split.layers().len();
         let all = vec![n; n_layers];
         // A prefix is cut to whole chunks and its end aligned.
@@ -329,8 +360,8 @@ impl GpuPlan {
         if bytes(&self.hot_neurons) <= room {
             return Ok(());
         }
-        let needed_bytes = self.fixed.total() + prefix_bytes(split, &least);
-        let always = format!(", neurons that are always computed {}", format_bytes(prefix_bytes(split, &least)));
+        let needed_bytes = self.fixed.total() + prefixes(&least);
+        let always = format!(", neurons that are always computed {}", format_bytes(prefixes(&least)));
         let what = describe(&self.fixed, split) + &always;
         Err(Error::VramTooSmall { budget_bytes: self.request.vram_budget_bytes, needed_bytes, what })
     }
@@ -339,10 +370,16 @@ impl GpuPlan {
     /// computed, wherever they lie. Down rows of the sketch are read of the neurons that are not computed.
     fn expect_bytes_with_sketches(&mut self, split: &Split, active: f64) {
         let (n, n_layers) = (split.manifest().config.intermediate_size, self.hot_neurons.len());
-        let behind = |n: usize| cold_bytes(split, &vec![n; n_layers]);
-        let (all, sketched, cold) = (behind(0), behind(self.always_neurons), cold_bytes(split, &self.hot_neurons));
+        let layouts: Vec<_> = split.layers().iter().map(|file| self.layout(file)).collect();
+        let rest = |hot: &[usize]| rest_of(layouts.iter().map(Cow::as_ref), hot);
+        let behind = |n: usize| rest(&vec![n; n_layers]);
+        let (all, sketched, cold) = (behind(0), behind(self.always_neurons), rest(&self.hot_neurons));
         self.device_bytes_per_token += all - sketched + (active * (sketched - cold) as f64) as u64;
         self.host_bytes_per_token = (active * cold as f64) as u64;
+        if self.residuals {
+            // To the residual of a down row its sketch is added.
+            return;
+        }
         let n_chosen = active * (n_layers * (n - self.always_neurons)) as f64;
         self.device_bytes_per_token -= n_chosen as u64 * sketched_down_row_bytes(split);
     }
@@ -548,7 +585,8 @@ fn device_matrix_bytes(split: &Split) -> u64 {
     matrices.iter().map(bytes).sum()
 }
 
-fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neurons: usize) -> GpuBytes {
+fn fixed_bytes(sections: Sections<'_>, request: &GpuRequest, n_splits: usize, prefill_neurons: usize) -> GpuBytes {
+    let split = sections.split;
     let config = &split.manifest().config;
     let sum = |tensors: &mut dyn Iterator<Item = &TensorEntry>| tensors.map(|t| aligned(t.bytes)).sum::<u64>();
     let vectors = sum(&mut split.resident().tensors().iter().filter(|t| t.format == Format::F32));
@@ -573,7 +611,7 @@ fn fixed_bytes(split: &Split, request: &GpuRequest, n_splits: usize, prefill_neu
         vectors: vectors + config.n_layers as u64 * ALIGN + left_out,
         predictors,
         kv_cache,
-        scratch: super::buffers::scratch_bytes(split, request, n_splits),
+        scratch: super::buffers::scratch_bytes(sections, request, n_splits),
         prefill: super::buffers::prefill_bytes(split, request.base.batch.min(context), prefill_neurons),
         lookahead: 0,
         context: request.context_bytes,

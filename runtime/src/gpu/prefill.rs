@@ -3,7 +3,7 @@
 //! A prompt touches nearly every neuron, so that nothing is predicted: each piece of a layer's weights is decoded once
 //! to bfloat16 pairs (16 bits of precision, `kernels::cuda::gemm`) and multiplied with all tokens of the batch.
 
-use super::load::{Layer, Model};
+use super::load::{DeviceChooser, Layer, Model};
 use super::plan::{GpuPlan, heads};
 use super::sections::Section;
 use crate::Result;
@@ -105,7 +105,8 @@ impl Batch<'_> {
         for section in &layer.sections {
             let bundle = section.layout.bundle_bytes();
             for (first, n) in self.parts(section.hot.len() / bundle) {
-                self.neurons(section, &section.hot.slice(first * bundle, n * bundle), n)?;
+                let bundles = section.hot.slice(first * bundle, n * bundle);
+                self.neurons((layer, section), &bundles, (section.neurons.start + first, n))?;
             }
         }
         while let Some(piece) = pieces.get(*next).filter(|p| p.layer == l) {
@@ -117,19 +118,25 @@ impl Batch<'_> {
             }
             let section = &layer.sections[piece.section];
             let stored = buffers.stored[*next % 2].slice(0, piece.n * section.layout.bundle_bytes());
-            self.neurons(section, &stored, piece.n)?;
+            self.neurons((layer, section), &stored, (section.first_cold() + piece.first, piece.n))?;
             *next += 1;
         }
         Ok(())
     }
 
-    /// `x += FFN(input)` for the `n` neurons of `bundles`, of one section.
-    fn neurons(&self, section: &Section, bundles: &View, n: usize) -> Result<()> {
+    /// `x += FFN(input)` for the `n` neurons of `bundles`, from neuron `first` on, of one section of a layer.
+    fn neurons(&self, (layer, section): (&Layer, &Section), bundles: &View, (first, n): (usize, usize)) -> Result<()> {
         let (device, buffers, model) = (self.device, &self.model.prefill, self.model);
         let (m, hidden) = (self.n, self.config.hidden_size);
         let rows = &buffers.rows;
-        unpack_bundles(device, section.layout, bundles, n, std::array::from_fn(|i| [&rows[i][0], &rows[i][1]]))?;
-        let weights: [Split; 3] = std::array::from_fn(|i| pair(&rows[i][0], &rows[i][1], section.layout.encoding()));
+        let encoding = section.layout.encoding();
+        let sketch = match &layer.chooser {
+            Some(DeviceChooser::Sketch(sketch)) if encoding == Encoding::R4 => Some((sketch, first - layer.n_always)),
+            _ => None,
+        };
+        let out = std::array::from_fn(|i| [&rows[i][0], &rows[i][1]]);
+        unpack_bundles(device, section.layout, bundles, n, sketch, out)?;
+        let weights: [Split; 3] = std::array::from_fn(|i| pair(&rows[i][0], &rows[i][1], encoding));
         let a = self.input();
         for (b, c) in [(&weights[0], &buffers.gate), (&weights[1], &buffers.up)] {
             gemm(device, &Gemm { m, n, k: hidden, a: &a, b, b_is_transposed: true, c, c_stride: n, add: false })?;

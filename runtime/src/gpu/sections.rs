@@ -8,10 +8,10 @@ use crate::Result;
 use crate::chooser::is_sketched;
 use crate::plan::Mode;
 use std::ops::Range;
+use thermocline_kernels::BundleLayout;
 use thermocline_kernels::cuda::View;
 use thermocline_kernels::cuda::launch::{WorkList, host_item, hot_item};
-use thermocline_kernels::{BundleLayout, LayerLayout};
-use thermocline_split::Split;
+use thermocline_split::{LayerFile, Split};
 
 /// Bytes of [`WorkList::counts`] and of [`WorkList::totals`].
 pub(super) const COUNTS_BYTES: usize = 32;
@@ -40,47 +40,63 @@ impl Section {
     }
 }
 
-/// Rows of totals: for what `choose` counts of each layer, and for each section of layers that have several.
-pub(super) fn totals_rows(split: &Split) -> usize {
-    split.layers().iter().map(|file| rows_of(file.bundles())).sum()
+/// Sections that layers have at most on the device: with `residuals` one more than in the split, of neurons of which only these are
+/// there.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sections<'a> {
+    pub split: &'a Split,
+    pub residuals: bool,
 }
 
-fn rows_of(layout: &LayerLayout) -> usize {
-    match layout.sections().len() {
-        1 => 1,
-        n => 1 + n,
+impl Sections<'_> {
+    fn of(&self, file: &LayerFile) -> usize {
+        file.bundles().sections().len() + usize::from(self.residuals)
     }
-}
 
-/// The row of layer `l`; its sections' follow, if it has several.
-pub(super) fn first_totals_row(split: &Split, l: usize) -> usize {
-    split.layers()[..l].iter().map(|file| rows_of(file.bundles())).sum()
-}
+    fn totals_rows_of(&self, files: &[LayerFile]) -> usize {
+        let rows = |n| if n == 1 { 1 } else { 1 + n };
+        files.iter().map(|file| rows(self.of(file))).sum()
+    }
 
-/// The most sections that a layer has.
-pub(super) fn most_sections(split: &Split) -> usize {
-    split.layers().iter().map(|file| file.bundles().sections().len()).max().unwrap_or(1)
-}
+    /// Rows of totals: for what `choose` counts of each layer, and for each section of layers that have several.
+    pub fn totals_rows(&self) -> usize {
+        self.totals_rows_of(self.split.layers())
+    }
 
-/// Lists, beside the one that `choose` makes, which layers share: one for each section of the layer that has most.
-fn n_shared_lists(split: &Split) -> usize {
-    match most_sections(split) {
-        1 => 0,
-        n => n,
+    /// The row of layer `l`; its sections' follow, if it has several.
+    pub fn first_totals_row(&self, l: usize) -> usize {
+        self.totals_rows_of(&self.split.layers()[..l])
+    }
+
+    /// The most sections that a layer has.
+    pub fn most(&self) -> usize {
+        self.split.layers().iter().map(|file| self.of(file)).max().unwrap_or(1)
+    }
+
+    /// Lists, beside the one that `choose` makes, which layers share: one for each section of the layer that has most.
+    fn n_shared_lists(&self) -> usize {
+        match self.most() {
+            1 => 0,
+            n => n,
+        }
+    }
+
+    /// Device bytes of the sections' lists. Layers have lists of their own in exact mode, and with sketches, which no neuron needs that
+    /// is always computed.
+    pub fn lists_bytes(&self, mode: Mode) -> u64 {
+        let may_be_all = mode == Mode::Exact || is_sketched(self.split, mode);
+        let lists = |file: &LayerFile| {
+            let own = file.bundles().sections().iter().map(|s| list_bytes(s.neurons().len())).sum::<u64>();
+            // Neurons divided in two take more room at the ends of their lists alone.
+            own + if self.residuals { list_bytes(1) } else { 0 }
+        };
+        let own: u64 = if may_be_all { self.split.layers().iter().map(lists).sum() } else { 0 };
+        own + self.n_shared_lists() as u64 * list_bytes(self.split.manifest().config.intermediate_size)
     }
 }
 
 fn list_bytes(n_neurons: usize) -> u64 {
     aligned(8 * n_neurons as u64) + aligned(COUNTS_BYTES as u64)
-}
-
-/// Device bytes of the sections' lists. Layers have lists of their own in exact mode, and with sketches, which no neuron needs that
-/// is always computed.
-pub(super) fn lists_bytes(split: &Split, mode: Mode) -> u64 {
-    let sections = split.layers().iter().flat_map(|file| file.bundles().sections());
-    let may_be_all = mode == Mode::Exact || is_sketched(split, mode);
-    let own = if may_be_all { sections.map(|s| list_bytes(s.neurons().len())).sum() } else { 0 };
-    own + n_shared_lists(split) as u64 * list_bytes(split.manifest().config.intermediate_size)
 }
 
 impl Scratch {
@@ -91,12 +107,16 @@ impl Scratch {
 }
 
 impl Loader<'_> {
+    pub(super) fn all_sections(&self) -> Sections<'_> {
+        Sections { split: self.split, residuals: self.plan.residuals }
+    }
+
     /// The lists that layers with several sections share.
     pub(super) fn shared_lists(&self, work: &WorkList) -> Vec<WorkList> {
         let n = self.split.manifest().config.intermediate_size;
         let list =
             |_| WorkList { items: self.arena.take(8 * n), counts: self.arena.take(COUNTS_BYTES), ..work.clone() };
-        (0..n_shared_lists(self.split)).map(list).collect()
+        (0..self.all_sections().n_shared_lists()).map(list).collect()
     }
 
     /// Whether the list of a layer whose first `n_hot` neurons are in device memory is made anew for each token: where something
@@ -113,8 +133,8 @@ impl Loader<'_> {
         [hot, cold]: [&View; 2],
         scratch: &Scratch,
     ) -> Result<(WorkList, Vec<Section>)> {
-        let layout = self.split.layers()[l].bundles();
-        let (row, several) = (first_totals_row(self.split, l), layout.sections().len() > 1);
+        let layout = &self.layout(l);
+        let (row, several) = (self.all_sections().first_totals_row(l), layout.sections().len() > 1);
         let chosen = scratch.with_totals(&scratch.work, row);
         let mut sections = Vec::with_capacity(layout.sections().len());
         for (i, section) in layout.sections().iter().enumerate() {

@@ -4,9 +4,9 @@ use super::load::Model;
 use super::predict::GpuSpeeds;
 use crate::Result;
 use crate::hardware::kernel_speed;
-use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, WorkList, ffn, ffn_blocks, host_item};
+use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, SketchedRows, WorkList, ffn, ffn_blocks, host_item};
 use thermocline_kernels::cuda::{Device, Queue, View};
-use thermocline_kernels::{AlignedBuf, BundleLayout, Pool};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Pool};
 
 /// Cold neurons on which link and threads are measured.
 pub(super) const PROBE_NEURONS: usize = 4096;
@@ -38,7 +38,7 @@ pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize) ->
     let probe =
         Probe { device, layout, activation: Nonlinearity::Silu, work: &work, x: &x, n_blocks, partial: &partial };
     let link =
-        probe.link(Bundles { hot: &none, cold: &cold.view(), cache: &none, fetched: None, ahead: None }, n, n)?;
+        probe.link(Bundles { hot: &none, cold: &cold.view(), cache: &none, fetched: None, ahead: None }, n, n, None)?;
     let memory = copy_speed(device, &allocate(copied / 2)?, &allocate(copied / 2)?)?;
     Ok(GpuSpeeds { device: memory, link, host })
 }
@@ -59,7 +59,10 @@ pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     let (activation, n_blocks) = (model.activation, model.n_blocks);
     let probe = Probe { device, layout, activation, work: &s.work, x: &s.normed, n_blocks, partial: &s.partial };
     let bundles = Bundles { hot: &section.hot, cold: &section.cold, cache: &layer.slots, fetched: None, ahead: None };
-    Ok(GpuSpeeds { device: memory, link: probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold))?, host: 0.0 })
+    // Residuals are read with what a sketch has of the neurons.
+    let rows = (layout.encoding() == Encoding::R4).then(|| layer.sketched_rows(section, s));
+    let link = probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold), rows)?;
+    Ok(GpuSpeeds { device: memory, link, host: 0.0 })
 }
 
 /// What the fused kernel needs besides bundles.
@@ -75,7 +78,7 @@ struct Probe<'a> {
 
 impl Probe<'_> {
     /// Bytes a second of `n` of the `n_cold` cold neurons, read in place.
-    fn link(&self, bundles: Bundles<'_>, n_cold: usize, n: usize) -> Result<f64> {
+    fn link(&self, bundles: Bundles<'_>, n_cold: usize, n: usize, rows: Option<SketchedRows<'_>>) -> Result<f64> {
         let items: Vec<[u32; 2]> = (0..n).map(|i| host_item(i * n_cold / n)).collect();
         let counts = [n as u32, n as u32, 0, 0, 0, n as u32, 0, 0];
         self.device.write(&self.work.items, bytemuck::cast_slice(&items))?;
@@ -83,7 +86,7 @@ impl Probe<'_> {
         self.device.fill(self.x, 0)?;
         best_of(self.device, (n * self.layout.bundle_bytes()) as f64, || {
             let (layout, activation, n_blocks) = (self.layout, self.activation, self.n_blocks);
-            Ok(ffn(self.device, layout, activation, self.work, bundles, self.x, n_blocks, self.partial, None)?)
+            Ok(ffn(self.device, layout, activation, self.work, bundles, self.x, n_blocks, self.partial, rows)?)
         })
     }
 }

@@ -191,7 +191,7 @@ fn feed_forward(
 impl Layer {
     /// Where the fused kernel finds what stands for rows that it does not read: neurons have the numbers of those behind the first
     /// ones, bundles those of the section.
-    fn sketched_rows<'a>(&self, section: &Section, s: &'a Scratch) -> SketchedRows<'a> {
+    pub(super) fn sketched_rows<'a>(&self, section: &Section, s: &'a Scratch) -> SketchedRows<'a> {
         let behind = |neuron: usize| neuron as i32 - self.n_always as i32;
         SketchedRows {
             products: &s.products,

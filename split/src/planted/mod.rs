@@ -7,7 +7,7 @@ mod rows;
 mod sketch;
 
 use crate::Error;
-use crate::build::{Assembled, assemble_parts, write_plain_file};
+use crate::build::{Assembled, Kinds, assemble_parts, write_plain_file};
 use crate::error::Result;
 use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, Source};
 use crate::pack_layer::FACTORS;
@@ -175,8 +175,9 @@ fn build(
 
     let places: Vec<u64> = model.trace_tokens().map(|t| t as u64).collect();
     let config = model.shape().config();
-    let Assembled { predictors, statistics, sketches } =
-        assemble_parts(&config, layer::rank(model), true, sketch, &places, &partial)?;
+    let kinds = Kinds { ahead: true, sketches: sketch, residuals: false };
+    let Assembled { predictors, statistics, sketches, residuals } =
+        assemble_parts(&config, layer::rank(model), kinds, &places, &partial)?;
     let dir = partial.dir();
     let report = serde_json::to_string_pretty(&PlantedReport::new(model, measured.clone())).unwrap_or_default();
     let files = [("tokenizer.json", model.tokenizer_json()), (REPORT_FILE, report)];
@@ -212,6 +213,7 @@ fn build(
         shares: None,
         graded: None,
         sketches,
+        residuals,
         files,
         checksum: String::new(),
     };

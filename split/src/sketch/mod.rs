@@ -3,6 +3,7 @@
 
 mod copies;
 mod feedback;
+mod residual;
 mod trellis;
 
 use crate::Error;
@@ -14,6 +15,8 @@ use feedback::{Rounded, round_alone};
 pub(crate) use feedback::{Search, round_row, unit_scale};
 use ndarray::Array2;
 use rayon::prelude::*;
+pub use residual::residual_layout;
+pub(crate) use residual::{read as read_residuals, residual_tensor};
 use thermocline_calibrate::predictor::{expected_error, expected_rows};
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, unsketch};
@@ -179,14 +182,23 @@ impl Sketch {
 
     /// Rows of `part` (0 gate, 1 up, 2 down) as f32, `[n_neurons, hidden]`, by channels.
     pub fn decoded(&self, part: usize) -> Vec<f32> {
-        let (bits, hidden) = (SKETCH_BITS[part], self.columns.len());
+        let hidden = self.columns.len();
         let mut out = vec![0.0; self.n_neurons() * hidden];
-        let rows = self.rows[part].par_chunks_exact(bits.row_bytes(hidden));
-        rows.zip(out.par_chunks_exact_mut(hidden)).for_each(|(row, out)| match part {
+        out.par_chunks_exact_mut(hidden).enumerate().for_each(|(i, out)| self.decode_row(part, i, out));
+        out
+    }
+
+    /// Row `part` of neuron `i` as f32, by channels, `[hidden]`.
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` is not as long.
+    pub fn decode_row(&self, part: usize, i: usize, out: &mut [f32]) {
+        let bits = SKETCH_BITS[part];
+        let row = &self.rows[part][i * bits.row_bytes(out.len())..][..bits.row_bytes(out.len())];
+        match part {
             2 => unsketch(bits, row, out),
             _ => unsketch_columns(bits, row, &self.columns, out),
-        });
-        out
+        }
     }
 
     /// Its tensors as they are stored, in file order.

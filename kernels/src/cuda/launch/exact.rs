@@ -14,7 +14,7 @@ const OTHER_SHARED_BYTES: usize = 2 << 10;
 
 /// Whether rows in this encoding have kernels of their own.
 pub(super) fn is_planar(encoding: Encoding) -> bool {
-    !Encoding::PLAIN.contains(&encoding)
+    !encoding.is_plain()
 }
 
 /// The encoding in names of kernels.

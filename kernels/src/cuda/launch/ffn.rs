@@ -6,7 +6,7 @@ use crate::cuda::backend::{Arg, Launch};
 use crate::cuda::device::Device;
 use crate::cuda::error::Result;
 use crate::cuda::memory::View;
-use crate::{BundleLayout, GROUP};
+use crate::{BundleLayout, Encoding, GROUP};
 
 /// Where the bundles of a layer lie.
 #[derive(Debug, Clone, Copy)]
@@ -23,13 +23,13 @@ pub struct Bundles<'a> {
     pub ahead: Option<&'a View>,
 }
 
-/// What a sketch has of neurons of which not all rows are read. A neuron's place in both is its bundle's number plus an offset; one of
-/// which all rows are read needs none.
+/// What a sketch has of neurons of which not all rows are read, or only what it leaves is stored. A neuron's place in both is its
+/// bundle's number plus an offset; one of which all rows are read needs none, unless they are residual.
 #[derive(Debug, Clone, Copy)]
 pub struct SketchedRows<'a> {
-    /// Pairs: the products of gate and up rows that are not read.
+    /// Pairs: the products of gate and up rows that are not read, with residual rows of all.
     pub products: &'a View,
-    /// Gets the activations of neurons whose down row is not read, for [`super::add_sketched`].
+    /// Gets the activations of neurons whose down row is not read, with residual rows of all items, for [`super::add_sketched`].
     pub sketched: &'a View,
     /// Of bundles in [`Bundles::hot`].
     pub hot_offset: i32,
@@ -52,7 +52,8 @@ pub fn ffn_blocks(device: &Device) -> usize {
 
 /// The fused hot/cold kernel: `partial[b, :] = sum h_i d_i` over the items of block b. `partial` is
 /// `[n_blocks, hidden]`. Of a bundle that fills a slot, what its rows use is written there. With `rows` only the rows that items name
-/// are read, and no slot is filled.
+/// are read, and no slot is filled. Residual rows are always read with `rows`; `partial` is then without what
+/// [`super::add_sketched`] adds for the same neurons.
 ///
 /// # Errors
 /// See the module.
@@ -72,6 +73,10 @@ pub fn ffn(
     assert!(hidden.is_multiple_of(GROUP), "the hidden size is a multiple of {GROUP}");
     floats(x, hidden);
     floats(partial, n_blocks * hidden);
+    if layout.encoding() == Encoding::R4 {
+        let rows = rows.expect("residual rows with their sketch");
+        assert!(rows.hot_offset >= 0 && rows.cold_offset >= 0, "a place for every neuron");
+    }
     let mut launch = Launch {
         kernel: format!("ffn_{}", suffix(layout.encoding())),
         grid: [n_blocks as u32, 1],

@@ -120,7 +120,7 @@ fn input_shared_bytes(encoding: Encoding, columns: usize) -> u32 {
 fn chunk_columns(encoding: Encoding) -> usize {
     match encoding.base() {
         Encoding::Q8 => 16,
-        Encoding::Q4 => 32,
+        Encoding::Q4 | Encoding::R4 => 32,
         _ => 8,
     }
 }

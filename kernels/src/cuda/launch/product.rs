@@ -119,6 +119,7 @@ impl GemvShape {
             }
             Encoding::Q8 => 64,
             Encoding::Q4 => 128,
+            Encoding::R4 => panic!("no matrix is a residual"),
             Encoding::Bf16x | Encoding::Q4Plus | Encoding::Q4Exact | Encoding::Q8Exact => {
                 let teams = Teams::for_rows(device, w.encoding, w.columns, w.stride);
                 return Self {

@@ -1,12 +1,15 @@
 //! Prompts: the same steps for many positions, through matrix products.
 
 use super::exact::{is_planar, suffix};
-use super::{DeviceMatrix, Heads, Nonlinearity, Norm, RopeTables, THREADS, address, floats, u32_of};
-use crate::BundleLayout;
+use super::{
+    DeviceMatrix, DeviceSketch, Heads, Nonlinearity, Norm, RopeTables, THREADS, address, floats, input_shared_bytes,
+    u32_of,
+};
 use crate::cuda::backend::{Arg, Launch};
 use crate::cuda::device::Device;
 use crate::cuda::error::Result;
 use crate::cuda::memory::View;
+use crate::{BundleLayout, Encoding};
 
 /// `x[t, :] = table[tokens[t], :]`; `tokens` are u32.
 ///
@@ -58,7 +61,8 @@ pub fn unpack_rows(device: &Device, w: &DeviceMatrix, first: usize, n: usize, ou
     by_rows(device, format!("unpack_rows_{}", suffix(w.encoding)), n, args, &[&rows, out[0], out[1]])
 }
 
-/// Decodes `n` bundles into bfloat16 `[high, low]` of gate, up and down rows, each `[n, hidden]`.
+/// Decodes `n` bundles into bfloat16 `[high, low]` of gate, up and down rows, each `[n, hidden]`. Residual rows, and no others, take
+/// the sketch that they are added to, and the place in it of the first bundle's neuron.
 ///
 /// # Errors
 /// See the module.
@@ -67,9 +71,11 @@ pub fn unpack_bundles(
     layout: BundleLayout,
     bundles: &View,
     n: usize,
+    under: Option<(&DeviceSketch, usize)>,
     out: [[&View; 2]; 3],
 ) -> Result<()> {
     let hidden = layout.hidden_size();
+    assert_eq!(under.is_some(), layout.encoding() == Encoding::R4, "a sketch for residual rows");
     assert!(bundles.len() >= n * layout.bundle_bytes(), "bundles");
     let mut args = vec![address(bundles), u32_of(n), u32_of(layout.bundle_bytes()), u32_of(hidden)];
     let mut uses = vec![bundles];
@@ -78,7 +84,14 @@ pub fn unpack_bundles(
         args.extend(pair.map(address));
         uses.extend(pair);
     }
-    by_rows(device, format!("unpack_bundles_{}", suffix(layout.encoding())), n, args, &uses)
+    let mut shared_bytes = 0;
+    if let Some((sketch, first)) = under {
+        args.push(sketch.under_residual(hidden, first..first + n));
+        uses.extend([&sketch.gate, &sketch.up, &sketch.down, &sketch.columns]);
+        shared_bytes = input_shared_bytes(layout.encoding(), hidden);
+    }
+    let kernel = format!("unpack_bundles_{}", suffix(layout.encoding()));
+    by_rows_with(device, kernel, n, shared_bytes, args, &uses)
 }
 
 /// `h = act(gate, up)`, split into bfloat16 `[high, low]`; all `[n, columns]`.
@@ -176,8 +189,20 @@ fn pairs(out: [&View; 2], n: usize) {
 
 /// A block for each row.
 fn by_rows(device: &Device, kernel: String, n: usize, args: Vec<Arg>, uses: &[&View]) -> Result<()> {
+    by_rows_with(device, kernel, n, 0, args, uses)
+}
+
+/// The same with shared memory.
+fn by_rows_with(
+    device: &Device,
+    kernel: String,
+    n: usize,
+    shared_bytes: u32,
+    args: Vec<Arg>,
+    uses: &[&View],
+) -> Result<()> {
     if n == 0 {
         return Ok(());
     }
-    device.launch(Launch { kernel, grid: [n as u32, 1], block: THREADS, shared_bytes: 0, args }, uses)
+    device.launch(Launch { kernel, grid: [n as u32, 1], block: THREADS, shared_bytes, args }, uses)
 }

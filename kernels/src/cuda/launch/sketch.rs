@@ -6,6 +6,7 @@ use crate::cuda::device::Device;
 use crate::cuda::error::Result;
 use crate::cuda::memory::View;
 use crate::{SKETCH_UNIT, SketchBits};
+use std::ops::Range;
 
 /// Columns of a thread of [`add_sketched`], and of its blocks.
 const THREAD_COLUMNS: usize = SKETCH_UNIT / 2;
@@ -48,6 +49,16 @@ impl DeviceSketch {
         }
         floats(&self.neurons, 4 * self.n_neurons);
         assert!(self.columns.len() >= 4 * self.hidden && self.columns.address().is_multiple_of(16), "columns");
+    }
+
+    /// The fields of `struct UnderResidual` in kernels/cuda/prefill_residual.cu, for neurons at these places.
+    pub(super) fn under_residual(&self, hidden: usize, places: Range<usize>) -> Arg {
+        self.check();
+        assert_eq!(hidden, self.hidden, "the sketch's width");
+        assert!(places.end <= self.n_neurons, "neurons that have a sketch");
+        let parts = [&self.gate, &self.up, &self.down, &self.columns].map(View::address);
+        let numbers = self.n_neurons as u64 | (places.start as u64) << 32;
+        Arg::Struct(parts.into_iter().chain([numbers]).collect())
     }
 }
 
@@ -135,7 +146,7 @@ pub fn sketch_rows(n_blocks: usize, n_neurons: usize, hidden: usize) -> usize {
 
 /// `partial[b, :] = sum h_i d_i` over an equal part of the neurons, with down rows of the sketch. `activations` `[n_neurons]` are
 /// those of [`sketch_scores`], of which [`super::choose`] has made zeros where the neuron's own down row is read, and with rows
-/// [`super::ffn`] has put others where it is not; `partial`, `[n_rows, hidden]`, see [`sketch_rows`].
+/// [`super::ffn`] has put others where it is not, or wherever it computed one of which only the residual is stored; `partial`, `[n_rows, hidden]`, see [`sketch_rows`].
 ///
 /// # Errors
 /// See the module.
