@@ -707,7 +707,7 @@ pub struct Eval {
     #[arg(long, value_name = "DIR", conflicts_with = "planes")]
     pub delta: Option<PathBuf>,
     /// What the model is compared with, a checkpoint or a split of the same vocabulary: a split's own checkpoint, for what its encoding
-    /// loses, too; a split with all its planes [default: the model itself, computed densely]
+    /// loses, too; a split with all its planes. Bytes are relative to its layers, then [default: the model itself, computed densely]
     #[arg(long, value_name = "MODEL", conflicts_with_all = ["task", "fit_shares", "planes", "engine"])]
     pub reference: Option<PathBuf>,
     /// What each plane of the weights buys, against all of them: as --precision; several, separated by commas, give a row

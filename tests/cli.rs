@@ -353,6 +353,9 @@ fn a_model_is_compared_with_the_one_that_was_asked_for() {
         let [both, own] = [&both, &own].map(|all| &all["results"][i]);
         assert_eq!(both["perplexity"], own["perplexity"], "the model is the same");
         assert!(both["kl"].as_f64() > own["kl"].as_f64(), "{both} {own}");
+        // Bytes are relative to those of the checkpoint, which has 16 bits for each of the 4.5 to 8.5 of the split.
+        let [of_all, of_own] = [both, own].map(|result| result["bytes_share"].as_f64().unwrap());
+        assert!((4.5 / 16.0..8.5 / 16.0).contains(&(of_all / of_own)), "{both}");
     }
     assert_eq!(own["results"][0]["kl"], 0.0);
     // What is compared with itself is as far away as it is without.

@@ -293,14 +293,21 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
                 assert!(plan.hot_neurons.iter().all(|&hot| hot >= n_always), "{what}");
                 match always {
                     Some(share) => assert_eq!(n_always, (share * n as f32).round() as usize, "{what}"),
-                    None => assert_eq!((n_always == n, n_always == 0), (vram == whole, vram == least), "{what}"),
+                    None => assert_eq!(n_always == n, vram == whole, "{what}"),
                 }
+                // Neurons are always computed where all sketches fit; the least there must be are two, or those of all layers but a few.
+                let streamed = plan.streamed_sketches;
+                assert!(streamed == 0 || always.is_some() || n_always == 0, "{what}");
+                assert!(vram > least || (streamed == config.n_layers) == (config.n_layers > 2), "{what}: {streamed}");
                 // Every layer's channels of columns are there as long as one neuron has a sketch.
                 let columns = (4 * config.hidden_size * config.n_layers) as u64;
                 let of_neurons = (sketch_bytes - columns) * (n - n_always) as u64 / n as u64;
                 let of_rest = of_neurons + if n_always < n { columns } else { 0 };
-                let rounding = (5 * 256 * config.n_layers) as u64;
-                assert!((of_rest..=of_rest + rounding).contains(&plan.fixed.predictors), "{what}");
+                let rounding = (6 * 256 * config.n_layers) as u64;
+                let read = plan.chooser_bytes_per_token;
+                assert!((of_rest..=of_rest + rounding).contains(&read), "{what}");
+                let on_device = config.n_layers - streamed + streamed.min(2);
+                assert_eq!(plan.fixed.predictors, read / config.n_layers as u64 * on_device as u64, "{what}");
                 assert_eq!((plan.lookahead_neurons, plan.cache_slots()), (0, 0), "{what}");
                 let n_chosen = if n_always < n { n_active(active, n - n_always) } else { 0 };
                 assert_eq!(gpu.last_active().unwrap().len(), n_always + n_chosen, "{what}");
@@ -317,6 +324,68 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
             let too_small = GpuPlan::new(&open(), request(least, Some(0.9)));
             assert!(matches!(too_small, Err(Error::VramTooSmall { needed_bytes, .. }) if needed_bytes > least));
         }
+    }
+}
+
+/// Sketches that VRAM has no room for come from pinned memory: every token reads them over the link, and is the same to the bit.
+#[test]
+fn sketches_that_do_not_fit_cross_the_link() {
+    let how: [&[&str]; 2] =
+        [&["--chunk-neurons", "8", "--sketch"], &["--chunk-neurons", "8", "--sketch", "--residuals"]];
+    for (how, rows, share) in [(how[0], false, 0.0), (how[0], true, 0.5), (how[1], true, 0.0), (how[1], true, 1.0)] {
+        let (_guard, dir) = with_thresholds(&split(&four_layers(), "q4", how), rows);
+        let open = || Split::open(&dir).unwrap();
+        let config = open().manifest().config.clone();
+        let (least, _) = vram_range_of(&open(), &device(), Mode::Sparse { active: 0.3 });
+        let request = |vram: u64| {
+            let request = gpu_request(&device(), Mode::Sparse { active: 0.3 }, vram, None);
+            GpuRequest { base: PlanRequest { always: Some(0.0), ..request.base }, ..request }
+        };
+        let of_layer = GpuPlan::new(&open(), request(least)).unwrap().fixed.predictors / 2;
+        let mut before: Option<(u64, u64, Vec<Vec<f32>>)> = None;
+        for (n, streamed) in [(2, 0), (1, 3), (0, 4)] {
+            let what = format!("{how:?}, {streamed} streamed, host {share}");
+            let mut gpu = agree(&open, request(least + n * of_layer), share, &what);
+            let plan = gpu.plan().clone();
+            assert_eq!((plan.streamed_sketches, plan.hot_bytes), (streamed, 0), "{what}");
+            assert_eq!(plan.streamed_bytes_per_token, streamed as u64 * of_layer, "{what}");
+            // A device that refuses is asked for less as long as there is something that need not be there.
+            assert_eq!(plan.spare_sketch_bytes, n * of_layer, "{what}");
+            let smaller = plan.smaller().map(|request| GpuPlan::new(&open(), request).unwrap().total_bytes);
+            assert!(smaller.map_or(n == 0, |total| total < plan.total_bytes), "{what}: {smaller:?}");
+            gpu.clear();
+            let start = gpu.account();
+            let mut logits = vec![gpu.prefill(&[1, 2, 3]).unwrap()];
+            let prompt = gpu.account().link_bytes - start.link_bytes;
+            logits.extend((3..6).map(|token| gpu.forward(token).unwrap()));
+            let link = gpu.account().link_bytes - start.link_bytes - prompt;
+            let Some((resident_prompt, resident_link, want)) = &before else {
+                before = Some((prompt, link, logits));
+                continue;
+            };
+            assert_eq!(&logits, want, "{what}: a sketch is the same wherever it comes from");
+            // A token reads them once, a prompt where residuals are added to them. What crosses is what there is, without the places' room.
+            let crossed = link - resident_link;
+            let most = 3 * plan.streamed_bytes_per_token;
+            assert!(
+                crossed <= most && most - crossed <= (3 * 6 * 256 * streamed) as u64,
+                "{what}: {crossed} of {most}"
+            );
+            assert_eq!(prompt > *resident_prompt, plan.residuals, "{what}");
+            assert!(gpu.account().early_link_bytes >= crossed, "{what}");
+        }
+        // The threads' share and the RAM budget count them.
+        let plan = GpuPlan::new(&open(), request(least)).unwrap();
+        let short = GpuRequest {
+            base: PlanRequest {
+                ram_budget_bytes: Some(plan.pinned_bytes + plan.host_sketch_bytes - 1),
+                ..request(least).base
+            },
+            ..request(least)
+        };
+        let refused = GpuPlan::new(&open(), short).unwrap_err().to_string();
+        assert!(refused.contains("sketches"), "{refused}");
+        assert!(plan.host_bytes_per_token > plan.streamed_bytes_per_token && config.n_layers == 4);
     }
 }
 

@@ -107,6 +107,11 @@ impl Model {
         }
     }
 
+    /// The weights, and where those of a split lie.
+    fn weights(&self) -> (&dyn Checkpoint, Option<&Split>) {
+        (self.dense(), self.split())
+    }
+
     /// Digest of the checkpoint that it is, or was split from.
     fn source_digest(&self) -> anyhow::Result<String> {
         match self.split() {
@@ -500,8 +505,7 @@ pub fn batch(
 ) -> anyhow::Result<Vec<Evaluation>> {
     let progress = Progress::new("eval", quiet);
     let on_step = |done: usize, total: usize| progress.set(done as u64, total as u64, format!("step {done}/{total}"));
-    let of_model = (model.dense(), model.split());
-    let results = evaluate_against(reference.map(Model::dense), of_model, windows, masks, fitted, &on_step);
+    let results = evaluate_against(reference.map(Model::weights), model.weights(), windows, masks, fitted, &on_step);
     progress.finish();
     results.map_err(usage)
 }

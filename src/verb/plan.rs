@@ -233,13 +233,22 @@ pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
         let layers = plan.mixed_cold_layers;
         println!("    several encodings in RAM in {layers} layers: no cache, and only the last is fetched early");
     }
-    row(chooser_name(has_sketches), fixed.predictors, always_computed(plan.always_neurons, &plan.hot_neurons));
+    let sketched = match (plan.streamed_sketches, layers) {
+        (0, _) => always_computed(plan.always_neurons, &plan.hot_neurons),
+        (n, _) if n == layers => "places for those of all layers, which lie in RAM".to_owned(),
+        (n, _) => format!("of {} layers, and places for those of {n} others, which lie in RAM", layers - n),
+    };
+    row(chooser_name(has_sketches), fixed.predictors, sketched);
     row("keys and values", fixed.kv_cache, format!("{} tokens", plan.request.base.context));
     row("norms, scratch", fixed.vectors + fixed.scratch, String::new());
     row("prompt buffers", fixed.prefill, String::new());
     row("CUDA context", fixed.context, "taken before the first weight, other processes' included".to_owned());
     row("total", plan.total_bytes, String::new());
-    row("pinned RAM", plan.pinned_bytes, format!("the other neurons{residuals}"));
+    let sketches = match plan.streamed_bytes_per_token {
+        0 => String::new(),
+        bytes => format!(", and {} of sketches, which every token reads over the link", format_bytes(bytes)),
+    };
+    row("pinned RAM", plan.pinned_bytes, format!("the other neurons{residuals}{sketches}"));
     if plan.host_sketch_bytes > 0 {
         row("RAM", plan.host_sketch_bytes, "sketches, for the CPU's share of them".to_owned());
     }

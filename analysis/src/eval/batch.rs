@@ -107,12 +107,13 @@ pub fn evaluate(
     evaluate_against(None, (model, split), windows, masks, fitted, progress)
 }
 
-/// The same, compared with another model of the same vocabulary, if there is a `reference`; [`Mask::Dense`] is compared, too, then.
+/// The same, compared with another model of the same vocabulary, if there is a `reference`: [`Mask::Dense`] is compared, too, then, and
+/// bytes are relative to those of its layers.
 ///
 /// # Errors
 /// As [`evaluate`], or if the vocabularies are not of one size.
 pub fn evaluate_against(
-    reference: Option<&dyn Checkpoint>,
+    reference: Option<(&dyn Checkpoint, Option<&Split>)>,
     (model, split): (&dyn Checkpoint, Option<&Split>),
     windows: &Windows<'_>,
     masks: &[Mask],
@@ -122,7 +123,11 @@ pub fn evaluate_against(
     check_masks(masks, split)?;
     fitted.check(masks)?;
     let config = model.config();
-    let bytes = LayerBytes::of(model, split)?;
+    let mut bytes = LayerBytes::of(model, split)?;
+    if let Some((model, split)) = reference {
+        bytes = bytes.relative_to(&LayerBytes::of(model, split)?);
+    }
+    let reference = reference.map(|(model, _)| model);
     let of_inputs = bytes.of_inputs(config);
     let (ours, theirs) = (config.vocab_size, reference.unwrap_or(model).config().vocab_size);
     if ours != theirs {

@@ -15,6 +15,8 @@ pub(crate) struct LayerBytes {
     sketches: f64,
     /// What sketches leave of the neurons' rows, if that is what single rows are read from.
     residuals: Option<f64>,
+    /// What shares are of.
+    whole: f64,
 }
 
 impl LayerBytes {
@@ -22,7 +24,8 @@ impl LayerBytes {
     pub(crate) fn of(model: &dyn Checkpoint, split: Option<&Split>) -> Result<Self> {
         let Some(split) = split else {
             let [attention, neurons] = n_weights(model.config()).map(|n| 2.0 * n);
-            return Ok(Self { attention, neurons, predictors: 0.0, sketches: 0.0, residuals: None });
+            let whole = attention + neurons;
+            return Ok(Self { attention, neurons, predictors: 0.0, sketches: 0.0, residuals: None, whole });
         };
         let of_layers = |m: &&thermocline_split::StoredMatrix<'_>| m.entry().name.starts_with("model.layers.");
         let matrices = split.matrices()?;
@@ -32,7 +35,13 @@ impl LayerBytes {
         let predictors = split.predictors().tensors().iter().filter(|t| used(&t.name)).map(|t| t.bytes).sum::<u64>();
         let sketches = split.sketches().map_or(0, TensorFile::data_bytes);
         let residuals = split.residuals().map(|file| file.data_bytes() as f64);
-        Ok(Self { attention, neurons, predictors: predictors as f64, sketches: sketches as f64, residuals })
+        let (predictors, sketches, whole) = (predictors as f64, sketches as f64, attention + neurons);
+        Ok(Self { attention, neurons, predictors, sketches, residuals, whole })
+    }
+
+    /// With shares of what `other` has.
+    pub(crate) fn relative_to(self, other: &Self) -> Self {
+        Self { whole: other.whole, ..self }
     }
 
     /// What one input of each group of matrices makes a token read.
@@ -45,7 +54,7 @@ impl LayerBytes {
 
     /// The share of everything that `read` bytes are.
     pub(crate) fn share_of(&self, read: f64) -> f64 {
-        read / (self.attention + self.neurons)
+        read / self.whole
     }
 
     /// What the predictors or sketches that `mask` asks take, relative to everything; `None` if it asks none.
@@ -105,7 +114,14 @@ mod tests {
     /// Sketches of those that are not always computed, and the rows of those that are and of the chosen ones.
     #[test]
     fn graded_masks_read_sketches_of_the_others() {
-        let bytes = LayerBytes { attention: 2.0, neurons: 8.0, predictors: 1.0, sketches: 4.0, residuals: Some(4.0) };
+        let bytes = LayerBytes {
+            attention: 2.0,
+            neurons: 8.0,
+            predictors: 1.0,
+            sketches: 4.0,
+            residuals: Some(4.0),
+            whole: 10.0,
+        };
         let share = |active, always| bytes.share(Mask::Graded { active, always, alike: false }).unwrap();
         assert!((share(0.25, 0.0) - 0.8).abs() < 1e-9);
         assert!((share(0.25, 0.5) - (2.0 + 2.0 + 5.0) / 10.0).abs() < 1e-9);
@@ -113,5 +129,11 @@ mod tests {
         assert!((bytes.graded_rows_share(0.5, 0.75) - (2.0 + 2.0 + 4.0 + 1.0) / 10.0).abs() < 1e-9);
         assert_eq!(LayerBytes { residuals: None, ..bytes }.graded_rows_share(0.5, 0.75), share(0.5, 0.5));
         assert_eq!(bytes.chooser_share(Mask::Graded { active: 0.25, always: 0.5, alike: true }), Some(0.2));
+        // What another model reads, of one that is twice as large.
+        let twice = LayerBytes { whole: 20.0, ..bytes };
+        let of_twice = bytes.relative_to(&twice);
+        assert_eq!(of_twice.share(Mask::Dense), Some(0.5));
+        assert_eq!(of_twice.share(Mask::Teal(0.5)), Some(0.25));
+        assert_eq!(of_twice.chooser_share(Mask::Graded { active: 0.25, always: 0.5, alike: true }), Some(0.1));
     }
 }

@@ -99,12 +99,11 @@ pub struct Evaluation {
     pub energy_recall_of_oracle: Option<f64>,
     /// Share of all neurons that were computed; of their bytes, where rows were chosen.
     pub computed_share: Option<f64>,
-    /// Bytes of the layers' weights and predictors that a token reads, relative to all of the layers' weights. Of an oracle:
-    /// as if it cost nothing to ask. `None` where it depends on what is zero, or is not counted here.
+    /// Bytes of the layers' weights and predictors that a token reads, relative to all of the layers' weights, of the model that it was
+    /// compared with. Of an oracle: as if it cost nothing to ask. `None` where it depends on what is zero, or is not counted here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_share: Option<f64>,
-    /// Bytes of the predictors, sketches or guesses that the mask asks, relative to all of the layers' weights; `None` of masks
-    /// that ask none.
+    /// Bytes of the predictors, sketches or guesses that the mask asks, relative to the same; `None` of masks that ask none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predictor_bytes_share: Option<f64>,
     /// Multiply-adds that asking the predictors or guesses of all layers takes a token; `None` of masks that ask none.

@@ -17,7 +17,11 @@ const SIZE: (u32, u32) = (760, 380);
 pub(super) const LEFT: i32 = 66;
 const TOP: i32 = 40;
 pub(super) const BOTTOM: i32 = 52;
+/// Least width of a legend beside a plot; the picture grows with longer labels, and with more of them than are beside it.
 const LEGEND: i32 = 160;
+const LEGEND_ROW: i32 = 19;
+/// Between plot and label, and behind it.
+const LEGEND_MARGIN: i32 = 50;
 pub(super) const TEXT: f64 = 15.0;
 
 pub(super) type Outcome<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
@@ -26,6 +30,12 @@ pub(super) type Outcome<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBack
 pub(crate) fn size(chart: &Chart) -> (u32, u32) {
     match &chart.body {
         Body::Rows(rows) => (SIZE.0, rows::height(rows)),
+        Body::Lines(series) => {
+            let wider = legend_width(series) - LEGEND;
+            let labels = series.iter().filter(|s| s.label.is_some()).count() as i32;
+            let least = TOP + LEGEND_ROW * labels + BOTTOM;
+            (SIZE.0 + wider.max(0) as u32, SIZE.1.max(least as u32))
+        }
         _ => SIZE,
     }
 }
@@ -78,13 +88,19 @@ fn share(v: f64, (from, to): (f64, f64)) -> f64 {
     if width == 0.0 || width.is_nan() { 0.5 } else { ((v - from) / width).clamp(-0.02, 1.02) }
 }
 
+/// Room for the labels of `series`.
+fn legend_width(series: &[Series]) -> i32 {
+    let labels = series.iter().filter_map(|s| s.label.as_deref());
+    LEGEND.max(rows::width(labels, TEXT - 1.0) + LEGEND_MARGIN)
+}
+
 impl<DB: DrawingBackend> Canvas<'_, DB> {
     fn lines(&self, chart: &Chart, series: &[Series]) -> Outcome<DB> {
         let named = series.iter().any(|s| s.label.is_some());
         let points = || series.iter().flat_map(|s| s.points.iter());
         let frame = Frame {
             left: LEFT,
-            right: self.size.0 as i32 - if named { LEGEND } else { 20 },
+            right: self.size.0 as i32 - if named { legend_width(series) } else { 20 },
             top: TOP,
             bottom: self.size.1 as i32 - BOTTOM,
             x: chart.x.ends(points().map(|p| p.0)),
@@ -113,7 +129,7 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
     fn legend(&self, series: &[Series], frame: &Frame) -> Outcome<DB> {
         let named = series.iter().filter_map(|s| s.label.as_ref().map(|l| (s, l)));
         for (row, (s, label)) in named.enumerate() {
-            let (x, y) = (frame.right + 14, frame.top + 10 + 19 * row as i32);
+            let (x, y) = (frame.right + 14, frame.top + 10 + LEGEND_ROW * row as i32);
             let path = vec![(x, y), (x + 20, y)];
             if s.dashed {
                 self.area.draw(&DashedPathElement::new(path, 5, 4, self.stroke(s.ink, 1)))?;

@@ -25,7 +25,7 @@ fn step(rows: &Rows) -> i32 {
 }
 
 /// Somewhat wider than a text is drawn: the reader's font is not known.
-fn width<'a>(texts: impl Iterator<Item = &'a str>, size: f64) -> i32 {
+pub(super) fn width<'a>(texts: impl Iterator<Item = &'a str>, size: f64) -> i32 {
     let longest = texts.map(|t| t.chars().count()).max().unwrap_or(0);
     (longest as f64 * size * 0.54).ceil() as i32
 }

@@ -163,6 +163,7 @@ fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
     let front: Vec<String> =
         front.map(|(label, _, r)| format!("{label} at {}", percent(r.active.unwrap_or(1.0)))).collect();
     (!front.is_empty()).then(|| {
+        let whole = if has_reference(families) { "the reference's layers" } else { "the layers" };
         let reading = format!(
             "Of what can be run nothing else is both closer and smaller than {}. Bytes are those of the layers' weights and \
              of predictors, as they are stored; an oracle is counted as if it cost nothing to ask.",
@@ -171,7 +172,7 @@ fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
         Figure::new(
             Chart {
                 title: format!("Distance from the {} against bytes", compared_with(families)),
-                x: Axis::new("bytes that a token reads (% of the layers)").from_to(0.0, 10.0 * (most / 10.0).ceil()),
+                x: Axis::new(format!("bytes that a token reads (% of {whole})")).from_to(0.0, 10.0 * (most / 10.0).ceil()),
                 y: Axis::new("KL(dense || masked), nats per token").log(),
                 body: Body::Lines(series),
             },
@@ -182,8 +183,11 @@ fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
 
 /// What distances are from.
 fn compared_with(families: &[Family<'_>]) -> &'static str {
-    let has_reference = families.iter().flat_map(|f| &f.results).any(|(file, _)| file.reference.is_some());
-    if has_reference { "dense model or reference" } else { "dense model" }
+    if has_reference(families) { "dense model or reference" } else { "dense model" }
+}
+
+fn has_reference(families: &[Family<'_>]) -> bool {
+    families.iter().flat_map(|f| &f.results).any(|(file, _)| file.reference.is_some())
 }
 
 fn divergence(families: &[Family<'_>]) -> Option<Figure> {

@@ -50,14 +50,16 @@ pub(super) fn over_time(run: &RunFile) -> Option<Figure> {
     Some(Figure::new(chart, reading))
 }
 
-/// What a token reads from the device besides hot neurons is known: matrices, predictors, keys and values of the
+/// What a token reads from the device besides hot neurons is known: matrices, predictors or sketches, keys and values of the
 /// positions so far.
 fn neurons(run: &RunFile) -> Option<Vec<(f64, Neurons)>> {
     let number = |place: &str| run.plan.pointer(place).and_then(Value::as_f64);
     if run.mode.get("mode").and_then(Value::as_str) != Some("sparse") {
         return None;
     }
-    let fixed = number("/fixed/matrices")? + number("/fixed/predictors")?;
+    // Runs of before there were sketches in pinned memory have what is read on the device.
+    let chooser = number("/chooser_bytes_per_token").or_else(|| number("/fixed/predictors"));
+    let fixed = number("/fixed/matrices")? + chooser?;
     let position = number("/fixed/kv_cache")? / number("/request/base/context").filter(|n| *n >= 1.0)?;
     number("/request/vram_budget_bytes")?;
     let of_token = |&(token, tiers): &(usize, super::Tiers)| {

@@ -333,10 +333,14 @@ impl GpuEngine {
         let fixed = &self.plan.fixed;
         let n = (config.n_layers * config.intermediate_size) as u64;
         let kv = 2 * 2 * (config.n_layers * config.n_kv_heads * config.head_dim * self.len) as u64;
-        let mut bytes = TierBytes { device: fixed.matrices + fixed.predictors + kv, ..TierBytes::default() };
+        let chooser = self.plan.chooser_bytes_per_token;
+        let mut bytes = TierBytes { device: fixed.matrices + chooser + kv, ..TierBytes::default() };
         let a = &mut self.account;
         let since = added(&self.model.mapped.totals, &mut self.totals);
         let before = a.link_bytes;
+        let sketches = self.model.streamed_bytes();
+        a.link_bytes += sketches;
+        a.early_link_bytes += sketches;
         // Where single rows are read.
         let (mut n_rows, mut of_rows) = (host_rows, false);
         for layer in &self.model.layers {

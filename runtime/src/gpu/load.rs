@@ -3,7 +3,8 @@
 use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch, n_sketch_rows};
 use super::plan::{GpuPlan, heads, pinned_embedding};
 use super::sections::Section;
-use crate::chooser::{chosen_active, sketch_behind};
+use super::sketches::StreamedSketch;
+use crate::chooser::chosen_active;
 use crate::layer_active::{LayerActive, LeastCost};
 use crate::plan::Mode;
 use crate::{Error, Result};
@@ -15,7 +16,7 @@ use thermocline_kernels::cuda::launch::{
     CacheTables, DeviceMatrix, DeviceSketch, LowRankPredictor, Nonlinearity, Selection, WorkList, ffn_blocks,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Memory, View};
-use thermocline_kernels::{AlignedBuf, Encoding, LayerLayout, sketch_planes};
+use thermocline_kernels::{AlignedBuf, Encoding, LayerLayout};
 use thermocline_split::{Flaw, Split, StoredPredictor, TensorEntry};
 
 /// Neurons, or rows of a matrix, of a prompt batch's piece: large enough for the tensor cores, small in memory.
@@ -94,7 +95,7 @@ impl Layer {
     /// The same, if that is a sketch.
     pub(super) fn sketch(&self) -> Option<&DeviceSketch> {
         match &self.chooser {
-            Some(DeviceChooser::Sketch(sketch)) => Some(sketch),
+            Some(DeviceChooser::Sketch(sketch, _)) => Some(sketch),
             _ => None,
         }
     }
@@ -104,8 +105,8 @@ impl Layer {
 #[derive(Debug)]
 pub(super) enum DeviceChooser {
     Predictor(DevicePredictor),
-    /// It stands for the others, too.
-    Sketch(DeviceSketch),
+    /// It stands for the others, too; where it comes from, if it is not there all the time.
+    Sketch(DeviceSketch, Option<StreamedSketch>),
 }
 
 #[derive(Debug)]
@@ -174,7 +175,9 @@ impl Model {
             Mode::Exact => Vec::new(),
             Mode::Sparse { active } => chosen_active(split, active, plan.always_neurons)?,
         };
-        let loader = Loader { split, plan, device, arena: &arena, active: &active, with_host };
+        let mut loader =
+            Loader { split, plan, device, arena: &arena, active: &active, with_host, sketch_places: Vec::new() };
+        loader.sketch_places = loader.sketch_places();
         let scratch = loader.scratch()?;
         let n_threads = plan.request.base.n_threads.min(n_layers);
         let next = AtomicUsize::new(0);
@@ -252,6 +255,8 @@ pub(super) struct Loader<'a> {
     /// Sparse mode: what is computed of each layer.
     pub active: &'a [LayerActive],
     pub with_host: bool,
+    /// For sketches that are copied.
+    pub sketch_places: Vec<View>,
 }
 
 impl Loader<'_> {
@@ -381,19 +386,10 @@ impl Loader<'_> {
     }
 
     fn chooser(&self, l: usize) -> Result<DeviceChooser> {
-        let hidden = self.plan.hidden_size;
-        let first = self.plan.always_neurons;
-        let Some(sketch) = sketch_behind(self.split, l, first, self.active.get(l))? else {
-            return Ok(DeviceChooser::Predictor(self.predictor(l)?));
-        };
-        let n_neurons = sketch.n_neurons();
-        let put = |bytes: &[u8]| self.arena.put(self.device, bytes);
-        let rows = |part: usize| put(&sketch_planes(sketch.matrix(part, hidden)));
-        let [gate, up, down] = [rows(0)?, rows(1)?, rows(2)?];
-        let values = [&sketch.gate_sd, &sketch.up_sd, &sketch.down_norm, &sketch.down_error].map(Vec::as_slice);
-        let neurons = put(bytemuck::cast_slice(&values.concat()))?;
-        let columns = put(bytemuck::cast_slice(&sketch.columns))?;
-        Ok(DeviceChooser::Sketch(DeviceSketch { gate, up, down, neurons, columns, first, n_neurons, hidden }))
+        Ok(match self.sketch(l)? {
+            Some((sketch, streamed)) => DeviceChooser::Sketch(sketch, streamed),
+            None => DeviceChooser::Predictor(self.predictor(l)?),
+        })
     }
 
     fn predictor(&self, l: usize) -> Result<DevicePredictor> {

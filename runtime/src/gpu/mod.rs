@@ -25,6 +25,7 @@ mod predict;
 mod prefill;
 mod replay;
 mod sections;
+mod sketches;
 mod speeds;
 mod token;
 

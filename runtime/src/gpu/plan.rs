@@ -2,6 +2,7 @@
 
 use super::replay::{LayerTrace, Policy, Replayed, WAYS};
 use super::sections::Sections;
+use super::sketches::{layer_sketch_bytes, least_streamed, sketches_bytes};
 use crate::attention::Rope;
 use crate::budget::format_bytes;
 use crate::chooser::{always_neurons, check_always, has_sketches, is_sketched};
@@ -73,7 +74,8 @@ pub struct GpuBytes {
     pub matrices: u64,
     /// Norms, biases, what stands for neurons that are left out.
     pub vectors: u64,
-    /// Predictors or sketches, in sparse mode; none where nothing is left to choose.
+    /// Predictors or sketches, in sparse mode; none where nothing is left to choose. Of sketches in pinned memory, the places that
+    /// they are copied to.
     pub predictors: u64,
     /// Keys and values, and the tables of rotary embeddings.
     pub kv_cache: u64,
@@ -116,6 +118,14 @@ pub struct GpuPlan {
     pub always_neurons: usize,
     /// Sparse mode: the others are there, and in pinned memory, as what their sketches leave of them.
     pub residuals: bool,
+    /// Layers whose sketches lie in pinned memory, because VRAM has no room for all, and cross the link for every token.
+    pub streamed_sketches: usize,
+    /// Bytes of these sketches.
+    pub streamed_bytes_per_token: u64,
+    /// Bytes of predictors or sketches that a token reads from device memory.
+    pub chooser_bytes_per_token: u64,
+    /// Device bytes of sketches that could lie in pinned memory, too.
+    pub spare_sketch_bytes: u64,
     /// Bytes of sketches that the host's threads need for their part of these neurons, in host memory.
     pub host_sketch_bytes: u64,
     /// Layers whose neurons are not all laid out alike: what each of their sections is.
@@ -248,6 +258,10 @@ impl GpuPlan {
             hot_bytes: 0,
             always_neurons: 0,
             residuals,
+            streamed_sketches: 0,
+            streamed_bytes_per_token: 0,
+            chooser_bytes_per_token: fixed.predictors,
+            spare_sketch_bytes: 0,
             host_sketch_bytes: 0,
             sections: Vec::new(),
             mixed_cold_layers: 0,
@@ -290,7 +304,7 @@ impl GpuPlan {
         plan.cache_bytes = caches.map(|((layout, &h), &s)| cache_bytes(n - h, s, coldest_bundle(layout))).sum();
         plan.total_bytes = plan.fixed.total() + plan.hot_bytes + plan.cache_bytes;
         let cold = rest_of(in_use(), &plan.hot_neurons);
-        plan.pinned_bytes = cold + pinned_embedding(split).map_or(0, |m| m.bytes());
+        plan.pinned_bytes = cold + plan.streamed_bytes_per_token + pinned_embedding(split).map_or(0, |m| m.bytes());
         if plan.residuals && cold > 0 {
             plan.host_sketch_bytes = (n_layers * (n - plan.always_neurons)) as u64 * sketched_down_row_bytes(split);
         }
@@ -298,10 +312,15 @@ impl GpuPlan {
         if let Some(ram) = request.base.ram_budget_bytes
             && on_host > ram
         {
-            let what = format!("the neurons that are not in VRAM ({}), pinned", format_bytes(cold));
+            let sketches = match plan.streamed_bytes_per_token {
+                0 => String::new(),
+                bytes => format!(" and sketches ({})", format_bytes(bytes)),
+            };
+            let what = format!("the neurons that are not in VRAM ({}){sketches}, pinned", format_bytes(cold));
             return Err(Error::DoesNotFit { budget_bytes: ram, needed_bytes: on_host, what });
         }
-        plan.device_bytes_per_token = plan.fixed.matrices + plan.fixed.predictors + KvCache::bytes(config, context);
+        plan.device_bytes_per_token =
+            plan.fixed.matrices + plan.chooser_bytes_per_token + KvCache::bytes(config, context);
         match request.base.mode {
             Mode::Exact => {
                 plan.host_bytes_per_token = cold;
@@ -329,7 +348,8 @@ impl GpuPlan {
     }
 
     /// Fills in hot prefixes and sketches for `left` bytes: each neuron that every token computes takes the place of its
-    /// sketch and of nobody's cache.
+    /// sketch and of nobody's cache. Where not all sketches fit, no neuron is hot that need not be: what a byte of VRAM spares the link
+    /// is most with sketches in it.
     fn divide_with_sketches(&mut self, split: &Split, left: u64) -> Result<()> {
         let n = split.manifest().config.intermediate_size;
         let asked = self.request.base.always.map(|share| always_neurons(share, n));
@@ -342,8 +362,9 @@ impl GpuPlan {
             let layouts: Vec<_> = split.layers().iter().map(|file| layout_with(file, residuals_from)).collect();
             prefixes_of(layouts.iter().map(Cow::as_ref), hot)
         };
-        let bytes = |hot: &[usize]| prefixes(hot) + sketch_bytes(split, n - n_always(hot));
         let n_layers = split.layers().len();
+        let sketch_bytes = |hot: &[usize]| n_layers as u64 * layer_sketch_bytes(split, n - n_always(hot));
+        let bytes = |hot: &[usize]| prefixes(hot) + sketch_bytes(hot);
         let all = vec![n; n_layers];
         // A prefix is cut to whole chunks and its end aligned.
         let slack = n_layers as u64 * ALIGN;
@@ -355,9 +376,19 @@ impl GpuPlan {
             None => vec![0; n_layers],
         };
         self.hot_neurons = most.iter().zip(&least).map(|(&most, &least)| most.max(least)).collect();
+        if bytes(&self.hot_neurons) > room {
+            self.hot_neurons.clone_from(&least);
+        }
         self.always_neurons = n_always(&self.hot_neurons);
-        self.fixed.predictors = sketch_bytes(split, n - self.always_neurons);
-        if bytes(&self.hot_neurons) <= room {
+        let of_layer = layer_sketch_bytes(split, n - self.always_neurons);
+        let for_sketches = room.saturating_sub(prefixes(&self.hot_neurons));
+        let streamed = least_streamed(of_layer, n_layers, for_sketches);
+        self.streamed_sketches = streamed.unwrap_or(n_layers);
+        self.fixed.predictors = sketches_bytes(of_layer, n_layers, self.streamed_sketches);
+        self.chooser_bytes_per_token = n_layers as u64 * of_layer;
+        self.spare_sketch_bytes = self.fixed.predictors - sketches_bytes(of_layer, n_layers, n_layers);
+        self.streamed_bytes_per_token = self.streamed_sketches as u64 * of_layer;
+        if streamed.is_some() && prefixes(&self.hot_neurons) <= room {
             return Ok(());
         }
         let needed_bytes = self.fixed.total() + prefixes(&least);
@@ -375,7 +406,7 @@ impl GpuPlan {
         let behind = |n: usize| rest(&vec![n; n_layers]);
         let (all, sketched, cold) = (behind(0), behind(self.always_neurons), rest(&self.hot_neurons));
         self.device_bytes_per_token += all - sketched + (active * (sketched - cold) as f64) as u64;
-        self.host_bytes_per_token = (active * cold as f64) as u64;
+        self.host_bytes_per_token = (active * cold as f64) as u64 + self.streamed_bytes_per_token;
         if self.residuals {
             // To the residual of a down row its sketch is added.
             return;
@@ -477,13 +508,13 @@ impl GpuPlan {
         Ok(replays[best])
     }
 
-    /// What to ask for if the device refuses this plan: a tenth less, but never more than half of the neurons' memory
-    /// less. `None` if no neuron is on the device: there is nothing to shrink.
+    /// What to ask for if the device refuses this plan: a tenth less, but never more than half of the memory for neurons, and for sketches
+    /// that need not be there, less. `None` if there is nothing to shrink.
     pub fn smaller(&self) -> Option<GpuRequest> {
-        let neurons = self.hot_bytes + self.cache_bytes;
-        let less = (self.total_bytes / REFUSED_SHRINKS).min(neurons / 2);
+        let shrinkable = self.hot_bytes + self.cache_bytes + self.spare_sketch_bytes;
+        let less = (self.total_bytes / REFUSED_SHRINKS).min(shrinkable / 2);
         let vram_budget_bytes = self.total_bytes - less;
-        (neurons > 0).then_some(GpuRequest { vram_budget_bytes, ..self.request })
+        (shrinkable > 0).then_some(GpuRequest { vram_budget_bytes, ..self.request })
     }
 
     /// Slots of the cache.
@@ -593,10 +624,12 @@ fn fixed_bytes(sections: Sections<'_>, request: &GpuRequest, n_splits: usize, pr
     let predictors = match request.base.mode {
         Mode::Exact => 0,
         Mode::Sparse { .. } if !has_sketches(split) => sum(&mut split.predictors().tensors().iter()),
-        // As few as there must be: the plan may compute more neurons always, each of which takes more than its sketch.
+        // As few as there must be: the plan may keep more of them on the device, or compute more neurons always, each of which takes more
+        // than its sketch.
         Mode::Sparse { .. } => {
             let n = config.intermediate_size;
-            sketch_bytes(split, n - always_neurons(request.base.always.unwrap_or(0.0), n))
+            let of_layer = layer_sketch_bytes(split, n - always_neurons(request.base.always.unwrap_or(0.0), n));
+            sketches_bytes(of_layer, config.n_layers, config.n_layers)
         }
     };
     let has_left_out = predictors > 0 && split.manifest().shares.is_some() && !has_sketches(split);
@@ -621,15 +654,6 @@ fn fixed_bytes(sections: Sections<'_>, request: &GpuRequest, n_splits: usize, pr
 /// Bytes of a down row of a sketch.
 fn sketched_down_row_bytes(split: &Split) -> u64 {
     SKETCH_BITS[2].row_bytes(split.manifest().config.hidden_size) as u64
-}
-
-/// Device bytes of the sketches of `n` neurons of each layer, at most: three parts, the numbers of each neuron, and the
-/// columns' channels, aligned.
-fn sketch_bytes(split: &Split, n: usize) -> u64 {
-    const PIECES: u64 = 5;
-    let config = &split.manifest().config;
-    let of_layer = thermocline_split::sketch_bytes(n, config.hidden_size) as u64;
-    if n == 0 { 0 } else { config.n_layers as u64 * (of_layer + PIECES * ALIGN) }
 }
 
 /// The shape of attention.

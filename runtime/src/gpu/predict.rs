@@ -9,7 +9,8 @@ use serde::Serialize;
 pub struct GpuSpeeds {
     /// Device memory, read by the product kernel.
     pub device: f64,
-    /// Pinned host memory, read in place by the fused kernel.
+    /// Pinned host memory, read in place by the fused kernel; where sketches are copied from there, by the faster of kernel and copy
+    /// engine.
     pub link: f64,
     /// The same memory, read and computed with by the host's threads; 0 without them.
     pub host: f64,
@@ -65,7 +66,12 @@ impl GpuPlan {
                 .min((device_seconds + between) * speeds.link * LOOKAHEAD_WINS)
                 .min(host)
         };
-        let host_seconds = (host - early) / (speeds.link + speeds.host);
+        // Sketches cross the link while everything else goes on, too; the threads take part in the rest.
+        let sketches = self.streamed_bytes_per_token as f64;
+        let late = (sketches - (device_seconds + between) * speeds.link).max(0.0);
+        let rows = host - early - sketches;
+        let both = (late + rows) / (speeds.link + speeds.host);
+        let host_seconds = both.max(late / speeds.link);
         let bottleneck = match (device_seconds > host_seconds, speeds.host > 0.0) {
             (true, _) => "device",
             (false, true) => "link + host",
@@ -73,15 +79,19 @@ impl GpuPlan {
         };
         let gb = 1e9;
         let pinned = if host > 0.0 {
-            let [host, link, threads] = [host, speeds.link, speeds.host].map(|v| v / gb);
+            let [host, link, threads] = [host - sketches, speeds.link, speeds.host].map(|v| v / gb);
+            let streamed = match late / gb {
+                late if sketches > 0.0 => format!(" + {late:.3} of {:.3} GB of sketches", sketches / gb),
+                _ => String::new(),
+            };
             let early = if early > 0.0 { format!(" - {:.3} fetched early", early / gb) } else { String::new() };
-            format!(" + ({host:.3}{early}) GB pinned / ({link:.1} GB/s link + {threads:.1} GB/s host)")
+            format!(" + ({host:.3}{early}{streamed}) GB pinned / ({link:.1} GB/s link + {threads:.1} GB/s host)")
         } else {
             String::new()
         };
         GpuPrediction {
             tok_s: 1.0 / (device_seconds + host_seconds + between),
-            host_share: speeds.host / (speeds.link + speeds.host),
+            host_share: if rows > 0.0 { (both * speeds.host / rows).min(1.0) } else { 0.0 },
             bottleneck,
             formula: format!(
                 "tok/s = 1 / ({:.2} GB device / {:.0} GB/s{pinned} + {:.1} ms between kernels)",

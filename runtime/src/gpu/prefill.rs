@@ -6,6 +6,7 @@
 use super::load::{DeviceChooser, Layer, Model};
 use super::plan::{GpuPlan, heads};
 use super::sections::Section;
+use super::sketches::StreamedSketch;
 use crate::Result;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::Encoding;
@@ -58,9 +59,10 @@ impl Batch<'_> {
         Ok(())
     }
 
-    /// Bytes of cold neurons that a batch reads over the link.
+    /// Bytes that a batch reads over the link: cold neurons, and the sketches that their residuals are added to.
     pub(super) fn link_bytes(&self) -> u64 {
-        self.model.layers.iter().map(Layer::cold_bytes).sum()
+        let sketches = self.model.layers.iter().filter_map(|layer| self.needed_sketch(layer));
+        self.model.layers.iter().map(Layer::cold_bytes).sum::<u64>() + sketches.map(StreamedSketch::bytes).sum::<u64>()
     }
 
     fn attention(&self, layer: &Layer) -> Result<()> {
@@ -102,6 +104,9 @@ impl Batch<'_> {
         let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: None };
         let input = [&buffers.input[0], &buffers.input[1]];
         norm_rows(device, &buffers.x, norm, self.n, config.hidden_size, input)?;
+        if let Some(sketch) = self.needed_sketch(layer) {
+            sketch.copy(device, Queue::Compute)?;
+        }
         for section in &layer.sections {
             let bundle = section.layout.bundle_bytes();
             for (first, n) in self.parts(section.hot.len() / bundle) {
@@ -124,6 +129,11 @@ impl Batch<'_> {
         Ok(())
     }
 
+    /// A layer's sketch that must be copied first: residuals are added to it, nothing else of a prompt needs it.
+    fn needed_sketch<'l>(&self, layer: &'l Layer) -> Option<&'l StreamedSketch> {
+        layer.streamed_sketch().filter(|_| self.plan.residuals)
+    }
+
     /// `x += FFN(input)` for the `n` neurons of `bundles`, from neuron `first` on, of one section of a layer.
     fn neurons(&self, (layer, section): (&Layer, &Section), bundles: &View, (first, n): (usize, usize)) -> Result<()> {
         let (device, buffers, model) = (self.device, &self.model.prefill, self.model);
@@ -131,7 +141,9 @@ impl Batch<'_> {
         let rows = &buffers.rows;
         let encoding = section.layout.encoding();
         let sketch = match &layer.chooser {
-            Some(DeviceChooser::Sketch(sketch)) if encoding == Encoding::R4 => Some((sketch, first - layer.n_always)),
+            Some(DeviceChooser::Sketch(sketch, _)) if encoding == Encoding::R4 => {
+                Some((sketch, first - layer.n_always))
+            }
             _ => None,
         };
         let out = std::array::from_fn(|i| [&rows[i][0], &rows[i][1]]);

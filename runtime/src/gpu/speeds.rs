@@ -1,6 +1,6 @@
 //! How fast the tiers of this machine are, each alone.
 
-use super::load::Model;
+use super::load::{Layer, Model};
 use super::predict::GpuSpeeds;
 use crate::Result;
 use crate::hardware::kernel_speed;
@@ -44,7 +44,8 @@ pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize) ->
 }
 
 /// The speeds of device memory and link where a model is loaded, in buffers that are free then; infinite over the link if
-/// no neuron is cold. The host's is left at 0.
+/// no neuron is cold. Where sketches are copied over it, it is as fast as the copy engine, if that is faster than the fused kernel.
+/// The host's is left at 0.
 pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     // Pieces of prompt batches.
     let [to, from] = &model.prefill.rows[0];
@@ -61,7 +62,10 @@ pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     let bundles = Bundles { hot: &section.hot, cold: &section.cold, cache: &layer.slots, fetched: None, ahead: None };
     // Residuals are read with what a sketch has of the neurons.
     let rows = (layout.encoding() == Encoding::R4).then(|| layer.sketched_rows(section, s));
-    let link = probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold), rows)?;
+    let mut link = probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold), rows)?;
+    if let Some(sketch) = model.layers.iter().find_map(Layer::streamed_sketch) {
+        link = link.max(best_of(device, sketch.bytes() as f64, || Ok(sketch.copy(device, Queue::Compute)?))?);
+    }
     Ok(GpuSpeeds { device: memory, link, host: 0.0 })
 }
 

@@ -6,6 +6,7 @@ use super::buffers::Scratch;
 use super::load::{DeviceChooser, Layer, Model, RowRule};
 use super::plan::{GpuPlan, heads};
 use super::sections::Section;
+use super::sketches::{copy_next, wait_for_sketch};
 use crate::Result;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
@@ -46,6 +47,7 @@ pub(super) fn launch(
 ) -> Result<(), CudaError> {
     let (s, mapped) = (&model.scratch, &model.mapped);
     embed(device, &model.embedding, &mapped.step.view(), &s.step, &s.x)?;
+    copy_next(device, model, 0)?;
     for (l, layer) in model.layers.iter().enumerate() {
         attention(device, config, plan, model, layer)?;
         kept.map_or(Ok(()), |kept| kept.before(device, model, l))?;
@@ -104,7 +106,8 @@ fn feed_forward(
             predict_inner(device, &predictors, &s.x)?;
             predict_scores(device, &predictors, input, model.activation)?;
         }
-        Some(DeviceChooser::Sketch(sketch)) => {
+        Some(DeviceChooser::Sketch(sketch, _)) => {
+            wait_for_sketch(device, model, l)?;
             let of_row = |rule: RowRule| RowChoice { least: rule.least, whole: rule.whole, products: &s.products };
             let out = Sketched { scores: &s.scores, activations: &s.sketched, rows: layer.rows.map(of_row) };
             sketch_scores(device, sketch, input, &layer.ffn_norm, model.activation, out)?;
