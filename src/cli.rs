@@ -199,6 +199,10 @@ pub struct Placement {
     /// which are needed: a number, 0 for none, or auto, which tries several
     #[arg(long, default_value = "auto", value_parser = parse_lookahead, value_name = "NEURONS", env = "THERMOCLINE_LOOKAHEAD")]
     pub lookahead: std::option::Option<usize>,
+    /// With a GPU: layers of which the CPU's threads choose and compute all neurons, of those whose sketches VRAM has no room for: a
+    /// number, or auto, which tries several; the sketches of the others are copied over the link for every token
+    #[arg(long, default_value = "auto", value_parser = parse_layers, value_name = "LAYERS", env = "THERMOCLINE_CPU_LAYERS")]
+    pub cpu_layers: std::option::Option<usize>,
     /// Context length in tokens, prompt included [default: what prompt and answer need; plan: 512]
     #[arg(short = 'c', long, value_name = "TOKENS", env = "THERMOCLINE_CTX_SIZE")]
     pub ctx_size: Option<usize>,
@@ -254,10 +258,19 @@ fn parse_increase(text: &str) -> Result<f64, String> {
 
 /// A number of neurons, or `auto`.
 fn parse_lookahead(text: &str) -> Result<std::option::Option<usize>, String> {
+    parse_number_of("neurons", text)
+}
+
+/// A number of layers, or `auto`.
+fn parse_layers(text: &str) -> Result<std::option::Option<usize>, String> {
+    parse_number_of("layers", text)
+}
+
+fn parse_number_of(what: &str, text: &str) -> Result<std::option::Option<usize>, String> {
     if text.eq_ignore_ascii_case("auto") {
         return Ok(None);
     }
-    text.parse().map(Some).map_err(|_| format!("{text:?}: expected a number of neurons, or auto"))
+    text.parse().map(Some).map_err(|_| format!("{text:?}: expected a number of {what}, or auto"))
 }
 
 #[derive(Debug, Args)]

@@ -43,6 +43,7 @@ fn gpu_request(device: &Device, mode: Mode, vram: u64, cache_share: Option<f64>)
         n_blocks,
         cache_share,
         lookahead: None,
+        host_layers: Some(0),
     }
 }
 
@@ -389,6 +390,73 @@ fn sketches_that_do_not_fit_cross_the_link() {
     }
 }
 
+/// Layers whose sketches VRAM has no room for, left to the host's threads: whoever chooses and computes them, by whatever rule, in
+/// whatever encodings, it is what the CPU engine does.
+#[test]
+fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
+    let sketched: &[&str] = &["--chunk-neurons", "8", "--sketch"];
+    let residuals: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals"];
+    let mode = Mode::Sparse { active: 0.3 };
+    for (encoding, how, thresholds) in [
+        ("q4", sketched, None),
+        ("q4", sketched, Some(false)),
+        ("q4", sketched, Some(true)),
+        ("q4", residuals, Some(true)),
+        ("q4,hot@0.25=q8", sketched, None),
+        ("q4,hot@0.25=q8", sketched, Some(true)),
+        ("bf16x", sketched, Some(true)),
+    ] {
+        let made = split(&four_layers(), encoding, how);
+        let with = thresholds.map(|rows| with_thresholds(&made, rows));
+        let dir = with.as_ref().map_or(made.as_path(), |(_guard, dir)| dir);
+        let open = || Split::open(dir).unwrap();
+        let config = open().manifest().config.clone();
+        let (least, _) = vram_range_of(&open(), &device(), mode);
+        let request = |layers: usize| {
+            let request = gpu_request(&device(), mode, least, None);
+            let base = PlanRequest { always: Some(0.0), ..request.base };
+            GpuRequest { base, host_layers: Some(layers), ..request }
+        };
+        let mut computed = Vec::new();
+        for layers in [0, 1, 3, 4] {
+            let what = format!("{encoding}, {how:?}, thresholds {thresholds:?}, {layers} layers of the host");
+            let mut gpu = agree(&open, request(layers), 1.0, &what);
+            assert_eq!((gpu.host_layers(), gpu.plan().host_layers()), (layers, 4), "{what}");
+            computed.push(gpu.account().neurons_computed);
+            let before = gpu.account();
+            gpu.forward(5).unwrap();
+            let (after, streamed) = (gpu.account(), gpu.plan().streamed_bytes_per_token);
+            // The threads have all rows, and the link the sketches of the other layers, without the places' room.
+            let (crossed, most) = (after.link_bytes - before.link_bytes, streamed * (4 - layers as u64) / 4);
+            assert!(crossed <= most && most - crossed <= (6 * 256 * (4 - layers)) as u64, "{what}: {crossed} of {most}");
+            if thresholds.is_none() && layers == 4 {
+                let rows = thermocline_split::SKETCH_BITS.map(|bits| bits.row_bytes(config.hidden_size));
+                let (n, n_active) = (config.intermediate_size, n_active(0.3, config.intermediate_size));
+                let bundles = open().layers()[0].bundles().clone();
+                let active = gpu.last_active().unwrap();
+                assert_eq!(active.len(), n_active, "{what}");
+                if bundles.sections().len() == 1 {
+                    let of_layer = n * (rows[0] + rows[1] + 16) + (n - n_active) * rows[2];
+                    let all = config.n_layers * (of_layer + n_active * bundles.of(0).bundle_bytes());
+                    assert_eq!(after.bytes.host - before.bytes.host, all as u64, "{what}");
+                }
+            }
+        }
+        let (most, fewest) = (computed.iter().max().unwrap(), computed.iter().min().unwrap());
+        assert!(most - fewest <= most / 20 + 3, "{encoding}, {thresholds:?}: {computed:?}");
+        // Half of the rows of the other layers over the link.
+        agree(&open, request(2), 0.5, encoding);
+        let refused = |request: GpuRequest, share: f32| {
+            let loaded = GpuPlan::new(&open(), request)
+                .and_then(|plan| GpuEngine::load(open(), plan, device(), Some(share), &|_, _| ()));
+            matches!(loaded, Err(Error::Setting { flag: "--cpu-layers", .. }))
+        };
+        let exact = gpu_request(&device(), Mode::Exact, 2 * least, None);
+        assert!(refused(request(5), 1.0) && refused(request(1), 0.0) && !refused(request(0), 0.0));
+        assert!(refused(GpuRequest { host_layers: Some(1), ..exact }, 1.0));
+    }
+}
+
 /// A copy of a split with thresholds of neurons or of rows, around the costs that the second layer's sketch tells of an input of ones.
 fn with_thresholds(of: &Path, rows: bool) -> (tempfile::TempDir, PathBuf) {
     let (guard, dir) = support::copy(of);
@@ -494,9 +562,13 @@ fn audits_say_what_the_cpu_engine_says_and_change_nothing() {
     let (_guard, residuals) = with_thresholds(&residuals, true);
     for dir in [demo("q4"), sketched, residuals] {
         let (least, whole) = vram_range(&dir, &device(), mode);
-        for (vram, share) in [(whole, 0.0), (least + (whole - least) / 3, 0.5)] {
-            let what = format!("{}, {vram} bytes, host {share}", dir.display());
-            let gpu = || gpu(&dir, gpu_request(&device(), mode, vram, None), share);
+        let is_sketched = Split::open(&dir).unwrap().sketches().is_some();
+        let hosts = if is_sketched { vec![(least, 0.5, 3)] } else { Vec::new() };
+        for (vram, share, layers) in [(whole, 0.0, 0), (least + (whole - least) / 3, 0.5, 0)].into_iter().chain(hosts) {
+            let what = format!("{}, {vram} bytes, host {share}, {layers} of its layers", dir.display());
+            let request_of_host =
+                || GpuRequest { host_layers: Some(layers), ..gpu_request(&device(), mode, vram, None) };
+            let gpu = || gpu(&dir, request_of_host(), share);
             let (mut plain, mut audited) = (gpu(), gpu());
             let n = audited.split().manifest().config.intermediate_size as f32;
             let always = audited.is_graded().then(|| audited.plan().always_neurons as f32 / n);
@@ -544,6 +616,19 @@ fn a_share_is_found_where_none_is_given() {
         let account = gpu.account();
         assert_eq!(account.bytes.host > account.link_bytes, share > 0.0, "{mode:?}");
     }
+    // And layers of the host.
+    let (dir, mode) = (split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch"]), Mode::Sparse { active: 0.5 });
+    let (least, _) = vram_range(&dir, &device(), mode);
+    let open = || Split::open(&dir).unwrap();
+    let request = GpuRequest { host_layers: None, ..gpu_request(&device(), mode, least, None) };
+    let plan = GpuPlan::new(&open(), request).unwrap();
+    let mut gpu = GpuEngine::load(open(), plan, device(), None, &|_, _| ()).unwrap();
+    let (layers, predicted) = (gpu.host_layers(), gpu.predicted());
+    assert!(layers <= 4 && predicted.host_layers <= 4 && gpu.measured().sketches > 0.0);
+    assert_eq!(predicted.formula.contains("of sketches / "), predicted.host_layers > 0, "{}", predicted.formula);
+    assert_eq!((gpu.account().neurons_total, gpu.account().bytes.host), (0, 0));
+    gpu.forward(1).unwrap();
+    assert_eq!(gpu.host_layers(), layers);
 }
 
 /// Of a sketch a token reads gate and up rows of all neurons that it has, and down rows of those that are not computed.

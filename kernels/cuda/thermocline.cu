@@ -14,6 +14,7 @@
 #include "foresee.cuh"
 #include "choose.cu"
 #include "divide.cu"
+#include "ask.cu"
 #include "ffn.cu"
 #include "trellis.cuh"
 #include "sketch.cu"

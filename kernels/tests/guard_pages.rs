@@ -278,17 +278,24 @@ fn sketches() {
             // Any bytes are rows, of numbers, infinities and NaN.
             let bytes: Vec<u8> = bytes.into_iter().cycle().take(n_rows * bits.row_bytes(columns)).collect();
             let bytes = guard(&bytes);
-            let matrix = SketchMatrix::new(bits, columns, bytes.bytes());
+            #[cfg(feature = "cuda")]
+            let arranged = [SketchMatrix::new, SketchMatrix::of_planes];
+            #[cfg(not(feature = "cuda"))]
+            let arranged = [SketchMatrix::new];
             let values: Vec<f32> = (0..columns).map(|i| (i % 13) as f32 - 6.0).collect();
             let (x, mut y) = (guard(bytemuck::cast_slice(&values)), guard(bytemuck::cast_slice(&values)));
-            let mut out = guard(&vec![0; 4 * n_rows]);
-            for first in [0, n_rows - 1] {
-                kernels.sketch_dots(matrix, first, x.numbers(), &mut out.of()[first..]);
+            for arranged in arranged {
+                let matrix = arranged(bits, columns, bytes.bytes());
+                let mut out = guard(&vec![0; 4 * n_rows]);
+                for first in [0, n_rows - 1] {
+                    kernels.sketch_dots(matrix, first, x.numbers(), &mut out.of()[first..]);
+                }
+                let rows: Vec<u32> = (0..2 * n_rows as u32).map(|r| r * 7 % n_rows as u32).collect();
+                let (rows, a) =
+                    (guard(bytemuck::cast_slice(&rows)), guard(bytemuck::cast_slice(&vec![0.5f32; rows.len()])));
+                kernels.sketch_axpys(matrix, rows.numbers(), a.numbers(), y.of());
             }
-            let rows: Vec<u32> = (0..2 * n_rows as u32).map(|r| r * 7 % n_rows as u32).collect();
-            let (rows, a) =
-                (guard(bytemuck::cast_slice(&rows)), guard(bytemuck::cast_slice(&vec![0.5f32; rows.len()])));
-            kernels.sketch_axpys(matrix, rows.numbers(), a.numbers(), y.of());
+            let matrix = SketchMatrix::new(bits, columns, bytes.bytes());
             unsketch(bits, matrix.row(n_rows - 1), y.of());
             Ok(())
         });

@@ -242,6 +242,27 @@ proptest! {
         }
     }
 
+    /// What was taken apart for a device has the same rows.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn planes_have_the_rows_that_they_were_made_of(case in case()) {
+        let Case { bits, columns, bytes, x, picked } = &case;
+        let planes = thermocline_kernels::sketch_planes(SketchMatrix::new(*bits, *columns, bytes));
+        let matrices = [SketchMatrix::new(*bits, *columns, bytes), SketchMatrix::of_planes(*bits, *columns, &planes)];
+        prop_assert_eq!(matrices[0].n_rows(), matrices[1].n_rows());
+        let (rows, a): (Vec<u32>, Vec<f32>) = picked.iter().copied().unzip();
+        for kernels in Isa::ALL.into_iter().filter_map(Kernels::new) {
+            let [apart, whole] = matrices.map(|matrix| {
+                let mut dots = vec![f32::NAN; matrix.n_rows()];
+                kernels.sketch_dots(matrix, 0, x, &mut dots);
+                let mut sums = x.clone();
+                kernels.sketch_axpys(matrix, &rows, &a, &mut sums);
+                dots.into_iter().chain(sums).map(f32::to_bits).collect::<Vec<u32>>()
+            });
+            prop_assert_eq!(apart, whole, "{:?}", kernels.isa());
+        }
+    }
+
     /// Results depend on what the bytes are, not on where they lie.
     #[test]
     fn alignment_does_not_matter(case in case(), offset in 1usize..64) {

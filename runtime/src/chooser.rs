@@ -12,7 +12,7 @@ use thermocline_kernels::{Kernels, Pool, SketchMatrix, ops};
 use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
-const TASK_NEURONS: usize = 256;
+pub(crate) const TASK_NEURONS: usize = 256;
 
 /// What one layer's neurons are chosen by.
 #[derive(Debug)]
@@ -42,6 +42,14 @@ pub(crate) struct Judgement {
     pub sketched: Vec<f32>,
     /// Its gate and up products, where rows are chosen; else of no meaning.
     pub products: Vec<[f32; 2]>,
+}
+
+/// The same of some neurons, at most [`TASK_NEURONS`], from the `first` on.
+pub(crate) struct JudgedNeurons<'a> {
+    pub first: usize,
+    pub scores: &'a mut [f32],
+    pub sketched: &'a mut [f32],
+    pub products: &'a mut [[f32; 2]],
 }
 
 impl Judgement {
@@ -283,6 +291,26 @@ impl SketchedLayer {
         Ok(sketch.map(|sketch| Self { sketch, n_always, activation, hidden_size, whole: false }))
     }
 
+    /// One whose rows lie elsewhere: what `sketch`, of the neurons behind the first `n_always`, has besides; `whole` if rows are never
+    /// read alone.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_numbers(sketch: Sketch, n_always: usize, config: &thermocline_datasets::ModelConfig, whole: bool) -> Self {
+        let sketch = Sketch { rows: Default::default(), ..sketch };
+        Self { sketch, n_always, activation: config.activation, hidden_size: config.hidden_size, whole }
+    }
+
+    /// Columns of a row.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn hidden_size(&self) -> usize {
+        self.hidden_size
+    }
+
+    /// Neurons that it has.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn n_neurons(&self) -> usize {
+        self.sketch.n_neurons()
+    }
+
     /// Without gate and up rows.
     #[cfg(feature = "cuda")]
     pub(crate) fn down_rows(mut self) -> Self {
@@ -322,33 +350,51 @@ impl SketchedLayer {
 
     /// Costs of neurons, or if there is a least cost of a row, which rows reach it.
     fn judge(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], least: Option<f32>, out: &mut Judgement) {
-        let (gate, up) = (self.matrix(0), self.matrix(1));
-        let mut columns = vec![0.0; x.len()];
-        self.sketch.in_columns(x, &mut columns);
-        let x = &columns;
+        let rows = [self.matrix(0), self.matrix(1)];
+        let columns = self.columns_of(x);
         // Three results for each neuron: groups of slices, shared out by tasks.
         let scores = out.scores.chunks_mut(TASK_NEURONS);
         let others = out.sketched.chunks_mut(TASK_NEURONS).zip(out.products.chunks_mut(TASK_NEURONS));
         let mut tasks: Vec<_> = scores.zip(others).collect();
         pool.for_each_chunk(&mut tasks, 1, |task, group| {
-            let mut products = [[0.0; TASK_NEURONS]; 2];
-            for (scores, (sketched, kept)) in group {
-                let first = task * TASK_NEURONS;
-                let [g, u] = products.each_mut().map(|p| &mut p[..scores.len()]);
-                kernels.sketch_dots(gate, first, x, g);
-                kernels.sketch_dots(up, first, x, u);
-                for (i, (score, h)) in scores.iter_mut().zip(sketched.iter_mut()).enumerate() {
-                    let (g, u) = (g[i], u[i]);
-                    let Some(least) = least else {
-                        (*score, *h) = self.sketch.judge(self.activation, first + i, g, u);
-                        continue;
-                    };
-                    let rows = self.sketch.rows_to_read(self.activation, first + i, (g, u), least, self.whole);
-                    *score = f32::from(rows);
-                    *h = self.activation.apply(g, u);
-                    kept[i] = [g, u];
-                }
+            for (scores, (sketched, products)) in group {
+                let of_task = JudgedNeurons { first: task * TASK_NEURONS, scores, sketched, products };
+                self.judge_some(kernels, rows, &columns, least, of_task);
             }
         });
+    }
+
+    /// The layer's input in the order of a sketch's columns.
+    pub(crate) fn columns_of(&self, x: &[f32]) -> Vec<f32> {
+        let mut columns = vec![0.0; x.len()];
+        self.sketch.in_columns(x, &mut columns);
+        columns
+    }
+
+    /// The same as [`Chooser::judge`], of some neurons, by gate and up `rows` of all of them.
+    pub(crate) fn judge_some(
+        &self,
+        kernels: &Kernels,
+        rows: [SketchMatrix<'_>; 2],
+        columns: &[f32],
+        least: Option<f32>,
+        out: JudgedNeurons<'_>,
+    ) {
+        let JudgedNeurons { first, scores, sketched, products: kept } = out;
+        let mut products = [[0.0; TASK_NEURONS]; 2];
+        let [g, u] = products.each_mut().map(|p| &mut p[..scores.len()]);
+        kernels.sketch_dots(rows[0], first, columns, g);
+        kernels.sketch_dots(rows[1], first, columns, u);
+        for (i, (score, h)) in scores.iter_mut().zip(sketched.iter_mut()).enumerate() {
+            let (g, u) = (g[i], u[i]);
+            let Some(least) = least else {
+                (*score, *h) = self.sketch.judge(self.activation, first + i, g, u);
+                continue;
+            };
+            let rows = self.sketch.rows_to_read(self.activation, first + i, (g, u), least, self.whole);
+            *score = f32::from(rows);
+            *h = self.activation.apply(g, u);
+            kept[i] = [g, u];
+        }
     }
 }

@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thermocline_datasets::{Activation, Random};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, LayerLayout, Pool, ops};
+#[cfg(feature = "cuda")]
+use {thermocline_kernels::SketchMatrix, thermocline_split::SKETCH_BITS};
 
 /// Bytes of a memory measurement: several times any desktop's last-level cache.
 const MEMORY_PROBE_BYTES: usize = 256 << 20;
@@ -139,6 +141,35 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     best_pass(used, || {
         sums.add(&kernels, pool, &all, Span::Contiguous { first: 0, bytes: used });
     })
+}
+
+/// Bytes a second at which sketches of `n` neurons of so many columns are read from RAM and computed with: gate and up rows
+/// multiplied, down rows added. Columns are whole units ([`thermocline_kernels::SKETCH_UNIT`]).
+///
+/// # Errors
+/// If the system has not the memory.
+#[cfg(feature = "cuda")]
+pub fn sketch_speed(pool: &mut Pool, n: usize, columns: usize) -> Result<f64> {
+    const TASK: usize = crate::chooser::TASK_NEURONS;
+    let kernels = Kernels::detect();
+    let row_bytes = SKETCH_BITS.map(|bits| bits.row_bytes(columns));
+    let bytes = AlignedBuf::zeroed(n * row_bytes.iter().sum::<usize>())?;
+    let (gate, rest) = bytes.split_at(n * row_bytes[0]);
+    let (up, down) = rest.split_at(n * row_bytes[1]);
+    let parts = [gate, up, &down[..n * row_bytes[2]]];
+    let [gate, up, down] = std::array::from_fn(|i| SketchMatrix::new(SKETCH_BITS[i], columns, parts[i]));
+    let x = vec![0.5f32; columns];
+    let mut sums = vec![0.0f32; n.div_ceil(TASK) * columns];
+    Ok(best_pass(&bytes[..n * row_bytes.iter().sum::<usize>()], || {
+        pool.for_each_chunk(&mut sums, columns, |task, sums| {
+            let neurons = task * TASK..n.min((task + 1) * TASK);
+            let mut products = vec![0.0; neurons.len()];
+            kernels.sketch_dots(gate, neurons.start, &x, &mut products);
+            kernels.sketch_dots(up, neurons.start, &x, &mut products);
+            let rows: Vec<u32> = neurons.map(|n| n as u32).collect();
+            kernels.sketch_axpys(down, &rows, &vec![0.5; rows.len()], sums);
+        });
+    }))
 }
 
 /// Bytes a second of reading files in runs, with readers and buffers of their own. The best of three.

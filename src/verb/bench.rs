@@ -137,7 +137,7 @@ fn on_gpu(
     let (p, d, h) = (&report.prompt_tok_s, &report.decode_tok_s, &report.hardware);
     let gb = |speed: f64| speed / 1e9;
     // A model that is in VRAM as a whole uses nothing else.
-    let others = [(h.link, "link"), (h.host, "CPU")].map(|(speed, tier)| {
+    let others = [(h.link, "link"), (h.host, "CPU"), (h.sketches, "CPU in sketches")].map(|(speed, tier)| {
         if speed.is_finite() && speed > 0.0 { format!(", {:.1} GB/s {tier}", gb(speed)) } else { String::new() }
     });
     println!("speeds   {:>8.0} GB/s VRAM{}, each alone", gb(h.device), others.concat());
@@ -147,10 +147,14 @@ fn on_gpu(
     println!("         {}", report.predicted.formula);
     if report.bytes_per_token.host > 0 {
         println!(
-            "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses{}",
+            "decoding {:>8.1} GB/s over the link, {:.1} GB/s by the CPU's threads, which compute {:.0} % of the misses{}{}",
             gb(report.link_bytes_per_second),
             gb(report.host_bytes_per_second),
             100.0 * report.host_share,
+            match report.host_layers {
+                0 => String::new(),
+                n => format!(" and all of {n} layers"),
+            },
             report.foreseen_used.map_or(String::new(), |used| format!(
                 "; {} neurons a layer fetched beforehand, {:.0} % of them needed",
                 report.lookahead,

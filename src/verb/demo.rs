@@ -179,6 +179,7 @@ fn runs(threads: Threads, tokenizer: &Tokenizer, dir: &Path, split: &Path) -> an
         cpu_share: None,
         cache_share: None,
         lookahead: None,
+        cpu_layers: None,
         ctx_size: None,
         threads,
     };

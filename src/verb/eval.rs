@@ -536,6 +536,7 @@ fn decode(args: &Eval, windows: &Windows<'_>, masks: &[Mask]) -> anyhow::Result<
             cpu_share: None,
             cache_share: None,
             lookahead: None,
+            cpu_layers: None,
             ctx_size: None,
             threads: args.threads,
         };

@@ -234,6 +234,7 @@ mod gpu {
             n_blocks: ffn_blocks(device),
             cache_share: args.cache_share,
             lookahead: args.lookahead,
+            host_layers: args.cpu_layers,
         };
         Ok(GpuPlan::new(split, request)?)
     }

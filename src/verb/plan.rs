@@ -176,7 +176,7 @@ struct GpuOutput {
 #[cfg(feature = "cuda")]
 fn exact_plan(split: &Split, plan: &GpuPlan) -> Option<GpuPlan> {
     let base = PlanRequest { mode: Mode::Exact, always: None, ..plan.request.base };
-    let request = GpuRequest { base, cache_share: None, lookahead: None, ..plan.request };
+    let request = GpuRequest { base, cache_share: None, lookahead: None, host_layers: None, ..plan.request };
     (plan.request.base.mode != Mode::Exact).then(|| GpuPlan::new(split, request).ok()).flatten()
 }
 

@@ -108,6 +108,7 @@ fn load(device: &Device, vram: u64) -> Result<GpuEngine, Error> {
         n_blocks: ffn_blocks(device),
         cache_share: Some(0.5),
         lookahead: Some(8),
+        host_layers: None,
     };
     let plan = GpuPlan::new(&split, request)?;
     GpuEngine::load(split, plan, device.clone(), Some(0.5), &|_, _| ())

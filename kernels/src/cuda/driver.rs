@@ -14,7 +14,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const FATBIN: &[u8] = include_bytes!("../../cuda/thermocline.fatbin");
 
 /// In the order in which each may use what comes before it.
-pub(super) const SOURCES: [&str; 27] = [
+pub(super) const SOURCES: [&str; 28] = [
     include_str!("../../cuda/platform.cuh"),
     include_str!("../../cuda/decode.cuh"),
     include_str!("../../cuda/reduce.cuh"),
@@ -30,6 +30,7 @@ pub(super) const SOURCES: [&str; 27] = [
     include_str!("../../cuda/foresee.cuh"),
     include_str!("../../cuda/choose.cu"),
     include_str!("../../cuda/divide.cu"),
+    include_str!("../../cuda/ask.cu"),
     include_str!("../../cuda/ffn.cu"),
     include_str!("../../cuda/trellis.cuh"),
     include_str!("../../cuda/sketch.cu"),

@@ -1,4 +1,4 @@
-use super::{Parts, SKETCH_UNIT, SketchMatrix};
+use super::{SKETCH_UNIT, SketchMatrix};
 #[cfg(target_arch = "x86_64")]
 use crate::{Isa, x86::sketch};
 use crate::{Kernels, ops};
@@ -60,8 +60,7 @@ impl Kernels {
 
 /// Plain loops, a unit at a time.
 fn dot(matrix: SketchMatrix<'_>, row: usize, x: &[f32]) -> f32 {
-    let (bits, columns) = (matrix.bits(), matrix.columns());
-    let parts = Parts::new(bits, columns, matrix.row(row));
+    let (bits, parts) = (matrix.bits(), matrix.parts(row));
     let units = x.chunks_exact(SKETCH_UNIT).enumerate();
     units
         .map(|(u, x)| {
@@ -73,8 +72,7 @@ fn dot(matrix: SketchMatrix<'_>, row: usize, x: &[f32]) -> f32 {
 
 /// As [`dot`].
 fn axpy(matrix: SketchMatrix<'_>, row: usize, a: f32, y: &mut [f32]) {
-    let (bits, columns) = (matrix.bits(), matrix.columns());
-    let parts = Parts::new(bits, columns, matrix.row(row));
+    let (bits, parts) = (matrix.bits(), matrix.parts(row));
     for (u, y) in y.chunks_exact_mut(SKETCH_UNIT).enumerate() {
         let (levels, scale) = parts.unit(bits, u);
         ops::axpy(a * scale, &levels, y);

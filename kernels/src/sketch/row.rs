@@ -79,6 +79,11 @@ impl<'a> Parts<'a> {
         let (codes, rest) = row.split_at(units * CODE_BYTES);
         let (high, rest) = rest.split_at(units * bits.high_bytes());
         let (scales, scale) = rest.split_at(units);
+        Self::of(codes, high, scales, scale)
+    }
+
+    #[inline]
+    fn of(codes: &'a [u8], high: &'a [u8], scales: &'a [u8], scale: &[u8]) -> Self {
         Self { codes, high, scales, scale: bf16::from_le_bytes([scale[0], scale[1]]).to_f32() }
     }
 
@@ -183,22 +188,49 @@ pub fn unsketch(bits: SketchBits, row: &[u8], out: &mut [f32]) {
     }
 }
 
-/// A sketch of some rows, `[rows, row_bytes]`, borrowed; nothing of it is aligned.
+/// How the rows of a sketch lie.
+#[derive(Debug, Clone, Copy)]
+enum Arrangement {
+    /// One behind the other.
+    Rows,
+    /// Taken apart, as [`super::sketch_planes`] does.
+    #[cfg(feature = "cuda")]
+    Planes,
+}
+
+/// A sketch of some rows, borrowed; nothing of it is aligned.
 #[derive(Debug, Clone, Copy)]
 pub struct SketchMatrix<'a> {
     bits: SketchBits,
     columns: usize,
     row_bytes: usize,
+    n_rows: usize,
+    arrangement: Arrangement,
     bytes: &'a [u8],
 }
 
 impl<'a> SketchMatrix<'a> {
+    /// Of rows one behind the other, `[rows, row_bytes]`.
+    ///
     /// # Panics
     /// If `columns` is zero or not a multiple of [`SKETCH_UNIT`], or `bytes` are not whole rows.
     pub fn new(bits: SketchBits, columns: usize, bytes: &'a [u8]) -> Self {
+        Self::arranged(bits, columns, Arrangement::Rows, bytes)
+    }
+
+    /// Of rows that [`sketch_planes`](super::sketch_planes) has taken apart.
+    ///
+    /// # Panics
+    /// As [`SketchMatrix::new`].
+    #[cfg(feature = "cuda")]
+    pub fn of_planes(bits: SketchBits, columns: usize, bytes: &'a [u8]) -> Self {
+        Self::arranged(bits, columns, Arrangement::Planes, bytes)
+    }
+
+    fn arranged(bits: SketchBits, columns: usize, arrangement: Arrangement, bytes: &'a [u8]) -> Self {
         let row_bytes = bits.row_bytes(columns);
         assert!(bytes.len().is_multiple_of(row_bytes), "a sketch's {} bytes, in rows of {row_bytes}", bytes.len());
-        Self { bits, columns, row_bytes, bytes }
+        Self { bits, columns, row_bytes, n_rows: bytes.len() / row_bytes, arrangement, bytes }
     }
 
     /// Bits of a weight.
@@ -211,30 +243,70 @@ impl<'a> SketchMatrix<'a> {
         self.columns
     }
 
-    /// Bytes from one row to the next.
+    /// Bytes of a row.
     pub fn row_bytes(&self) -> usize {
         self.row_bytes
     }
 
     /// Rows.
     pub fn n_rows(&self) -> usize {
-        self.bytes.len() / self.row_bytes
+        self.n_rows
     }
 
     /// The bytes of row `i`.
     ///
     /// # Panics
-    /// If there is no such row.
+    /// If there is no such row, or rows are taken apart.
     #[inline]
     pub fn row(&self, i: usize) -> &'a [u8] {
-        assert!(i < self.n_rows(), "row {i} of a sketch's {}", self.n_rows());
+        assert!(i < self.n_rows, "row {i} of a sketch's {}", self.n_rows);
+        assert!(matches!(self.arrangement, Arrangement::Rows), "a row that is taken apart");
         &self.bytes[i * self.row_bytes..][..self.row_bytes]
     }
 
-    /// The bytes of `rows`.
+    /// The parts of row `i`.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[inline]
+    pub(crate) fn parts(&self, i: usize) -> Parts<'a> {
+        match self.arrangement {
+            Arrangement::Rows => Parts::new(self.bits, self.columns, self.row(i)),
+            #[cfg(feature = "cuda")]
+            Arrangement::Planes => {
+                assert!(i < self.n_rows, "row {i} of a sketch's {}", self.n_rows);
+                let [codes, high, scales, row_scales] = self.planes();
+                let of_row = |plane: &'a [u8]| &plane[plane.len() / self.n_rows * i..][..plane.len() / self.n_rows];
+                Parts::of(of_row(codes), of_row(high), of_row(scales), of_row(row_scales))
+            }
+        }
+    }
+
+    /// Codes, second point bits, scale codes and scales of all rows.
+    #[cfg(feature = "cuda")]
+    #[inline]
+    fn planes(&self) -> [&'a [u8]; 4] {
+        let (n, units) = (self.n_rows, self.columns / SKETCH_UNIT);
+        let (codes, rest) = self.bytes.split_at(n * units * CODE_BYTES);
+        let (high, rest) = rest.split_at(n * units * self.bits.high_bytes());
+        let (row_scales, scales) = rest.split_at(n * SCALE_BYTES);
+        [codes, high, scales, row_scales]
+    }
+
+    /// What should be asked for before `rows` are read: all of their codes.
     #[cfg(target_arch = "x86_64")]
     #[inline]
-    pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> &'a [u8] {
-        &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes]
+    pub(crate) fn ahead(&self, rows: std::ops::Range<usize>) -> [&'a [u8]; 2] {
+        match self.arrangement {
+            Arrangement::Rows => [&self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes], &[]],
+            #[cfg(feature = "cuda")]
+            Arrangement::Planes => {
+                let [codes, high, ..] = self.planes();
+                [codes, high].map(|plane| {
+                    let of_row = plane.len() / self.n_rows.max(1);
+                    &plane[rows.start * of_row..rows.end * of_row]
+                })
+            }
+        }
     }
 }

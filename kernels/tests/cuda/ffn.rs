@@ -5,8 +5,10 @@ use crate::{
 use proptest::prelude::*;
 use std::time::Duration;
 use thermocline_kernels::cuda::launch::{
-    Bundles, HostResult, Nonlinearity, RESULT_FLAG, SketchedRows, WorkList, ffn, finish, flag_value,
+    Bundles, HostResult, HostWork, INPUT_FLAG, Nonlinearity, RESULT_FLAG, SketchedRows, WorkList, ask_host, ffn, finish,
+    flag_value,
 };
+use thermocline_kernels::cuda::Memory;
 use thermocline_kernels::{BundleLayout, Encoding, SKETCH_UNIT, ScaleFit, pack, unpack};
 
 const NONE: u32 = u32::MAX;
@@ -415,5 +417,33 @@ fn finish_waits_for_every_thread_of_the_host() {
     finish(device(), &partial.view(), 1, hidden, &counts.view(), None, Some(&result), &step.view(), (1, 2), &x.view())
         .unwrap();
     assert_eq!(read::<f32>(&x), vec![112.5; hidden]);
+    host.join().unwrap();
+}
+
+#[test]
+fn the_host_is_asked_for_a_whole_layer_and_waited_for() {
+    use std::sync::atomic::Ordering;
+    let (hidden, flag) = (64, flag_value(9, 1, 2));
+    let request = pinned(&[0u32; INPUT_FLAG + 1]);
+    let (flags, y) = (pinned(&[flag_value(8, 1, 2); RESULT_FLAG]), pinned(&vec![0.0f32; hidden]));
+    let (asked, host_flags, host_y) = (request.clone(), flags.clone(), y.clone());
+    let host = std::thread::spawn(move || {
+        while asked.words()[0].load(Ordering::Acquire) != flag {
+            std::thread::yield_now();
+        }
+        host_y.copy_from(0, &[3.0; 64]);
+        host_flags.words()[0].store(flag, Ordering::Release);
+    });
+    let (none, x) = (upload(&[0.0f32]), upload(&vec![0.5f32; hidden]));
+    // What the layer before has left.
+    let (counts, step) = (upload(&[7u32; 8]), upload(&[0u32, 0, 9, 0, 0]));
+    let view = |memory: &Memory| memory.view();
+    let work = HostWork { list: view(&none), known: view(&none), count: view(&none), flag: view(&request) };
+    ask_host(device(), &work, &counts.view(), &step.view(), (1, 2)).unwrap();
+    let result = HostResult { n_threads: 1, y: y.view(), flags: flags.view() };
+    finish(device(), &none.view(), 0, hidden, &counts.view(), None, Some(&result), &step.view(), (1, 2), &x.view())
+        .unwrap();
+    assert_eq!(read::<f32>(&x), vec![3.5; hidden]);
+    assert_eq!(read::<u32>(&counts)[..7], [0, 0, 0, 0, 1, 0, 0]);
     host.join().unwrap();
 }

@@ -2,6 +2,7 @@
 //! CPU computes all neurons of every layer, the hot ones copied back for it. An audited token is no graph: kernels and copies
 //! are given to the device one by one.
 
+use super::host_share::HostShare;
 use super::load::Model;
 use super::sections::COUNTS_BYTES;
 use crate::Result;
@@ -95,9 +96,17 @@ impl GpuAudit {
     }
 
     /// Audits the token that was kept, when the device is done with it.
-    pub(super) fn run(&mut self, split: &Split, device: &Device, model: &Model) -> Result<()> {
+    pub(super) fn run(
+        &mut self,
+        split: &Split,
+        device: &Device,
+        model: &Model,
+        host: Option<&HostShare>,
+    ) -> Result<()> {
         for l in 0..model.layers.len() {
             let ([x, before, after], listed) = self.kept.layer(l);
+            let by_host = host.filter(|_| model.layers[l].is_hosts);
+            let listed = by_host.map_or(listed, |host| host.last_chosen(l));
             let active = model.layers[l].all_neurons().map_or(listed, Iterator::collect);
             self.audit.keep(l, &x, &active, |output| {
                 let added = after.iter().zip(&before).map(|(after, before)| after - before);

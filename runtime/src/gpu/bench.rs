@@ -31,6 +31,8 @@ pub struct GpuBenchReport {
     pub host_share: f32,
     /// Whether it was given, or else found when the model was loaded.
     pub host_share_given: bool,
+    /// Layers of which the host's threads chose and computed all neurons.
+    pub host_layers: usize,
     /// Neurons of each layer that were fetched before it was known which are needed.
     pub lookahead: usize,
     /// Share of them that were needed.
@@ -119,6 +121,7 @@ impl GpuEngine {
             plan: self.plan().clone(),
             host_share: self.host_share(),
             host_share_given: self.host_share_given(),
+            host_layers: self.host_layers(),
             lookahead: self.lookahead(),
             foreseen_used: (foreseen > 0).then(|| used as f64 / foreseen as f64),
             prompt_tok_s: Timing::new(prompts),

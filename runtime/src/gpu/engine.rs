@@ -66,6 +66,10 @@ impl GpuEngine {
         let config = split.manifest().config.clone();
         let is_cold = plan.hot_neurons.iter().any(|&h| h < config.intermediate_size);
         let with_host = is_cold && host_share != Some(0.0);
+        if !with_host && plan.request.host_layers.is_some_and(|n| n > 0) {
+            let reason = "asks for the CPU's threads, to which --cpu-share 0 leaves nothing; leave one of the two out";
+            return Err(Error::Setting { flag: "--cpu-layers", reason: reason.to_owned() });
+        }
         let model = Model::load(&split, &plan, &device, with_host, progress)?;
         for layer in model.layers.iter().filter(|l| l.cache.n_sets > 0) {
             device.fill(&layer.cache.slot_of, 0xff)?;
@@ -82,10 +86,14 @@ impl GpuEngine {
         if let Some(host) = &host {
             let is_scattered = plan.request.base.mode != Mode::Exact;
             speeds.host = host.measure(speeds::PROBE_NEURONS, is_scattered, &mut serial);
+            if model.n_for_host() > 0 {
+                speeds.sketches = speeds::sketches(&device, plan.request.base.n_threads, config.hidden_size)?;
+            }
         }
         let parts = Parts { host: host.is_some(), lookahead: plan.lookahead_neurons > 0 };
         let token = token::record(&device, &config, &plan, &model, parts)?;
-        let expected = if host.is_some() { plan.predict(&speeds).host_share as f32 } else { 0.0 };
+        let expected = plan.predict(&speeds);
+        let expected_share = if host.is_some() { expected.host_share as f32 } else { 0.0 };
         let totals = vec![[0; 8]; model.scratch.work.totals.len() / TOTALS_BYTES];
         let (split, account) = (Arc::new(split), Account::default());
         let mut engine = Self {
@@ -95,7 +103,7 @@ impl GpuEngine {
             device,
             model,
             host,
-            host_share: host_share.unwrap_or(expected).clamp(0.0, 1.0),
+            host_share: host_share.unwrap_or(expected_share).clamp(0.0, 1.0),
             host_share_given: host_share.is_some(),
             token,
             parts,
@@ -106,7 +114,7 @@ impl GpuEngine {
             totals,
             account,
         };
-        engine.tune()?;
+        engine.tune(expected.host_layers)?;
         if engine.lookahead == 0 && engine.plan.lookahead_neurons > 0 {
             engine.parts.lookahead = false;
             engine.token = token::record(&engine.device, &config, &engine.plan, &engine.model, engine.parts)?;
@@ -114,32 +122,67 @@ impl GpuEngine {
         Ok(engine)
     }
 
-    /// Finds how much to fetch beforehand and the host's share that make tokens fastest, unless they were given. The share
+    /// Leaves so many layers to the host's threads, all of their neurons.
+    fn leave_to_host(&mut self, n_layers: usize) -> Result<()> {
+        self.model.leave_to_host(n_layers);
+        if let Some(host) = &self.host {
+            host.take_over(&self.model);
+        }
+        let config = &self.split.manifest().config;
+        self.token = token::record(&self.device, config, &self.plan, &self.model, self.parts)?;
+        Ok(())
+    }
+
+    /// Finds how much to fetch beforehand, how many layers to leave to the host, which of these is near `expected_layers`, and the host's
+    /// share of the others that make tokens fastest, unless they were given. The share
     /// is near the expected one, and oftener above than below it: link and threads are measured apart, but share the RAM when they
     /// work together, so that threads are faster where the link is done before them.
-    fn tune(&mut self) -> Result<()> {
+    fn tune(&mut self, expected_layers: usize) -> Result<()> {
         const LOOKAHEADS: [f32; 4] = [1.0, 0.6, 0.3, 0.0];
         const STEPS: [f32; 7] = [0.0, 0.05, 0.1, 0.15, 0.2, -0.05, -0.1];
+        const LAYER_STEPS: [f32; 5] = [0.0, -0.1, 0.1, -0.2, 0.2];
         let most = self.plan.lookahead_neurons;
         if most > 0 && self.plan.request.lookahead.is_none() {
             let candidates = LOOKAHEADS.map(|share| (share * most as f32) as usize);
-            self.lookahead = self.fastest(&candidates, |engine, n| engine.lookahead = n)?;
+            let set = |engine: &mut Self, n| {
+                engine.lookahead = n;
+                Ok(())
+            };
+            self.lookahead = self.fastest(&candidates, set)?;
+        }
+        let possible = if self.host.is_some() { self.model.n_for_host() } else { 0 };
+        if possible > 0 {
+            let near = |step: f32| (expected_layers as f32 + step * possible as f32).round().max(0.0) as usize;
+            let n_layers = match self.plan.request.host_layers {
+                Some(n) => n.min(possible),
+                None => self.fastest(&LAYER_STEPS.map(|step| near(step).min(possible)), Self::leave_to_host)?,
+            };
+            self.leave_to_host(n_layers)?;
         }
         if self.host.is_some() && !self.host_share_given {
             let candidates = STEPS.map(|step| (self.host_share + step).clamp(0.0, 1.0));
-            self.host_share = self.fastest(&candidates, |engine, share| engine.host_share = share)?;
+            let set = |engine: &mut Self, share| {
+                engine.host_share = share;
+                Ok(())
+            };
+            self.host_share = self.fastest(&candidates, set)?;
         }
         self.account = Account::default();
         Ok(())
     }
 
     /// That of `candidates` with which tokens are fastest; the first, if there is no room for a few tokens.
-    fn fastest<T: Copy>(&mut self, candidates: &[T], set: impl Fn(&mut Self, T)) -> Result<T> {
+    fn fastest<T: Copy>(&mut self, candidates: &[T], set: impl Fn(&mut Self, T) -> Result<()>) -> Result<T> {
         const ROUNDS: usize = 3;
         // A slow machine tries fewer.
         const LONG_ENOUGH: Duration = Duration::from_secs(3);
-        // Every token of exact mode needs the same.
-        let n_tokens = if self.plan.request.base.mode == Mode::Exact { 2 } else { 6 };
+        let n_tokens = match self.plan.request.base.mode {
+            // Every token needs the same.
+            Mode::Exact => 2,
+            // Most of what it needs are sketches.
+            Mode::Sparse { .. } if self.plan.streamed_sketches > 0 => 3,
+            Mode::Sparse { .. } => 6,
+        };
         if self.context() < n_tokens {
             return Ok(candidates[0]);
         }
@@ -150,7 +193,7 @@ impl GpuEngine {
                 if begin.elapsed() > LONG_ENOUGH {
                     break;
                 }
-                set(self, candidate);
+                set(self, candidate)?;
                 self.clear();
                 let mut token = 1 % self.split.manifest().config.vocab_size as u32;
                 // Tokens differ in how much they need; the same ones are compared.
@@ -201,6 +244,11 @@ impl GpuEngine {
         self.host_share
     }
 
+    /// Layers whose neurons the host's threads choose and compute by themselves.
+    pub fn host_layers(&self) -> usize {
+        self.model.layers.iter().filter(|layer| layer.is_hosts).count()
+    }
+
     /// Neurons of each layer that the link fetches while attention is computed.
     pub fn lookahead(&self) -> usize {
         self.lookahead
@@ -238,6 +286,10 @@ impl GpuEngine {
     pub fn last_active(&self) -> Result<Vec<u32>> {
         if let Some(all) = self.model.layers.last().and_then(Layer::all_neurons) {
             return Ok(all.collect());
+        }
+        let last = self.model.layers.len() - 1;
+        if let Some(host) = self.host.as_ref().filter(|_| self.model.layers[last].is_hosts) {
+            return Ok(host.last_chosen(last));
         }
         let work = &self.model.scratch.work;
         let counts: Vec<u32> = self.device.read_all(&work.counts)?;
@@ -292,8 +344,7 @@ impl GpuEngine {
         for (word, value) in self.model.mapped.step.words().iter().zip(step) {
             word.store(value, Ordering::Release);
         }
-        let of_host = |host: &HostShare| (host.bytes(), host.rows());
-        let before = self.host.as_ref().map_or((0, 0), of_host);
+        let before = self.host.as_ref().map(HostCounts::of).unwrap_or_default();
         let audit = self.audit.as_ref().filter(|audit| audit.audit.is_due());
         let is_audited = audit.is_some();
         let started = match audit {
@@ -315,35 +366,39 @@ impl GpuEngine {
         ran?;
         if let Some(audit) = &mut self.audit {
             if is_audited {
-                audit.run(&self.split, &self.device, &self.model)?;
+                audit.run(&self.split, &self.device, &self.model, self.host.as_ref())?;
             }
             audit.audit.count();
         }
         self.len += 1;
-        let (host_bytes, host_rows) = self.host.as_ref().map_or((0, 0), of_host);
-        self.count(host_bytes - before.0, host_rows - before.1);
+        let now = self.host.as_ref().map(HostCounts::of).unwrap_or_default();
+        self.count(now.since(before));
         let mut logits = vec![0.0; vocab_size];
         self.model.mapped.logits.copy_to(&mut logits);
         Ok(logits)
     }
 
-    /// Adds a token to the account. `host_bytes`: what the host's threads have read; `host_rows`: how many rows they were asked for.
-    fn count(&mut self, host_bytes: u64, host_rows: u64) {
+    /// Adds a token to the account, of which `host` is what the host's threads did.
+    fn count(&mut self, host: HostCounts) {
         let config = &self.split.manifest().config;
         let fixed = &self.plan.fixed;
         let n = (config.n_layers * config.intermediate_size) as u64;
         let kv = 2 * 2 * (config.n_layers * config.n_kv_heads * config.head_dim * self.len) as u64;
-        let chooser = self.plan.chooser_bytes_per_token;
+        let chooser = self.plan.chooser_bytes_per_token - self.model.hosts_sketch_bytes();
         let mut bytes = TierBytes { device: fixed.matrices + chooser + kv, ..TierBytes::default() };
         let a = &mut self.account;
         let since = added(&self.model.mapped.totals, &mut self.totals);
         let before = a.link_bytes;
-        let sketches = self.model.streamed_bytes();
+        let sketches = self.model.copied_bytes();
         a.link_bytes += sketches;
         a.early_link_bytes += sketches;
         // Where single rows are read.
-        let (mut n_rows, mut of_rows) = (host_rows, false);
+        let (mut n_rows, mut of_rows) = (host.rows, false);
         for layer in &self.model.layers {
+            if layer.is_hosts {
+                of_rows |= layer.rows.is_some();
+                continue;
+            }
             if !layer.is_chosen {
                 bytes.device += layer.layout.bytes(0..layer.n_hot) as u64;
                 a.link_bytes += layer.cold_bytes();
@@ -381,12 +436,34 @@ impl GpuEngine {
                 bytes.device -= (active - sketch.first as u64) * sketch.down_row_bytes();
             }
         }
-        a.neurons_computed += if of_rows { n_rows / 3 } else { 0 };
-        bytes.host = a.link_bytes - before + host_bytes;
+        a.neurons_computed += if of_rows { n_rows / 3 } else { host.chosen };
+        bytes.host = a.link_bytes - before + host.bytes;
         a.neurons_total += n;
         a.bytes.device += bytes.device;
         a.bytes.cache += bytes.cache;
         a.bytes.host += bytes.host;
+    }
+}
+
+/// What the host's threads have counted.
+#[derive(Debug, Clone, Copy, Default)]
+struct HostCounts {
+    /// Bytes that they have read.
+    bytes: u64,
+    /// Rows that they were asked for.
+    rows: u64,
+    /// Neurons that they chose.
+    chosen: u64,
+}
+
+impl HostCounts {
+    fn of(host: &HostShare) -> Self {
+        Self { bytes: host.bytes(), rows: host.rows(), chosen: host.chosen() }
+    }
+
+    fn since(self, before: Self) -> Self {
+        let (bytes, rows) = (self.bytes - before.bytes, self.rows - before.rows);
+        Self { bytes, rows, chosen: self.chosen - before.chosen }
     }
 }
 

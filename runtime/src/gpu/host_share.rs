@@ -2,15 +2,17 @@
 //!
 //! No call of the driver is involved: the device writes its input and a list to mapped memory and raises a flag; the
 //! threads watch the flag; each adds up its part of the list, leaves the sums in mapped memory, and raises a flag of its
-//! own. They never wait for each other: the device adds up what they leave.
+//! own. They never wait for each other: the device adds up what they leave. Of some layers they do everything ([`super::host_layer`]).
 
+use super::host_layer::{Done, HostLayer, Judging, Part};
 use super::load::{Layer, Model};
+use super::sketches::PinnedSketch;
 use crate::chooser::SketchedLayer;
 use crate::ffn::{ColdBundles, add_bundles, input_encoding};
 use crate::row_choice::HostList;
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -28,10 +30,10 @@ const GIVEN_UP: u32 = u32::MAX;
 const LINGER: Duration = Duration::from_millis(3);
 
 /// Looks at the flags before a waiting thread lets others run.
-const SPINS_TO_YIELD: u32 = 20_000;
+pub(super) const SPINS_TO_YIELD: u32 = 20_000;
 
 /// Looks at the flag between two looks at everything else.
-const SPINS_TO_CHECK: u32 = 256;
+pub(super) const SPINS_TO_CHECK: u32 = 256;
 
 /// The threads. They sleep until [`HostShare::wake`].
 #[derive(Debug)]
@@ -59,9 +61,15 @@ struct Shared {
     bytes: AtomicU64,
     /// Rows that were asked for.
     rows: AtomicU64,
+    /// Neurons that were chosen in layers of which the threads do everything.
+    chosen: AtomicU64,
     /// Whether lists may ask for single rows.
     of_rows: bool,
     n_threads: usize,
+    /// For layers of which the threads do everything.
+    judging: Judging,
+    /// The neurons of each of these layers that the last token computed.
+    last_chosen: Vec<Mutex<Vec<u32>>>,
 }
 
 /// A layer's neurons that are not hot.
@@ -70,13 +78,21 @@ struct ColdNeurons {
     layout: LayerLayout,
     n_hot: usize,
     memory: Memory,
-    /// If they are residuals: the sketch of these and of those between them and the ones that every token computes.
+    /// All of them, if the threads could choose among them by themselves.
+    whole: Option<HostLayer>,
+    /// Whether they do.
+    is_hosts: AtomicBool,
+    /// If they are residuals: the sketch of these and of those between them and the ones that every token computes, unless it lies in
+    /// pinned memory.
     sketch: Option<SketchedLayer>,
+    pinned_sketch: Option<Arc<PinnedSketch>>,
 }
 
 impl ColdNeurons {
     fn bundles(&self) -> ColdBundles<'_> {
-        let sketch = self.sketch.as_ref().map(|sketch| (sketch.matrix(2), sketch.first()));
+        let own = self.sketch.as_ref().map(|sketch| (sketch.matrix(2), sketch.first()));
+        let pinned = || self.pinned_sketch.as_ref().map(|sketch| (sketch.matrix(2), sketch.numbers.first()));
+        let sketch = own.or_else(pinned);
         ColdBundles { layout: &self.layout, first: self.n_hot, bytes: self.memory.host_bytes(), sketch }
     }
 }
@@ -93,10 +109,21 @@ impl HostShare {
         let m = &model.mapped;
         let cold = |(i, l): (usize, &Layer)| -> Result<ColdNeurons> {
             let is_residual = l.n_hot < l.layout.n_neurons() && l.last_section().layout.encoding() == Encoding::R4;
-            let sketch = if is_residual { SketchedLayer::behind(split, i, l.n_always, None)? } else { None };
-            let sketch = sketch.map(SketchedLayer::down_rows);
-            Ok(ColdNeurons { layout: l.layout.clone(), n_hot: l.n_hot, memory: l.cold.clone(), sketch })
+            let pinned_sketch = l.pinned_sketch().cloned();
+            let is_own = is_residual && pinned_sketch.is_none();
+            let sketch = if is_own { SketchedLayer::behind(split, i, l.n_always, None)? } else { None };
+            Ok(ColdNeurons {
+                layout: l.layout.clone(),
+                n_hot: l.n_hot,
+                memory: l.cold.clone(),
+                whole: HostLayer::new(l),
+                is_hosts: AtomicBool::new(false),
+                sketch: sketch.map(SketchedLayer::down_rows),
+                pinned_sketch,
+            })
         };
+        let n_judged = if model.n_for_host() > 0 { split.manifest().config.intermediate_size } else { 0 };
+        let seen = m.request_flag.words()[0].load(Ordering::Acquire);
         let shared = Arc::new(Shared {
             activation,
             hidden_size: model.layers.first().map_or(0, |l| l.layout.hidden_size()),
@@ -113,10 +140,12 @@ impl HostShare {
             panicked: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
             rows: AtomicU64::new(0),
+            chosen: AtomicU64::new(0),
+            judging: Judging::new(n_judged, seen),
+            last_chosen: model.layers.iter().map(|_| Mutex::default()).collect(),
             of_rows: model.layers.iter().any(|l| l.rows.is_some()),
             n_threads,
         });
-        let seen = shared.request_flag.words()[0].load(Ordering::Acquire);
         let prepared = shared.request_flag.words()[INPUT_FLAG].load(Ordering::Acquire);
         let mut all = Self { shared, threads: Vec::new() };
         for t in 0..n_threads {
@@ -153,6 +182,23 @@ impl HostShare {
     /// Rows asked for so far, three of a whole neuron.
     pub(super) fn rows(&self) -> u64 {
         self.shared.rows.load(Ordering::Relaxed)
+    }
+
+    /// Neurons chosen so far in layers that are the host's.
+    pub(super) fn chosen(&self) -> u64 {
+        self.shared.chosen.load(Ordering::Relaxed)
+    }
+
+    /// The neurons of layer `l`, which is the host's, that the last token computed, ascending.
+    pub(super) fn last_chosen(&self, l: usize) -> Vec<u32> {
+        self.shared.last_chosen[l].lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes over the layers that `model` leaves to the host. The device must be idle.
+    pub(super) fn take_over(&self, model: &Model) {
+        for (own, layer) in self.shared.layers.iter().zip(&model.layers) {
+            own.is_hosts.store(layer.is_hosts, Ordering::SeqCst);
+        }
     }
 
     /// Bytes a second of rows read and computed with, on `n` neurons of each of several layers that have cold ones, spread over
@@ -238,18 +284,43 @@ fn work(shared: &Shared, t: usize, mut seen: u32, mut prepared: u32) {
             continue;
         }
         seen = flag;
+        if let Some(whole) = layer.whole.as_ref().filter(|_| layer.is_hosts.load(Ordering::SeqCst)) {
+            let (activation, bundles) = (shared.activation, layer.bundles());
+            let part =
+                Part { kernels: &kernels, nth: t, n_threads, activation, bundles, x: &x, input: &input };
+            let is_over =
+                || shared.panicked.load(Ordering::Relaxed) || shared.stop.load(Ordering::Relaxed);
+            let Some(Done { bytes, rows, chosen }) = whole.add(&part, &shared.judging, flag, is_over, &mut sums) else {
+                continue;
+            };
+            // The first thread's is there before the device goes on.
+            if t == 0 {
+                shared.chosen.fetch_add(chosen.len() as u64, Ordering::Relaxed);
+                let l = flag.wrapping_sub(1) % shared.layers.len() as u32;
+                *shared.last_chosen[l as usize].lock().unwrap_or_else(PoisonError::into_inner) = chosen;
+            }
+            shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+            shared.rows.fetch_add(rows, Ordering::Relaxed);
+            give(shared, t, flag, &mut sums);
+            continue;
+        }
         let n = shared.count.words()[0].load(Ordering::Relaxed) as usize;
         let places = n * t / n_threads..n * (t + 1) / n_threads;
         let known = shared.of_rows.then(|| &shared.known.words()[2 * places.start..2 * places.end]);
         let mine = HostList { entries: &shared.list.words()[places], known };
         let bytes = add_bundles(&kernels, layer.bundles(), shared.activation, &input, &mut sums, mine);
-        shared.y.copy_from(t * hidden, &sums);
-        shared.result_flag(t).store(flag, Ordering::Release);
+        give(shared, t, flag, &mut sums);
         // While the device is busy with other things.
         shared.bytes.fetch_add(bytes, Ordering::Relaxed);
         shared.rows.fetch_add(mine.n_rows(), Ordering::Relaxed);
-        sums.fill(0.0);
     }
+}
+
+/// Leaves the sums of thread `t` to the device, and begins anew.
+fn give(shared: &Shared, t: usize, flag: u32, sums: &mut [f32]) {
+    shared.y.copy_from(t * shared.hidden_size, sums);
+    shared.result_flag(t).store(flag, Ordering::Release);
+    sums.fill(0.0);
 }
 
 /// The next request; `None` when the threads are to end.

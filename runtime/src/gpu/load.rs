@@ -3,14 +3,14 @@
 use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch, n_sketch_rows};
 use super::plan::{GpuPlan, heads, pinned_embedding};
 use super::sections::Section;
-use super::sketches::StreamedSketch;
+use super::sketches::PinnedSketch;
 use crate::chooser::chosen_active;
 use crate::layer_active::{LayerActive, LeastCost};
 use crate::plan::Mode;
 use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::cuda::launch::{
     CacheTables, DeviceMatrix, DeviceSketch, LowRankPredictor, Nonlinearity, Selection, WorkList, ffn_blocks,
@@ -57,6 +57,8 @@ pub(super) struct Layer {
     pub work: WorkList,
     /// Its row of the totals.
     pub totals: usize,
+    /// Whether the host's threads choose and compute all of its neurons.
+    pub is_hosts: bool,
 }
 
 /// Which rows of a layer's neurons are read.
@@ -92,10 +94,11 @@ impl Layer {
         }
     }
 
-    /// The same, if that is a sketch.
+    /// The same, if that is a sketch; of one in pinned memory, in the first place that it is copied to.
     pub(super) fn sketch(&self) -> Option<&DeviceSketch> {
         match &self.chooser {
-            Some(DeviceChooser::Sketch(sketch, _)) => Some(sketch),
+            Some(DeviceChooser::Sketch(sketch)) => Some(sketch),
+            Some(DeviceChooser::Pinned(places, _)) => places.first(),
             _ => None,
         }
     }
@@ -105,8 +108,10 @@ impl Layer {
 #[derive(Debug)]
 pub(super) enum DeviceChooser {
     Predictor(DevicePredictor),
-    /// It stands for the others, too; where it comes from, if it is not there all the time.
-    Sketch(DeviceSketch, Option<StreamedSketch>),
+    /// It stands for the others, too.
+    Sketch(DeviceSketch),
+    /// The same, as it is in each of the places that it may be copied to, and in pinned memory.
+    Pinned(Vec<DeviceSketch>, Arc<PinnedSketch>),
 }
 
 #[derive(Debug)]
@@ -381,13 +386,14 @@ impl Loader<'_> {
             is_chosen: self.is_chosen(n_hot),
             work,
             totals: self.all_sections().first_totals_row(l),
+            is_hosts: false,
         };
         Ok((layer, flaws.into_iter().next().or(hot_flaw).or(cold_flaw)))
     }
 
     fn chooser(&self, l: usize) -> Result<DeviceChooser> {
         Ok(match self.sketch(l)? {
-            Some((sketch, streamed)) => DeviceChooser::Sketch(sketch, streamed),
+            Some(sketch) => sketch,
             None => DeviceChooser::Predictor(self.predictor(l)?),
         })
     }

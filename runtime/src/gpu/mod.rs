@@ -10,7 +10,8 @@
 //! | what else a token needs, and shares with the host | `buffers` |
 //! | one token as one CUDA graph | `token` |
 //! | prompts, by whole layers | `prefill` |
-//! | the threads that compute a share of the cold neurons | `host_share` |
+//! | sketches that VRAM has no room for | `sketches` |
+//! | the threads that compute a share of the cold neurons, and of some layers everything | `host_share`, `host_layer` |
 //! | how fast the tiers are | `speeds` |
 //! | tokens in, logits out | `engine` |
 
@@ -18,6 +19,7 @@ mod audit;
 mod bench;
 mod buffers;
 mod engine;
+mod host_layer;
 mod host_share;
 mod load;
 mod plan;

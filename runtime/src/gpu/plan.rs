@@ -65,6 +65,9 @@ pub struct GpuRequest {
     /// Neurons of each layer that are fetched while attention is computed, at most; `None`: room for as many as the link
     /// may bring in that time, of which the engine uses what is fastest.
     pub lookahead: Option<usize>,
+    /// Layers of which the host's threads choose and compute all neurons, among those whose sketches are in pinned memory; `None`: as
+    /// many as is fastest.
+    pub host_layers: Option<usize>,
 }
 
 /// Device memory, by purpose.
@@ -126,7 +129,7 @@ pub struct GpuPlan {
     pub chooser_bytes_per_token: u64,
     /// Device bytes of sketches that could lie in pinned memory, too.
     pub spare_sketch_bytes: u64,
-    /// Bytes of sketches that the host's threads need for their part of these neurons, in host memory.
+    /// Bytes of sketches that the host needs besides, not pinned: for its threads' part of these neurons.
     pub host_sketch_bytes: u64,
     /// Layers whose neurons are not all laid out alike: what each of their sections is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -231,6 +234,10 @@ impl GpuPlan {
             return Err(Error::Setting { flag: "--lookahead", reason });
         }
         check_always(split, request.base.mode, request.base.always)?;
+        if request.host_layers.is_some_and(|n| n > 0) && !is_sketched(split, request.base.mode) {
+            let reason = "is for layers that are chosen by sketches; make the split with --sketch, and use --mode sparse";
+            return Err(Error::Setting { flag: "--cpu-layers", reason: reason.to_owned() });
+        }
         if request.cache_share.is_some_and(|share| share > 0.0) && is_sketched(split, request.base.mode) {
             let reason =
                 "is for low-rank predictors; with sketches VRAM holds neurons that are always computed".to_owned();
@@ -305,8 +312,25 @@ impl GpuPlan {
         plan.total_bytes = plan.fixed.total() + plan.hot_bytes + plan.cache_bytes;
         let cold = rest_of(in_use(), &plan.hot_neurons);
         plan.pinned_bytes = cold + plan.streamed_bytes_per_token + pinned_embedding(split).map_or(0, |m| m.bytes());
+        if let Some(asked) = request.host_layers
+            && asked > plan.host_layers()
+        {
+            let reason = format!(
+                "{asked} are more than the {} layers whose sketches VRAM has no room for and of which no neuron is in it",
+                plan.host_layers()
+            );
+            return Err(Error::Setting { flag: "--cpu-layers", reason });
+        }
+        let n_sketched = n - plan.always_neurons;
         if plan.residuals && cold > 0 {
-            plan.host_sketch_bytes = (n_layers * (n - plan.always_neurons)) as u64 * sketched_down_row_bytes(split);
+            // Of the others they are pinned.
+            let n_layers = n_layers - plan.streamed_sketches;
+            plan.host_sketch_bytes = (n_layers * n_sketched) as u64 * sketched_down_row_bytes(split);
+        }
+        if plan.streamed_sketches > 0 {
+            let numbers = super::sketches::numbers_bytes(n_sketched, config.hidden_size);
+            let judging = if plan.host_layers() > 0 { super::host_layer::Judging::bytes(n) } else { 0 };
+            plan.host_sketch_bytes += plan.streamed_sketches as u64 * numbers + judging;
         }
         let on_host = plan.pinned_bytes + plan.host_sketch_bytes;
         if let Some(ram) = request.base.ram_budget_bytes
@@ -340,6 +364,12 @@ impl GpuPlan {
     /// How the neurons of `file` lie on the device, hot ones first, and in pinned memory.
     pub(super) fn layout<'a>(&self, file: &'a LayerFile) -> Cow<'a, LayerLayout> {
         layout_with(file, self.residuals.then_some(self.always_neurons))
+    }
+
+    /// Layers of which the host's threads could choose and compute all neurons: those whose sketches lie in pinned memory, if no neuron
+    /// is hot.
+    pub fn host_layers(&self) -> usize {
+        if self.hot_neurons.iter().all(|&hot| hot == 0) { self.streamed_sketches } else { 0 }
     }
 
     /// Whether a token chooses among the neurons of `split`.

@@ -14,6 +14,8 @@ pub struct GpuSpeeds {
     pub link: f64,
     /// The same memory, read and computed with by the host's threads; 0 without them.
     pub host: f64,
+    /// The same of sketches; 0 without threads, or where no sketch lies there.
+    pub sketches: f64,
 }
 
 /// What a layer costs beyond its bytes: six kernels, each of which fetches its input before it can begin and brings its
@@ -42,6 +44,8 @@ pub struct GpuPrediction {
     pub tok_s: f64,
     /// Share of the cold neurons that are not cached which the host's threads compute.
     pub host_share: f64,
+    /// Layers of which they choose and compute all neurons.
+    pub host_layers: usize,
     /// `device`, `link` or `link + host`.
     pub bottleneck: &'static str,
     /// The formula, with its numbers.
@@ -49,8 +53,21 @@ pub struct GpuPrediction {
 }
 
 impl GpuPlan {
-    /// Expected decode speed: device memory, then link and host side by side.
+    /// Expected decode speed: device memory, then link and host side by side. Of the layers whose sketches are in pinned memory as many
+    /// are left to the host as is fastest, or as were asked for.
     pub fn predict(&self, speeds: &GpuSpeeds) -> GpuPrediction {
+        let possible = if speeds.sketches > 0.0 && speeds.host > 0.0 { self.host_layers() } else { 0 };
+        let layers = match self.request.host_layers {
+            Some(n) => n.min(possible)..=n.min(possible),
+            None => 0..=possible,
+        };
+        let predictions = layers.map(|n| self.predict_with(speeds, n));
+        let fastest = predictions.max_by(|a, b| a.tok_s.total_cmp(&b.tok_s));
+        fastest.expect("a prediction for each number of layers, of which there is one at least")
+    }
+
+    /// Where `host_layers` are left to the host.
+    fn predict_with(&self, speeds: &GpuSpeeds, host_layers: usize) -> GpuPrediction {
         let device = (self.device_bytes_per_token + self.cache_bytes_per_token) as f64;
         let host = self.host_bytes_per_token as f64;
         let n_layers = self.hot_neurons.len() as f64;
@@ -66,35 +83,50 @@ impl GpuPlan {
                 .min((device_seconds + between) * speeds.link * LOOKAHEAD_WINS)
                 .min(host)
         };
+        // Rows of the host's layers are its own; their sketches are not copied.
+        let pinned_sketches = self.streamed_bytes_per_token as f64;
+        let hosts_sketches = pinned_sketches * host_layers as f64 / self.streamed_sketches.max(1) as f64;
+        let sketches = pinned_sketches - hosts_sketches;
+        let all_rows = host - early - pinned_sketches;
+        let hosts_rows = all_rows * host_layers as f64 / n_layers;
+        let rows = all_rows - hosts_rows;
+        let hosts_seconds =
+            if host_layers > 0 { hosts_sketches / speeds.sketches + hosts_rows / speeds.host } else { 0.0 };
         // Sketches cross the link while everything else goes on, too; the threads take part in the rest.
-        let sketches = self.streamed_bytes_per_token as f64;
-        let late = (sketches - (device_seconds + between) * speeds.link).max(0.0);
-        let rows = host - early - sketches;
+        let late = (sketches - (device_seconds + between + hosts_seconds) * speeds.link).max(0.0);
         let both = (late + rows) / (speeds.link + speeds.host);
         let host_seconds = both.max(late / speeds.link);
-        let bottleneck = match (device_seconds > host_seconds, speeds.host > 0.0) {
+        let bottleneck = match (device_seconds > host_seconds + hosts_seconds, speeds.host > 0.0) {
             (true, _) => "device",
             (false, true) => "link + host",
             (false, false) => "link",
         };
         let gb = 1e9;
         let pinned = if host > 0.0 {
-            let [host, link, threads] = [host - sketches, speeds.link, speeds.host].map(|v| v / gb);
+            let [rows, link, threads] = [rows + early, speeds.link, speeds.host].map(|v| v / gb);
             let streamed = match late / gb {
                 late if sketches > 0.0 => format!(" + {late:.3} of {:.3} GB of sketches", sketches / gb),
                 _ => String::new(),
             };
             let early = if early > 0.0 { format!(" - {:.3} fetched early", early / gb) } else { String::new() };
-            format!(" + ({host:.3}{early}{streamed}) GB pinned / ({link:.1} GB/s link + {threads:.1} GB/s host)")
+            format!(" + ({rows:.3}{early}{streamed}) GB pinned / ({link:.1} GB/s link + {threads:.1} GB/s host)")
+        } else {
+            String::new()
+        };
+        let by_host = if host_layers > 0 {
+            let [sketches, rows, speed, threads] =
+                [hosts_sketches, hosts_rows, speeds.sketches, speeds.host].map(|v| v / gb);
+            format!(" + {sketches:.3} GB of sketches / {speed:.1} GB/s host + {rows:.3} GB / {threads:.1} GB/s host")
         } else {
             String::new()
         };
         GpuPrediction {
-            tok_s: 1.0 / (device_seconds + host_seconds + between),
+            tok_s: 1.0 / (device_seconds + host_seconds + hosts_seconds + between),
             host_share: if rows > 0.0 { (both * speeds.host / rows).min(1.0) } else { 0.0 },
+            host_layers,
             bottleneck,
             formula: format!(
-                "tok/s = 1 / ({:.2} GB device / {:.0} GB/s{pinned} + {:.1} ms between kernels)",
+                "tok/s = 1 / ({:.2} GB device / {:.0} GB/s{pinned}{by_host} + {:.1} ms between kernels)",
                 device / gb,
                 speeds.device / gb,
                 1e3 * between

@@ -3,10 +3,10 @@
 //! A prompt touches nearly every neuron, so that nothing is predicted: each piece of a layer's weights is decoded once
 //! to bfloat16 pairs (16 bits of precision, `kernels::cuda::gemm`) and multiplied with all tokens of the batch.
 
-use super::load::{DeviceChooser, Layer, Model};
+use super::load::{Layer, Model};
 use super::plan::{GpuPlan, heads};
 use super::sections::Section;
-use super::sketches::StreamedSketch;
+use super::sketches::PinnedSketch;
 use crate::Result;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::Encoding;
@@ -62,7 +62,7 @@ impl Batch<'_> {
     /// Bytes that a batch reads over the link: cold neurons, and the sketches that their residuals are added to.
     pub(super) fn link_bytes(&self) -> u64 {
         let sketches = self.model.layers.iter().filter_map(|layer| self.needed_sketch(layer));
-        self.model.layers.iter().map(Layer::cold_bytes).sum::<u64>() + sketches.map(StreamedSketch::bytes).sum::<u64>()
+        self.model.layers.iter().map(Layer::cold_bytes).sum::<u64>() + sketches.map(PinnedSketch::bytes).sum::<u64>()
     }
 
     fn attention(&self, layer: &Layer) -> Result<()> {
@@ -105,7 +105,7 @@ impl Batch<'_> {
         let input = [&buffers.input[0], &buffers.input[1]];
         norm_rows(device, &buffers.x, norm, self.n, config.hidden_size, input)?;
         if let Some(sketch) = self.needed_sketch(layer) {
-            sketch.copy(device, Queue::Compute)?;
+            sketch.copy(device, Queue::Compute, 0)?;
         }
         for section in &layer.sections {
             let bundle = section.layout.bundle_bytes();
@@ -130,8 +130,8 @@ impl Batch<'_> {
     }
 
     /// A layer's sketch that must be copied first: residuals are added to it, nothing else of a prompt needs it.
-    fn needed_sketch<'l>(&self, layer: &'l Layer) -> Option<&'l StreamedSketch> {
-        layer.streamed_sketch().filter(|_| self.plan.residuals)
+    fn needed_sketch<'l>(&self, layer: &'l Layer) -> Option<&'l PinnedSketch> {
+        layer.pinned_sketch().filter(|_| self.plan.residuals).map(AsRef::as_ref)
     }
 
     /// `x += FFN(input)` for the `n` neurons of `bundles`, from neuron `first` on, of one section of a layer.
@@ -140,12 +140,8 @@ impl Batch<'_> {
         let (m, hidden) = (self.n, self.config.hidden_size);
         let rows = &buffers.rows;
         let encoding = section.layout.encoding();
-        let sketch = match &layer.chooser {
-            Some(DeviceChooser::Sketch(sketch, _)) if encoding == Encoding::R4 => {
-                Some((sketch, first - layer.n_always))
-            }
-            _ => None,
-        };
+        let is_residual = encoding == Encoding::R4;
+        let sketch = layer.sketch().filter(|_| is_residual).map(|sketch| (sketch, first - layer.n_always));
         let out = std::array::from_fn(|i| [&rows[i][0], &rows[i][1]]);
         unpack_bundles(device, section.layout, bundles, n, sketch, out)?;
         let weights: [Split; 3] = std::array::from_fn(|i| pair(&rows[i][0], &rows[i][1], encoding));

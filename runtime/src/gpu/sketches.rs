@@ -1,18 +1,21 @@
-//! Sketches where VRAM has no room for all of them: those of some layers lie in pinned memory, and the copy engine brings each to the
-//! device while the layers before it are computed.
+//! Sketches where VRAM has no room for all of them: those of some layers lie in pinned memory. Of some of these the host's threads
+//! choose and compute all neurons (`host_layer`), the others the copy engine brings to the device while the layers before them are
+//! computed.
 //!
 //! A token reads all of a sketch, whatever it chooses: nothing has to be predicted, and whole layers cross the link in order. Two places
 //! on the device take turns, so that one is filled while the other is read. Layers whose sketches stay on the device lie between those
-//! whose sketches are copied, evenly, so that the link is never without work and rows of both cross beside the copies.
+//! whose sketches do not, evenly, and so do the host's between those that are copied: the link is never without work, and the next copy
+//! is on its way while the threads compute.
 
 use super::load::{DeviceChooser, Layer, Loader, Model};
 use super::plan::{ALIGN, aligned};
 use crate::Result;
-use crate::chooser::sketch_behind;
+use crate::chooser::{SketchedLayer, sketch_behind};
+use std::sync::Arc;
 use thermocline_kernels::cuda::launch::DeviceSketch;
-use thermocline_kernels::cuda::{CudaError, Device, Queue, View};
-use thermocline_kernels::{AlignedBuf, sketch_planes};
-use thermocline_split::Split;
+use thermocline_kernels::cuda::{CudaError, Device, Memory, Queue, View};
+use thermocline_kernels::{AlignedBuf, SketchMatrix, sketch_planes};
+use thermocline_split::{SKETCH_BITS, Split};
 
 /// Places on the device for sketches that are copied.
 const N_PLACES: usize = 2;
@@ -26,6 +29,11 @@ pub(super) fn layer_sketch_bytes(split: &Split, n: usize) -> u64 {
     if n == 0 { 0 } else { aligned(of_layer + N_PARTS as u64 * ALIGN) }
 }
 
+/// Bytes of what a sketch of `n` neurons has besides rows, for the host's threads.
+pub(super) fn numbers_bytes(n: usize, hidden: usize) -> u64 {
+    (16 * n + 4 * hidden) as u64
+}
+
 /// Device bytes of `n_layers` such sketches of which `n_streamed` are copied for each token.
 pub(super) fn sketches_bytes(of_layer: u64, n_layers: usize, n_streamed: usize) -> u64 {
     (n_layers - n_streamed + n_streamed.min(N_PLACES)) as u64 * of_layer
@@ -37,30 +45,53 @@ pub(super) fn least_streamed(of_layer: u64, n_layers: usize, room: u64) -> Optio
     (0..=n_layers).find(|&n_streamed| sketches_bytes(of_layer, n_layers, n_streamed) <= room)
 }
 
-/// The place among those whose sketches are copied of layer `l` of `n_layers`, if it is one of `n_streamed`: evenly spread, the
-/// first one as late as can be.
-fn nth_streamed(l: usize, n_layers: usize, n_streamed: usize) -> Option<usize> {
-    let before = l * n_streamed / n_layers;
-    ((l + 1) * n_streamed / n_layers > before).then_some(before)
+/// The place of layer `l` of `n_layers` among `n` of them, if it is one of these: evenly spread, the first one as late as can be.
+fn nth_of(l: usize, n_layers: usize, n: usize) -> Option<usize> {
+    let before = l * n / n_layers;
+    ((l + 1) * n / n_layers > before).then_some(before)
 }
 
-/// A sketch in pinned memory.
+/// A sketch in pinned memory, taken apart as a device wants it.
 #[derive(Debug)]
-pub(super) struct StreamedSketch {
-    from: View,
-    to: View,
+pub(super) struct PinnedSketch {
+    memory: Memory,
+    /// Bytes of all parts; there may be room behind them.
+    bytes: usize,
+    /// Bytes of gate, up and down rows, the first parts.
+    row_bytes: [usize; 3],
+    /// Where each of the places on the device gets it.
+    to: Vec<View>,
+    /// Its numbers, without rows.
+    pub numbers: SketchedLayer,
 }
 
-impl StreamedSketch {
-    /// Bytes that cross the link.
+impl PinnedSketch {
+    /// Bytes that cross the link, if it is copied.
     pub(super) fn bytes(&self) -> u64 {
-        self.from.len() as u64
+        self.bytes as u64
     }
 
-    /// Brings it to the device.
-    pub(super) fn copy(&self, device: &Device, queue: Queue) -> Result<(), CudaError> {
-        device.copy(queue, &self.to, &self.from)
+    /// Brings it to one of the places.
+    pub(super) fn copy(&self, device: &Device, queue: Queue, place: usize) -> Result<(), CudaError> {
+        device.copy(queue, &self.to[place], &self.memory.slice(0, self.bytes))
     }
+
+    /// Gate (0), up (1) or down (2) rows of all its neurons.
+    pub(super) fn matrix(&self, part: usize) -> SketchMatrix<'_> {
+        let at = offsets(self.row_bytes)[part];
+        let bytes = &self.memory.host_bytes()[at..at + self.row_bytes[part]];
+        SketchMatrix::of_planes(SKETCH_BITS[part], self.numbers.hidden_size(), bytes)
+    }
+}
+
+/// Where parts of so many bytes begin, one behind the other.
+fn offsets<const N: usize>(bytes: [usize; N]) -> [usize; N] {
+    let mut next = 0;
+    bytes.map(|bytes| {
+        let at = next;
+        next += aligned(bytes as u64) as usize;
+        at
+    })
 }
 
 impl Loader<'_> {
@@ -73,7 +104,7 @@ impl Loader<'_> {
     }
 
     /// The sketch of layer `l`, if the split has any, where the plan says.
-    pub(super) fn sketch(&self, l: usize) -> Result<Option<(DeviceSketch, Option<StreamedSketch>)>> {
+    pub(super) fn sketch(&self, l: usize) -> Result<Option<DeviceChooser>> {
         let (first, hidden) = (self.plan.always_neurons, self.plan.hidden_size);
         let Some(sketch) = sketch_behind(self.split, l, first, self.active.get(l))? else { return Ok(None) };
         let n_neurons = sketch.n_neurons();
@@ -82,72 +113,118 @@ impl Loader<'_> {
             [&sketch.gate_sd, &sketch.up_sd, &sketch.down_norm, &sketch.down_error].map(Vec::as_slice).concat();
         let parts: [&[u8]; N_PARTS] =
             [&gate, &up, &down, bytemuck::cast_slice(&values), bytemuck::cast_slice(&sketch.columns)];
-        let nth = nth_streamed(l, self.split.layers().len(), self.plan.streamed_sketches);
-        let (views, streamed) = match nth {
-            None => {
-                let mut views = Vec::with_capacity(N_PARTS);
-                for part in parts {
-                    views.push(self.arena.put(self.device, part)?);
-                }
-                (views, None)
-            }
-            Some(nth) => {
-                let (views, streamed) = self.pinned_sketch(parts, &self.sketch_places[nth % N_PLACES])?;
-                (views, Some(streamed))
-            }
+        let of_views = |views: [View; N_PARTS]| {
+            let [gate, up, down, neurons, columns] = views;
+            DeviceSketch { gate, up, down, neurons, columns, first, n_neurons, hidden }
         };
-        let [gate, up, down, neurons, columns]: [View; N_PARTS] =
-            views.try_into().expect("a view for each part of a sketch");
-        Ok(Some((DeviceSketch { gate, up, down, neurons, columns, first, n_neurons, hidden }, streamed)))
-    }
-
-    /// The parts one behind the other in pinned memory, and where they are in `place`.
-    fn pinned_sketch(&self, parts: [&[u8]; N_PARTS], place: &View) -> Result<(Vec<View>, StreamedSketch)> {
-        let bytes = parts.iter().map(|part| aligned(part.len() as u64)).sum::<u64>() as usize;
-        let mut host = AlignedBuf::zeroed(bytes)?;
-        let (mut views, mut at) = (Vec::with_capacity(N_PARTS), 0);
-        for part in parts {
-            host[at..at + part.len()].copy_from_slice(part);
-            views.push(place.slice(at, part.len()));
-            at += aligned(part.len() as u64) as usize;
+        if nth_of(l, self.split.layers().len(), self.plan.streamed_sketches).is_none() {
+            let mut views = Vec::with_capacity(N_PARTS);
+            for part in parts {
+                views.push(self.arena.put(self.device, part)?);
+            }
+            let views: [View; N_PARTS] = views.try_into().expect("a view for each part of a sketch");
+            return Ok(Some(DeviceChooser::Sketch(of_views(views))));
         }
-        let from = self.device.pin(host)?.slice(0, bytes);
-        Ok((views, StreamedSketch { from, to: place.slice(0, bytes) }))
+        let (lens, at) = (parts.map(<[u8]>::len), offsets(parts.map(<[u8]>::len)));
+        let bytes = aligned((at[N_PARTS - 1] + lens[N_PARTS - 1]) as u64) as usize;
+        let mut host = AlignedBuf::zeroed(bytes)?;
+        for (part, at) in parts.into_iter().zip(at) {
+            host[at..at + part.len()].copy_from_slice(part);
+        }
+        let in_place = |place: &View| of_views(std::array::from_fn(|i| place.slice(at[i], lens[i])));
+        let whole = !self.split.layers()[l].bundles().has_plain_rows();
+        let numbers = SketchedLayer::of_numbers(sketch, first, &self.split.manifest().config, whole);
+        let pinned = PinnedSketch {
+            memory: self.device.pin(host)?,
+            bytes,
+            row_bytes: [lens[0], lens[1], lens[2]],
+            to: self.sketch_places.iter().map(|place| place.slice(0, bytes)).collect(),
+            numbers,
+        };
+        let places = self.sketch_places.iter().map(in_place).collect();
+        Ok(Some(DeviceChooser::Pinned(places, Arc::new(pinned))))
     }
 }
 
 impl Layer {
     /// Its sketch, if that lies in pinned memory.
-    pub(super) fn streamed_sketch(&self) -> Option<&StreamedSketch> {
+    pub(super) fn pinned_sketch(&self) -> Option<&Arc<PinnedSketch>> {
         match &self.chooser {
-            Some(DeviceChooser::Sketch(_, streamed)) => streamed.as_ref(),
+            Some(DeviceChooser::Pinned(_, pinned)) => Some(pinned),
             _ => None,
         }
+    }
+
+    /// The same, if the host's threads could choose and compute all of its neurons.
+    pub(super) fn for_host(&self) -> Option<&Arc<PinnedSketch>> {
+        self.pinned_sketch().filter(|_| self.n_hot == 0)
+    }
+}
+
+impl Model {
+    /// Leaves so many layers to the host, if there are as many that it could compute, evenly among these.
+    pub(super) fn leave_to_host(&mut self, n: usize) {
+        let n_possible = self.n_for_host();
+        let mut nth = 0;
+        for layer in &mut self.layers {
+            let is_possible = layer.for_host().is_some();
+            layer.is_hosts = is_possible && nth_of(nth, n_possible, n.min(n_possible)).is_some();
+            nth += usize::from(is_possible);
+        }
+    }
+
+    /// Layers that the host's threads could choose and compute.
+    pub(super) fn n_for_host(&self) -> usize {
+        self.layers.iter().filter(|layer| layer.for_host().is_some()).count()
+    }
+
+    /// The sketches that are copied for each token, and their layers.
+    fn copied(&self) -> impl Iterator<Item = (usize, &Arc<PinnedSketch>)> {
+        let layers = self.layers.iter().enumerate().filter(|(_, layer)| !layer.is_hosts);
+        layers.filter_map(|(l, layer)| Some((l, layer.pinned_sketch()?)))
+    }
+
+    /// The place that the sketch of layer `l` is copied to, if it is.
+    fn place(&self, l: usize) -> Option<usize> {
+        self.copied().position(|(copied, _)| copied == l).map(|nth| nth % N_PLACES)
+    }
+
+    /// Where the device finds the sketch of layer `l`, if that is what it chooses by.
+    pub(super) fn device_sketch(&self, l: usize) -> Option<&DeviceSketch> {
+        match &self.layers[l].chooser {
+            Some(DeviceChooser::Sketch(sketch)) => Some(sketch),
+            Some(DeviceChooser::Pinned(places, _)) => places.get(self.place(l)?),
+            _ => None,
+        }
+    }
+
+    /// Bytes of sketches that a token reads over the link.
+    pub(super) fn copied_bytes(&self) -> u64 {
+        self.copied().map(|(_, sketch)| sketch.bytes()).sum()
+    }
+
+    /// The bytes of the sketches, copied or not, of layers that the host computes.
+    pub(super) fn hosts_sketch_bytes(&self) -> u64 {
+        let layers = self.layers.iter().filter(|layer| layer.is_hosts);
+        layers.filter_map(Layer::pinned_sketch).map(|sketch| sketch.bytes()).sum()
     }
 }
 
 /// Begins to copy the first sketch that layers from `first` on need, when all before is done: then, both places are free but for that
 /// of the layer before.
 pub(super) fn copy_next(device: &Device, model: &Model, first: usize) -> Result<(), CudaError> {
-    let Some(next) = model.layers[first..].iter().find_map(Layer::streamed_sketch) else { return Ok(()) };
+    let Some((nth, (_, next))) = model.copied().enumerate().find(|(_, (l, _))| *l >= first) else { return Ok(()) };
     device.order(Queue::Compute, Queue::Copy)?;
-    next.copy(device, Queue::Copy)
+    next.copy(device, Queue::Copy, nth % N_PLACES)
 }
 
 /// Before layer `l` reads its sketch: that is there, and the next one is on its way.
 pub(super) fn wait_for_sketch(device: &Device, model: &Model, l: usize) -> Result<(), CudaError> {
-    if model.layers[l].streamed_sketch().is_none() {
+    if model.place(l).is_none() {
         return Ok(());
     }
     device.order(Queue::Copy, Queue::Compute)?;
     copy_next(device, model, l + 1)
-}
-
-impl Model {
-    /// Bytes of sketches that a token reads over the link.
-    pub(super) fn streamed_bytes(&self) -> u64 {
-        self.layers.iter().filter_map(Layer::streamed_sketch).map(StreamedSketch::bytes).sum()
-    }
 }
 
 #[cfg(test)]
@@ -157,7 +234,7 @@ mod tests {
     #[test]
     fn copies_are_spread_evenly_and_the_last_layer_is_one() {
         for (n_layers, n_streamed) in [(80, 41), (4, 3), (30, 30), (7, 0), (5, 1)] {
-            let nth: Vec<_> = (0..n_layers).map(|l| nth_streamed(l, n_layers, n_streamed)).collect();
+            let nth: Vec<_> = (0..n_layers).map(|l| nth_of(l, n_layers, n_streamed)).collect();
             let found: Vec<usize> = nth.iter().flatten().copied().collect();
             assert!(found.into_iter().eq(0..n_streamed), "{n_layers} {n_streamed}: {nth:?}");
             if n_streamed > 0 {

@@ -3,13 +3,16 @@
 use super::load::{Layer, Model};
 use super::predict::GpuSpeeds;
 use crate::Result;
-use crate::hardware::kernel_speed;
+use crate::hardware::{kernel_speed, sketch_speed};
 use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, SketchedRows, WorkList, ffn, ffn_blocks, host_item};
 use thermocline_kernels::cuda::{Device, Queue, View};
-use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Pool};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Pool, SKETCH_UNIT};
 
 /// Cold neurons on which link and threads are measured.
 pub(super) const PROBE_NEURONS: usize = 4096;
+
+/// Neurons on whose sketches threads are measured: more than their caches hold.
+const PROBE_SKETCHES: usize = 16 << 10;
 
 /// The same on the emulator, which is slow and whose speeds mean nothing.
 const EMULATED_NEURONS: usize = 4;
@@ -40,12 +43,19 @@ pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize) ->
     let link =
         probe.link(Bundles { hot: &none, cold: &cold.view(), cache: &none, fetched: None, ahead: None }, n, n, None)?;
     let memory = copy_speed(device, &allocate(copied / 2)?, &allocate(copied / 2)?)?;
-    Ok(GpuSpeeds { device: memory, link, host })
+    let sketches = if hidden.is_multiple_of(SKETCH_UNIT) { sketches(device, n_threads, hidden)? } else { 0.0 };
+    Ok(GpuSpeeds { device: memory, link, host, sketches })
+}
+
+/// Bytes a second at which `n_threads` threads judge neurons by sketches of rows of so many columns, and add down rows of them.
+pub(super) fn sketches(device: &Device, n_threads: usize, hidden: usize) -> Result<f64> {
+    let n = if device.is_emulated() { EMULATED_NEURONS } else { PROBE_SKETCHES };
+    sketch_speed(&mut Pool::new(n_threads)?, n, hidden)
 }
 
 /// The speeds of device memory and link where a model is loaded, in buffers that are free then; infinite over the link if
 /// no neuron is cold. Where sketches are copied over it, it is as fast as the copy engine, if that is faster than the fused kernel.
-/// The host's is left at 0.
+/// The host's are left at 0.
 pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     // Pieces of prompt batches.
     let [to, from] = &model.prefill.rows[0];
@@ -53,7 +63,7 @@ pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     let sections = model.layers.iter().flat_map(|l| l.sections.iter().map(move |section| (l, section)));
     let largest = sections.max_by_key(|(_, section)| section.cold.len());
     let Some((layer, section)) = largest.filter(|(_, section)| !section.cold.is_empty()) else {
-        return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0 });
+        return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0, sketches: 0.0 });
     };
     let (s, layout) = (&model.scratch, section.layout);
     let n_cold = section.cold.len() / layout.bundle_bytes();
@@ -63,10 +73,10 @@ pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     // Residuals are read with what a sketch has of the neurons.
     let rows = (layout.encoding() == Encoding::R4).then(|| layer.sketched_rows(section, s));
     let mut link = probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold), rows)?;
-    if let Some(sketch) = model.layers.iter().find_map(Layer::streamed_sketch) {
-        link = link.max(best_of(device, sketch.bytes() as f64, || Ok(sketch.copy(device, Queue::Compute)?))?);
+    if let Some(sketch) = model.layers.iter().find_map(Layer::pinned_sketch) {
+        link = link.max(best_of(device, sketch.bytes() as f64, || Ok(sketch.copy(device, Queue::Compute, 0)?))?);
     }
-    Ok(GpuSpeeds { device: memory, link, host: 0.0 })
+    Ok(GpuSpeeds { device: memory, link, host: 0.0, sketches: 0.0 })
 }
 
 /// What the fused kernel needs besides bundles.

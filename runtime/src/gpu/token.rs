@@ -11,7 +11,7 @@ use crate::Result;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
     Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, RowChoice, Sketched,
-    SketchedRows, add_sketched, attend, choose, divide_work, embed, fetch_bundles, ffn, finish, gemv, predict_inner,
+    SketchedRows, add_sketched, ask_host, attend, choose, divide_work, embed, fetch_bundles, ffn, finish, gemv, predict_inner,
     predict_scores, sketch_scores,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue, View};
@@ -92,6 +92,9 @@ fn feed_forward(
     let [fetched, next] = [l, l + 1].map(|l| parts.lookahead.then(|| foreseen(config, model, l)).flatten());
     let shared = (parts.host && layer.n_hot < config.intermediate_size).then(|| model.mapped.work());
     let host_x = model.mapped.x.slice(0, 4 * config.hidden_size);
+    if layer.is_hosts {
+        return leave_to_host(device, config, model, (l, layer), &host_x);
+    }
     let input = LayerInput {
         hidden: config.hidden_size,
         x: &s.x,
@@ -106,19 +109,15 @@ fn feed_forward(
             predict_inner(device, &predictors, &s.x)?;
             predict_scores(device, &predictors, input, model.activation)?;
         }
-        Some(DeviceChooser::Sketch(sketch, _)) => {
+        Some(DeviceChooser::Sketch(_) | DeviceChooser::Pinned(..)) => {
             wait_for_sketch(device, model, l)?;
+            let sketch = model.device_sketch(l).expect("a sketch on the device");
             let of_row = |rule: RowRule| RowChoice { least: rule.least, whole: rule.whole, products: &s.products };
             let out = Sketched { scores: &s.scores, activations: &s.sketched, rows: layer.rows.map(of_row) };
             sketch_scores(device, sketch, input, &layer.ffn_norm, model.activation, out)?;
         }
         None => {
-            // No rows: only the normalised input is wanted.
-            let none = thermocline_kernels::cuda::launch::DeviceMatrix { rows: 0, ..layer.qkv.clone() };
-            for out in [Some(input.normed), input.host_x].into_iter().flatten() {
-                let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: Some(out) };
-                gemv(device, &none, &s.x, Some(norm), Added::default(), &s.qkv)?;
-            }
+            normalise(device, config, model, layer, [Some(input.normed), input.host_x])?;
         }
     }
     if layer.is_chosen {
@@ -164,7 +163,7 @@ fn feed_forward(
     let row = 4 * config.hidden_size;
     let (rows, mut n_rows) = (row * model.n_blocks, layer.sections.len() * model.n_blocks);
     let sketched = s.partial.slice(row * n_rows, row * model.sketch_rows);
-    let sketch = layer.sketch();
+    let sketch = model.device_sketch(l);
     // Single rows leave it activations to add; whole neurons leave it nothing, and the link has more time.
     let (before, behind) = if layer.rows.is_some() { (None, sketch) } else { (sketch, None) };
     if let Some(sketch) = before {
@@ -189,6 +188,38 @@ fn feed_forward(
     }
     let (hidden, counts, left_out) = (config.hidden_size, &layer.work.counts, layer.left_out.as_ref());
     finish(device, &s.partial, n_rows, hidden, counts, left_out, host.as_ref(), &s.step, place, &s.x)
+}
+
+/// Gives the layer's normalised input to all of `out`.
+fn normalise(
+    device: &Device,
+    config: &ModelConfig,
+    model: &Model,
+    layer: &Layer,
+    out: [Option<&View>; 2],
+) -> Result<(), CudaError> {
+    let s = &model.scratch;
+    // A product of no rows.
+    let none = thermocline_kernels::cuda::launch::DeviceMatrix { rows: 0, ..layer.qkv.clone() };
+    out.into_iter().flatten().try_for_each(|out| {
+        let norm = Norm { weight: &layer.ffn_norm, eps: config.rms_norm_eps, out: Some(out) };
+        gemv(device, &none, &s.x, Some(norm), Added::default(), &s.qkv)
+    })
+}
+
+/// A layer that the host's threads choose and compute by themselves.
+fn leave_to_host(
+    device: &Device,
+    config: &ModelConfig,
+    model: &Model,
+    (l, layer): (usize, &Layer),
+    host_x: &View,
+) -> Result<(), CudaError> {
+    let (s, place, counts) = (&model.scratch, (l, config.n_layers), &layer.work.counts);
+    normalise(device, config, model, layer, [Some(&s.normed), Some(host_x)])?;
+    ask_host(device, &model.mapped.work(), counts, &s.step, place)?;
+    let (hidden, host) = (config.hidden_size, model.mapped.result());
+    finish(device, &s.partial, 0, hidden, counts, layer.left_out.as_ref(), Some(&host), &s.step, place, &s.x)
 }
 
 impl Layer {

@@ -1,6 +1,6 @@
 //! The active neurons, the cache of cold ones, and who computes what.
 
-use super::floats;
+use super::{Step, address, floats, u32_of};
 use crate::cuda::backend::{Arg, Launch};
 use crate::cuda::device::Device;
 use crate::cuda::error::Result;
@@ -262,4 +262,27 @@ pub fn choose(device: &Device, c: &Choose<'_>) -> Result<()> {
     let foreseen = c.fetched.into_iter().chain(c.ahead.map(|a| a.foreseen));
     uses.extend(foreseen.flat_map(|f| [&f.words, &f.list, &f.n_listed]));
     device.launch(launch, &uses)
+}
+
+/// Tells the host that its input is there, of a layer (of so many) that it chooses and computes by itself. [`super::finish`] waits
+/// for its sums if `counts` ([`WorkList::counts`]) are what this leaves.
+///
+/// # Errors
+/// See the module.
+pub fn ask_host(
+    device: &Device,
+    host: &HostWork,
+    counts: &View,
+    step: &View,
+    (layer, n_layers): (usize, usize),
+) -> Result<()> {
+    assert!(counts.len() >= 32 && step.len() >= Step::BYTES && host.flag.len() >= 4, "counts, step, flag");
+    let launch = Launch {
+        kernel: "ask_host".to_owned(),
+        grid: [1, 1],
+        block: 32,
+        shared_bytes: 0,
+        args: vec![address(counts), address(step), u32_of(layer), u32_of(n_layers), address(&host.flag)],
+    };
+    device.launch(launch, &[counts, step, &host.flag])
 }

@@ -22,8 +22,8 @@ mod sketch;
 
 pub use attention::{Heads, MAX_SPLITS, RopeTables, attend};
 pub use choose::{
-    Ahead, CacheTables, Choose, Foreseen, HOST_ROWS, HostWork, INPUT_FLAG, Selection, WorkList, choose, flag_value,
-    host_item, hot_item,
+    Ahead, CacheTables, Choose, Foreseen, HOST_ROWS, HostWork, INPUT_FLAG, Selection, WorkList, ask_host, choose,
+    flag_value, host_item, hot_item,
 };
 pub use divide::divide_work;
 pub use fetch::fetch_bundles;

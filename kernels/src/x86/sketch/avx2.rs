@@ -11,7 +11,7 @@
 
 use super::{Ahead, Layout, Rows};
 use crate::SKETCH_UNIT;
-use crate::sketch::{CODE_BYTES, PLANE_BYTES};
+use crate::sketch::{CODE_BYTES, PLANE_BYTES, Parts};
 use crate::x86::avx2::sum;
 use std::arch::x86_64::*;
 
@@ -94,12 +94,12 @@ unsafe fn words(from: *const u8, n: usize) -> __m256i {
 /// of the last unit in front, or zero, in its first lane, and gets those of the last of these.
 ///
 /// # Safety
-/// `row` has `layout`, which has these units.
+/// `row` has these units.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn decode<const HIGH: bool>(
     layout: &Layout,
-    row: &[u8],
+    row: &Parts<'_>,
     a: f32,
     first: usize,
     n: usize,
@@ -108,13 +108,13 @@ unsafe fn decode<const HIGH: bool>(
 ) {
     // SAFETY: bytes of `n` units are readable by contract.
     let (front, back, high, codes) = unsafe {
-        let codes = row.as_ptr().add(first * CODE_BYTES);
-        let high = row.as_ptr().wrapping_add(layout.units * CODE_BYTES + first * PLANE_BYTES);
+        let codes = row.codes.as_ptr().add(first * CODE_BYTES);
+        let high = row.high.as_ptr().wrapping_add(first * PLANE_BYTES);
         (
             words(codes, 2 * n),
             words(codes.wrapping_add(32), (2 * n).saturating_sub(4)),
             if HIGH { words(high, n) } else { _mm256_setzero_si256() },
-            row.get_unchecked(layout.scales + first..layout.scales + first + n),
+            row.scales.get_unchecked(first..first + n),
         )
     };
     // In this order of units, 0 2 1 3, bytes that are unpacked below are in order.
@@ -125,7 +125,7 @@ unsafe fn decode<const HIGH: bool>(
     let [y0, y1] = subsets(branches, _mm256_blend_epi32::<3>(rotated, *before));
     *before = rotated;
     let stripes = stripes::<HIGH>([y0, y1, low, high]);
-    let row_scale = layout.scale(row);
+    let row_scale = row.scale;
     for (factor, code) in out.factors.iter_mut().zip(codes) {
         *factor = a * (row_scale * f32::from(*code));
     }
@@ -185,7 +185,7 @@ impl Rows for Avx2 {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn dots<const N: usize, const HIGH: bool>(
         layout: &Layout,
-        rows: [&[u8]; N],
+        rows: [Parts<'_>; N],
         x: &[f32],
         mut ahead: Ahead<'_>,
     ) -> [f32; N] {
@@ -198,7 +198,7 @@ impl Rows for Avx2 {
             // SAFETY: units `first .. first + n` lie inside x and inside every row, by contract.
             unsafe {
                 for r in 0..N {
-                    decode::<HIGH>(layout, rows[r], 1.0, first, n, &mut before[r], &mut decoded[r]);
+                    decode::<HIGH>(layout, &rows[r], 1.0, first, n, &mut before[r], &mut decoded[r]);
                 }
                 for i in 0..n {
                     let x = x.as_ptr().add((first + i) * SKETCH_UNIT);
@@ -225,7 +225,7 @@ impl Rows for Avx2 {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn axpys<const N: usize, const HIGH: bool>(
         layout: &Layout,
-        rows: [&[u8]; N],
+        rows: [Parts<'_>; N],
         a: [f32; N],
         y: &mut [f32],
         mut ahead: Ahead<'_>,
@@ -237,7 +237,7 @@ impl Rows for Avx2 {
             // SAFETY: units `first .. first + n` lie inside y and inside every row, by contract.
             unsafe {
                 for r in 0..N {
-                    decode::<HIGH>(layout, rows[r], a[r], first, n, &mut before[r], &mut decoded[r]);
+                    decode::<HIGH>(layout, &rows[r], a[r], first, n, &mut before[r], &mut decoded[r]);
                 }
                 for i in 0..n {
                     ahead.step();

@@ -11,7 +11,7 @@
 
 use super::{Ahead, DOTS, Layout, Rows};
 use crate::SKETCH_UNIT;
-use crate::sketch::{CODE_BYTES, PLANE_BYTES};
+use crate::sketch::{CODE_BYTES, PLANE_BYTES, Parts};
 use std::arch::x86_64::*;
 
 /// AVX-512 F, BW and VL.
@@ -83,12 +83,11 @@ fn stripes<const HIGH: bool>([y0, y1, low, high]: [__m512i; 4]) -> [__m512i; 4] 
 /// of the units in front, or zeros, and becomes those of these.
 ///
 /// # Safety
-/// `row` has `layout`, which has these units.
+/// `row` has these units.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn decode<const HIGH: bool>(
-    layout: &Layout,
-    row: &[u8],
+    row: &Parts<'_>,
     a: f32,
     first: usize,
     n: usize,
@@ -99,13 +98,13 @@ unsafe fn decode<const HIGH: bool>(
     let (mask, codes_mask) = ((1u32 << n) - 1, (1u32 << (2 * n)) - 1);
     // SAFETY: bytes of `n` units are readable by contract, the masked rest is not touched.
     let (front, back, high, scales) = unsafe {
-        let codes = row.as_ptr().add(first * CODE_BYTES).cast::<i64>();
-        let high = row.as_ptr().wrapping_add(layout.units * CODE_BYTES + first * PLANE_BYTES);
+        let codes = row.codes.as_ptr().add(first * CODE_BYTES).cast::<i64>();
+        let high = row.high.as_ptr().wrapping_add(first * PLANE_BYTES);
         (
             _mm512_maskz_loadu_epi64(codes_mask as u8, codes),
             _mm512_maskz_loadu_epi64((codes_mask >> 8) as u8, codes.wrapping_add(8)),
             if HIGH { _mm512_maskz_loadu_epi64(mask as u8, high.cast()) } else { _mm512_setzero_si512() },
-            _mm_maskz_loadu_epi8(mask as u16, row.as_ptr().add(layout.scales + first).cast()),
+            _mm_maskz_loadu_epi8(mask as u16, row.scales.as_ptr().add(first).cast()),
         )
     };
     // In this order of units, 0 4 1 5 2 6 3 7, bytes that are unpacked below are in order.
@@ -117,7 +116,7 @@ unsafe fn decode<const HIGH: bool>(
     let [y0, y1] = subsets(branches, before_each);
     let stripes = stripes::<HIGH>([y0, y1, low, high]);
     let scales = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(scales));
-    let factors = _mm256_mul_ps(scales, _mm256_set1_ps(layout.scale(row)));
+    let factors = _mm256_mul_ps(scales, _mm256_set1_ps(row.scale));
     let factors = _mm256_mul_ps(factors, _mm256_set1_ps(a));
     // SAFETY: each part of `out` holds the vector that is stored there.
     unsafe {
@@ -183,7 +182,7 @@ impl Rows for Avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn dots<const N: usize, const HIGH: bool>(
         layout: &Layout,
-        rows: [&[u8]; N],
+        rows: [Parts<'_>; N],
         x: &[f32],
         mut ahead: Ahead<'_>,
     ) -> [f32; N] {
@@ -196,7 +195,7 @@ impl Rows for Avx512 {
             // SAFETY: units `first .. first + n` lie inside x and inside every row, by contract.
             unsafe {
                 for r in 0..N {
-                    decode::<HIGH>(layout, rows[r], 1.0, first, n, &mut before[r], &mut decoded[r]);
+                    decode::<HIGH>(&rows[r], 1.0, first, n, &mut before[r], &mut decoded[r]);
                 }
                 for i in 0..n {
                     let x = x.as_ptr().add((first + i) * SKETCH_UNIT);
@@ -224,7 +223,7 @@ impl Rows for Avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn axpys<const N: usize, const HIGH: bool>(
         layout: &Layout,
-        rows: [&[u8]; N],
+        rows: [Parts<'_>; N],
         a: [f32; N],
         y: &mut [f32],
         mut ahead: Ahead<'_>,
@@ -236,7 +235,7 @@ impl Rows for Avx512 {
             // SAFETY: units `first .. first + n` lie inside y and inside every row, by contract.
             unsafe {
                 for r in 0..N {
-                    decode::<HIGH>(layout, rows[r], a[r], first, n, &mut before[r], &mut decoded[r]);
+                    decode::<HIGH>(&rows[r], a[r], first, n, &mut before[r], &mut decoded[r]);
                 }
                 for i in 0..n {
                     ahead.step();

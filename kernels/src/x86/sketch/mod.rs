@@ -8,7 +8,7 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
 use super::Ahead;
-use crate::sketch::{CODE_BYTES, PLANE_BYTES};
+use crate::sketch::Parts;
 use crate::{PREFETCH_BYTES, SKETCH_UNIT, SketchBits, SketchMatrix};
 
 /// Rows that are multiplied together: each has one sum, which would wait for its own last addition.
@@ -27,7 +27,7 @@ pub(crate) trait Rows {
     /// The CPU has the set, `rows` have `layout`, `x` has as many units.
     unsafe fn dots<const N: usize, const HIGH: bool>(
         layout: &Layout,
-        rows: [&[u8]; N],
+        rows: [Parts<'_>; N],
         x: &[f32],
         ahead: Ahead<'_>,
     ) -> [f32; N];
@@ -38,19 +38,16 @@ pub(crate) trait Rows {
     /// As [`Rows::dots`], with `y` for `x`.
     unsafe fn axpys<const N: usize, const HIGH: bool>(
         layout: &Layout,
-        rows: [&[u8]; N],
+        rows: [Parts<'_>; N],
         a: [f32; N],
         y: &mut [f32],
         ahead: Ahead<'_>,
     );
 }
 
-/// Where a row has its parts, and what its codes mean.
+/// How long rows are, and what their codes mean.
 pub(crate) struct Layout {
     units: usize,
-    /// Offset of the scale codes; the row's scale is right behind them. Second point bits begin at
-    /// `units * CODE_BYTES`.
-    scales: usize,
     /// The levels; in two bits twice, so that the fourth bit of an index does not matter.
     levels: [f32; 16],
     /// A level is one more than twice its byte.
@@ -59,23 +56,11 @@ pub(crate) struct Layout {
 
 impl Layout {
     fn of(matrix: &SketchMatrix<'_>) -> Self {
-        let units = matrix.columns() / SKETCH_UNIT;
-        let unit_bytes = match matrix.bits() {
-            SketchBits::Two => CODE_BYTES,
-            SketchBits::Three => CODE_BYTES + PLANE_BYTES,
-        };
         let levels = matrix.bits().levels();
         let level = |i| levels[i % levels.len()];
         let (levels, bytes) =
             (std::array::from_fn(|i| f32::from(level(i))), std::array::from_fn(|i| (level(i) >> 1) as i8));
-        Self { units, scales: units * unit_bytes, levels, bytes }
-    }
-
-    /// The row's scale.
-    #[inline]
-    fn scale(&self, row: &[u8]) -> f32 {
-        let at = self.scales + self.units;
-        f32::from_bits(u32::from(u16::from_le_bytes([row[at], row[at + 1]])) << 16)
+        Self { units: matrix.columns() / SKETCH_UNIT, levels, bytes }
     }
 }
 
@@ -103,15 +88,15 @@ unsafe fn dots_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, first: us
     let (groups, rest) = out.as_chunks_mut::<DOTS>();
     let mut r = first;
     for group in groups {
-        let ahead = [matrix.rows((r + lead).min(end)..(r + lead + DOTS).min(end))];
-        let rows = std::array::from_fn(|i| matrix.row(r + i));
+        let ahead = matrix.ahead((r + lead).min(end)..(r + lead + DOTS).min(end));
+        let rows = std::array::from_fn(|i| matrix.parts(r + i));
         // SAFETY: by this function's contract.
         *group = unsafe { R::dots::<DOTS, HIGH>(&layout, rows, x, Ahead::new(&ahead, steps)) };
         r += DOTS;
     }
     for (out, r) in rest.iter_mut().zip(r..) {
         // SAFETY: as above.
-        [*out] = unsafe { R::dots::<1, HIGH>(&layout, [matrix.row(r)], x, Ahead::new(&[], 1)) };
+        [*out] = unsafe { R::dots::<1, HIGH>(&layout, [matrix.parts(r)], x, Ahead::new(&[], 1)) };
     }
 }
 
@@ -132,13 +117,13 @@ pub(crate) unsafe fn axpys<R: Rows>(matrix: SketchMatrix<'_>, rows: &[u32], a: &
 /// As [`axpys`]; `HIGH` is whether there are second point bits.
 unsafe fn axpys_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, rows: &[u32], a: &[f32], y: &mut [f32]) {
     let layout = Layout::of(&matrix);
-    let row = |r: &u32| matrix.row(*r as usize);
+    let row = |r: &u32| matrix.parts(*r as usize);
     let lead = AXPYS + PREFETCH_BYTES / matrix.row_bytes();
     let (groups, last) = rows.as_chunks::<AXPYS>();
     let (factors, last_factors) = a.as_chunks::<AXPYS>();
     for (i, (group, a)) in groups.iter().zip(factors).enumerate() {
         let soon = rows.get(i * AXPYS + lead..).unwrap_or(&[]);
-        let ahead: [&[u8]; AXPYS] = std::array::from_fn(|n| soon.get(n).map_or(&[][..], row));
+        let ahead: [&[u8]; AXPYS] = std::array::from_fn(|n| soon.get(n).map_or(&[][..], |r| row(r).codes));
         let rows = group.each_ref().map(row);
         // SAFETY: by this function's contract.
         unsafe { R::axpys::<AXPYS, HIGH>(&layout, rows, *a, y, Ahead::new(&ahead, layout.units)) };
