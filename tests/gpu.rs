@@ -402,7 +402,6 @@ fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
         ("q4", sketched, Some(false)),
         ("q4", sketched, Some(true)),
         ("q4", residuals, Some(true)),
-        ("q4,hot@0.25=q8", sketched, None),
         ("q4,hot@0.25=q8", sketched, Some(true)),
         ("bf16x", sketched, Some(true)),
     ] {
@@ -418,7 +417,9 @@ fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
             GpuRequest { base, host_layers: Some(layers), ..request }
         };
         let mut computed = Vec::new();
-        for layers in [0, 1, 3, 4] {
+        // The emulator is slow: once all of it.
+        let is_plain = encoding == "q4" && thresholds.is_none();
+        for &layers in if is_plain { &[0, 1, 3, 4][..] } else { &[1, 4] } {
             let what = format!("{encoding}, {how:?}, thresholds {thresholds:?}, {layers} layers of the host");
             let mut gpu = agree(&open, request(layers), 1.0, &what);
             assert_eq!((gpu.host_layers(), gpu.plan().host_layers()), (layers, 4), "{what}");
@@ -428,22 +429,26 @@ fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
             let (after, streamed) = (gpu.account(), gpu.plan().streamed_bytes_per_token);
             // The threads have all rows, and the link the sketches of the other layers, without the places' room.
             let (crossed, most) = (after.link_bytes - before.link_bytes, streamed * (4 - layers as u64) / 4);
-            assert!(crossed <= most && most - crossed <= (6 * 256 * (4 - layers)) as u64, "{what}: {crossed} of {most}");
-            if thresholds.is_none() && layers == 4 {
+            assert!(
+                crossed <= most && most - crossed <= (6 * 256 * (4 - layers)) as u64,
+                "{what}: {crossed} of {most}"
+            );
+            if is_plain && layers == 4 {
                 let rows = thermocline_split::SKETCH_BITS.map(|bits| bits.row_bytes(config.hidden_size));
                 let (n, n_active) = (config.intermediate_size, n_active(0.3, config.intermediate_size));
                 let bundles = open().layers()[0].bundles().clone();
                 let active = gpu.last_active().unwrap();
                 assert_eq!(active.len(), n_active, "{what}");
-                if bundles.sections().len() == 1 {
-                    let of_layer = n * (rows[0] + rows[1] + 16) + (n - n_active) * rows[2];
-                    let all = config.n_layers * (of_layer + n_active * bundles.of(0).bundle_bytes());
-                    assert_eq!(after.bytes.host - before.bytes.host, all as u64, "{what}");
-                }
+                let of_layer = n * (rows[0] + rows[1] + 16) + (n - n_active) * rows[2];
+                let all = config.n_layers * (of_layer + n_active * bundles.of(0).bundle_bytes());
+                assert_eq!(after.bytes.host - before.bytes.host, all as u64, "{what}");
             }
         }
         let (most, fewest) = (computed.iter().max().unwrap(), computed.iter().min().unwrap());
         assert!(most - fewest <= most / 20 + 3, "{encoding}, {thresholds:?}: {computed:?}");
+        if !is_plain {
+            continue;
+        }
         // Half of the rows of the other layers over the link.
         agree(&open, request(2), 0.5, encoding);
         let refused = |request: GpuRequest, share: f32| {
@@ -617,7 +622,8 @@ fn a_share_is_found_where_none_is_given() {
         assert_eq!(account.bytes.host > account.link_bytes, share > 0.0, "{mode:?}");
     }
     // And layers of the host.
-    let (dir, mode) = (split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch"]), Mode::Sparse { active: 0.5 });
+    let (dir, mode) =
+        (split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch"]), Mode::Sparse { active: 0.5 });
     let (least, _) = vram_range(&dir, &device(), mode);
     let open = || Split::open(&dir).unwrap();
     let request = GpuRequest { host_layers: None, ..gpu_request(&device(), mode, least, None) };

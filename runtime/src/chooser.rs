@@ -294,7 +294,12 @@ impl SketchedLayer {
     /// One whose rows lie elsewhere: what `sketch`, of the neurons behind the first `n_always`, has besides; `whole` if rows are never
     /// read alone.
     #[cfg(feature = "cuda")]
-    pub(crate) fn of_numbers(sketch: Sketch, n_always: usize, config: &thermocline_datasets::ModelConfig, whole: bool) -> Self {
+    pub(crate) fn of_numbers(
+        sketch: Sketch,
+        n_always: usize,
+        config: &thermocline_datasets::ModelConfig,
+        whole: bool,
+    ) -> Self {
         let sketch = Sketch { rows: Default::default(), ..sketch };
         Self { sketch, n_always, activation: config.activation, hidden_size: config.hidden_size, whole }
     }

@@ -137,9 +137,12 @@ fn on_gpu(
     let (p, d, h) = (&report.prompt_tok_s, &report.decode_tok_s, &report.hardware);
     let gb = |speed: f64| speed / 1e9;
     // A model that is in VRAM as a whole uses nothing else.
-    let others = [(h.link, "link"), (h.host, "CPU"), (h.sketches, "CPU in sketches")].map(|(speed, tier)| {
-        if speed.is_finite() && speed > 0.0 { format!(", {:.1} GB/s {tier}", gb(speed)) } else { String::new() }
-    });
+    let others = [(h.link, "link"), (h.copies, "link in copies"), (h.host, "CPU"), (h.sketches, "CPU in sketches")]
+        .map(
+            |(speed, tier)| {
+                if speed.is_finite() && speed > 0.0 { format!(", {:.1} GB/s {tier}", gb(speed)) } else { String::new() }
+            },
+        );
     println!("speeds   {:>8.0} GB/s VRAM{}, each alone", gb(h.device), others.concat());
     println!("prompt   {:>8.1} tok/s (+- {:.1} %), {} tokens", p.median, 100.0 * p.spread, settings.n_prompt);
     println!("decode   {:>8.1} tok/s (+- {:.1} %), {} tokens", d.median, 100.0 * d.spread, settings.n_gen);

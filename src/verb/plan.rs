@@ -33,8 +33,8 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     if let Some(device) = super::load::open_device(&placement, args.json)? {
         let plan = super::load::gpu_plan(&split, &placement, request, &device)?;
         let n_threads = super::load::host_threads(&placement);
-        let hardware =
-            thermocline_runtime::measure_tiers(&device, *split.layers()[0].bundles().largest().bundles(), n_threads)?;
+        let (layout, sketched) = (*split.layers()[0].bundles().largest().bundles(), plan.streamed_sketches > 0);
+        let hardware = thermocline_runtime::measure_tiers(&device, layout, n_threads, sketched)?;
         // What `--cpu-share 0` leaves to the link.
         let on_host = placement.cpu_share != Some(0.0);
         let speeds = GpuSpeeds { host: if on_host { hardware.host } else { 0.0 }, ..hardware };
@@ -197,6 +197,9 @@ fn print_gpu_plan(
     );
     println!("expected speed     {:.1} tok/s, bound by {}", predicted.tok_s, predicted.bottleneck);
     println!("                   {}", predicted.formula);
+    if predicted.host_layers > 0 {
+        println!("                   the CPU's threads choose and compute all of {} layers", predicted.host_layers);
+    }
 }
 
 /// The tiers of a GPU as a table.
@@ -246,10 +249,13 @@ pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
     row("total", plan.total_bytes, String::new());
     let sketches = match plan.streamed_bytes_per_token {
         0 => String::new(),
-        bytes => format!(", and {} of sketches, which every token reads over the link", format_bytes(bytes)),
+        bytes => format!(
+            ", and {} of sketches, which every token reads: copied over the link, or by the CPU in layers that it computes",
+            format_bytes(bytes)
+        ),
     };
     row("pinned RAM", plan.pinned_bytes, format!("the other neurons{residuals}{sketches}"));
     if plan.host_sketch_bytes > 0 {
-        row("RAM", plan.host_sketch_bytes, "sketches, for the CPU's share of them".to_owned());
+        row("RAM", plan.host_sketch_bytes, "of sketches, for what the CPU computes".to_owned());
     }
 }

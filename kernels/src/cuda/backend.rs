@@ -67,11 +67,14 @@ pub(super) trait Backend: Debug + Send + Sync {
     fn copy(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<()>;
     fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<()>;
     fn launch(&self, queue: Queue, launch: Launch) -> Result<()>;
-    /// What `then` is given from now on waits for what `first` was given until now.
-    fn order(&self, first: Queue, then: Queue) -> Result<()>;
+    /// What `queue` was given until now.
+    fn mark(&self, queue: Queue) -> Result<Box<dyn BackendEvent>>;
+    /// What `queue` is given from now on waits for that.
+    fn wait(&self, queue: Queue, mark: &dyn BackendEvent) -> Result<()>;
     fn begin_capture(&self) -> Result<()>;
     fn end_capture(&self) -> Result<Box<dyn BackendGraph>>;
     fn synchronize(&self) -> Result<()>;
+    /// The same of the compute queue, with the time at which it is done.
     fn record(&self) -> Result<Box<dyn BackendEvent>>;
     /// See `gemm.rs`: `shape` is m, n, k and the stride of c.
     fn gemm(&self, shape: [usize; 4], a: u64, b: u64, b_is_transposed: bool, c: u64, add: bool) -> Result<()>;

@@ -177,7 +177,23 @@ impl Device {
     /// # Errors
     /// If the driver fails.
     pub fn order(&self, first: Queue, then: Queue) -> Result<()> {
-        self.backend.order(first, then)
+        self.wait(then, &self.mark(first)?)
+    }
+
+    /// What `queue` was given until now, for [`Device::wait`]; within a capture of the same one.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn mark(&self, queue: Queue) -> Result<Mark> {
+        Ok(Mark(self.backend.mark(queue)?))
+    }
+
+    /// What `queue` is given from now on waits for what `mark` has marked, and for nothing that came behind it.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn wait(&self, queue: Queue, mark: &Mark) -> Result<()> {
+        self.backend.wait(queue, &*mark.0)
     }
 
     /// Waits for all work.
@@ -255,6 +271,10 @@ impl Graph {
 /// A point in the compute queue's work, for timing.
 #[derive(Debug)]
 pub struct Event(Box<dyn BackendEvent>);
+
+/// What a queue was given until some moment.
+#[derive(Debug)]
+pub struct Mark(Box<dyn BackendEvent>);
 
 impl Event {
     /// Milliseconds of device time since `earlier`; waits for both.

@@ -172,6 +172,16 @@ impl Driver {
         }
     }
 
+    /// Recorded in `queue`.
+    fn event(&self, queue: Queue, flags: sys::CUevent_flags) -> Result<Box<dyn BackendEvent>> {
+        self.enter()?;
+        let event = result::event::create(flags).map_err(driver("cuEventCreate"))?;
+        let recorded = DriverEvent { event, context: self.context };
+        // SAFETY: event and stream are alive.
+        unsafe { result::event::record(event, self.stream(queue)) }.map_err(driver("cuEventRecord"))?;
+        Ok(Box::new(recorded))
+    }
+
     fn function(&self, name: &str, shared_bytes: u32) -> Result<Function> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         let mut function = match functions.get(name) {
@@ -361,17 +371,18 @@ impl Backend for Driver {
             })
     }
 
-    fn order(&self, first: Queue, then: Queue) -> Result<()> {
+    fn mark(&self, queue: Queue) -> Result<Box<dyn BackendEvent>> {
+        self.event(queue, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    fn wait(&self, queue: Queue, mark: &dyn BackendEvent) -> Result<()> {
         self.enter()?;
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-        let event = result::event::create(flags).map_err(driver("cuEventCreate"))?;
-        // SAFETY: event and streams are alive; the driver frees a destroyed event once nothing waits for it.
-        unsafe {
-            result::event::record(event, self.stream(first)).map_err(driver("cuEventRecord"))?;
-            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-            result::stream::wait_event(self.stream(then), event, flags).map_err(driver("cuStreamWaitEvent"))?;
-            result::event::destroy(event).map_err(driver("cuEventDestroy"))
-        }
+        let other = || CudaError::Driver { call: "cuStreamWaitEvent", reason: "a mark of another device".to_owned() };
+        let mark: &DriverEvent = mark.as_any().downcast_ref().ok_or_else(other)?;
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: event and stream are alive; the driver frees a destroyed event once nothing waits for it.
+        unsafe { result::stream::wait_event(self.stream(queue), mark.event, flags) }
+            .map_err(driver("cuStreamWaitEvent"))
     }
 
     fn begin_capture(&self) -> Result<()> {
@@ -413,11 +424,7 @@ impl Backend for Driver {
     }
 
     fn record(&self) -> Result<Box<dyn BackendEvent>> {
-        self.enter()?;
-        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(driver("cuEventCreate"))?;
-        // SAFETY: both are alive.
-        unsafe { result::event::record(event, self.compute) }.map_err(driver("cuEventRecord"))?;
-        Ok(Box::new(DriverEvent { event, context: self.context }))
+        self.event(Queue::Compute, sys::CUevent_flags::CU_EVENT_DEFAULT)
     }
 
     fn gemm(&self, shape: [usize; 4], a: u64, b: u64, b_is_transposed: bool, c: u64, add: bool) -> Result<()> {

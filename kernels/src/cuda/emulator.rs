@@ -237,7 +237,11 @@ impl Backend for Emulator {
         self.give("cuLaunchKernelEx", Task::Launch(launch))
     }
 
-    fn order(&self, _: Queue, _: Queue) -> Result<()> {
+    fn mark(&self, _: Queue) -> Result<Box<dyn BackendEvent>> {
+        self.record()
+    }
+
+    fn wait(&self, _: Queue, _: &dyn BackendEvent) -> Result<()> {
         self.check("cuStreamWaitEvent")
     }
 

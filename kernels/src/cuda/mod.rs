@@ -21,7 +21,7 @@ pub mod launch;
 mod memory;
 
 pub use backend::Queue;
-pub use device::{Device, Event, Graph};
+pub use device::{Device, Event, Graph, Mark};
 pub use emulator::build_emulator;
 pub use error::{CudaError, Result};
 pub use fault::EmulatedFault;

@@ -4,11 +4,11 @@ use crate::{
 };
 use proptest::prelude::*;
 use std::time::Duration;
-use thermocline_kernels::cuda::launch::{
-    Bundles, HostResult, HostWork, INPUT_FLAG, Nonlinearity, RESULT_FLAG, SketchedRows, WorkList, ask_host, ffn, finish,
-    flag_value,
-};
 use thermocline_kernels::cuda::Memory;
+use thermocline_kernels::cuda::launch::{
+    Bundles, HostResult, HostWork, INPUT_FLAG, Nonlinearity, RESULT_FLAG, SketchedRows, WorkList, ask_host, ffn,
+    finish, flag_value,
+};
 use thermocline_kernels::{BundleLayout, Encoding, SKETCH_UNIT, ScaleFit, pack, unpack};
 
 const NONE: u32 = u32::MAX;

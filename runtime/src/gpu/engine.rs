@@ -177,13 +177,12 @@ impl GpuEngine {
         // A slow machine tries fewer.
         const LONG_ENOUGH: Duration = Duration::from_secs(3);
         let n_tokens = match self.plan.request.base.mode {
-            // Every token needs the same.
+            // Every token needs the same, or nearly, where most of it are sketches.
             Mode::Exact => 2,
-            // Most of what it needs are sketches.
-            Mode::Sparse { .. } if self.plan.streamed_sketches > 0 => 3,
+            Mode::Sparse { .. } if self.plan.streamed_sketches > 0 => 2,
             Mode::Sparse { .. } => 6,
         };
-        if self.context() < n_tokens {
+        if self.context() <= n_tokens {
             return Ok(candidates[0]);
         }
         let mut seconds = vec![f64::INFINITY; candidates.len()];
@@ -196,6 +195,8 @@ impl GpuEngine {
                 set(self, candidate)?;
                 self.clear();
                 let mut token = 1 % self.split.manifest().config.vocab_size as u32;
+                // The first one pays for what changed: a graph that the device has not seen, memory that the threads have not.
+                token = greedy(&self.forward(token)?);
                 // Tokens differ in how much they need; the same ones are compared.
                 let begin = Instant::now();
                 for _ in 0..n_tokens {
@@ -536,7 +537,8 @@ impl Decoder for GpuEngine {
     fn speeds(&mut self) -> Result<Speeds> {
         let finite = |speed: f64| (speed.is_finite() && speed > 0.0).then_some(speed);
         let s = self.speeds;
-        Ok(Speeds { device: finite(s.device), link: finite(s.link), ram: finite(s.host), disk: None })
+        let link = finite(s.link.max(s.copies));
+        Ok(Speeds { device: finite(s.device), link, ram: finite(s.host), disk: None })
     }
 
     fn flaws(&self) -> &[Flaw] {

@@ -136,14 +136,7 @@ impl HostLayer {
     }
 
     /// Adds `chosen` neurons; counts their rows and returns the bytes of those that were read.
-    fn add_chosen(
-        &self,
-        part: &Part<'_>,
-        judging: &Judging,
-        chosen: &[u32],
-        rows: &mut u64,
-        sums: &mut [f32],
-    ) -> u64 {
+    fn add_chosen(&self, part: &Part<'_>, judging: &Judging, chosen: &[u32], rows: &mut u64, sums: &mut [f32]) -> u64 {
         let to_read = |i: usize| match self.rows {
             Some(_) => value(&judging.scores[i]) as u32,
             None => u32::from(ALL_ROWS),
@@ -157,7 +150,8 @@ impl HostLayer {
         let list = HostList { entries: &entries, known: known.as_deref() };
         *rows += list.n_rows();
         // Of rows that are not read, and under residuals, there is the sketch.
-        let bundles = ColdBundles { sketch: Some((self.sketch.matrix(2), self.sketch.numbers.first())), ..part.bundles };
+        let bundles =
+            ColdBundles { sketch: Some((self.sketch.matrix(2), self.sketch.numbers.first())), ..part.bundles };
         add_bundles(part.kernels, bundles, part.activation, part.input, sums, list)
     }
 

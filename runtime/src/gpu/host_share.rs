@@ -12,8 +12,8 @@ use crate::ffn::{ColdBundles, add_bundles, input_encoding};
 use crate::row_choice::HostList;
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thermocline_datasets::Activation;
@@ -286,10 +286,8 @@ fn work(shared: &Shared, t: usize, mut seen: u32, mut prepared: u32) {
         seen = flag;
         if let Some(whole) = layer.whole.as_ref().filter(|_| layer.is_hosts.load(Ordering::SeqCst)) {
             let (activation, bundles) = (shared.activation, layer.bundles());
-            let part =
-                Part { kernels: &kernels, nth: t, n_threads, activation, bundles, x: &x, input: &input };
-            let is_over =
-                || shared.panicked.load(Ordering::Relaxed) || shared.stop.load(Ordering::Relaxed);
+            let part = Part { kernels: &kernels, nth: t, n_threads, activation, bundles, x: &x, input: &input };
+            let is_over = || shared.panicked.load(Ordering::Relaxed) || shared.stop.load(Ordering::Relaxed);
             let Some(Done { bytes, rows, chosen }) = whole.add(&part, &shared.judging, flag, is_over, &mut sums) else {
                 continue;
             };

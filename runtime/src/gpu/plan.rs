@@ -235,7 +235,8 @@ impl GpuPlan {
         }
         check_always(split, request.base.mode, request.base.always)?;
         if request.host_layers.is_some_and(|n| n > 0) && !is_sketched(split, request.base.mode) {
-            let reason = "is for layers that are chosen by sketches; make the split with --sketch, and use --mode sparse";
+            let reason =
+                "is for layers that are chosen by sketches; make the split with --sketch, and use --mode sparse";
             return Err(Error::Setting { flag: "--cpu-layers", reason: reason.to_owned() });
         }
         if request.cache_share.is_some_and(|share| share > 0.0) && is_sketched(split, request.base.mode) {

@@ -9,9 +9,10 @@ use serde::Serialize;
 pub struct GpuSpeeds {
     /// Device memory, read by the product kernel.
     pub device: f64,
-    /// Pinned host memory, read in place by the fused kernel; where sketches are copied from there, by the faster of kernel and copy
-    /// engine.
+    /// Pinned host memory, read in place by the fused kernel.
     pub link: f64,
+    /// The same, copied by the copy engine; 0 where no sketch is.
+    pub copies: f64,
     /// The same memory, read and computed with by the host's threads; 0 without them.
     pub host: f64,
     /// The same of sketches; 0 without threads, or where no sketch lies there.
@@ -68,6 +69,8 @@ impl GpuPlan {
 
     /// Where `host_layers` are left to the host.
     fn predict_with(&self, speeds: &GpuSpeeds, host_layers: usize) -> GpuPrediction {
+        // Where sketches are copied, they are most of what crosses.
+        let link = if self.streamed_sketches > 0 { speeds.link.max(speeds.copies) } else { speeds.link };
         let device = (self.device_bytes_per_token + self.cache_bytes_per_token) as f64;
         let host = self.host_bytes_per_token as f64;
         let n_layers = self.hot_neurons.len() as f64;
@@ -79,9 +82,7 @@ impl GpuPlan {
         let early = if speeds.host > 0.0 {
             0.0
         } else {
-            (self.lookahead_bytes_per_token as f64)
-                .min((device_seconds + between) * speeds.link * LOOKAHEAD_WINS)
-                .min(host)
+            (self.lookahead_bytes_per_token as f64).min((device_seconds + between) * link * LOOKAHEAD_WINS).min(host)
         };
         // Rows of the host's layers are its own; their sketches are not copied.
         let pinned_sketches = self.streamed_bytes_per_token as f64;
@@ -93,9 +94,9 @@ impl GpuPlan {
         let hosts_seconds =
             if host_layers > 0 { hosts_sketches / speeds.sketches + hosts_rows / speeds.host } else { 0.0 };
         // Sketches cross the link while everything else goes on, too; the threads take part in the rest.
-        let late = (sketches - (device_seconds + between + hosts_seconds) * speeds.link).max(0.0);
-        let both = (late + rows) / (speeds.link + speeds.host);
-        let host_seconds = both.max(late / speeds.link);
+        let late = (sketches - (device_seconds + between + hosts_seconds) * link).max(0.0);
+        let both = (late + rows) / (link + speeds.host);
+        let host_seconds = both.max(late / link);
         let bottleneck = match (device_seconds > host_seconds + hosts_seconds, speeds.host > 0.0) {
             (true, _) => "device",
             (false, true) => "link + host",
@@ -103,7 +104,7 @@ impl GpuPlan {
         };
         let gb = 1e9;
         let pinned = if host > 0.0 {
-            let [rows, link, threads] = [rows + early, speeds.link, speeds.host].map(|v| v / gb);
+            let [rows, link, threads] = [rows + early, link, speeds.host].map(|v| v / gb);
             let streamed = match late / gb {
                 late if sketches > 0.0 => format!(" + {late:.3} of {:.3} GB of sketches", sketches / gb),
                 _ => String::new(),

@@ -3,7 +3,7 @@
 //! computed.
 //!
 //! A token reads all of a sketch, whatever it chooses: nothing has to be predicted, and whole layers cross the link in order. Two places
-//! on the device take turns, so that one is filled while the other is read. Layers whose sketches stay on the device lie between those
+//! on the device take turns, and each is filled again as soon as it was read. Layers whose sketches stay on the device lie between those
 //! whose sketches do not, evenly, and so do the host's between those that are copied: the link is never without work, and the next copy
 //! is on its way while the threads compute.
 
@@ -13,7 +13,7 @@ use crate::Result;
 use crate::chooser::{SketchedLayer, sketch_behind};
 use std::sync::Arc;
 use thermocline_kernels::cuda::launch::DeviceSketch;
-use thermocline_kernels::cuda::{CudaError, Device, Memory, Queue, View};
+use thermocline_kernels::cuda::{CudaError, Device, Mark, Memory, Queue, View};
 use thermocline_kernels::{AlignedBuf, SketchMatrix, sketch_planes};
 use thermocline_split::{SKETCH_BITS, Split};
 
@@ -162,14 +162,15 @@ impl Layer {
 }
 
 impl Model {
-    /// Leaves so many layers to the host, if there are as many that it could compute, evenly among these.
+    /// Leaves so many layers to the host, if there are as many that it could compute, evenly among these, the first one as early as can be:
+    /// meanwhile the first sketches are copied.
     pub(super) fn leave_to_host(&mut self, n: usize) {
         let n_possible = self.n_for_host();
-        let mut nth = 0;
+        let mut behind = n_possible;
         for layer in &mut self.layers {
             let is_possible = layer.for_host().is_some();
-            layer.is_hosts = is_possible && nth_of(nth, n_possible, n.min(n_possible)).is_some();
-            nth += usize::from(is_possible);
+            behind -= usize::from(is_possible);
+            layer.is_hosts = is_possible && nth_of(behind, n_possible, n.min(n_possible)).is_some();
         }
     }
 
@@ -184,16 +185,16 @@ impl Model {
         layers.filter_map(|(l, layer)| Some((l, layer.pinned_sketch()?)))
     }
 
-    /// The place that the sketch of layer `l` is copied to, if it is.
-    fn place(&self, l: usize) -> Option<usize> {
-        self.copied().position(|(copied, _)| copied == l).map(|nth| nth % N_PLACES)
+    /// Which of these layer `l` is.
+    fn nth_copied(&self, l: usize) -> Option<usize> {
+        self.copied().position(|(copied, _)| copied == l)
     }
 
     /// Where the device finds the sketch of layer `l`, if that is what it chooses by.
     pub(super) fn device_sketch(&self, l: usize) -> Option<&DeviceSketch> {
         match &self.layers[l].chooser {
             Some(DeviceChooser::Sketch(sketch)) => Some(sketch),
-            Some(DeviceChooser::Pinned(places, _)) => places.get(self.place(l)?),
+            Some(DeviceChooser::Pinned(places, _)) => places.get(self.nth_copied(l)? % N_PLACES),
             _ => None,
         }
     }
@@ -210,21 +211,38 @@ impl Model {
     }
 }
 
-/// Begins to copy the first sketch that layers from `first` on need, when all before is done: then, both places are free but for that
-/// of the layer before.
-pub(super) fn copy_next(device: &Device, model: &Model, first: usize) -> Result<(), CudaError> {
-    let Some((nth, (_, next))) = model.copied().enumerate().find(|(_, (l, _))| *l >= first) else { return Ok(()) };
-    device.order(Queue::Compute, Queue::Copy)?;
-    next.copy(device, Queue::Copy, nth % N_PLACES)
+/// The copies of one token, in order.
+pub(super) struct Copies {
+    /// The ones that are under way or done.
+    begun: Vec<Mark>,
 }
 
-/// Before layer `l` reads its sketch: that is there, and the next one is on its way.
-pub(super) fn wait_for_sketch(device: &Device, model: &Model, l: usize) -> Result<(), CudaError> {
-    if model.place(l).is_none() {
-        return Ok(());
+impl Copies {
+    /// Begins as many as there are places, when all before is done.
+    pub(super) fn begin(device: &Device, model: &Model) -> Result<Self, CudaError> {
+        let mut copies = Self { begun: Vec::new() };
+        (0..N_PLACES).try_for_each(|_| copies.next(device, model))?;
+        Ok(copies)
     }
-    device.order(Queue::Copy, Queue::Compute)?;
-    copy_next(device, model, l + 1)
+
+    /// Begins the next one, if there is one, when all before is done.
+    fn next(&mut self, device: &Device, model: &Model) -> Result<(), CudaError> {
+        let Some((_, sketch)) = model.copied().nth(self.begun.len()) else { return Ok(()) };
+        device.order(Queue::Compute, Queue::Copy)?;
+        sketch.copy(device, Queue::Copy, self.begun.len() % N_PLACES)?;
+        self.begun.push(device.mark(Queue::Copy)?);
+        Ok(())
+    }
+
+    /// Before layer `l` reads its sketch: that is there.
+    pub(super) fn wait(&self, device: &Device, model: &Model, l: usize) -> Result<(), CudaError> {
+        model.nth_copied(l).map_or(Ok(()), |nth| device.wait(Queue::Compute, &self.begun[nth]))
+    }
+
+    /// When layer `l` has read its sketch: its place is free.
+    pub(super) fn go_on(&mut self, device: &Device, model: &Model, l: usize) -> Result<(), CudaError> {
+        model.nth_copied(l).map_or(Ok(()), |_| self.next(device, model))
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::hardware::{kernel_speed, sketch_speed};
 use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, SketchedRows, WorkList, ffn, ffn_blocks, host_item};
 use thermocline_kernels::cuda::{Device, Queue, View};
-use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Pool, SKETCH_UNIT};
+use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Pool};
 
 /// Cold neurons on which link and threads are measured.
 pub(super) const PROBE_NEURONS: usize = 4096;
@@ -20,13 +20,13 @@ const EMULATED_NEURONS: usize = 4;
 /// Bytes of device memory that are copied within it.
 const COPIED_BYTES: usize = 256 << 20;
 
-/// The speeds of a machine before a model is loaded, for rows of this layout: of the link by the fused kernel, of
-/// `n_threads` threads by theirs.
+/// The speeds of a machine before a model is loaded, for rows of this layout: of the link by the fused kernel, of `n_threads` threads
+/// by their kernels; if the model is `sketched`, also of copies over the link, and of the threads on sketches.
 ///
 /// # Errors
 /// If device or host have not the memory (0.4 GB), or the device fails.
-pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize) -> Result<GpuSpeeds> {
-    let (n, copied) = if device.is_emulated() {
+pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize, sketched: bool) -> Result<GpuSpeeds> {
+    let (n, bytes) = if device.is_emulated() {
         (EMULATED_NEURONS, EMULATED_NEURONS * layout.bundle_bytes())
     } else {
         (PROBE_NEURONS, COPIED_BYTES)
@@ -40,11 +40,18 @@ pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize) ->
     let (none, x, partial) = (allocate(16)?, allocate(4 * hidden)?, allocate(4 * n_blocks * hidden)?);
     let probe =
         Probe { device, layout, activation: Nonlinearity::Silu, work: &work, x: &x, n_blocks, partial: &partial };
-    let link =
-        probe.link(Bundles { hot: &none, cold: &cold.view(), cache: &none, fetched: None, ahead: None }, n, n, None)?;
-    let memory = copy_speed(device, &allocate(copied / 2)?, &allocate(copied / 2)?)?;
-    let sketches = if hidden.is_multiple_of(SKETCH_UNIT) { sketches(device, n_threads, hidden)? } else { 0.0 };
-    Ok(GpuSpeeds { device: memory, link, host, sketches })
+    let bundles = Bundles { hot: &none, cold: &cold.view(), cache: &none, fetched: None, ahead: None };
+    let link = probe.link(bundles, n, n, None)?;
+    let (to, from) = (allocate(bytes / 2)?, allocate(bytes / 2)?);
+    let memory = copy_speed(device, &to, &from)?;
+    let (mut copies, mut sketch) = (0.0, 0.0);
+    if sketched {
+        let len = cold.len().min(to.len());
+        let copy = || Ok(device.copy(Queue::Compute, &to.slice(0, len), &cold.slice(0, len))?);
+        copies = best_of(device, len as f64, copy)?;
+        sketch = sketches(device, n_threads, hidden)?;
+    }
+    Ok(GpuSpeeds { device: memory, link, copies, host, sketches: sketch })
 }
 
 /// Bytes a second at which `n_threads` threads judge neurons by sketches of rows of so many columns, and add down rows of them.
@@ -54,7 +61,7 @@ pub(super) fn sketches(device: &Device, n_threads: usize, hidden: usize) -> Resu
 }
 
 /// The speeds of device memory and link where a model is loaded, in buffers that are free then; infinite over the link if
-/// no neuron is cold. Where sketches are copied over it, it is as fast as the copy engine, if that is faster than the fused kernel.
+/// no neuron is cold.
 /// The host's are left at 0.
 pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     // Pieces of prompt batches.
@@ -63,7 +70,7 @@ pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     let sections = model.layers.iter().flat_map(|l| l.sections.iter().map(move |section| (l, section)));
     let largest = sections.max_by_key(|(_, section)| section.cold.len());
     let Some((layer, section)) = largest.filter(|(_, section)| !section.cold.is_empty()) else {
-        return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, host: 0.0, sketches: 0.0 });
+        return Ok(GpuSpeeds { device: memory, link: f64::INFINITY, copies: 0.0, host: 0.0, sketches: 0.0 });
     };
     let (s, layout) = (&model.scratch, section.layout);
     let n_cold = section.cold.len() / layout.bundle_bytes();
@@ -72,11 +79,12 @@ pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     let bundles = Bundles { hot: &section.hot, cold: &section.cold, cache: &layer.slots, fetched: None, ahead: None };
     // Residuals are read with what a sketch has of the neurons.
     let rows = (layout.encoding() == Encoding::R4).then(|| layer.sketched_rows(section, s));
-    let mut link = probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold), rows)?;
+    let link = probe.link(bundles, n_cold, PROBE_NEURONS.min(n_cold), rows)?;
+    let mut copies = 0.0;
     if let Some(sketch) = model.layers.iter().find_map(Layer::pinned_sketch) {
-        link = link.max(best_of(device, sketch.bytes() as f64, || Ok(sketch.copy(device, Queue::Compute, 0)?))?);
+        copies = best_of(device, sketch.bytes() as f64, || Ok(sketch.copy(device, Queue::Compute, 0)?))?;
     }
-    Ok(GpuSpeeds { device: memory, link, host: 0.0, sketches: 0.0 })
+    Ok(GpuSpeeds { device: memory, link, copies, host: 0.0, sketches: 0.0 })
 }
 
 /// What the fused kernel needs besides bundles.

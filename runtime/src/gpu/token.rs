@@ -6,13 +6,13 @@ use super::buffers::Scratch;
 use super::load::{DeviceChooser, Layer, Model, RowRule};
 use super::plan::{GpuPlan, heads};
 use super::sections::Section;
-use super::sketches::{copy_next, wait_for_sketch};
+use super::sketches::Copies;
 use crate::Result;
 use thermocline_datasets::ModelConfig;
 use thermocline_kernels::cuda::launch::{
     Added, Ahead, Bundles, Choose, Foreseen, LayerInput, LowRankPredictor, Norm, RopeTables, RowChoice, Sketched,
-    SketchedRows, add_sketched, ask_host, attend, choose, divide_work, embed, fetch_bundles, ffn, finish, gemv, predict_inner,
-    predict_scores, sketch_scores,
+    SketchedRows, add_sketched, ask_host, attend, choose, divide_work, embed, fetch_bundles, ffn, finish, gemv,
+    predict_inner, predict_scores, sketch_scores,
 };
 use thermocline_kernels::cuda::{CudaError, Device, Graph, Queue, View};
 
@@ -47,11 +47,13 @@ pub(super) fn launch(
 ) -> Result<(), CudaError> {
     let (s, mapped) = (&model.scratch, &model.mapped);
     embed(device, &model.embedding, &mapped.step.view(), &s.step, &s.x)?;
-    copy_next(device, model, 0)?;
+    let mut copies = Copies::begin(device, model)?;
     for (l, layer) in model.layers.iter().enumerate() {
         attention(device, config, plan, model, layer)?;
         kept.map_or(Ok(()), |kept| kept.before(device, model, l))?;
+        copies.wait(device, model, l)?;
         feed_forward(device, config, model, (l, layer), parts)?;
+        copies.go_on(device, model, l)?;
         kept.map_or(Ok(()), |kept| kept.after(device, model, l))?;
     }
     let norm = Norm { weight: &model.final_norm, eps: config.rms_norm_eps, out: None };
@@ -110,7 +112,6 @@ fn feed_forward(
             predict_scores(device, &predictors, input, model.activation)?;
         }
         Some(DeviceChooser::Sketch(_) | DeviceChooser::Pinned(..)) => {
-            wait_for_sketch(device, model, l)?;
             let sketch = model.device_sketch(l).expect("a sketch on the device");
             let of_row = |rule: RowRule| RowChoice { least: rule.least, whole: rule.whole, products: &s.products };
             let out = Sketched { scores: &s.scores, activations: &s.sketched, rows: layer.rows.map(of_row) };
