@@ -13,8 +13,8 @@ use thermocline_datasets::write::TinyModel;
 use thermocline_kernels::cuda::launch::ffn_blocks;
 use thermocline_kernels::cuda::{Device, build_emulator};
 use thermocline_runtime::{
-    Decoder, Engine, Error, GpuEngine, GpuPlan, GpuRequest, LayerAudit, Logits, Mode, Plan, PlanRequest, layer_active,
-    n_active,
+    Decoder, Engine, Error, GpuEngine, GpuPlan, GpuRequest, GpuSpeeds, LayerAudit, Logits, Mode, Plan, PlanRequest,
+    layer_active, n_active,
 };
 use thermocline_split::{
     Curve, GradedCurve, GradedCurves, GradedThresholds, LayerCost, LayerFile, Planes, Precision, Shares, Split,
@@ -449,6 +449,14 @@ fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
         if !is_plain {
             continue;
         }
+        // As many as is fastest: all where copies are slow, none where the threads are, or are not there.
+        let plan = |host_layers| GpuPlan::new(&open(), GpuRequest { host_layers, ..request(0) }).unwrap();
+        let speeds = |host: f64, sketches: f64| GpuSpeeds { device: 4e12, link: 1e6, copies: 1.1e6, host, sketches };
+        let predicted = |n, host, sketches| plan(n).predict(&speeds(host, sketches)).host_layers;
+        assert_eq!([1e9, 1e3].map(|sketches| predicted(None, 1e9, sketches)), [4, 0]);
+        assert_eq!([predicted(None, 0.0, 1e9), predicted(Some(3), 1e9, 1e3)], [0, 3]);
+        let tok_s = |n| plan(Some(n)).predict(&speeds(1e9, 1e9)).tok_s;
+        assert!((0..4).all(|n| tok_s(n + 1) > tok_s(n)));
         // Half of the rows of the other layers over the link.
         agree(&open, request(2), 0.5, encoding);
         let refused = |request: GpuRequest, share: f32| {

@@ -189,10 +189,10 @@ fn sketch(c: &mut Criterion) {
                 sketch_row(bits, &codes, &vec![0.01; COLUMNS / SKETCH_UNIT], &mut row);
                 let data = row.repeat(total_bytes / row.len());
                 let matrix = SketchMatrix::new(bits, COLUMNS, &data);
-                let mut out = vec![0.0; matrix.n_rows()];
+                let (input, mut out) = (kernels.sketch_input(&x), vec![0.0; matrix.n_rows()]);
                 group.throughput(Throughput::Elements((matrix.n_rows() * COLUMNS) as u64));
                 group.bench_function(format!("dots/{} bits/{isa}/{place}", bits.bits()), |b| {
-                    b.iter(|| kernels.sketch_dots(matrix, 0, black_box(&x), &mut out))
+                    b.iter(|| kernels.sketch_dots(matrix, 0, black_box(&input), &mut out))
                 });
                 let picked: Vec<u32> = (0..matrix.n_rows() as u32).filter(|r| r % 3 != 1).collect();
                 let (a, mut y) = (vec![1e-3; picked.len()], vec![0.0; COLUMNS]);

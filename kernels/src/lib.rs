@@ -60,6 +60,6 @@ pub use pool::{Pool, PoolError};
 #[cfg(feature = "cuda")]
 pub use sketch::sketch_planes;
 pub use sketch::{
-    SKETCH_UNIT, SketchBits, SketchMatrix, TRELLIS_STATES, sketch_row, sketch_scales, trellis_next, trellis_subset,
-    unsketch,
+    SKETCH_UNIT, SketchBits, SketchInput, SketchMatrix, TRELLIS_STATES, sketch_row, sketch_scales, trellis_next,
+    trellis_subset, unsketch,
 };

@@ -288,7 +288,7 @@ fn sketches() {
                 let matrix = arranged(bits, columns, bytes.bytes());
                 let mut out = guard(&vec![0; 4 * n_rows]);
                 for first in [0, n_rows - 1] {
-                    kernels.sketch_dots(matrix, first, x.numbers(), &mut out.of()[first..]);
+                    kernels.sketch_dots(matrix, first, &kernels.sketch_input(x.numbers()), &mut out.of()[first..]);
                 }
                 let rows: Vec<u32> = (0..2 * n_rows as u32).map(|r| r * 7 % n_rows as u32).collect();
                 let (rows, a) =

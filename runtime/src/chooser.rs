@@ -8,7 +8,7 @@ use crate::row_choice::{LeftToSketch, RowChoice};
 use crate::{Error, Result};
 use std::sync::PoisonError;
 use thermocline_datasets::Activation;
-use thermocline_kernels::{Kernels, Pool, SketchMatrix, ops};
+use thermocline_kernels::{Kernels, Pool, SketchInput, SketchMatrix, ops};
 use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
@@ -356,7 +356,7 @@ impl SketchedLayer {
     /// Costs of neurons, or if there is a least cost of a row, which rows reach it.
     fn judge(&self, kernels: &Kernels, pool: &mut Pool, x: &[f32], least: Option<f32>, out: &mut Judgement) {
         let rows = [self.matrix(0), self.matrix(1)];
-        let columns = self.columns_of(x);
+        let columns = self.columns_of(kernels, x);
         // Three results for each neuron: groups of slices, shared out by tasks.
         let scores = out.scores.chunks_mut(TASK_NEURONS);
         let others = out.sketched.chunks_mut(TASK_NEURONS).zip(out.products.chunks_mut(TASK_NEURONS));
@@ -370,10 +370,10 @@ impl SketchedLayer {
     }
 
     /// The layer's input in the order of a sketch's columns.
-    pub(crate) fn columns_of(&self, x: &[f32]) -> Vec<f32> {
+    pub(crate) fn columns_of(&self, kernels: &Kernels, x: &[f32]) -> SketchInput {
         let mut columns = vec![0.0; x.len()];
         self.sketch.in_columns(x, &mut columns);
-        columns
+        kernels.sketch_input(&columns)
     }
 
     /// The same as [`Chooser::judge`], of some neurons, by gate and up `rows` of all of them.
@@ -381,7 +381,7 @@ impl SketchedLayer {
         &self,
         kernels: &Kernels,
         rows: [SketchMatrix<'_>; 2],
-        columns: &[f32],
+        columns: &SketchInput,
         least: Option<f32>,
         out: JudgedNeurons<'_>,
     ) {

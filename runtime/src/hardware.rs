@@ -158,7 +158,7 @@ pub fn sketch_speed(pool: &mut Pool, n: usize, columns: usize) -> Result<f64> {
     let (up, down) = rest.split_at(n * row_bytes[1]);
     let parts = [gate, up, &down[..n * row_bytes[2]]];
     let [gate, up, down] = std::array::from_fn(|i| SketchMatrix::new(SKETCH_BITS[i], columns, parts[i]));
-    let x = vec![0.5f32; columns];
+    let x = kernels.sketch_input(&vec![0.5f32; columns]);
     let mut sums = vec![0.0f32; n.div_ceil(TASK) * columns];
     Ok(best_pass(&bytes[..n * row_bytes.iter().sum::<usize>()], || {
         pool.for_each_chunk(&mut sums, columns, |task, sums| {

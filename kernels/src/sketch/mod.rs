@@ -14,12 +14,16 @@
 //! chooses. All of these are exact in f32: r has 8 significant bits, s 8, the level 8. With `n` columns a weight takes
 //! `bits + 1/8 + 16/n` bits.
 
+mod input;
 mod kernels;
 #[cfg(feature = "cuda")]
 mod planes;
 mod row;
 pub mod trellis;
 
+pub use input::SketchInput;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use input::{DIGIT_VECTORS, FixedUnits, INPUT_UNITS};
 #[cfg(feature = "cuda")]
 pub use planes::sketch_planes;
 pub(crate) use row::Parts;

@@ -98,7 +98,8 @@ impl HostLayer {
     /// Judges neurons as long as there are any that no thread has taken; returns the bytes that were read.
     fn judge(&self, part: &Part<'_>, judging: &Judging, n: usize) -> u64 {
         let numbers = &self.sketch.numbers;
-        let (rows, columns) = ([self.sketch.matrix(0), self.sketch.matrix(1)], numbers.columns_of(part.x));
+        let (rows, columns) =
+            ([self.sketch.matrix(0), self.sketch.matrix(1)], numbers.columns_of(part.kernels, part.x));
         let (mut scores, mut sketched) = ([0.0; TASK_NEURONS], [0.0; TASK_NEURONS]);
         let mut products = [[0.0; 2]; TASK_NEURONS];
         let mut bytes = 0;

@@ -9,9 +9,9 @@
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use super::{Ahead, Layout, Rows};
+use super::{Ahead, Layout, Rows, avx2_vnni};
 use crate::SKETCH_UNIT;
-use crate::sketch::{CODE_BYTES, PLANE_BYTES, Parts};
+use crate::sketch::{CODE_BYTES, FixedUnits, INPUT_UNITS, PLANE_BYTES, Parts};
 use crate::x86::avx2::sum;
 use std::arch::x86_64::*;
 
@@ -90,11 +90,43 @@ unsafe fn words(from: *const u8, n: usize) -> __m256i {
     unsafe { _mm256_maskload_epi64(from.cast(), mask) }
 }
 
-/// Units `first` to `first + n` of a row, n at most [`UNITS`], and `a` times their scales. `before` has the branch bits
-/// of the last unit in front, or zero, in its first lane, and gets those of the last of these.
+/// The columns of units `first` to `first + n` of a row, n at most [`UNITS`]: nibble m of word r has the index of the level of column
+/// 16 r + m, units in order 0 2 1 3. `before` has the branch bits of the last unit in front, or zero, in its first lane, and gets
+/// those of the last of these.
 ///
 /// # Safety
 /// `row` has these units.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn stripes_of<const HIGH: bool>(
+    row: &Parts<'_>,
+    first: usize,
+    n: usize,
+    before: &mut __m256i,
+) -> [__m256i; 4] {
+    // SAFETY: bytes of `n` units are readable by contract.
+    let (front, back, high) = unsafe {
+        let codes = row.codes.as_ptr().add(first * CODE_BYTES);
+        let high = row.high.as_ptr().wrapping_add(first * PLANE_BYTES);
+        (
+            words(codes, 2 * n),
+            words(codes.wrapping_add(32), (2 * n).saturating_sub(4)),
+            if HIGH { words(high, n) } else { _mm256_setzero_si256() },
+        )
+    };
+    let branches = _mm256_unpacklo_epi64(front, back);
+    let low = _mm256_unpackhi_epi64(front, back);
+    let high = _mm256_permute4x64_epi64::<0b11_01_10_00>(high);
+    let rotated = _mm256_permute4x64_epi64::<0b01_00_10_11>(branches);
+    let [y0, y1] = subsets(branches, _mm256_blend_epi32::<3>(rotated, *before));
+    *before = rotated;
+    stripes::<HIGH>([y0, y1, low, high])
+}
+
+/// Units `first` to `first + n` of a row, and `a` times their scales, from [`stripes_of`] these.
+///
+/// # Safety
+/// As there.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn decode<const HIGH: bool>(
@@ -106,25 +138,9 @@ unsafe fn decode<const HIGH: bool>(
     before: &mut __m256i,
     out: &mut Decoded,
 ) {
-    // SAFETY: bytes of `n` units are readable by contract.
-    let (front, back, high, codes) = unsafe {
-        let codes = row.codes.as_ptr().add(first * CODE_BYTES);
-        let high = row.high.as_ptr().wrapping_add(first * PLANE_BYTES);
-        (
-            words(codes, 2 * n),
-            words(codes.wrapping_add(32), (2 * n).saturating_sub(4)),
-            if HIGH { words(high, n) } else { _mm256_setzero_si256() },
-            row.scales.get_unchecked(first..first + n),
-        )
-    };
-    // In this order of units, 0 2 1 3, bytes that are unpacked below are in order.
-    let branches = _mm256_unpacklo_epi64(front, back);
-    let low = _mm256_unpackhi_epi64(front, back);
-    let high = _mm256_permute4x64_epi64::<0b11_01_10_00>(high);
-    let rotated = _mm256_permute4x64_epi64::<0b01_00_10_11>(branches);
-    let [y0, y1] = subsets(branches, _mm256_blend_epi32::<3>(rotated, *before));
-    *before = rotated;
-    let stripes = stripes::<HIGH>([y0, y1, low, high]);
+    // SAFETY: by this function's contract.
+    let (stripes, codes) =
+        unsafe { (stripes_of::<HIGH>(row, first, n, before), row.scales.get_unchecked(first..first + n)) };
     let row_scale = row.scale;
     for (factor, code) in out.factors.iter_mut().zip(codes) {
         *factor = a * (row_scale * f32::from(*code));
@@ -139,6 +155,7 @@ unsafe fn decode<const HIGH: bool>(
                 let odd = _mm256_and_si256(_mm256_srli_epi64::<4>(stripes[r]), nibbles);
                 let odd = _mm256_shuffle_epi8(table, odd);
                 let out = out.bytes[r].as_mut_ptr();
+                // In order, because units were not.
                 _mm256_storeu_si256(out.cast(), _mm256_unpacklo_epi8(even, odd));
                 _mm256_storeu_si256(out.add(UNITS / 2).cast(), _mm256_unpackhi_epi8(even, odd));
             }
@@ -178,6 +195,11 @@ fn levels<const HIGH: bool>(decoded: &Decoded, i: usize, v: usize, table: __m256
 
 impl Rows for Avx2 {
     const UNITS: usize = UNITS;
+    const ORDER: [usize; INPUT_UNITS] = [0, 2, 1, 3, 4, 6, 5, 7];
+
+    fn has_fixed() -> bool {
+        is_x86_feature_detected!("avxvnni")
+    }
 
     /// # Safety
     /// As [`Rows::dots`].
@@ -217,6 +239,20 @@ impl Rows for Avx2 {
             }
         }
         std::array::from_fn(|r| sum(sums[r]))
+    }
+
+    /// # Safety
+    /// As [`Rows::fixed_dots`].
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn fixed_dots<const N: usize, const HIGH: bool>(
+        layout: &Layout,
+        rows: [Parts<'_>; N],
+        x: &[FixedUnits],
+        ahead: Ahead<'_>,
+    ) -> [f32; N] {
+        // SAFETY: by this function's contract.
+        unsafe { avx2_vnni::dots::<N, HIGH>(layout, rows, x, ahead) }
     }
 
     /// # Safety

@@ -4,14 +4,14 @@
 //! levels by `vpermps`, which looks at the low four bits of an index only, so that one shift tells the upper column's.
 //!
 //! Thirteen vector instructions for 64 columns, and six more as their part of what eight units share, bound it: two
-//! begin in a cycle on an Intel core.
+//! begin in a cycle on an Intel core. CPUs that have VNNI and VBMI multiply in fixed point instead (`avx512_vnni.rs`).
 
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use super::{Ahead, DOTS, Layout, Rows};
+use super::{Ahead, DOTS, Layout, Rows, avx512_vnni};
 use crate::SKETCH_UNIT;
-use crate::sketch::{CODE_BYTES, PLANE_BYTES, Parts};
+use crate::sketch::{CODE_BYTES, FixedUnits, INPUT_UNITS, PLANE_BYTES, Parts};
 use std::arch::x86_64::*;
 
 /// AVX-512 F, BW and VL.
@@ -79,11 +79,44 @@ fn stripes<const HIGH: bool>([y0, y1, low, high]: [__m512i; 4]) -> [__m512i; 4] 
     ]
 }
 
-/// Units `first` to `first + n` of a row, n at most [`UNITS`], and `a` times their scales. `before` are the branch bits
-/// of the units in front, or zeros, and becomes those of these.
+/// The columns of units `first` to `first + n` of a row, n at most [`UNITS`]: nibble m of word r has the index of the level of column
+/// 16 r + m, units in order 0 4 1 5 2 6 3 7. `before` are the branch bits of the units in front, or zeros, and becomes those of
+/// these.
 ///
 /// # Safety
 /// `row` has these units.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn stripes_of<const HIGH: bool>(
+    row: &Parts<'_>,
+    first: usize,
+    n: usize,
+    before: &mut __m512i,
+) -> [__m512i; 4] {
+    let (mask, codes_mask) = ((1u32 << n) - 1, (1u32 << (2 * n)) - 1);
+    // SAFETY: bytes of `n` units are readable by contract, the masked rest is not touched.
+    let (front, back, high) = unsafe {
+        let codes = row.codes.as_ptr().add(first * CODE_BYTES).cast::<i64>();
+        let high = row.high.as_ptr().wrapping_add(first * PLANE_BYTES);
+        (
+            _mm512_maskz_loadu_epi64(codes_mask as u8, codes),
+            _mm512_maskz_loadu_epi64((codes_mask >> 8) as u8, codes.wrapping_add(8)),
+            if HIGH { _mm512_maskz_loadu_epi64(mask as u8, high.cast()) } else { _mm512_setzero_si512() },
+        )
+    };
+    let branches = _mm512_unpacklo_epi64(front, back);
+    let low = _mm512_unpackhi_epi64(front, back);
+    let high = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), high);
+    let before_each = _mm512_permutex2var_epi64(branches, _mm512_setr_epi64(15, 6, 0, 1, 2, 3, 4, 5), *before);
+    *before = branches;
+    let [y0, y1] = subsets(branches, before_each);
+    stripes::<HIGH>([y0, y1, low, high])
+}
+
+/// Units `first` to `first + n` of a row, and `a` times their scales, from [`stripes_of`] these.
+///
+/// # Safety
+/// As there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn decode<const HIGH: bool>(
@@ -95,26 +128,11 @@ unsafe fn decode<const HIGH: bool>(
     out: &mut Decoded,
 ) {
     const NIBBLES: u64 = 0x0f0f_0f0f_0f0f_0f0f;
-    let (mask, codes_mask) = ((1u32 << n) - 1, (1u32 << (2 * n)) - 1);
-    // SAFETY: bytes of `n` units are readable by contract, the masked rest is not touched.
-    let (front, back, high, scales) = unsafe {
-        let codes = row.codes.as_ptr().add(first * CODE_BYTES).cast::<i64>();
-        let high = row.high.as_ptr().wrapping_add(first * PLANE_BYTES);
-        (
-            _mm512_maskz_loadu_epi64(codes_mask as u8, codes),
-            _mm512_maskz_loadu_epi64((codes_mask >> 8) as u8, codes.wrapping_add(8)),
-            if HIGH { _mm512_maskz_loadu_epi64(mask as u8, high.cast()) } else { _mm512_setzero_si512() },
-            _mm_maskz_loadu_epi8(mask as u16, row.scales.as_ptr().add(first).cast()),
-        )
+    // SAFETY: by this function's contract; the masked rest is not touched.
+    let (stripes, scales) = unsafe {
+        let scales = row.scales.as_ptr().add(first).cast();
+        (stripes_of::<HIGH>(row, first, n, before), _mm_maskz_loadu_epi8(((1u32 << n) - 1) as u16, scales))
     };
-    // In this order of units, 0 4 1 5 2 6 3 7, bytes that are unpacked below are in order.
-    let branches = _mm512_unpacklo_epi64(front, back);
-    let low = _mm512_unpackhi_epi64(front, back);
-    let high = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), high);
-    let before_each = _mm512_permutex2var_epi64(branches, _mm512_setr_epi64(15, 6, 0, 1, 2, 3, 4, 5), *before);
-    *before = branches;
-    let [y0, y1] = subsets(branches, before_each);
-    let stripes = stripes::<HIGH>([y0, y1, low, high]);
     let scales = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(scales));
     let factors = _mm256_mul_ps(scales, _mm256_set1_ps(row.scale));
     let factors = _mm256_mul_ps(factors, _mm256_set1_ps(a));
@@ -125,6 +143,7 @@ unsafe fn decode<const HIGH: bool>(
             let even = select(NIBBLES, low, _mm512_slli_epi64::<4>(high));
             let odd = select(NIBBLES, _mm512_srli_epi64::<4>(low), high);
             let out = &mut out.indices[half];
+            // In order, because units were not.
             _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_unpacklo_epi8(even, odd));
             _mm512_storeu_si512(out[UNITS / 2..].as_mut_ptr().cast(), _mm512_unpackhi_epi8(even, odd));
         }
@@ -175,6 +194,11 @@ fn reduced([a, b, c, d]: [__m512; DOTS]) -> [f32; DOTS] {
 
 impl Rows for Avx512 {
     const UNITS: usize = UNITS;
+    const ORDER: [usize; INPUT_UNITS] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+    fn has_fixed() -> bool {
+        is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi")
+    }
 
     /// # Safety
     /// As [`Rows::dots`].
@@ -215,6 +239,20 @@ impl Rows for Avx512 {
         four[..N].copy_from_slice(&sums);
         let four = reduced(four);
         std::array::from_fn(|r| four[r])
+    }
+
+    /// # Safety
+    /// As [`Rows::fixed_dots`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn fixed_dots<const N: usize, const HIGH: bool>(
+        layout: &Layout,
+        rows: [Parts<'_>; N],
+        x: &[FixedUnits],
+        ahead: Ahead<'_>,
+    ) -> [f32; N] {
+        // SAFETY: by this function's contract.
+        unsafe { avx512_vnni::dots::<N, HIGH>(layout, rows, x, ahead) }
     }
 
     /// # Safety

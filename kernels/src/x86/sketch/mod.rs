@@ -2,13 +2,15 @@
 //! instructions; `avx512.rs` and `avx2.rs` have the rows themselves.
 
 mod avx2;
+mod avx2_vnni;
 mod avx512;
+mod avx512_vnni;
 
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
 use super::Ahead;
-use crate::sketch::Parts;
+use crate::sketch::{FixedUnits, INPUT_UNITS, Parts, SketchInput};
 use crate::{PREFETCH_BYTES, SKETCH_UNIT, SketchBits, SketchMatrix};
 
 /// Rows that are multiplied together: each has one sum, which would wait for its own last addition.
@@ -20,6 +22,11 @@ const AXPYS: usize = 8;
 pub(crate) trait Rows {
     /// Units that are decoded at once.
     const UNITS: usize;
+    /// How the units of [`FixedUnits`] lie for [`Rows::fixed_dots`].
+    const ORDER: [usize; INPUT_UNITS];
+
+    /// Whether the CPU has what [`Rows::fixed_dots`] takes besides the set.
+    fn has_fixed() -> bool;
 
     /// Asks for what is `ahead` once for each [`Rows::UNITS`] units.
     ///
@@ -29,6 +36,17 @@ pub(crate) trait Rows {
         layout: &Layout,
         rows: [Parts<'_>; N],
         x: &[f32],
+        ahead: Ahead<'_>,
+    ) -> [f32; N];
+
+    /// The same with an input in fixed point.
+    ///
+    /// # Safety
+    /// As [`Rows::dots`], and the CPU has what [`Rows::has_fixed`] asks for.
+    unsafe fn fixed_dots<const N: usize, const HIGH: bool>(
+        layout: &Layout,
+        rows: [Parts<'_>; N],
+        x: &[FixedUnits],
         ahead: Ahead<'_>,
     ) -> [f32; N];
 
@@ -67,8 +85,8 @@ impl Layout {
 /// As [`Kernels::sketch_dots`](crate::Kernels::sketch_dots).
 ///
 /// # Safety
-/// The CPU has the set; `x` is as long as a row.
-pub(crate) unsafe fn dots<R: Rows>(matrix: SketchMatrix<'_>, first: usize, x: &[f32], out: &mut [f32]) {
+/// The CPU has the set; `x` is as long as a row, and in fixed point only where [`Rows::has_fixed`].
+pub(crate) unsafe fn dots<R: Rows>(matrix: SketchMatrix<'_>, first: usize, x: &SketchInput, out: &mut [f32]) {
     match matrix.bits() {
         // SAFETY: by this function's contract.
         SketchBits::Two => unsafe { dots_of::<R, false>(matrix, first, x, out) },
@@ -79,8 +97,9 @@ pub(crate) unsafe fn dots<R: Rows>(matrix: SketchMatrix<'_>, first: usize, x: &[
 
 /// # Safety
 /// As [`dots`]; `HIGH` is whether there are second point bits.
-unsafe fn dots_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, first: usize, x: &[f32], out: &mut [f32]) {
+unsafe fn dots_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, first: usize, x: &SketchInput, out: &mut [f32]) {
     let layout = Layout::of(&matrix);
+    let is_fixed = !x.blocks.is_empty();
     let steps = layout.units.div_ceil(R::UNITS);
     let end = first + out.len();
     // Whole rows, as far ahead as other matrices' rows.
@@ -91,12 +110,24 @@ unsafe fn dots_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, first: us
         let ahead = matrix.ahead((r + lead).min(end)..(r + lead + DOTS).min(end));
         let rows = std::array::from_fn(|i| matrix.parts(r + i));
         // SAFETY: by this function's contract.
-        *group = unsafe { R::dots::<DOTS, HIGH>(&layout, rows, x, Ahead::new(&ahead, steps)) };
+        *group = unsafe {
+            if is_fixed {
+                R::fixed_dots::<DOTS, HIGH>(&layout, rows, &x.blocks, Ahead::new(&ahead, steps))
+            } else {
+                R::dots::<DOTS, HIGH>(&layout, rows, &x.values, Ahead::new(&ahead, steps))
+            }
+        };
         r += DOTS;
     }
     for (out, r) in rest.iter_mut().zip(r..) {
         // SAFETY: as above.
-        [*out] = unsafe { R::dots::<1, HIGH>(&layout, [matrix.parts(r)], x, Ahead::new(&[], 1)) };
+        [*out] = unsafe {
+            if is_fixed {
+                R::fixed_dots::<1, HIGH>(&layout, [matrix.parts(r)], &x.blocks, Ahead::new(&[], 1))
+            } else {
+                R::dots::<1, HIGH>(&layout, [matrix.parts(r)], &x.values, Ahead::new(&[], 1))
+            }
+        };
     }
 }
 
