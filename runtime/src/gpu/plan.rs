@@ -121,7 +121,8 @@ pub struct GpuPlan {
     pub always_neurons: usize,
     /// Sparse mode: the others are there, and in pinned memory, as what their sketches leave of them.
     pub residuals: bool,
-    /// Layers whose sketches lie in pinned memory, because VRAM has no room for all, and cross the link for every token.
+    /// Layers whose sketches lie in pinned memory, because VRAM has no room for all: of some of these the host's threads may compute all
+    /// neurons, the others' cross the link for every token.
     pub streamed_sketches: usize,
     /// Bytes of these sketches.
     pub streamed_bytes_per_token: u64,
