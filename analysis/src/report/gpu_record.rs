@@ -109,6 +109,9 @@ pub struct GpuAsked {
     /// Neurons that were fetched before it was known whether they are needed, if that was given.
     #[serde(default)]
     pub lookahead: Option<u64>,
+    /// Layers that were left to the host's threads, if that was given.
+    #[serde(default)]
+    pub host_layers: Option<u64>,
 }
 
 /// What any plan is asked for.

@@ -78,6 +78,7 @@ fn settings(bench: &GpuBenchFile) -> Vec<(&'static str, String)> {
         ("CPU share", format!("{:?}", bench.cpu_share())),
         ("cache share", format!("{:?}", asked.cache_share)),
         ("lookahead", format!("{:?}", asked.lookahead)),
+        ("CPU layers", format!("{:?}", asked.host_layers)),
         ("RAM", format!("{:?}", asked.base.ram_budget_bytes)),
         ("greedy", measured.greedy.to_string()),
     ]
