@@ -204,7 +204,7 @@ pub(crate) struct ColdBundles<'a> {
     pub layout: &'a LayerLayout,
     pub first: usize,
     pub bytes: &'a [u8],
-    /// If they are residuals: down rows of the sketch, and the neuron that its first is of.
+    /// Where rows are residuals, or down rows may not be read: those of the sketch, and the neuron that its first is of.
     pub sketch: Option<(SketchMatrix<'a>, usize)>,
 }
 

@@ -153,14 +153,15 @@ pub fn sketch_speed(pool: &mut Pool, n: usize, columns: usize) -> Result<f64> {
     const TASK: usize = crate::chooser::TASK_NEURONS;
     let kernels = Kernels::detect();
     let row_bytes = SKETCH_BITS.map(|bits| bits.row_bytes(columns));
-    let bytes = AlignedBuf::zeroed(n * row_bytes.iter().sum::<usize>())?;
-    let (gate, rest) = bytes.split_at(n * row_bytes[0]);
+    let n_bytes = n * row_bytes.iter().sum::<usize>();
+    let memory = AlignedBuf::zeroed(n_bytes)?;
+    let (gate, rest) = memory[..n_bytes].split_at(n * row_bytes[0]);
     let (up, down) = rest.split_at(n * row_bytes[1]);
-    let parts = [gate, up, &down[..n * row_bytes[2]]];
+    let parts = [gate, up, down];
     let [gate, up, down] = std::array::from_fn(|i| SketchMatrix::new(SKETCH_BITS[i], columns, parts[i]));
     let x = kernels.sketch_input(&vec![0.5f32; columns]);
     let mut sums = vec![0.0f32; n.div_ceil(TASK) * columns];
-    Ok(best_pass(&bytes[..n * row_bytes.iter().sum::<usize>()], || {
+    Ok(best_pass(&memory[..n_bytes], || {
         pool.for_each_chunk(&mut sums, columns, |task, sums| {
             let neurons = task * TASK..n.min((task + 1) * TASK);
             let mut products = vec![0.0; neurons.len()];

@@ -1,6 +1,6 @@
 use super::SKETCH_UNIT;
 #[cfg(target_arch = "x86_64")]
-use crate::x86::sketch::{Avx2, Avx512, Rows};
+use crate::x86::sketch::{Avx2, Avx512, FixedRows};
 use crate::{Isa, Kernels};
 
 /// Units whose digits lie together: a u64 of each in a vector.
@@ -37,13 +37,13 @@ const ROUNDS: f64 = 6_755_399_441_055_744.0;
 ///
 /// The loop over f32 products has about half a rounding for each column instead. An input with an infinity or a NaN is multiplied by
 /// that loop.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct SketchInput {
     pub(crate) values: Vec<f32>,
     /// Empty if products are those of `values`.
     pub(crate) blocks: Vec<FixedUnits>,
     /// Whose kernels it is for.
-    pub(crate) isa: Option<Isa>,
+    pub(crate) isa: Isa,
 }
 
 /// Eight units. Those that the last ones lack are zeros.
@@ -105,11 +105,6 @@ impl FixedUnits {
 }
 
 impl SketchInput {
-    /// The input itself.
-    pub fn values(&self) -> &[f32] {
-        &self.values
-    }
-
     /// Takes it apart; leaves nothing if it cannot.
     #[cfg(target_arch = "x86_64")]
     fn fix(&mut self, order: [usize; INPUT_UNITS]) {
@@ -132,7 +127,7 @@ impl SketchInput {
 impl Kernels {
     /// Takes `x` for [`Kernels::sketch_dots`]: work for one layer, not for one row.
     pub fn sketch_input(&self, x: &[f32]) -> SketchInput {
-        let mut input = SketchInput { values: x.to_vec(), blocks: Vec::new(), isa: Some(self.isa()) };
+        let mut input = SketchInput { values: x.to_vec(), blocks: Vec::new(), isa: self.isa() };
         #[cfg(target_arch = "x86_64")]
         match self.isa() {
             Isa::Avx512 if Avx512::has_fixed() => input.fix(Avx512::ORDER),

@@ -15,7 +15,7 @@ impl Kernels {
     /// If `x` is not as long as a row, or there are not so many rows.
     pub fn sketch_dots(&self, matrix: SketchMatrix<'_>, first: usize, x: &SketchInput, out: &mut [f32]) {
         assert_eq!(x.values.len(), matrix.columns(), "a sketch's input");
-        assert_eq!(x.isa, Some(self.isa()), "an input that other kernels have taken");
+        assert_eq!(x.isa, self.isa(), "an input that other kernels have taken");
         assert!(
             first <= matrix.n_rows() && out.len() <= matrix.n_rows() - first,
             "rows {first} to {first} + {} of a sketch's {}",

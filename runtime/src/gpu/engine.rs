@@ -1,7 +1,7 @@
 //! Tokens in, logits out, on a GPU.
 
 use super::audit::GpuAudit;
-use super::host_share::HostShare;
+use super::host_share::{HostCounts, HostShare};
 use super::load::{Layer, Model};
 use super::plan::GpuPlan;
 use super::predict::{GpuPrediction, GpuSpeeds};
@@ -152,10 +152,11 @@ impl GpuEngine {
         }
         let possible = if self.host.is_some() { self.model.n_for_host() } else { 0 };
         if possible > 0 {
-            let near = |step: f32| (expected_layers as f32 + step * possible as f32).round().max(0.0) as usize;
+            let possible = possible as f32;
+            let near = |step: f32| (expected_layers as f32 + step * possible).round().clamp(0.0, possible) as usize;
             let n_layers = match self.plan.request.host_layers {
-                Some(n) => n.min(possible),
-                None => self.fastest(&LAYER_STEPS.map(|step| near(step).min(possible)), Self::leave_to_host)?,
+                Some(n) => n,
+                None => self.fastest(&LAYER_STEPS.map(near), Self::leave_to_host)?,
             };
             self.leave_to_host(n_layers)?;
         }
@@ -176,12 +177,9 @@ impl GpuEngine {
         const ROUNDS: usize = 3;
         // A slow machine tries fewer.
         const LONG_ENOUGH: Duration = Duration::from_secs(3);
-        let n_tokens = match self.plan.request.base.mode {
-            // Every token needs the same, or nearly, where most of it are sketches.
-            Mode::Exact => 2,
-            Mode::Sparse { .. } if self.plan.streamed_sketches > 0 => 2,
-            Mode::Sparse { .. } => 6,
-        };
+        // Every token of exact mode needs the same, and nearly so, where most of what it needs are sketches.
+        let are_alike = self.plan.request.base.mode == Mode::Exact || self.plan.streamed_sketches > 0;
+        let n_tokens = if are_alike { 2 } else { 6 };
         if self.context() <= n_tokens {
             return Ok(candidates[0]);
         }
@@ -345,7 +343,7 @@ impl GpuEngine {
         for (word, value) in self.model.mapped.step.words().iter().zip(step) {
             word.store(value, Ordering::Release);
         }
-        let before = self.host.as_ref().map(HostCounts::of).unwrap_or_default();
+        let before = self.host.as_ref().map(HostShare::counts).unwrap_or_default();
         let audit = self.audit.as_ref().filter(|audit| audit.audit.is_due());
         let is_audited = audit.is_some();
         let started = match audit {
@@ -372,7 +370,7 @@ impl GpuEngine {
             audit.audit.count();
         }
         self.len += 1;
-        let now = self.host.as_ref().map(HostCounts::of).unwrap_or_default();
+        let now = self.host.as_ref().map(HostShare::counts).unwrap_or_default();
         self.count(now.since(before));
         let mut logits = vec![0.0; vocab_size];
         self.model.mapped.logits.copy_to(&mut logits);
@@ -443,28 +441,6 @@ impl GpuEngine {
         a.bytes.device += bytes.device;
         a.bytes.cache += bytes.cache;
         a.bytes.host += bytes.host;
-    }
-}
-
-/// What the host's threads have counted.
-#[derive(Debug, Clone, Copy, Default)]
-struct HostCounts {
-    /// Bytes that they have read.
-    bytes: u64,
-    /// Rows that they were asked for.
-    rows: u64,
-    /// Neurons that they chose.
-    chosen: u64,
-}
-
-impl HostCounts {
-    fn of(host: &HostShare) -> Self {
-        Self { bytes: host.bytes(), rows: host.rows(), chosen: host.chosen() }
-    }
-
-    fn since(self, before: Self) -> Self {
-        let (bytes, rows) = (self.bytes - before.bytes, self.rows - before.rows);
-        Self { bytes, rows, chosen: self.chosen - before.chosen }
     }
 }
 

@@ -5,7 +5,7 @@
 //! Threads take neurons to judge as they come and meet once, when all are judged; then each finds the same list, and computes its
 //! part of it.
 
-use super::host_share::{SPINS_TO_CHECK, SPINS_TO_YIELD};
+use super::host_share::Watch;
 use super::load::{Layer, RowRule};
 use super::sketches::PinnedSketch;
 use crate::chooser::{JudgedNeurons, TASK_NEURONS};
@@ -48,7 +48,7 @@ pub(super) struct Part<'a> {
     pub nth: usize,
     pub n_threads: usize,
     pub activation: Activation,
-    /// All neurons of the layer.
+    /// All neurons of the layer, and the sketch of their down rows: of those that are not read, and under residuals.
     pub bundles: ColdBundles<'a>,
     /// The layer's input, and the same as rows of bundles want it.
     pub x: &'a [f32],
@@ -150,10 +150,7 @@ impl HostLayer {
         });
         let list = HostList { entries: &entries, known: known.as_deref() };
         *rows += list.n_rows();
-        // Of rows that are not read, and under residuals, there is the sketch.
-        let bundles =
-            ColdBundles { sketch: Some((self.sketch.matrix(2), self.sketch.numbers.first())), ..part.bundles };
-        add_bundles(part.kernels, bundles, part.activation, part.input, sums, list)
+        add_bundles(part.kernels, part.bundles, part.activation, part.input, sums, list)
     }
 
     /// Adds the sketch of those of `neurons` that are not `chosen`; returns the bytes that were read.
@@ -228,15 +225,9 @@ impl Judging {
             self.met.store(flag, Ordering::Release);
             return true;
         }
-        let mut spins = 0u32;
+        let mut watch = Watch::default();
         while self.met.load(Ordering::Acquire) != flag {
-            spins = spins.wrapping_add(1);
-            if spins.is_multiple_of(SPINS_TO_YIELD) {
-                std::thread::yield_now();
-            } else {
-                std::hint::spin_loop();
-            }
-            if spins.is_multiple_of(SPINS_TO_CHECK) && is_over() {
+            if watch.rest() && is_over() {
                 return false;
             }
         }

@@ -30,10 +30,48 @@ const GIVEN_UP: u32 = u32::MAX;
 const LINGER: Duration = Duration::from_millis(3);
 
 /// Looks at the flags before a waiting thread lets others run.
-pub(super) const SPINS_TO_YIELD: u32 = 20_000;
+const SPINS_TO_YIELD: u32 = 20_000;
 
 /// Looks at the flag between two looks at everything else.
-pub(super) const SPINS_TO_CHECK: u32 = 256;
+const SPINS_TO_CHECK: u32 = 256;
+
+/// A thread that watches a flag.
+#[derive(Default)]
+pub(super) struct Watch {
+    looks: u32,
+}
+
+impl Watch {
+    /// Rests after a look at the flag; whether it is time to look at everything else.
+    pub(super) fn rest(&mut self) -> bool {
+        self.looks = self.looks.wrapping_add(1);
+        if self.looks.is_multiple_of(SPINS_TO_YIELD) {
+            // On a busy machine another thread may be what is waited for.
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+        self.looks.is_multiple_of(SPINS_TO_CHECK)
+    }
+}
+
+/// What the threads have counted so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct HostCounts {
+    /// Bytes of rows that they have read.
+    pub bytes: u64,
+    /// Rows that they were asked for, three of a whole neuron.
+    pub rows: u64,
+    /// Neurons that they chose in layers that are theirs.
+    pub chosen: u64,
+}
+
+impl HostCounts {
+    pub(super) fn since(self, before: Self) -> Self {
+        let (bytes, rows) = (self.bytes - before.bytes, self.rows - before.rows);
+        Self { bytes, rows, chosen: self.chosen - before.chosen }
+    }
+}
 
 /// The threads. They sleep until [`HostShare::wake`].
 #[derive(Debug)]
@@ -174,19 +212,11 @@ impl HostShare {
         if self.shared.panicked.load(Ordering::SeqCst) { Err(Error::HostThreadFailed) } else { Ok(()) }
     }
 
-    /// Bytes of rows read so far.
-    pub(super) fn bytes(&self) -> u64 {
-        self.shared.bytes.load(Ordering::Relaxed)
-    }
-
-    /// Rows asked for so far, three of a whole neuron.
-    pub(super) fn rows(&self) -> u64 {
-        self.shared.rows.load(Ordering::Relaxed)
-    }
-
-    /// Neurons chosen so far in layers that are the host's.
-    pub(super) fn chosen(&self) -> u64 {
-        self.shared.chosen.load(Ordering::Relaxed)
+    /// What was counted so far.
+    pub(super) fn counts(&self) -> HostCounts {
+        let [bytes, rows, chosen] =
+            [&self.shared.bytes, &self.shared.rows, &self.shared.chosen].map(|n| n.load(Ordering::Relaxed));
+        HostCounts { bytes, rows, chosen }
     }
 
     /// The neurons of layer `l`, which is the host's, that the last token computed, ascending.
@@ -230,7 +260,7 @@ impl HostShare {
             shared.count.words()[0].store(n as u32, Ordering::Relaxed);
             *serial += 1;
             let flag = flag_value(*serial, layer, shared.layers.len());
-            let (before, begin) = (self.bytes(), Instant::now());
+            let (before, begin) = (self.counts().bytes, Instant::now());
             shared.request_flag.words()[0].store(flag, Ordering::Release);
             while (0..shared.n_threads).any(|t| shared.result_flag(t).load(Ordering::Acquire) != flag) {
                 if shared.panicked.load(Ordering::SeqCst) {
@@ -238,7 +268,7 @@ impl HostShare {
                 }
                 std::hint::spin_loop();
             }
-            best = best.max((self.bytes() - before) as f64 / begin.elapsed().as_secs_f64());
+            best = best.max((self.counts().bytes - before) as f64 / begin.elapsed().as_secs_f64());
         }
         self.shared.awake.store(false, Ordering::SeqCst);
         best
@@ -324,7 +354,7 @@ fn give(shared: &Shared, t: usize, flag: u32, sums: &mut [f32]) {
 /// The next request; `None` when the threads are to end.
 fn next_request(shared: &Shared, seen: u32, prepared: u32) -> Option<Request> {
     let flags = shared.request_flag.words();
-    let mut spins = 0u32;
+    let mut watch = Watch::default();
     let mut idle_since = None;
     loop {
         let now = flags[0].load(Ordering::Acquire);
@@ -335,14 +365,7 @@ fn next_request(shared: &Shared, seen: u32, prepared: u32) -> Option<Request> {
         if now != prepared {
             return Some(Request::Input(now));
         }
-        spins = spins.wrapping_add(1);
-        if spins.is_multiple_of(SPINS_TO_YIELD) {
-            // On a busy machine another thread may be what the device waits for.
-            std::thread::yield_now();
-        } else {
-            std::hint::spin_loop();
-        }
-        if !spins.is_multiple_of(SPINS_TO_CHECK) {
+        if !watch.rest() {
             continue;
         }
         if shared.stop.load(Ordering::Relaxed) {

@@ -3,7 +3,7 @@
 use super::buffers::{Arena, Lookahead, Mapped, PrefillBuffers, Scratch, n_sketch_rows};
 use super::plan::{GpuPlan, heads, pinned_embedding};
 use super::sections::Section;
-use super::sketches::PinnedSketch;
+use super::sketches::{PinnedSketch, take_places};
 use crate::chooser::chosen_active;
 use crate::layer_active::{LayerActive, LeastCost};
 use crate::plan::Mode;
@@ -180,9 +180,8 @@ impl Model {
             Mode::Exact => Vec::new(),
             Mode::Sparse { active } => chosen_active(split, active, plan.always_neurons)?,
         };
-        let mut loader =
-            Loader { split, plan, device, arena: &arena, active: &active, with_host, sketch_places: Vec::new() };
-        loader.sketch_places = loader.sketch_places();
+        let sketch_places = take_places(split, plan, &arena);
+        let loader = Loader { split, plan, device, arena: &arena, active: &active, with_host, sketch_places };
         let scratch = loader.scratch()?;
         let n_threads = plan.request.base.n_threads.min(n_layers);
         let next = AtomicUsize::new(0);

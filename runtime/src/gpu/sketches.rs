@@ -7,8 +7,9 @@
 //! whose sketches do not, evenly, and so do the host's between those that are copied: the link is never without work, and the next copy
 //! is on its way while the threads compute.
 
+use super::buffers::Arena;
 use super::load::{DeviceChooser, Layer, Loader, Model};
-use super::plan::{ALIGN, aligned};
+use super::plan::{ALIGN, GpuPlan, aligned};
 use crate::Result;
 use crate::chooser::{SketchedLayer, sketch_behind};
 use std::sync::Arc;
@@ -34,13 +35,13 @@ pub(super) fn numbers_bytes(n: usize, hidden: usize) -> u64 {
     (16 * n + 4 * hidden) as u64
 }
 
-/// Device bytes of `n_layers` such sketches of which `n_streamed` are copied for each token.
+/// Device bytes of `n_layers` such sketches of which `n_streamed` lie in pinned memory.
 pub(super) fn sketches_bytes(of_layer: u64, n_layers: usize, n_streamed: usize) -> u64 {
     (n_layers - n_streamed + n_streamed.min(N_PLACES)) as u64 * of_layer
 }
 
-/// How many of `n_layers` sketches are to be copied so that the others and the places fit into `room`, as few as can be; `None` if it is
-/// too small for the places.
+/// How many of `n_layers` sketches are to be in pinned memory so that the others and the places fit into `room`, as few as can be; `None`
+/// if it is too small for the places.
 pub(super) fn least_streamed(of_layer: u64, n_layers: usize, room: u64) -> Option<usize> {
     (0..=n_layers).find(|&n_streamed| sketches_bytes(of_layer, n_layers, n_streamed) <= room)
 }
@@ -94,15 +95,13 @@ fn offsets<const N: usize>(bytes: [usize; N]) -> [usize; N] {
     })
 }
 
-impl Loader<'_> {
-    /// Places for the sketches that are copied.
-    pub(super) fn sketch_places(&self) -> Vec<View> {
-        let plan = self.plan;
-        let n = self.split.manifest().config.intermediate_size - plan.always_neurons;
-        let of_layer = layer_sketch_bytes(self.split, n);
-        (0..plan.streamed_sketches.min(N_PLACES)).map(|_| self.arena.take(of_layer as usize)).collect()
-    }
+/// Places for the sketches that are copied.
+pub(super) fn take_places(split: &Split, plan: &GpuPlan, arena: &Arena) -> Vec<View> {
+    let of_layer = layer_sketch_bytes(split, split.manifest().config.intermediate_size - plan.always_neurons);
+    (0..plan.streamed_sketches.min(N_PLACES)).map(|_| arena.take(of_layer as usize)).collect()
+}
 
+impl Loader<'_> {
     /// The sketch of layer `l`, if the split has any, where the plan says.
     pub(super) fn sketch(&self, l: usize) -> Result<Option<DeviceChooser>> {
         let (first, hidden) = (self.plan.always_neurons, self.plan.hidden_size);

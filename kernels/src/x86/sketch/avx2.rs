@@ -9,9 +9,9 @@
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use super::{Ahead, Layout, Rows, avx2_vnni};
+use super::{Ahead, Layout, Rows};
 use crate::SKETCH_UNIT;
-use crate::sketch::{CODE_BYTES, FixedUnits, INPUT_UNITS, PLANE_BYTES, Parts};
+use crate::sketch::{CODE_BYTES, PLANE_BYTES, Parts};
 use crate::x86::avx2::sum;
 use std::arch::x86_64::*;
 
@@ -195,11 +195,6 @@ fn levels<const HIGH: bool>(decoded: &Decoded, i: usize, v: usize, table: __m256
 
 impl Rows for Avx2 {
     const UNITS: usize = UNITS;
-    const ORDER: [usize; INPUT_UNITS] = [0, 2, 1, 3, 4, 6, 5, 7];
-
-    fn has_fixed() -> bool {
-        is_x86_feature_detected!("avxvnni")
-    }
 
     /// # Safety
     /// As [`Rows::dots`].
@@ -239,20 +234,6 @@ impl Rows for Avx2 {
             }
         }
         std::array::from_fn(|r| sum(sums[r]))
-    }
-
-    /// # Safety
-    /// As [`Rows::fixed_dots`].
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn fixed_dots<const N: usize, const HIGH: bool>(
-        layout: &Layout,
-        rows: [Parts<'_>; N],
-        x: &[FixedUnits],
-        ahead: Ahead<'_>,
-    ) -> [f32; N] {
-        // SAFETY: by this function's contract.
-        unsafe { avx2_vnni::dots::<N, HIGH>(layout, rows, x, ahead) }
     }
 
     /// # Safety

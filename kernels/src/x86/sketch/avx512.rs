@@ -9,9 +9,9 @@
 // Several arrays advance together; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use super::{Ahead, DOTS, Layout, Rows, avx512_vnni};
+use super::{Ahead, DOTS, Layout, Rows};
 use crate::SKETCH_UNIT;
-use crate::sketch::{CODE_BYTES, FixedUnits, INPUT_UNITS, PLANE_BYTES, Parts};
+use crate::sketch::{CODE_BYTES, PLANE_BYTES, Parts};
 use std::arch::x86_64::*;
 
 /// AVX-512 F, BW and VL.
@@ -194,11 +194,6 @@ fn reduced([a, b, c, d]: [__m512; DOTS]) -> [f32; DOTS] {
 
 impl Rows for Avx512 {
     const UNITS: usize = UNITS;
-    const ORDER: [usize; INPUT_UNITS] = [0, 4, 1, 5, 2, 6, 3, 7];
-
-    fn has_fixed() -> bool {
-        is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi")
-    }
 
     /// # Safety
     /// As [`Rows::dots`].
@@ -239,20 +234,6 @@ impl Rows for Avx512 {
         four[..N].copy_from_slice(&sums);
         let four = reduced(four);
         std::array::from_fn(|r| four[r])
-    }
-
-    /// # Safety
-    /// As [`Rows::fixed_dots`].
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn fixed_dots<const N: usize, const HIGH: bool>(
-        layout: &Layout,
-        rows: [Parts<'_>; N],
-        x: &[FixedUnits],
-        ahead: Ahead<'_>,
-    ) -> [f32; N] {
-        // SAFETY: by this function's contract.
-        unsafe { avx512_vnni::dots::<N, HIGH>(layout, rows, x, ahead) }
     }
 
     /// # Safety

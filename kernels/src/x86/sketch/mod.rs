@@ -22,11 +22,6 @@ const AXPYS: usize = 8;
 pub(crate) trait Rows {
     /// Units that are decoded at once.
     const UNITS: usize;
-    /// How the units of [`FixedUnits`] lie for [`Rows::fixed_dots`].
-    const ORDER: [usize; INPUT_UNITS];
-
-    /// Whether the CPU has what [`Rows::fixed_dots`] takes besides the set.
-    fn has_fixed() -> bool;
 
     /// Asks for what is `ahead` once for each [`Rows::UNITS`] units.
     ///
@@ -36,17 +31,6 @@ pub(crate) trait Rows {
         layout: &Layout,
         rows: [Parts<'_>; N],
         x: &[f32],
-        ahead: Ahead<'_>,
-    ) -> [f32; N];
-
-    /// The same with an input in fixed point.
-    ///
-    /// # Safety
-    /// As [`Rows::dots`], and the CPU has what [`Rows::has_fixed`] asks for.
-    unsafe fn fixed_dots<const N: usize, const HIGH: bool>(
-        layout: &Layout,
-        rows: [Parts<'_>; N],
-        x: &[FixedUnits],
         ahead: Ahead<'_>,
     ) -> [f32; N];
 
@@ -61,6 +45,26 @@ pub(crate) trait Rows {
         y: &mut [f32],
         ahead: Ahead<'_>,
     );
+}
+
+/// The same kernels for inputs in fixed point, on CPUs that have more than the set.
+pub(crate) trait FixedRows: Rows {
+    /// How the units of [`FixedUnits`] lie.
+    const ORDER: [usize; INPUT_UNITS];
+
+    /// Whether the CPU has what these take besides the set.
+    fn has_fixed() -> bool;
+
+    /// As [`Rows::dots`].
+    ///
+    /// # Safety
+    /// As there, and the CPU has what [`FixedRows::has_fixed`] asks for.
+    unsafe fn fixed_dots<const N: usize, const HIGH: bool>(
+        layout: &Layout,
+        rows: [Parts<'_>; N],
+        x: &[FixedUnits],
+        ahead: Ahead<'_>,
+    ) -> [f32; N];
 }
 
 /// How long rows are, and what their codes mean.
@@ -85,8 +89,8 @@ impl Layout {
 /// As [`Kernels::sketch_dots`](crate::Kernels::sketch_dots).
 ///
 /// # Safety
-/// The CPU has the set; `x` is as long as a row, and in fixed point only where [`Rows::has_fixed`].
-pub(crate) unsafe fn dots<R: Rows>(matrix: SketchMatrix<'_>, first: usize, x: &SketchInput, out: &mut [f32]) {
+/// The CPU has the set; `x` is as long as a row, and in fixed point only where [`FixedRows::has_fixed`].
+pub(crate) unsafe fn dots<R: FixedRows>(matrix: SketchMatrix<'_>, first: usize, x: &SketchInput, out: &mut [f32]) {
     match matrix.bits() {
         // SAFETY: by this function's contract.
         SketchBits::Two => unsafe { dots_of::<R, false>(matrix, first, x, out) },
@@ -97,7 +101,12 @@ pub(crate) unsafe fn dots<R: Rows>(matrix: SketchMatrix<'_>, first: usize, x: &S
 
 /// # Safety
 /// As [`dots`]; `HIGH` is whether there are second point bits.
-unsafe fn dots_of<R: Rows, const HIGH: bool>(matrix: SketchMatrix<'_>, first: usize, x: &SketchInput, out: &mut [f32]) {
+unsafe fn dots_of<R: FixedRows, const HIGH: bool>(
+    matrix: SketchMatrix<'_>,
+    first: usize,
+    x: &SketchInput,
+    out: &mut [f32],
+) {
     let layout = Layout::of(&matrix);
     let is_fixed = !x.blocks.is_empty();
     let steps = layout.units.div_ceil(R::UNITS);
