@@ -391,6 +391,16 @@ pub enum OrderName {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SketchBitsName {
+    /// Two bits of gate and down rows, three of up rows, and scales
+    #[value(name = "2.5")]
+    UpInThree,
+    /// Two bits of all rows, and scales
+    #[value(name = "2.1")]
+    AllInTwo,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ScalesName {
     /// Least squared error, weighted by size and with the profile's input moments
     Moments,
@@ -442,6 +452,9 @@ pub struct Split {
     /// needs, and stands for the others
     #[arg(long)]
     pub sketch: bool,
+    /// With --sketch: bits of a weight of the copy. Fewer take less memory and read faster, and diverge half as much again
+    #[arg(long, requires = "sketch", value_enum, default_value = "2.5", value_name = "BITS")]
+    pub sketch_bits: SketchBitsName,
     /// With --sketch: also keep what the copy leaves of each row, in 4.5 bits a weight. Sparse mode then reads single rows (see eval
     /// --fit-shares) that come nearer to the checkpoint's than q4's, for as many bytes, and host memory holds no others
     #[arg(long, requires = "sketch")]

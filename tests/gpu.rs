@@ -1,5 +1,6 @@
 //! The GPU engine against the CPU engine. Here the kernels are emulated on the CPU (`kernels/cuda/emulator`); with
-//! `THERMOCLINE_TEST_DEVICE=cuda` the same tests run on a GPU.
+//! `THERMOCLINE_TEST_DEVICE=cuda` the same tests run on a GPU, one at a time (`-- --test-threads 1`): while one captures a graph,
+//! no other may use the device.
 #![cfg(feature = "cuda")]
 #![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
@@ -233,6 +234,9 @@ fn greedy(logits: &[f32]) -> u32 {
     (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
 }
 
+/// Residuals of sketches that have two bits of all rows.
+const FEWER_BITS: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals", "--sketch-bits", "2.1"];
+
 /// Logits and greedy tokens of both engines: after a prompt in exact mode, then token by token; in sparse mode where both
 /// chose the same neurons, which they nearly always must.
 fn agree(open: &dyn Fn() -> Split, request: GpuRequest, share: f32, what: &str) -> GpuEngine {
@@ -265,8 +269,14 @@ fn agree(open: &dyn Fn() -> Split, request: GpuRequest, share: f32, what: &str) 
 #[test]
 fn sketches_choose_and_stand_in_as_on_the_cpu() {
     let sketched: &[&str] = &["--chunk-neurons", "8", "--sketch"];
-    for (made, encoding) in [(llama(), "q4"), (qwen_relu(), "q8"), (four_layers(), "q4,hot@0.25=q8")] {
-        let dir = split(&made, encoding, sketched);
+    let fewer: &[&str] = &["--chunk-neurons", "8", "--sketch", "--sketch-bits", "2.1"];
+    for (made, encoding, how) in [
+        (llama(), "q4", sketched),
+        (llama(), "q4", fewer),
+        (qwen_relu(), "q8", sketched),
+        (four_layers(), "q4,hot@0.25=q8", sketched),
+    ] {
+        let dir = split(&made, encoding, how);
         let open = || Split::open(&dir).unwrap();
         let config = open().manifest().config.clone();
         let n = config.intermediate_size;
@@ -333,7 +343,9 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
 fn sketches_that_do_not_fit_cross_the_link() {
     let how: [&[&str]; 2] =
         [&["--chunk-neurons", "8", "--sketch"], &["--chunk-neurons", "8", "--sketch", "--residuals"]];
-    for (how, rows, share) in [(how[0], false, 0.0), (how[0], true, 0.5), (how[1], true, 0.0), (how[1], true, 1.0)] {
+    for (how, rows, share) in
+        [(how[0], false, 0.0), (how[0], true, 0.5), (how[1], true, 0.0), (how[1], true, 1.0), (FEWER_BITS, true, 0.5)]
+    {
         let (_guard, dir) = with_thresholds(&split(&four_layers(), "q4", how), rows);
         let open = || Split::open(&dir).unwrap();
         let config = open().manifest().config.clone();
@@ -377,14 +389,15 @@ fn sketches_that_do_not_fit_cross_the_link() {
         }
         // The threads' share and the RAM budget count them.
         let plan = GpuPlan::new(&open(), request(least)).unwrap();
-        let short = GpuRequest {
-            base: PlanRequest {
-                ram_budget_bytes: Some(plan.pinned_bytes + plan.host_sketch_bytes - 1),
-                ..request(least).base
-            },
-            ..request(least)
+        let within = |ram: u64| {
+            let base = PlanRequest { ram_budget_bytes: Some(ram), ..request(least).base };
+            GpuPlan::new(&open(), GpuRequest { base, ..request(least) })
         };
-        let refused = GpuPlan::new(&open(), short).unwrap_err().to_string();
+        // And what an audit takes.
+        assert!(plan.audit_bytes > (4 * config.n_layers * config.intermediate_size) as u64);
+        let all = plan.pinned_bytes + plan.host_sketch_bytes + plan.audit_bytes;
+        assert!(within(all).is_ok());
+        let refused = within(all - 1).unwrap_err().to_string();
         assert!(refused.contains("sketches"), "{refused}");
         assert!(plan.host_bytes_per_token > plan.streamed_bytes_per_token && config.n_layers == 4);
     }
@@ -402,6 +415,7 @@ fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
         ("q4", sketched, Some(false)),
         ("q4", sketched, Some(true)),
         ("q4", residuals, Some(true)),
+        ("q4", FEWER_BITS, Some(true)),
         ("q4,hot@0.25=q8", sketched, Some(true)),
         ("bf16x", sketched, Some(true)),
     ] {
@@ -434,7 +448,7 @@ fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
                 "{what}: {crossed} of {most}"
             );
             if is_plain && layers == 4 {
-                let rows = thermocline_split::SKETCH_BITS.map(|bits| bits.row_bytes(config.hidden_size));
+                let rows = open().sketch_form().row_bytes(config.hidden_size);
                 let (n, n_active) = (config.intermediate_size, n_active(0.3, config.intermediate_size));
                 let bundles = open().layers()[0].bundles().clone();
                 let active = gpu.last_active().unwrap();
@@ -442,6 +456,8 @@ fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
                 let of_layer = n * (rows[0] + rows[1] + 16) + (n - n_active) * rows[2];
                 let all = config.n_layers * (of_layer + n_active * bundles.of(0).bundle_bytes());
                 assert_eq!(after.bytes.host - before.bytes.host, all as u64, "{what}");
+                let sketches = after.host_sketch_bytes - before.host_sketch_bytes;
+                assert_eq!(sketches, (config.n_layers * of_layer) as u64, "{what}");
             }
         }
         let (most, fewest) = (computed.iter().max().unwrap(), computed.iter().min().unwrap());
@@ -531,6 +547,7 @@ fn single_rows_are_read_as_on_the_cpu() {
         (qwen_relu(), "q8", sketched),
         (llama(), "bf16x", sketched),
         (four_layers(), "q4", residuals),
+        (four_layers(), "q4", FEWER_BITS),
         (llama(), "bf16", residuals),
     ];
     for (made, encoding, how) in splits {
@@ -552,7 +569,7 @@ fn single_rows_are_read_as_on_the_cpu() {
             let request = GpuRequest { base: PlanRequest { always, ..request.base }, ..request };
             let gpu = agree(&open, request, share, &what);
             let account = gpu.account();
-            assert_eq!(gpu.plan().residuals, how == residuals, "{what}");
+            assert_eq!(gpu.plan().residuals, how.contains(&"--residuals"), "{what}");
             let of_always = (8 * gpu.plan().hot_neurons.len() * gpu.plan().always_neurons) as u64;
             assert!(account.neurons_computed > of_always && account.neurons_computed < account.neurons_total, "{what}");
             if always.is_some() {
@@ -657,7 +674,7 @@ fn bytes_of_sketches_are_those_of_the_rows_that_are_read() {
     gpu.forward(3).unwrap();
     let (config, fixed) = (gpu.split().manifest().config.clone(), gpu.plan().fixed);
     let n_active = gpu.account().neurons_computed;
-    let down_row = thermocline_split::SKETCH_BITS[2].row_bytes(config.hidden_size) as u64;
+    let down_row = gpu.split().sketch_form().row_bytes(config.hidden_size)[2] as u64;
     let bundle = gpu.split().layers()[0].bundles().of(0).bundle_bytes() as u64;
     let kv = (4 * config.n_layers * config.n_kv_heads * config.head_dim) as u64;
     let n_always = (config.n_layers * gpu.plan().always_neurons) as u64;

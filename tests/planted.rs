@@ -13,7 +13,7 @@ use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::Checkpoint;
 use thermocline_datasets::planted::{PlantedModel, Shape, Statistics, n_hot};
 use thermocline_runtime::{Logits, Mode};
-use thermocline_split::{SKETCH_BITS, Split, SplitCheckpoint, planted_bytes, split_planted};
+use thermocline_split::{SketchForm, Split, SplitCheckpoint, planted_bytes, split_planted};
 
 const VOCAB: usize = 1024;
 
@@ -180,7 +180,7 @@ fn eighty_layers_leave_codes_and_names_alone() {
     let deep = Shape { name: "deep", n_layers: 80, ..Shape::named("tiny").unwrap() };
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("deep");
-    split_planted(&model(deep), true, &out, &|_, _| ()).unwrap();
+    split_planted(&model(deep), Some(SketchForm::default()), &out, &|_, _| ()).unwrap();
     for mode in [Mode::Exact, Mode::Sparse { active: 0.1 }] {
         let mut engine = engine(&out, request(mode, None, 2)).unwrap();
         for token in 480..544u32 {
@@ -211,14 +211,17 @@ fn equal_settings_give_equal_bytes_on_any_number_of_threads() {
 fn an_interrupted_planted_split_is_continued() {
     let dir = TempDir::new().unwrap();
     let model = model(Shape::named("tiny").unwrap());
-    for (first, then) in [(false, false), (true, true), (false, true), (true, false)] {
-        let out = dir.path().join(format!("split-{first}-{then}"));
+    let (none, sketch, fewer) = (None, Some(SketchForm::UpInThree), Some(SketchForm::AllInTwo));
+    for (i, (first, then)) in
+        [(none, none), (sketch, sketch), (none, sketch), (sketch, none), (fewer, sketch)].into_iter().enumerate()
+    {
+        let out = dir.path().join(format!("split-{i}"));
         let stop = |done: usize, _: usize| assert!(done < 3, "stopped");
         let stopping = std::panic::AssertUnwindSafe(|| split_planted(&model, first, &out, &stop));
         assert!(std::panic::catch_unwind(stopping).is_err() && !out.exists());
         let report = split_planted(&model, then, &out, &|_, _| ()).unwrap();
         assert_eq!(report.resumed_layers > 0, first == then, "{report:?}");
-        assert!(files(&out) == files(&if then { sketched() } else { tiny() }), "{first} {then}");
+        assert!(files(&out) == files(&if then.is_some() { sketched() } else { tiny() }), "{first:?} {then:?}");
     }
 }
 
@@ -292,12 +295,13 @@ fn a_planted_sketch_is_added_to_an_equal_split() {
     assert_eq!(split.manifest().version, 6);
     let model = model(Shape::named("tiny").unwrap());
     let shape = model.shape();
-    let neuron: usize = SKETCH_BITS.iter().map(|bits| bits.row_bytes(shape.hidden_size)).sum::<usize>() + 16;
-    let expected = planted_bytes(&model, true).unwrap();
+    let form = SketchForm::default();
+    let neuron: usize = form.row_bytes(shape.hidden_size).iter().sum::<usize>() + 16;
+    let expected = planted_bytes(&model, Some(form)).unwrap();
     let columns = 4 * shape.hidden_size;
     assert_eq!(expected.sketches, (shape.n_layers * (shape.intermediate_size * neuron + columns)) as u64);
     assert_eq!(split.sketches().unwrap().data_bytes(), expected.sketches);
-    assert_eq!(expected.needed - planted_bytes(&model, false).unwrap().needed, 2 * expected.sketches);
+    assert_eq!(expected.needed - planted_bytes(&model, None).unwrap().needed, 2 * expected.sketches);
     assert!(json(&["inspect", text(&sketched()), "--json"])["sketch_bytes"].as_u64().unwrap() > expected.sketches);
 
     let logits = |dir: &Path, mode: Mode| {
@@ -307,6 +311,19 @@ fn a_planted_sketch_is_added_to_an_equal_split() {
     let (exact, sparse) = (Mode::Exact, Mode::Sparse { active: 0.1 });
     assert!(logits(&sketched(), exact) == logits(&tiny(), exact));
     assert!(logits(&sketched(), sparse) != logits(&tiny(), sparse));
+
+    // With fewer bits rows of the sketch differ, and nothing else.
+    let dir = TempDir::new().unwrap();
+    let fewer = dir.path().join("fewer");
+    ok(&["split", "--planted", "tiny", "--sketch", "--sketch-bits", "2.1", "-o", text(&fewer)]);
+    let differ: Vec<String> = files(&fewer).into_iter().filter(|f| !with.contains(f)).map(|f| f.0).collect();
+    assert_eq!(differ, ["manifest.json", "sketches.safetensors"]);
+    let (form, of_fewer) = (SketchForm::AllInTwo, Split::open(&fewer).unwrap());
+    assert_eq!((of_fewer.manifest().version, of_fewer.sketch_form()), (9, form));
+    assert_eq!(of_fewer.sketches().unwrap().data_bytes(), planted_bytes(&model, Some(form)).unwrap().sketches);
+    let less = expected.sketches - of_fewer.sketches().unwrap().data_bytes();
+    assert_eq!(less, (shape.n_layers * shape.intermediate_size * shape.hidden_size / 8) as u64);
+    assert!(logits(&fewer, exact) == logits(&tiny(), exact));
 }
 
 #[test]
@@ -344,7 +361,7 @@ fn what_cannot_be_planted_is_refused_by_name() {
     assert!(!out.exists());
 
     let narrow = model(Shape { name: "narrow", hidden_size: 288, ..Shape::named("tiny").unwrap() });
-    let error = split_planted(&narrow, true, &out, &|_, _| ()).unwrap_err().to_string();
+    let error = split_planted(&narrow, Some(SketchForm::default()), &out, &|_, _| ()).unwrap_err().to_string();
     assert!(error.contains("288 is no multiple of 64") && !out.exists(), "{error}");
-    split_planted(&narrow, false, &out, &|_, _| ()).unwrap();
+    split_planted(&narrow, None, &out, &|_, _| ()).unwrap();
 }

@@ -13,24 +13,30 @@ use support::{
 use thermocline_datasets::Checkpoint;
 use thermocline_kernels::unpack;
 use thermocline_runtime::{Logits, Mode, PlanRequest};
-use thermocline_split::{SKETCH_BITS, Split, SplitCheckpoint, residual_layout};
+use thermocline_split::{Manifest, SketchForm, Split, SplitCheckpoint, residual_layout};
 
 const RESIDUALS: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals"];
 const SKETCHED: &[&str] = &["--chunk-neurons", "8", "--sketch"];
+const FEWER_BITS: &[&str] = &["--chunk-neurons", "8", "--sketch", "--sketch-bits", "2.1"];
 
-/// What a fit knew of each row's products, against the rows that it stored: over inputs that a model has.
 #[test]
 fn what_a_sketch_says_of_its_errors_is_so() {
-    let dir = split(&medium(), "bf16", &["--sketch"]);
-    let dense = SplitCheckpoint::open(&dir).unwrap();
+    says_so(&split(&medium(), "bf16", &["--sketch"]), SketchForm::UpInThree, 6);
+    says_so(&split(&medium(), "bf16", &["--sketch", "--sketch-bits", "2.1"]), SketchForm::AllInTwo, 9);
+}
+
+/// What a fit knew of each row's products, against the rows that it stored: over inputs that a model has.
+fn says_so(dir: &Path, form: SketchForm, version: u32) {
+    let dense = SplitCheckpoint::open(dir).unwrap();
     let (stored, config) = (dense.split(), dense.config().clone());
-    assert_eq!(stored.manifest().version, 6);
+    assert_eq!((stored.manifest().version, stored.sketch_form()), (version, form));
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     let sketch = stored.sketch(0).unwrap().unwrap().in_order(&stored.layers()[0].places());
-    // 2.5 bits a weight, but for the numbers of each neuron.
-    let bytes: usize = SKETCH_BITS.iter().map(|b| b.row_bytes(hidden)).sum();
+    // 2.5 or 2.1 bits a weight, but for the numbers of each neuron.
+    let bytes: usize = form.row_bytes(hidden).iter().sum();
     assert_eq!(sketch.rows.iter().map(Vec::len).sum::<usize>(), ffn * bytes);
-    assert!(bytes as f64 * 8.0 / (3 * hidden) as f64 <= 7.0 / 3.0 + 0.125 + 16.0 / hidden as f64);
+    let codes = if version == 6 { 7.0 / 3.0 } else { 2.0 };
+    assert!(bytes as f64 * 8.0 / (3 * hidden) as f64 <= codes + 0.125 + 16.0 / hidden as f64);
 
     let row = |part: &str| dense.load(&format!("model.layers.0.mlp.{part}_proj.weight")).unwrap();
     let down = row("down");
@@ -94,6 +100,38 @@ fn sketches_are_the_same_bytes_every_time_and_only_where_they_were_asked_for() {
         ok(&splitting(&model, &profile, &given, &again));
     }
     assert!(files(&again) == files(&dir), "an interrupted run ends in the same bytes, with any number of threads");
+}
+
+#[test]
+fn fewer_bits_are_further_from_the_neurons_and_change_nothing_else() {
+    let [more, fewer] = [SKETCHED, FEWER_BITS].map(|how| split(&llama(), "q4", how));
+    let differ: Vec<String> = files(&fewer).into_iter().filter(|f| !files(&more).contains(f)).map(|f| f.0).collect();
+    assert_eq!(differ, ["manifest.json", "sketches.safetensors"]);
+    let (of_more, of_fewer) = (Split::open(&more).unwrap(), Split::open(&fewer).unwrap());
+    for l in 0..of_more.layers().len() {
+        let [more, fewer] = [&of_more, &of_fewer].map(|split| split.sketch(l).unwrap().unwrap());
+        assert!(more.rows[0] == fewer.rows[0] && more.rows[2] == fewer.rows[2], "layer {l}");
+        // Two bits lose 0.082 of normal weights' energy, three 0.022.
+        let ratio = fewer.up_sd.iter().sum::<f32>() / more.up_sd.iter().sum::<f32>();
+        assert!((1.5..2.4).contains(&ratio), "layer {l}: {ratio}");
+    }
+    let logits = |dir: &Path, mode: Mode| {
+        let mut engine = engine(dir, request(mode, None, 2)).unwrap();
+        let tokens = prompt(16);
+        tokens.iter().flat_map(|t| engine.forward(&[*t], Logits::Last).unwrap()).collect::<Vec<f32>>()
+    };
+    let dense = logits(&fewer, Mode::Exact);
+    assert!(bits(&dense) == bits(&logits(&more, Mode::Exact)));
+    let off = |dir: &Path| {
+        let got = logits(dir, Mode::Sparse { active: 0.1 });
+        got.iter().zip(&dense).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt()
+    };
+    assert!(off(&fewer) > off(&more), "{} and {}", off(&fewer), off(&more));
+    ok(&["verify", text(&fewer), "-m", text(&model(&llama()))]);
+    let said = ok(&["inspect", text(&fewer)]).stdout;
+    assert!(said.contains("[2,2,2]"), "{said}");
+    let alone = ["split", "-m", "model", "--profile", "profile", "-o", "out", "--sketch-bits", "2.1"];
+    assert!(fails(2, &alone).contains("--sketch"));
 }
 
 /// Rows of sketch and residual: far nearer to the checkpoint's than q4 has them, gate and up rows as products with what the layer
@@ -448,6 +486,32 @@ fn sketches_that_lie_are_refused_or_cost_accuracy_alone() {
         ["sketches", "sketches.0"],
     );
     refused(&|dir| forge::manifest(dir, |m| m.version = 3), ["version 3", "split --sketch"]);
+    let fewer = |m: &mut Manifest| (m.packing.sketch_bits, m.version) = (SketchForm::AllInTwo, 9);
+    refused(&|dir| forge::manifest(dir, fewer), ["sketches.0.up", "does not fit"]);
+    refused(
+        &|dir| {
+            forge::manifest(dir, fewer);
+            forge::manifest(dir, |m| m.version = 6);
+        },
+        ["version", "9"],
+    );
+    refused(
+        &|dir| {
+            forge::manifest(dir, fewer);
+            forge::manifest(dir, |m| m.sketches = None);
+        },
+        ["packing.sketch_bits", "of sketches"],
+    );
+    for other in ["[1, 2, 1]", "[2, 2]", "\"2\""] {
+        let lie = |dir: &Path| {
+            forge::manifest(dir, fewer);
+            let path = dir.join("manifest.json");
+            let text: String = fs::read_to_string(&path).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(text.contains("[ 2, 2, 2 ]"));
+            fs::write(&path, text.replace("[ 2, 2, 2 ]", other)).unwrap();
+        };
+        refused(&lie, ["manifest.json", if other == "[1, 2, 1]" { "[1, 2, 1] bits" } else { "invalid" }]);
+    }
     refused(&|dir| fs::remove_file(dir.join("sketches.safetensors")).unwrap(), ["sketches.safetensors", "missing"]);
     refused(
         &|dir| {
@@ -461,7 +525,7 @@ fn sketches_that_lie_are_refused_or_cost_accuracy_alone() {
     // Scales of rows that are no numbers: such neurons count for nothing.
     for pattern in [0x7fc0u16, 0x7f80, 0xff80, 0] {
         let computed_now = damaged(&|dir| {
-            for (part, bits) in ["gate", "up", "down"].iter().zip(SKETCH_BITS) {
+            for (part, bits) in ["gate", "up", "down"].iter().zip(SketchForm::default().bits()) {
                 // Of a down row all would be spoilt that it stands for.
                 if *part != "down" {
                     forge::sketch(dir, &format!("sketches.0.{part}"), |bytes| {

@@ -46,7 +46,7 @@ fn make(dir: &Path) -> SplitCheckpoint {
         compression: Compression::None,
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
-        sketch: false,
+        sketch: None,
         residuals: false,
     };
     split(checkpoint.as_ref(), &profile, &options, &dir.join("split"), &|_, _| ()).unwrap();

@@ -36,7 +36,7 @@ fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
         compression: Compression::None,
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
-        sketch: false,
+        sketch: None,
         residuals: false,
     };
     split(checkpoint.as_ref(), &profile, &options, &split_dir, &|_, _| ()).unwrap();

@@ -55,7 +55,7 @@ fn make_split(dir: &Path, model: &TinyModel) -> SplitCheckpoint {
         compression: Compression::None,
         predictor_rank: 32,
         scales: thermocline_split::Scales::Moments,
-        sketch: false,
+        sketch: None,
         residuals: false,
     };
     let path = dir.join("split");

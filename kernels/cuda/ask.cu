@@ -14,6 +14,5 @@ extern "C" __global__ void __launch_bounds__(32)
   const u32 lane = threadIdx.x;
   if (lane < kCounts) counts[lane] = lane == kCpu ? 1 : 0;
   if (lane > 0) return;
-  __threadfence_system();
-  *const_cast<volatile u32*>(flag) = step[2] * static_cast<u32>(n_layers) + static_cast<u32>(layer) + 1;
+  raise_flag(flag, flag_value(step[2], layer, n_layers));
 }

@@ -193,8 +193,7 @@ DEVICE void choose_neurons(const Choose& c) {
     }
     // At once: the CPU's threads take it apart while their neurons are chosen.
     if (thread > 0) return;
-    __threadfence_system();
-    *const_cast<volatile u32*>(c.cpu_flag + 32) = c.step[2] * c.n_layers + c.layer + 1;
+    raise_flag(c.cpu_flag + 32, flag_value(c.step[2], c.layer, c.n_layers));
     return;
   }
   const bool every = c.every || c.k >= c.ffn || (c.k == 0 && !(c.threshold >= 0.0f));
@@ -506,10 +505,9 @@ DEVICE void choose_neurons(const Choose& c) {
   __syncthreads();
   // By the last warp, which has the fewest sets.
   if (n_cpu > 0 && thread == kThreads - 1) {
-    // What the barrier made visible to this thread, and what the kernels before this one wrote, predict_scores the
-    // CPU's input among it, the fence makes visible to the CPU before the flag.
-    __threadfence_system();
-    *const_cast<volatile u32*>(c.cpu_flag) = serial * c.n_layers + c.layer + 1;
+    // Behind what the barrier made visible to this thread, and what the kernels before this one wrote, predict_scores the
+    // CPU's input among it.
+    raise_flag(c.cpu_flag, flag_value(serial, c.layer, c.n_layers));
   }
   if (thread < 8) {
     const u32 n_items = first_hit + hits + all_hot;

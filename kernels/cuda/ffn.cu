@@ -450,7 +450,7 @@ constexpr int kFlagWords = 32;
 // Only the first block looks at the flags themselves and passes the word on: reads of one line over the link come one
 // after another, a microsecond each, and 256 blocks would wait for as long as the layer takes.
 DEVICE bool host_is_done(u32* passed_on, const HostPart& host, const u32* step, int layer, int n_layers) {
-  const u32 wanted = step[2] * static_cast<u32>(n_layers) + static_cast<u32>(layer) + 1;
+  const u32 wanted = flag_value(step[2], layer, n_layers);
   // What choose has put here is not yet done.
   const u32 done = wanted != 0 ? wanted : 1;
   volatile u32* word = passed_on;

@@ -242,6 +242,16 @@ constexpr u32 kFillsNone = 0xfffffff8u;
 // The rows that are read of an item with this second word.
 DEVICE u32 rows_of_item(u32 to) { return to >= kFillsNone ? to & 7 : 7; }
 
+// The value that the flags of a layer reach in the token of that number (flag_value, kernels/src/cuda/launch/choose.rs).
+DEVICE u32 flag_value(u32 serial, u32 layer, u32 n_layers) { return serial * n_layers + layer + 1; }
+
+// Gives a flag in mapped memory its value once the host sees all that this thread and, through barriers and earlier kernels, others
+// have written.
+DEVICE void raise_flag(u32* flag, u32 value) {
+  __threadfence_system();
+  *const_cast<volatile u32*>(flag) = value;
+}
+
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE int lane_id() { return threadIdx.x % kWarp; }
 DEVICE int warp_id() { return threadIdx.x / kWarp; }

@@ -51,12 +51,13 @@ DEVICE void stage_sketched(const SketchRows& rows, u32 row, const u32* columns, 
   }
 }
 
-// bundles: n of `bundle_bytes`; the outputs [n, hidden] each. Dynamic shared memory: as gemv, with `hidden` columns.
-extern "C" __global__ void __launch_bounds__(256)
-    unpack_bundles_r4(const unsigned char* bundles, int n, int bundle_bytes, int hidden, u16* gate_hi, u16* gate_lo, u16* up_hi,
-                      u16* up_lo, u16* down_hi, u16* down_lo, UnderResidual under) {
+// bundles: n of `bundle_bytes`; the outputs [n, hidden] each. Dynamic shared memory: as gemv, with `hidden` columns. Up: the code of
+// the sketch's up rows.
+template <class Up>
+DEVICE void unpack_residuals(const unsigned char* bundles, int n, int bundle_bytes, int hidden, u16* gate_hi, u16* gate_lo,
+                             u16* up_hi, u16* up_lo, u16* down_hi, u16* down_lo, const UnderResidual& under) {
   const u32 units = hidden / 64;
-  const SketchRows gates(under.gate, under.n_rows, units, false), ups(under.up, under.n_rows, units, true);
+  const SketchRows gates(under.gate, under.n_rows, units, false), ups(under.up, under.n_rows, units, Up::kIsOfThree);
   const SketchRows downs(under.down, under.n_rows, units, false);
   const Input<R4> sketch;
   for (int i = blockIdx.x; i < n; i += gridDim.x) {
@@ -77,9 +78,19 @@ extern "C" __global__ void __launch_bounds__(256)
     };
     stage_sketched<trellis::Two>(gates, under.first + i, under.columns, sketch);
     add(0, gate_hi, gate_lo);
-    stage_sketched<trellis::Three>(ups, under.first + i, under.columns, sketch);
+    stage_sketched<Up>(ups, under.first + i, under.columns, sketch);
     add(1, up_hi, up_lo);
     stage_sketched<trellis::Two>(downs, under.first + i, nullptr, sketch);
     add(2, down_hi, down_lo);
   }
 }
+
+#define UNPACK_RESIDUALS(name, Up)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(256)                                                                          \
+      unpack_bundles_r4_##name(const unsigned char* bundles, int n, int bundle_bytes, int hidden, u16* gate_hi,              \
+                               u16* gate_lo, u16* up_hi, u16* up_lo, u16* down_hi, u16* down_lo, UnderResidual under) {      \
+    unpack_residuals<Up>(bundles, n, bundle_bytes, hidden, gate_hi, gate_lo, up_hi, up_lo, down_hi, down_lo, under);         \
+  }
+UNPACK_RESIDUALS(two, trellis::Two)
+UNPACK_RESIDUALS(three, trellis::Three)
+#undef UNPACK_RESIDUALS

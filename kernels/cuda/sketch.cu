@@ -1,4 +1,4 @@
-// A layer's sketch: copies of all its neurons in two and three bits, which lie in device memory. Their gate and up rows tell
+// A layer's sketch: copies of all its neurons in two bits, or three of up rows, which lie in device memory. Their gate and up rows tell
 // which neurons a token needs, their down rows stand for the others (runtime/src/chooser.rs has the same for the CPU).
 //
 // A part's rows are taken apart into planes (kernels/src/sketch/planes.rs): branch and first point bits of all rows, 16 bytes
@@ -184,7 +184,7 @@ struct DigitSums {
   }
 };
 
-// gate, up: planes of `ffn` rows of 64 * units columns, in two and three bits; neurons [4, ffn]: root mean squares of what the
+// gate, up: planes of `ffn` rows of 64 * units columns, gate's in two bits; neurons [4, ffn]: root mean squares of what the
 // gate's and the up row's products miss, lengths of the down columns and of what these miss; columns [64 * units]: the input
 // channel of each column of both.
 struct Sketch {
@@ -202,14 +202,16 @@ struct RowChoice {
 };
 
 // scores [ffn]: what leaving a neuron to its sketch is expected to cost, as a length in the layer's output, or the rows that are
-// read: a sum of 1 for gate, 2 for up, 4 for down; sketched [ffn]: its activation as the sketch has it. As many lanes as a row has units, rounded up to a power of two, take two neurons at a time.
+// read: a sum of 1 for gate, 2 for up, 4 for down; sketched [ffn]: its activation as the sketch has it. As many lanes as a row has
+// units, rounded up to a power of two, take two neurons at a time. Up: the code of up rows.
 // Any grid of blocks of 256 threads; dynamic shared memory for the input, 50 words a unit.
-extern "C" __global__ void __launch_bounds__(256, 2)
-    sketch_scores(Sketch sketch, LayerInput from, int ffn, int activation, float* scores, float* sketched, RowChoice rows) {
+template <class Up>
+DEVICE void sketch_scores(const Sketch& sketch, const LayerInput& from, int ffn, int activation, float* scores, float* sketched,
+                          const RowChoice& rows) {
   using namespace sketch_shape;
   let_next_start();
   const int units = from.hidden / kColumns;
-  const SketchRows gates(sketch.gate, ffn, units, false), ups(sketch.up, ffn, units, true);
+  const SketchRows gates(sketch.gate, ffn, units, false), ups(sketch.up, ffn, units, Up::kIsOfThree);
   const LaneTeams teams(units);
 
   struct Units {
@@ -224,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       const u64 at = gates.unit(min(first + i, ffn - 1), min(unit, units - 1));
       of.gate[i] = load_stream(gates.low + 16 * at);
       of.up[i] = load_stream(ups.low + 16 * at);
-      of.highest[i] = load_words2(ups.high + 8 * at);
+      of.highest[i] = Up::kIsOfThree ? load_words2(ups.high + 8 * at) : make_uint2(0, 0);
       of.gate_scale[i] = gates.scales[at];
       of.up_scale[i] = ups.scales[at];
     }
@@ -257,11 +259,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         trellis::Two gate_codes[kNeurons];
-        trellis::Three up_codes[kNeurons];
+        Up up_codes[kNeurons];
 #pragma unroll
         for (int i = 0; i < kNeurons; i++) {
           gate_codes[i] = half_unit<trellis::Two>(of.gate[i], make_uint2(0, 0), below[2 * i], half);
-          up_codes[i] = half_unit<trellis::Three>(of.up[i], of.highest[i], below[2 * i + 1], half);
+          up_codes[i] = half_unit<Up>(of.up[i], of.highest[i], below[2 * i + 1], half);
         }
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -313,6 +315,16 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     }
   }
 }
+
+#define SKETCH_SCORES(name, Up)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(256, 2)                                                                       \
+      sketch_scores_##name(Sketch sketch, LayerInput from, int ffn, int activation, float* scores, float* sketched,          \
+                           RowChoice rows) {                                                                                 \
+    sketch_scores<Up>(sketch, from, ffn, activation, scores, sketched, rows);                                                \
+  }
+SKETCH_SCORES(two, trellis::Two)
+SKETCH_SCORES(three, trellis::Three)
+#undef SKETCH_SCORES
 
 // partial [n_blocks, hidden]: row b is the sum of h d of its neurons, with h from `sketched` and d from `down`, planes of `ffn` rows
 // in two bits; a row of which h is zero is not read.

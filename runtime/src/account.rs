@@ -59,4 +59,36 @@ pub struct Account {
     pub link_bytes: u64,
     /// The part of `link_bytes` that was fetched before it was known whether it is needed.
     pub early_link_bytes: u64,
+    /// With a GPU: the part of `bytes.host` that the host's threads read of sketches.
+    pub host_sketch_bytes: u64,
+}
+
+/// Parts of [`TierBytes::host`] that are read at speeds of their own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HostParts {
+    /// [`Account::link_bytes`].
+    pub link: u64,
+    /// [`Account::early_link_bytes`].
+    pub early_link: u64,
+    /// [`Account::host_sketch_bytes`].
+    pub sketches: u64,
+}
+
+impl Account {
+    /// What is in [`Account::bytes`] of the host since `before`, by who read it.
+    pub(crate) fn host_parts_since(&self, before: &Self) -> HostParts {
+        HostParts {
+            link: self.link_bytes - before.link_bytes,
+            early_link: self.early_link_bytes - before.early_link_bytes,
+            sketches: self.host_sketch_bytes - before.host_sketch_bytes,
+        }
+    }
+}
+
+impl HostParts {
+    /// The mean over `n` tokens.
+    pub(crate) fn per_token(self, n: u64) -> Self {
+        let n = n.max(1);
+        Self { link: self.link / n, early_link: self.early_link / n, sketches: self.sketches / n }
+    }
 }

@@ -1,6 +1,6 @@
 //! Measured speed, beside the planned one.
 
-use crate::account::TierBytes;
+use crate::account::{HostParts, TierBytes};
 use crate::decoder::Decoder;
 use crate::engine::{Engine, Logits};
 use crate::hardware::{Hardware, peak_rss_bytes};
@@ -148,7 +148,7 @@ pub fn bench(
     };
     let decode_tok_s = Timing::new(decodes);
     let disk_limit = speeds.disk.map(|d| d / bytes.disk.max(1) as f64);
-    let (limit_seconds, _) = speeds.limit(bytes, 0, 0);
+    let (limit_seconds, _) = speeds.limit(bytes, HostParts::default());
     Ok(BenchReport {
         planted: engine.split().planted()?.is_some(),
         settings,

@@ -9,7 +9,9 @@ use crate::{Error, Result};
 use std::sync::PoisonError;
 use thermocline_datasets::Activation;
 use thermocline_kernels::{Kernels, Pool, SketchInput, SketchMatrix, ops};
-use thermocline_split::{GradedCurves, Sketch, Split, sketch_bytes};
+#[cfg(feature = "cuda")]
+use thermocline_split::SketchForm;
+use thermocline_split::{GradedCurves, Sketch, Split};
 
 /// Neurons that one task judges: their products stay in the first-level cache.
 pub(crate) const TASK_NEURONS: usize = 256;
@@ -186,7 +188,10 @@ impl Chooser {
     pub(crate) fn total_bytes(split: &Split, n_always: usize) -> u64 {
         let config = &split.manifest().config;
         match split.sketches() {
-            Some(_) => (config.n_layers * sketch_bytes(config.intermediate_size - n_always, config.hidden_size)) as u64,
+            Some(_) => {
+                let n = config.intermediate_size - n_always;
+                (config.n_layers * split.sketch_form().bytes(n, config.hidden_size)) as u64
+            }
             None => {
                 let shares = split.manifest().shares.as_ref().map_or(0, |file| file.file_bytes);
                 split.predictors().data_bytes() + shares
@@ -302,6 +307,12 @@ impl SketchedLayer {
     ) -> Self {
         let sketch = Sketch { rows: Default::default(), ..sketch };
         Self { sketch, n_always, activation: config.activation, hidden_size: config.hidden_size, whole }
+    }
+
+    /// How many bits its rows have.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn form(&self) -> SketchForm {
+        self.sketch.form
     }
 
     /// Columns of a row.

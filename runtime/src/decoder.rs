@@ -1,6 +1,6 @@
 //! Tokens in, logits out, on whatever computes: what generation, evaluation and measurement need of an engine.
 
-use crate::account::{Account, TierBytes};
+use crate::account::{Account, HostParts, TierBytes};
 use crate::audit::AuditReport;
 use crate::chooser::{check_max_error, has_sketches};
 use crate::engine::{Engine, Logits};
@@ -86,6 +86,8 @@ pub struct Speeds {
     pub link: Option<f64>,
     /// RAM, read by the threads.
     pub ram: Option<f64>,
+    /// The same of sketches, where a GPU's threads read any.
+    pub sketches: Option<f64>,
     /// The disk.
     pub disk: Option<f64>,
 }
@@ -93,22 +95,23 @@ pub struct Speeds {
 impl Speeds {
     /// The least time in seconds for these bytes, and what sets it. RAM and disk are read at the same time, and so are
     /// link and RAM; device memory comes on top, because a layer's attention must end before its neurons are known, but
-    /// for what the link fetches early. `link_bytes` of `bytes.host` go over the link, `early_bytes` of these before it is
-    /// known whether they are needed.
-    pub fn limit(&self, bytes: TierBytes, link_bytes: u64, early_bytes: u64) -> (f64, &'static str) {
+    /// for what the link fetches early. With a GPU `of_host` are parts of `bytes.host`.
+    pub fn limit(&self, bytes: TierBytes, of_host: HostParts) -> (f64, &'static str) {
         let seconds = |bytes: u64, speed: Option<f64>| speed.map_or(0.0, |s| bytes as f64 / s);
         let Some(_) = self.device else {
             let (ram, disk) = (seconds(bytes.host + bytes.cache, self.ram), seconds(bytes.disk, self.disk));
             return if disk > ram { (disk, "disk") } else { (ram, "RAM") };
         };
         let device = seconds(bytes.device + bytes.cache, self.device);
-        let (link, ram) = (seconds(link_bytes, self.link), seconds(bytes.host - link_bytes.min(bytes.host), self.ram));
+        let rows = bytes.host.saturating_sub(of_host.link + of_host.sketches);
+        let link = seconds(of_host.link, self.link);
+        let ram = seconds(rows, self.ram) + seconds(of_host.sketches, self.sketches);
         let name = match (device > link.max(ram), ram > 0.0) {
             (true, _) => "VRAM",
             (false, true) => "VRAM + link and RAM",
             (false, false) => "VRAM + link",
         };
-        let early = device.min(seconds(early_bytes.min(link_bytes), self.link));
+        let early = device.min(seconds(of_host.early_link, self.link));
         (device + (link - early).max(ram), name)
     }
 }
@@ -193,4 +196,25 @@ impl Decoder for Engine {
 /// The error for a token that the vocabulary does not have.
 pub(crate) fn unknown_token(token: u32, vocab_size: usize) -> Error {
     Error::Setting { flag: "prompt", reason: format!("token {token} of a vocabulary of {vocab_size}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_has_each_part_at_its_own_speed() {
+        let speeds = Speeds { device: Some(100.0), link: Some(10.0), ram: Some(20.0), sketches: Some(5.0), disk: None };
+        let bytes = TierBytes { device: 100, host: 100, ..TierBytes::default() };
+        let limit = |link, early_link, sketches| speeds.limit(bytes, HostParts { link, early_link, sketches });
+        // All of the host's by threads as rows; half over the link; a fifth of it as sketches, which are slower.
+        assert_eq!(limit(0, 0, 0), (1.0 + 5.0, "VRAM + link and RAM"));
+        assert_eq!(limit(80, 0, 0), (1.0 + 8.0, "VRAM + link and RAM"));
+        assert_eq!(limit(20, 0, 20), (1.0 + 3.0 + 4.0, "VRAM + link and RAM"));
+        // What comes early comes while the device is busy.
+        assert_eq!(limit(100, 5, 0), (1.0 + 9.5, "VRAM + link"));
+        assert_eq!(limit(100, 50, 0), (1.0 + 9.0, "VRAM + link"));
+        let on_cpu = Speeds { ram: Some(20.0), disk: Some(1.0), ..Speeds::default() };
+        assert_eq!(on_cpu.limit(TierBytes { disk: 7, ..bytes }, HostParts::default()), (7.0, "disk"));
+    }
 }

@@ -133,9 +133,9 @@ pub fn generate(
     };
     let n_decoded = timeline.len() as u64;
     let bytes = last.bytes.minus(before.bytes);
-    let link_bytes = last.link_bytes - before.link_bytes;
+    let of_host = last.host_parts_since(&before);
     let speeds = engine.speeds()?;
-    let (limit_seconds, limit) = speeds.limit(bytes, link_bytes, last.early_link_bytes - before.early_link_bytes);
+    let (limit_seconds, limit) = speeds.limit(bytes, of_host);
     let seconds = decode_time.as_secs_f64();
     let (hits, misses) = (last.cache_hits - before.cache_hits, last.cache_misses - before.cache_misses);
     let ratio = |a: u64, b: u64| (b > 0).then(|| a as f64 / b as f64);
@@ -156,7 +156,7 @@ pub fn generate(
         .unwrap_or(0.0),
         foreseen_used: ratio(last.foreseen_used - before.foreseen_used, last.foreseen - before.foreseen),
         disk_wait_share: if seconds > 0.0 { (last.disk_wait - before.disk_wait).as_secs_f64() / seconds } else { 0.0 },
-        link_bytes_per_token: link_bytes / n_decoded.max(1),
+        link_bytes_per_token: of_host.per_token(n_decoded).link,
         bytes_per_second: speeds,
         limit_share: if seconds > 0.0 { limit_seconds / seconds } else { 0.0 },
         limit,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use thermocline_datasets::{Activation, Random};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Kernels, LayerLayout, Pool, ops};
 #[cfg(feature = "cuda")]
-use {thermocline_kernels::SketchMatrix, thermocline_split::SKETCH_BITS};
+use {thermocline_kernels::SketchMatrix, thermocline_split::SketchForm};
 
 /// Bytes of a memory measurement: several times any desktop's last-level cache.
 const MEMORY_PROBE_BYTES: usize = 256 << 20;
@@ -143,22 +143,22 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     })
 }
 
-/// Bytes a second at which sketches of `n` neurons of so many columns are read from RAM and computed with: gate and up rows
+/// Bytes a second at which sketches of this form, of `n` neurons of so many columns, are read from RAM and computed with: gate and up rows
 /// multiplied, down rows added. Columns are whole units ([`thermocline_kernels::SKETCH_UNIT`]).
 ///
 /// # Errors
 /// If the system has not the memory.
 #[cfg(feature = "cuda")]
-pub fn sketch_speed(pool: &mut Pool, n: usize, columns: usize) -> Result<f64> {
+pub fn sketch_speed(pool: &mut Pool, form: SketchForm, n: usize, columns: usize) -> Result<f64> {
     const TASK: usize = crate::chooser::TASK_NEURONS;
     let kernels = Kernels::detect();
-    let row_bytes = SKETCH_BITS.map(|bits| bits.row_bytes(columns));
+    let (bits, row_bytes) = (form.bits(), form.row_bytes(columns));
     let n_bytes = n * row_bytes.iter().sum::<usize>();
     let memory = AlignedBuf::zeroed(n_bytes)?;
     let (gate, rest) = memory[..n_bytes].split_at(n * row_bytes[0]);
     let (up, down) = rest.split_at(n * row_bytes[1]);
     let parts = [gate, up, down];
-    let [gate, up, down] = std::array::from_fn(|i| SketchMatrix::new(SKETCH_BITS[i], columns, parts[i]));
+    let [gate, up, down] = std::array::from_fn(|i| SketchMatrix::new(bits[i], columns, parts[i]));
     let x = kernels.sketch_input(&vec![0.5f32; columns]);
     let mut sums = vec![0.0f32; n.div_ceil(TASK) * columns];
     Ok(best_pass(&memory[..n_bytes], || {

@@ -49,7 +49,7 @@ mod stream;
 #[cfg(test)]
 mod stress;
 
-pub use account::{Account, TierBytes};
+pub use account::{Account, HostParts, TierBytes};
 pub use audit::{AuditReport, LayerAudit, check_audit};
 pub use bench::{BenchReport, BenchSettings, Timing, bench};
 pub use chooser::always_neurons;

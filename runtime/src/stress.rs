@@ -148,7 +148,7 @@ fn prefetch_eviction_and_streams_change_no_bit_in_any_order() {
     let dir = folder.path().join("split");
     let shape = Shape::named("tiny").expect("a shape");
     let model = PlantedModel::new(shape, "a", Statistics::case("a").expect("a case"), 0).expect("a model");
-    split_planted(&model, false, &dir, &|_, _| ()).expect("a split");
+    split_planted(&model, None, &dir, &|_, _| ()).expect("a split");
     in_time(LIMIT, move || {
         for mode in [Mode::Sparse { active: 0.15 }, Mode::Exact] {
             let mut whole = engine(&dir, mode, None, 0);

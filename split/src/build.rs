@@ -9,7 +9,7 @@ use crate::plane_file::{Place, write_plane};
 use crate::planes::{contents, further_planes};
 use crate::sections::layer_entry;
 use crate::tensor_file::{Format, TensorFileEntry, Writer};
-use crate::{Error, LayerEncodings, chunk::Compression, sketch};
+use crate::{Error, LayerEncodings, SketchForm, chunk::Compression, sketch};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
@@ -40,8 +40,8 @@ pub struct SplitOptions {
     pub predictor_rank: usize,
     /// How the scales of quantised groups are chosen.
     pub scales: Scales,
-    /// Whether layers get a [`crate::Sketch`].
-    pub sketch: bool,
+    /// The form of each layer's [`crate::Sketch`], if layers are to have one.
+    pub sketch: Option<SketchForm>,
     /// Whether what the sketches leave of their rows is kept, too; only with sketches.
     pub residuals: bool,
 }
@@ -160,7 +160,7 @@ fn build(
         return Err(settings(format!("--predictor-rank {} is not a multiple of 32", options.predictor_rank)));
     }
 
-    if options.sketch {
+    if options.sketch.is_some() {
         sketch::check_width(config.hidden_size)?;
     } else if options.residuals {
         return Err(settings("--residuals is what sketches leave of their rows; add --sketch".to_owned()));
@@ -184,6 +184,7 @@ fn build(
         order: order.name().to_owned(),
         predictor_rank: options.predictor_rank.min(config.hidden_size / 32 * 32).max(32),
         active_share: if config.activation.is_sparse() { 0.0 } else { profile.meta().settings.active_share },
+        sketch_bits: options.sketch.unwrap_or_default(),
     };
     let identity = Identity {
         program: env!("CARGO_PKG_VERSION").to_owned(),
@@ -193,7 +194,7 @@ fn build(
         packing: packing.clone(),
         compression: format!("{:?}", options.compression),
         scales: format!("{:?}", options.scales),
-        sketch: options.sketch,
+        sketch: options.sketch.is_some(),
         residuals: options.residuals,
     };
     let partial = Partial::open(out, &serde_json::to_string(&identity).unwrap_or_default())?;
@@ -404,7 +405,8 @@ pub(crate) struct Assembled {
 pub(crate) struct Kinds {
     /// Predictors for the input of the layer before.
     pub ahead: bool,
-    pub sketches: bool,
+    /// Sketches, and their form.
+    pub sketches: Option<SketchForm>,
     pub residuals: bool,
 }
 
@@ -433,15 +435,15 @@ pub(crate) fn assemble_parts(
     }
     let mut predictors = Writer::create(partial.dir(), "predictors.safetensors", predictors)?;
     let mut statistics = Writer::create(partial.dir(), "stats.safetensors", statistics)?;
-    let create_sketches = || {
-        let tensors = (0..config.n_layers).flat_map(|l| sketch::tensors(l, config));
-        Writer::create(partial.dir(), "sketches.safetensors", tensors.collect())
+    let create_sketches = |form| {
+        let tensors = (0..config.n_layers).flat_map(|l| sketch::tensors(l, form, config));
+        Ok::<_, Error>((form, Writer::create(partial.dir(), "sketches.safetensors", tensors.collect())?))
     };
     let create_residuals = || {
         let tensors = (0..config.n_layers).map(|l| sketch::residual_tensor(l, config));
         Writer::create(partial.dir(), "residuals.safetensors", tensors.collect())
     };
-    let mut sketches = kinds.sketches.then(create_sketches).transpose()?;
+    let mut sketches = kinds.sketches.map(create_sketches).transpose()?;
     let mut residuals = kinds.residuals.then(create_residuals).transpose()?;
     let tokens: Vec<u8> = places.iter().flat_map(|t| t.to_le_bytes()).collect();
     statistics.write("trace.token", &tokens)?;
@@ -457,8 +459,8 @@ pub(crate) fn assemble_parts(
         statistics.write(&format!("layers.{l}.energy"), &part.energy)?;
         let width = ffn.div_ceil(8);
         statistics.write(&format!("layers.{l}.trace"), part.trace.get(..n_trace * width).unwrap_or_default())?;
-        if let Some(sketches) = &mut sketches {
-            for ((name, ..), bytes) in sketch::tensors(l, config).iter().zip(&part.sketch) {
+        if let Some((form, sketches)) = &mut sketches {
+            for ((name, ..), bytes) in sketch::tensors(l, *form, config).iter().zip(&part.sketch) {
                 sketches.write(name, bytes)?;
             }
         }
@@ -469,7 +471,7 @@ pub(crate) fn assemble_parts(
     Ok(Assembled {
         predictors: predictors.finish()?,
         statistics: statistics.finish()?,
-        sketches: sketches.map(Writer::finish).transpose()?,
+        sketches: sketches.map(|(_, writer)| writer.finish()).transpose()?,
         residuals: residuals.map(Writer::finish).transpose()?,
     })
 }
@@ -511,8 +513,8 @@ fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
     let predictors = config.n_layers
         * (options.predictor_rank * config.hidden_size * 2
             + 2 * config.intermediate_size * (options.predictor_rank * 2));
-    let sketch = sketch::sketch_bytes(config.intermediate_size, config.hidden_size);
-    let sketches = if options.sketch { config.n_layers * sketch } else { 0 };
+    let of_layer = |form: SketchForm| form.bytes(config.intermediate_size, config.hidden_size);
+    let sketches = config.n_layers * options.sketch.map_or(0, of_layer);
     let (_, _, rows, bundle_bytes) = sketch::residual_tensor(0, config);
     let residuals = if options.residuals { config.n_layers * rows * bundle_bytes } else { 0 };
     // They lie in their parts, too, until they are put together.

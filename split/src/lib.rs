@@ -67,8 +67,7 @@ pub use precision::{Planes, Precision};
 pub use resident::StoredMatrix;
 pub use shares::{LayerCost, Shares};
 pub use sketch::{
-    ALL_ROWS, CopyBits, DOWN_ROW, Feedback, GATE_ROW, RowCopy, SKETCH_BITS, Sketch, UP_ROW, residual_layout,
-    sketch_bytes,
+    ALL_ROWS, CopyBits, DOWN_ROW, Feedback, GATE_ROW, RowCopy, Sketch, SketchForm, UP_ROW, residual_layout,
 };
 pub use tensor_file::{Format, TensorEntry, TensorFile, TensorFileEntry};
 pub use verify::{TensorReport, VerifyReport, verify};

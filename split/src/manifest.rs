@@ -5,6 +5,7 @@ use crate::LayerEncodings;
 use crate::curve::Curve;
 use crate::error::{Result, corrupt, io};
 use crate::sealed::Sealed;
+use crate::sketch::SketchForm;
 use crate::tensor_file::TensorFileEntry;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -14,8 +15,8 @@ use thermocline_datasets::ModelConfig;
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
 /// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
 /// cost together, 6 where it has sketches, 7 where these have thresholds of single rows, 8 where it has what sketches leave of their
-/// rows. Sketches of 4 and 5 had another code and are not read.
-pub const FORMAT_VERSION: u32 = 8;
+/// rows, 9 where sketches have two bits of all rows. Sketches of 4 and 5 had another code and are not read.
+pub const FORMAT_VERSION: u32 = 9;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +50,9 @@ pub struct Packing {
     pub predictor_rank: usize,
     /// Share of a layer's neurons that counted as active in the statistics; 0 if they are the non-zero ones.
     pub active_share: f64,
+    /// Bits of the rows of sketches; those that all had before version 9 are not said.
+    #[serde(default, skip_serializing_if = "SketchForm::is_default")]
+    pub sketch_bits: SketchForm,
 }
 
 /// One layer: its files, those of the last section on top.
@@ -116,7 +120,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// 1 to 8 (see [`FORMAT_VERSION`]).
+    /// 1 to 9 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -181,6 +185,7 @@ impl Manifest {
         let has_curve = |file: &TensorFileEntry| file.tensors.iter().any(|t| Curve::has(&t.name));
         let of_rows = |file: &TensorFileEntry| file.tensors.iter().any(|t| GradedCurves::is_of_rows(&t.name));
         match &self.shares {
+            _ if !self.packing.sketch_bits.is_default() => 9,
             _ if self.residuals.is_some() => 8,
             _ if self.graded.as_ref().is_some_and(of_rows) => 7,
             _ if self.sketches.is_some() => 6,
@@ -254,8 +259,12 @@ impl Manifest {
         }
         manifest.config.check(&path)?;
         if manifest.sketches.is_none() {
-            for (field, file) in [("graded", &manifest.graded), ("residuals", &manifest.residuals)] {
-                if file.is_some() {
+            for (field, is_there) in [
+                ("graded", manifest.graded.is_some()),
+                ("residuals", manifest.residuals.is_some()),
+                ("packing.sketch_bits", !manifest.packing.sketch_bits.is_default()),
+            ] {
+                if is_there {
                     return Err(corrupt(&path, field, "of sketches, and there are none".to_owned()));
                 }
             }

@@ -4,7 +4,9 @@ use crate::delta::Delta;
 use crate::error::{Result, corrupt, listed};
 use crate::planted::REPORT_FILE;
 use crate::resident::check_planes;
-use crate::{Error, GradedCurves, LayerFile, Manifest, Planes, Precision, Shares, Sketch, TensorEntry, TensorFile};
+use crate::{
+    Error, GradedCurves, LayerFile, Manifest, Planes, Precision, Shares, Sketch, SketchForm, TensorEntry, TensorFile,
+};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thermocline_calibrate::predictor::LowRank;
@@ -212,12 +214,18 @@ impl Split {
         self.sketches.as_ref()
     }
 
+    /// How many bits the sketches have, if the split has them.
+    pub fn sketch_form(&self) -> SketchForm {
+        self.manifest.packing.sketch_bits
+    }
+
     /// The sketch of one layer, if the split has them.
     ///
     /// # Errors
     /// If it cannot be read, is damaged or does not fit the model.
     pub fn sketch(&self, layer: usize) -> Result<Option<Sketch>> {
-        self.sketches.as_ref().map(|file| Sketch::read(file, &self.manifest.config, layer)).transpose()
+        let read = |file| Sketch::read(file, self.sketch_form(), &self.manifest.config, layer);
+        self.sketches.as_ref().map(read).transpose()
     }
 
     /// The file of what sketches leave of the neurons' rows, if the split has it.

@@ -134,7 +134,7 @@ pub(crate) fn pack_layer(
     })?;
     let fitted =
         predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
-    let sketch = options.sketch.then(|| Sketch::fit(moment, &gate, &up, &down, norms.clone())).transpose()?;
+    let sketch = options.sketch.map(|form| Sketch::fit(form, moment, &gate, &up, &down, norms.clone())).transpose()?;
     let left_by = |sketch: &Sketch| {
         let [gate_name, up_name, down_name] = ["gate", "up", "down"].map(name);
         let bundles = sketch.residuals(

@@ -33,8 +33,9 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     if let Some(device) = super::load::open_device(&placement, args.json)? {
         let plan = super::load::gpu_plan(&split, &placement, request, &device)?;
         let n_threads = super::load::host_threads(&placement);
-        let (layout, sketched) = (*split.layers()[0].bundles().largest().bundles(), plan.streamed_sketches > 0);
-        let hardware = thermocline_runtime::measure_tiers(&device, layout, n_threads, sketched)?;
+        let layout = *split.layers()[0].bundles().largest().bundles();
+        let streamed = (plan.streamed_sketches > 0).then(|| split.sketch_form());
+        let hardware = thermocline_runtime::measure_tiers(&device, layout, n_threads, streamed)?;
         // What `--cpu-share 0` leaves to the link.
         let on_host = placement.cpu_share != Some(0.0);
         let speeds = GpuSpeeds { host: if on_host { hardware.host } else { 0.0 }, ..hardware };
@@ -257,5 +258,8 @@ pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
     row("pinned RAM", plan.pinned_bytes, format!("the other neurons{residuals}{sketches}"));
     if plan.host_sketch_bytes > 0 {
         row("RAM", plan.host_sketch_bytes, "of sketches, for what the CPU computes".to_owned());
+    }
+    if plan.audit_bytes > 0 {
+        row("RAM", plan.audit_bytes, "while tokens are audited (--audit-every)".to_owned());
     }
 }

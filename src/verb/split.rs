@@ -1,6 +1,6 @@
 //! `split`: a checkpoint and its profile in, a split directory out.
 
-use crate::cli::{OrderName, ScalesName, Split};
+use crate::cli::{OrderName, ScalesName, SketchBitsName, Split};
 use crate::exit::Usage;
 use crate::output::{self, Progress};
 use std::path::Path;
@@ -11,7 +11,9 @@ use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_split::order::{OrderKind, TABLE_CHUNKS};
-use thermocline_split::{Compression, LayerEncodings, Scales, SplitOptions, SplitReport, planted_bytes, split_planted};
+use thermocline_split::{
+    Compression, LayerEncodings, Scales, SketchForm, SplitOptions, SplitReport, planted_bytes, split_planted,
+};
 
 pub fn split(args: &Split) -> anyhow::Result<()> {
     super::run::limit_threads(args.threads)?;
@@ -46,7 +48,7 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
         ScalesName::LeastSquares => Scales::LeastSquares,
         ScalesName::Absmax => Scales::Absmax,
     };
-    options.sketch = args.sketch;
+    options.sketch = sketch_form(args);
     options.residuals = args.residuals;
     let report = make(checkpoint.as_ref(), &profile, &options, &args.output, args.json)?;
     if args.json {
@@ -55,6 +57,13 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
     print(&report);
     println!("next: thermocline run -m {} -p \"Hello\" -n 64", args.output.display());
     Ok(())
+}
+
+fn sketch_form(args: &Split) -> Option<SketchForm> {
+    args.sketch.then_some(match args.sketch_bits {
+        SketchBitsName::UpInThree => SketchForm::UpInThree,
+        SketchBitsName::AllInTwo => SketchForm::AllInTwo,
+    })
 }
 
 /// `--planted`: neither checkpoint nor profile.
@@ -74,7 +83,8 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
     statistics.cluster_neurons = given.planted_clusters.unwrap_or(statistics.cluster_neurons);
     let case = if statistics == of_case { case } else { "custom" };
     let model = PlantedModel::new(Shape::named(shape)?, case, statistics, given.planted_seed.unwrap_or(0))?;
-    let bytes = planted_bytes(&model, args.sketch)?;
+    let sketch = sketch_form(args);
+    let bytes = planted_bytes(&model, sketch)?;
     if !args.json {
         let sketches = if args.sketch { format!(", sketches {}", format_bytes(bytes.sketches)) } else { String::new() };
         println!(
@@ -91,7 +101,7 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
         let progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
         progress.set(done as u64, total as u64, format!("part {done}/{total}"));
     };
-    let report = split_planted(&model, args.sketch, &args.output, &on_layer);
+    let report = split_planted(&model, sketch, &args.output, &on_layer);
     progress.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
     let report = report?;
     if args.json {
@@ -137,7 +147,7 @@ pub fn defaults(checkpoint: &dyn Checkpoint, encoding: LayerEncodings) -> SplitO
         compression: Compression::None,
         predictor_rank: (checkpoint.config().hidden_size / 9).next_multiple_of(32),
         scales: Scales::Moments,
-        sketch: false,
+        sketch: None,
         residuals: false,
     }
 }

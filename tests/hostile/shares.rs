@@ -230,16 +230,16 @@ fn forged_graded_curves_are_refused() {
         let said = fails(4, &["verify", text(&dir), "-m", text(&model(&llama()))]);
         assert!(said.contains(text(&dir)), "{what}: {said}");
     }
-    for version in [1, 3, 4, 5, 9] {
+    for version in [1, 3, 4, 5, 10] {
         let (_guard, dir) = with_graded_curves();
         forge::manifest(&dir, |m| m.version = version);
         match Split::open(&dir) {
-            Err(Error::UnsupportedVersion { got: 9, .. }) => assert_eq!(version, 9),
+            Err(Error::UnsupportedVersion { got: 10, .. }) => assert_eq!(version, 10),
             Err(Error::OldSketches { version: got, .. }) => assert_eq!(got, version),
             other => panic!("version {version}: {other:?}"),
         }
         let said = fails(4, &["plan", "-m", text(&dir)]);
-        assert!(said.contains(if version < 9 { "split --sketch" } else { "update thermocline" }), "{said}");
+        assert!(said.contains(if version < 10 { "split --sketch" } else { "update thermocline" }), "{said}");
     }
     // Thresholds may be alone; then nothing can be promised.
     let (_guard, dir) = with_graded_curves();

@@ -1,7 +1,7 @@
 use crate::choose::no_cache;
 use crate::ffn::{activated, activation, add_down, product, random_bundles, together};
 use crate::prefill::{Halves, assert_split};
-use crate::sketch::Part;
+use crate::sketch::{Part, up_bits};
 use crate::{Random, U, device, pinned, poisoned, read, upload, wide};
 use proptest::prelude::*;
 use thermocline_kernels::cuda::launch::{
@@ -20,9 +20,9 @@ struct RandomSketch {
 }
 
 impl RandomSketch {
-    fn new(n_neurons: usize, hidden: usize, random: &mut Random) -> Self {
+    fn new(up_bits: SketchBits, n_neurons: usize, hidden: usize, random: &mut Random) -> Self {
         let [gate, down] = [0, 1].map(|_| Part::random(SketchBits::Two, n_neurons, hidden, random));
-        let up = Part::random(SketchBits::Three, n_neurons, hidden, random);
+        let up = Part::random(up_bits, n_neurons, hidden, random);
         let neurons: Vec<f32> = random.values(4 * n_neurons).iter().map(|v| v.abs()).collect();
         let mut columns: Vec<u32> = (0..hidden as u32).collect();
         (1..hidden).for_each(|i| columns.swap(i, random.below(i + 1)));
@@ -32,6 +32,7 @@ impl RandomSketch {
             down: upload(&down.planes).view(),
             neurons: upload(&neurons).view(),
             columns: upload(&columns).view(),
+            up_bits,
             first: 0,
             n_neurons,
             hidden,
@@ -60,13 +61,13 @@ proptest! {
     #[test]
     fn layers_of_residual_rows_are_their_sketch_and_what_is_read(
         units in 1usize..20, counts in [0usize..30, 1usize..60], activation in activation(), n_blocks in 1usize..7,
-        share in prop_oneof![Just(None), (0.0f32..=1.0).prop_map(Some)], seed: u64,
+        share in prop_oneof![Just(None), (0.0f32..=1.0).prop_map(Some)], up_bits in up_bits(), seed: u64,
     ) {
         let random = &mut Random::new(seed);
         let ([n_hot, n_cold], hidden) = (counts, units * SKETCH_UNIT);
         let n = n_hot + n_cold;
         let layout = BundleLayout::new(Encoding::R4, hidden).unwrap();
-        let sketch = RandomSketch::new(n, hidden, random);
+        let sketch = RandomSketch::new(up_bits, n, hidden, random);
         let (x, weight, eps) = (random.values(hidden), random.values(hidden), 1e-3f32);
         let bundles = random_bundles(&layout, n, random);
         let (hot, cold) = bundles.split_at(n_hot * layout.bundle_bytes());
@@ -144,11 +145,12 @@ proptest! {
 
     #[test]
     fn residual_bundles_are_unpacked_with_their_sketch(
-        units in prop_oneof![1usize..30, Just(130)], n in 0usize..6, before in 0usize..5, after in 0usize..5, seed: u64,
+        units in prop_oneof![1usize..30, Just(130)], n in 0usize..6, before in 0usize..5, after in 0usize..5,
+        up_bits in up_bits(), seed: u64,
     ) {
         let (random, hidden) = (&mut Random::new(seed), units * SKETCH_UNIT);
         let layout = BundleLayout::new(Encoding::R4, hidden).unwrap();
-        let sketch = RandomSketch::new((before + n + after).max(1), hidden, random);
+        let sketch = RandomSketch::new(up_bits, (before + n + after).max(1), hidden, random);
         let bundles = random_bundles(&layout, n, random);
         let out: [Halves; 3] = std::array::from_fn(|_| Halves::new(n * hidden));
         let views = out.each_ref().map(|o| o.0.each_ref().map(|half| half.view()));

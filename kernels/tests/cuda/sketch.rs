@@ -106,6 +106,11 @@ fn judged(
     [(h, h_error), (score, size * relative * down * down + of_down * down_error * down_error + 1e-5 * score + 1e-30)]
 }
 
+/// Bits of up rows.
+pub(crate) fn up_bits() -> impl Strategy<Value = SketchBits> {
+    prop_oneof![Just(SketchBits::Two), Just(SketchBits::Three)]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
@@ -115,13 +120,14 @@ proptest! {
         ffn in 1usize..200,
         activation in 0usize..3,
         (with_host, whole) in any::<(bool, bool)>(),
+        up_bits in up_bits(),
         seed: u64,
     ) {
         let random = &mut Random::new(seed);
         let hidden = units * SKETCH_UNIT;
         let activation = [Nonlinearity::Silu, Nonlinearity::Relu, Nonlinearity::Drelu][activation];
         let [gate, down] = [0, 1].map(|_| Part::random(SketchBits::Two, ffn, hidden, random));
-        let up = Part::random(SketchBits::Three, ffn, hidden, random);
+        let up = Part::random(up_bits, ffn, hidden, random);
         let mut neurons: Vec<f32> = random.values(4 * ffn).iter().map(|v| v.abs()).collect();
         // Some miss nothing; one is broken, and neither chosen nor added.
         neurons[..ffn].iter_mut().step_by(3).for_each(|sd| *sd = 0.0);
@@ -137,7 +143,7 @@ proptest! {
         (1..hidden).for_each(|i| columns.swap(i, random.below(i + 1)));
         let sketch = DeviceSketch {
             gate: upload(&gate.planes).view(), up: upload(&up.planes).view(), down: upload(&down.planes).view(),
-            neurons: upload(&neurons).view(), columns: upload(&columns).view(), first: 0, n_neurons: ffn, hidden,
+            neurons: upload(&neurons).view(), columns: upload(&columns).view(), up_bits, first: 0, n_neurons: ffn, hidden,
         };
         let (x_view, host_view, normed_view) = (upload(&x).view(), host_x.view(), normed.view());
         let from = LayerInput { hidden, x: &x_view, eps, normed: &normed_view, host_x: with_host.then_some(&host_view) };
@@ -234,7 +240,7 @@ proptest! {
         let sketch = DeviceSketch {
             gate: upload(&down.planes).view(), up: upload(&vec![0u8; ffn * SketchBits::Three.row_bytes(hidden)]).view(),
             down: upload(&down.planes).view(), neurons: upload(&vec![0f32; 4 * ffn]).view(),
-            columns: upload(&vec![0u32; hidden]).view(), first: 0, n_neurons: ffn, hidden,
+            columns: upload(&vec![0u32; hidden]).view(), up_bits: SketchBits::Three, first: 0, n_neurons: ffn, hidden,
         };
         let partial = poisoned(4 * (n_blocks * hidden + 1));
         add_sketched(device(), &sketch, &upload(&h).view(), n_blocks, &partial.view()).unwrap();

@@ -4,10 +4,11 @@
 
 use super::host_share::HostShare;
 use super::load::Model;
+use super::plan::GpuPlan;
 use super::sections::COUNTS_BYTES;
 use crate::Result;
 use crate::audit::{AllNeurons, Audit};
-use crate::chooser::SketchedLayer;
+use crate::chooser::{SketchedLayer, is_sketched};
 use crate::ffn::FfnSums;
 use crate::matrix::Compute;
 use std::borrow::Cow;
@@ -41,6 +42,12 @@ impl Kept {
         let [before, after, normed] = [pin(4 * n * hidden)?, pin(4 * n * hidden)?, pin(4 * n * hidden)?];
         let (ids, counts) = (pin(4 * n * ffn)?, pin(COUNTS_BYTES * n)?);
         Ok(Self { before, after, normed, ids, counts, hidden, ffn })
+    }
+
+    /// Pinned memory that this takes.
+    fn bytes(config: &ModelConfig) -> u64 {
+        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+        (config.n_layers * (4 * (3 * hidden + ffn) + COUNTS_BYTES)) as u64
     }
 
     /// Copies layer `l`'s residual stream, before its neurons.
@@ -93,6 +100,19 @@ impl GpuAudit {
         let sums = FfnSums::new(config.hidden_size, config.activation, config.intermediate_size);
         let compute = Compute { kernels: Kernels::detect(), pool: Pool::new(n_threads)? };
         Ok(Self { audit: Audit::new(config, every), kept: Kept::new(device, config)?, compute, sums })
+    }
+
+    /// RAM that audits take while they work, if `plan` is what they audit: what is kept, what they compute with, and one layer's hot
+    /// neurons and sketch.
+    pub(super) fn bytes(split: &Split, plan: &GpuPlan) -> u64 {
+        let config = &split.manifest().config;
+        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+        let layers = split.layers().iter().zip(&plan.hot_neurons);
+        let hot = layers.map(|(file, &hot)| plan.layout(file).bytes(0..hot)).max().unwrap_or(0);
+        let is_sketched = is_sketched(split, plan.request.base.mode) && plan.always_neurons < ffn;
+        let sketch = if is_sketched { split.sketch_form().bytes(ffn, hidden) } else { 0 };
+        let sums = FfnSums::new(hidden, config.activation, ffn).bytes();
+        Kept::bytes(config) + Audit::bytes(config, plan.request.base.n_threads) + sums + (hot + sketch) as u64
     }
 
     /// Audits the token that was kept, when the device is done with it.

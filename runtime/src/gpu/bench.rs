@@ -49,6 +49,8 @@ pub struct GpuBenchReport {
     pub link_bytes_per_token: u64,
     /// The part of them that was fetched before it was known whether it is needed.
     pub early_link_bytes_per_token: u64,
+    /// The part of `bytes_per_token.host` that the host's threads read of sketches.
+    pub host_sketch_bytes_per_token: u64,
     /// Bytes a second over the link while decoding, attention and all included.
     pub link_bytes_per_second: f64,
     /// The same by the host's threads.
@@ -103,13 +105,12 @@ impl GpuEngine {
         }
         progress(settings.repetitions + 1, settings.repetitions + 1);
         let (after, n) = (self.account(), settings.n_gen as u64);
-        let link_bytes = after.link_bytes - before.link_bytes;
-        let early_bytes = after.early_link_bytes - before.early_link_bytes;
+        let of_host = after.host_parts_since(&before);
         let bytes = after.bytes.minus(before.bytes);
         let (hits, misses) = (after.cache_hits - before.cache_hits, after.cache_misses - before.cache_misses);
         let (used, foreseen) = (after.foreseen_used - before.foreseen_used, after.foreseen - before.foreseen);
         let speeds = Decoder::speeds(self)?;
-        let (limit_seconds, limit) = speeds.limit(bytes.per_token(n), link_bytes / n.max(1), early_bytes / n.max(1));
+        let (limit_seconds, limit) = speeds.limit(bytes.per_token(n), of_host.per_token(n));
         let decode_tok_s = Timing::new(decodes);
         let (free, total) = self.device().memory()?;
         Ok(GpuBenchReport {
@@ -127,10 +128,11 @@ impl GpuEngine {
             prompt_tok_s: Timing::new(prompts),
             predicted: self.predicted(),
             bytes_per_token: bytes.per_token(n),
-            link_bytes_per_token: link_bytes / n.max(1),
-            early_link_bytes_per_token: early_bytes / n.max(1),
-            link_bytes_per_second: link_bytes as f64 / seconds,
-            host_bytes_per_second: (bytes.host - link_bytes.min(bytes.host)) as f64 / seconds,
+            link_bytes_per_token: of_host.per_token(n).link,
+            early_link_bytes_per_token: of_host.per_token(n).early_link,
+            host_sketch_bytes_per_token: of_host.per_token(n).sketches,
+            link_bytes_per_second: of_host.link as f64 / seconds,
+            host_bytes_per_second: (bytes.host - of_host.link.min(bytes.host)) as f64 / seconds,
             cache_hit_rate: (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64),
             limit_share: decode_tok_s.median * limit_seconds,
             limit,

@@ -87,7 +87,8 @@ impl GpuEngine {
             let is_scattered = plan.request.base.mode != Mode::Exact;
             speeds.host = host.measure(speeds::PROBE_NEURONS, is_scattered, &mut serial);
             if model.n_for_host() > 0 {
-                speeds.sketches = speeds::sketches(&device, plan.request.base.n_threads, config.hidden_size)?;
+                let form = split.sketch_form();
+                speeds.sketches = speeds::sketches(&device, plan.request.base.n_threads, form, config.hidden_size)?;
             }
         }
         let parts = Parts { host: host.is_some(), lookahead: plan.lookahead_neurons > 0 };
@@ -437,6 +438,7 @@ impl GpuEngine {
         }
         a.neurons_computed += if of_rows { n_rows / 3 } else { host.chosen };
         bytes.host = a.link_bytes - before + host.bytes;
+        a.host_sketch_bytes += host.sketch_bytes;
         a.neurons_total += n;
         a.bytes.device += bytes.device;
         a.bytes.cache += bytes.cache;
@@ -514,7 +516,7 @@ impl Decoder for GpuEngine {
         let finite = |speed: f64| (speed.is_finite() && speed > 0.0).then_some(speed);
         let s = self.speeds;
         let link = finite(s.link.max(s.copies));
-        Ok(Speeds { device: finite(s.device), link, ram: finite(s.host), disk: None })
+        Ok(Speeds { device: finite(s.device), link, ram: finite(s.host), sketches: finite(s.sketches), disk: None })
     }
 
     fn flaws(&self) -> &[Flaw] {

@@ -60,6 +60,8 @@ pub(super) struct Part<'a> {
 pub(super) struct Done {
     /// Bytes of rows, and of sketches, that it read.
     pub bytes: u64,
+    /// Those of sketches, but for what is under residuals.
+    pub sketch_bytes: u64,
     /// Rows of the neurons that it computed.
     pub rows: u64,
     /// All neurons that were chosen, ascending.
@@ -84,14 +86,15 @@ impl HostLayer {
         sums: &mut [f32],
     ) -> Option<Done> {
         let n = self.sketch.numbers.n_neurons();
-        let mut done = Done { bytes: self.judge(part, judging, n), ..Done::default() };
+        let mut done = Done { sketch_bytes: self.judge(part, judging, n), ..Done::default() };
         if !judging.meet(flag, part.n_threads, is_over) {
             return None;
         }
         done.chosen = self.chosen(judging, n);
         let list = share(done.chosen.len(), part);
-        let bytes = self.add_chosen(part, judging, &done.chosen[list], &mut done.rows, sums);
-        done.bytes += bytes + self.add_others(part, judging, &done.chosen, share(n, part), sums);
+        let of_chosen = self.add_chosen(part, judging, &done.chosen[list], &mut done.rows, sums);
+        done.sketch_bytes += self.add_others(part, judging, &done.chosen, share(n, part), sums);
+        done.bytes = of_chosen + done.sketch_bytes;
         Some(done)
     }
 

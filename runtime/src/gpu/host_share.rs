@@ -58,8 +58,10 @@ impl Watch {
 /// What the threads have counted so far.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct HostCounts {
-    /// Bytes of rows that they have read.
+    /// Bytes that they have read.
     pub bytes: u64,
+    /// The part of them that is sketches, of layers that are theirs.
+    pub sketch_bytes: u64,
     /// Rows that they were asked for, three of a whole neuron.
     pub rows: u64,
     /// Neurons that they chose in layers that are theirs.
@@ -68,8 +70,12 @@ pub(super) struct HostCounts {
 
 impl HostCounts {
     pub(super) fn since(self, before: Self) -> Self {
-        let (bytes, rows) = (self.bytes - before.bytes, self.rows - before.rows);
-        Self { bytes, rows, chosen: self.chosen - before.chosen }
+        Self {
+            bytes: self.bytes - before.bytes,
+            sketch_bytes: self.sketch_bytes - before.sketch_bytes,
+            rows: self.rows - before.rows,
+            chosen: self.chosen - before.chosen,
+        }
     }
 }
 
@@ -97,6 +103,7 @@ struct Shared {
     panicked: AtomicBool,
     /// Bytes of rows that were read.
     bytes: AtomicU64,
+    sketch_bytes: AtomicU64,
     /// Rows that were asked for.
     rows: AtomicU64,
     /// Neurons that were chosen in layers of which the threads do everything.
@@ -177,6 +184,7 @@ impl HostShare {
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
+            sketch_bytes: AtomicU64::new(0),
             rows: AtomicU64::new(0),
             chosen: AtomicU64::new(0),
             judging: Judging::new(n_judged, seen),
@@ -214,9 +222,10 @@ impl HostShare {
 
     /// What was counted so far.
     pub(super) fn counts(&self) -> HostCounts {
-        let [bytes, rows, chosen] =
-            [&self.shared.bytes, &self.shared.rows, &self.shared.chosen].map(|n| n.load(Ordering::Relaxed));
-        HostCounts { bytes, rows, chosen }
+        let s = &self.shared;
+        let [bytes, sketch_bytes, rows, chosen] =
+            [&s.bytes, &s.sketch_bytes, &s.rows, &s.chosen].map(|n| n.load(Ordering::Relaxed));
+        HostCounts { bytes, sketch_bytes, rows, chosen }
     }
 
     /// The neurons of layer `l`, which is the host's, that the last token computed, ascending.
@@ -318,7 +327,9 @@ fn work(shared: &Shared, t: usize, mut seen: u32, mut prepared: u32) {
             let (activation, bundles) = (shared.activation, layer.bundles());
             let part = Part { kernels: &kernels, nth: t, n_threads, activation, bundles, x: &x, input: &input };
             let is_over = || shared.panicked.load(Ordering::Relaxed) || shared.stop.load(Ordering::Relaxed);
-            let Some(Done { bytes, rows, chosen }) = whole.add(&part, &shared.judging, flag, is_over, &mut sums) else {
+            let Some(Done { bytes, sketch_bytes, rows, chosen }) =
+                whole.add(&part, &shared.judging, flag, is_over, &mut sums)
+            else {
                 continue;
             };
             // The first thread's is there before the device goes on.
@@ -328,6 +339,7 @@ fn work(shared: &Shared, t: usize, mut seen: u32, mut prepared: u32) {
                 *shared.last_chosen[l as usize].lock().unwrap_or_else(PoisonError::into_inner) = chosen;
             }
             shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+            shared.sketch_bytes.fetch_add(sketch_bytes, Ordering::Relaxed);
             shared.rows.fetch_add(rows, Ordering::Relaxed);
             give(shared, t, flag, &mut sums);
             continue;

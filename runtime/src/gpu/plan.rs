@@ -1,5 +1,6 @@
 //! What goes where in a VRAM budget, and how fast that should be.
 
+use super::audit::GpuAudit;
 use super::replay::{LayerTrace, Policy, Replayed, WAYS};
 use super::sections::Sections;
 use super::sketches::{layer_sketch_bytes, least_streamed, sketches_bytes};
@@ -16,7 +17,7 @@ use std::borrow::Cow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::LayerLayout;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
-use thermocline_split::{Format, LayerFile, SKETCH_BITS, Split, StoredMatrix, TensorEntry};
+use thermocline_split::{Format, LayerFile, Split, StoredMatrix, TensorEntry};
 
 /// Every piece of device memory begins at a multiple of this.
 pub(super) const ALIGN: u64 = 256;
@@ -132,6 +133,8 @@ pub struct GpuPlan {
     pub spare_sketch_bytes: u64,
     /// Bytes of sketches that the host needs besides, not pinned: for its threads' part of these neurons.
     pub host_sketch_bytes: u64,
+    /// RAM that audits take while they work; 0 in exact mode, which has none.
+    pub audit_bytes: u64,
     /// Layers whose neurons are not all laid out alike: what each of their sections is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sections: Vec<PlannedSection>,
@@ -272,6 +275,7 @@ impl GpuPlan {
             chooser_bytes_per_token: fixed.predictors,
             spare_sketch_bytes: 0,
             host_sketch_bytes: 0,
+            audit_bytes: 0,
             sections: Vec::new(),
             mixed_cold_layers: 0,
             cache_sets: vec![0; n_layers],
@@ -334,7 +338,9 @@ impl GpuPlan {
             let judging = if plan.host_layers() > 0 { super::host_layer::Judging::bytes(n) } else { 0 };
             plan.host_sketch_bytes += plan.streamed_sketches as u64 * numbers + judging;
         }
-        let on_host = plan.pinned_bytes + plan.host_sketch_bytes;
+        // Whether or not it is asked for, as on a CPU: audits must not change what fits.
+        plan.audit_bytes = if request.base.mode == Mode::Exact { 0 } else { GpuAudit::bytes(split, &plan) };
+        let on_host = plan.pinned_bytes + plan.host_sketch_bytes + plan.audit_bytes;
         if let Some(ram) = request.base.ram_budget_bytes
             && on_host > ram
         {
@@ -685,7 +691,7 @@ fn fixed_bytes(sections: Sections<'_>, request: &GpuRequest, n_splits: usize, pr
 
 /// Bytes of a down row of a sketch.
 fn sketched_down_row_bytes(split: &Split) -> u64 {
-    SKETCH_BITS[2].row_bytes(split.manifest().config.hidden_size) as u64
+    split.sketch_form().row_bytes(split.manifest().config.hidden_size)[2] as u64
 }
 
 /// The shape of attention.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use thermocline_kernels::cuda::launch::DeviceSketch;
 use thermocline_kernels::cuda::{CudaError, Device, Mark, Memory, Queue, View};
 use thermocline_kernels::{AlignedBuf, SketchMatrix, sketch_planes};
-use thermocline_split::{SKETCH_BITS, Split};
+use thermocline_split::Split;
 
 /// Places on the device for sketches that are copied.
 const N_PLACES: usize = 2;
@@ -26,7 +26,7 @@ const N_PARTS: usize = 5;
 
 /// Device bytes of the sketch of `n` neurons of one layer, at most.
 pub(super) fn layer_sketch_bytes(split: &Split, n: usize) -> u64 {
-    let of_layer = thermocline_split::sketch_bytes(n, split.manifest().config.hidden_size) as u64;
+    let of_layer = split.sketch_form().bytes(n, split.manifest().config.hidden_size) as u64;
     if n == 0 { 0 } else { aligned(of_layer + N_PARTS as u64 * ALIGN) }
 }
 
@@ -81,7 +81,7 @@ impl PinnedSketch {
     pub(super) fn matrix(&self, part: usize) -> SketchMatrix<'_> {
         let at = offsets(self.row_bytes)[part];
         let bytes = &self.memory.host_bytes()[at..at + self.row_bytes[part]];
-        SketchMatrix::of_planes(SKETCH_BITS[part], self.numbers.hidden_size(), bytes)
+        SketchMatrix::of_planes(self.numbers.form().bits()[part], self.numbers.hidden_size(), bytes)
     }
 }
 
@@ -106,7 +106,7 @@ impl Loader<'_> {
     pub(super) fn sketch(&self, l: usize) -> Result<Option<DeviceChooser>> {
         let (first, hidden) = (self.plan.always_neurons, self.plan.hidden_size);
         let Some(sketch) = sketch_behind(self.split, l, first, self.active.get(l))? else { return Ok(None) };
-        let n_neurons = sketch.n_neurons();
+        let (n_neurons, [_, up_bits, _]) = (sketch.n_neurons(), sketch.form.bits());
         let [gate, up, down] = [0, 1, 2].map(|part| sketch_planes(sketch.matrix(part, hidden)));
         let values =
             [&sketch.gate_sd, &sketch.up_sd, &sketch.down_norm, &sketch.down_error].map(Vec::as_slice).concat();
@@ -114,7 +114,7 @@ impl Loader<'_> {
             [&gate, &up, &down, bytemuck::cast_slice(&values), bytemuck::cast_slice(&sketch.columns)];
         let of_views = |views: [View; N_PARTS]| {
             let [gate, up, down, neurons, columns] = views;
-            DeviceSketch { gate, up, down, neurons, columns, first, n_neurons, hidden }
+            DeviceSketch { gate, up, down, neurons, columns, up_bits, first, n_neurons, hidden }
         };
         if nth_of(l, self.split.layers().len(), self.plan.streamed_sketches).is_none() {
             let mut views = Vec::with_capacity(N_PARTS);

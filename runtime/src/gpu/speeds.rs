@@ -7,6 +7,7 @@ use crate::hardware::{kernel_speed, sketch_speed};
 use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, SketchedRows, WorkList, ffn, ffn_blocks, host_item};
 use thermocline_kernels::cuda::{Device, Queue, View};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Pool};
+use thermocline_split::SketchForm;
 
 /// Cold neurons on which link and threads are measured.
 pub(super) const PROBE_NEURONS: usize = 4096;
@@ -23,11 +24,16 @@ const EMULATED_NEURONS: usize = 4;
 const COPIED_BYTES: usize = 256 << 20;
 
 /// The speeds of a machine before a model is loaded, for rows of this layout: of the link by the fused kernel, of `n_threads` threads
-/// by their kernels; if the model is `sketched`, also of copies over the link, and of the threads on sketches.
+/// by their kernels; if sketches of the form `streamed` cross the link, also of copies, and of the threads on such sketches.
 ///
 /// # Errors
 /// If device or host have not the memory (0.4 and 0.6 GB), or the device fails.
-pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize, sketched: bool) -> Result<GpuSpeeds> {
+pub fn measure_tiers(
+    device: &Device,
+    layout: BundleLayout,
+    n_threads: usize,
+    streamed: Option<SketchForm>,
+) -> Result<GpuSpeeds> {
     let (n, bytes, host_bytes) = if device.is_emulated() {
         (EMULATED_NEURONS, EMULATED_NEURONS * layout.bundle_bytes(), EMULATED_NEURONS * layout.bundle_bytes())
     } else {
@@ -47,19 +53,19 @@ pub fn measure_tiers(device: &Device, layout: BundleLayout, n_threads: usize, sk
     let (to, from) = (allocate(bytes / 2)?, allocate(bytes / 2)?);
     let memory = copy_speed(device, &to, &from)?;
     let (mut copies, mut sketch) = (0.0, 0.0);
-    if sketched {
+    if let Some(form) = streamed {
         let len = cold.len().min(to.len());
         let copy = || Ok(device.copy(Queue::Compute, &to.slice(0, len), &cold.slice(0, len))?);
         copies = best_of(device, len as f64, copy)?;
-        sketch = sketches(device, n_threads, hidden)?;
+        sketch = sketches(device, n_threads, form, hidden)?;
     }
     Ok(GpuSpeeds { device: memory, link, copies, host, sketches: sketch })
 }
 
-/// Bytes a second at which `n_threads` threads judge neurons by sketches of rows of so many columns, and add down rows of them.
-pub(super) fn sketches(device: &Device, n_threads: usize, hidden: usize) -> Result<f64> {
+/// Bytes a second at which `n_threads` threads judge neurons by sketches of this form, of rows of so many columns, and add down rows of them.
+pub(super) fn sketches(device: &Device, n_threads: usize, form: SketchForm, hidden: usize) -> Result<f64> {
     let n = if device.is_emulated() { EMULATED_NEURONS } else { PROBE_SKETCHES };
-    sketch_speed(&mut Pool::new(n_threads)?, n, hidden)
+    sketch_speed(&mut Pool::new(n_threads)?, form, n, hidden)
 }
 
 /// The speeds of device memory and link where a model is loaded, in buffers that are free then; infinite over the link if

@@ -3,6 +3,7 @@
 use super::rows::Row;
 use super::sketch::LayerSketch;
 use super::{BUNDLE, CHUNK_NEURONS, FACTOR};
+use crate::SketchForm;
 use crate::content::Content;
 use crate::error::Result;
 use crate::pack_layer::{FACTORS, PackedLayer};
@@ -32,13 +33,13 @@ pub(super) fn write(
     model: &PlantedModel,
     l: usize,
     layout: &BundleLayout,
-    with_sketch: bool,
+    sketch: Option<SketchForm>,
     partial: &Partial,
 ) -> Result<PackedLayer> {
     let (layer, n) = (model.layer(l), model.shape().intermediate_size);
     let order: Vec<u32> = (0..n as u32).collect();
     let mut rest = Rest::new(model, l);
-    let mut sketch = with_sketch.then(|| LayerSketch::new(model, l));
+    let mut sketch = sketch.map(|form| LayerSketch::new(model, form, l));
     let path = partial.temporary_layer(l, 0, 0);
     let place = Place { layer: l, neurons: 0..n, layer_neurons: n };
     let mut file = PlaneWriter::create(&path, place, Content::Bundles(*layout), &order, CHUNK_NEURONS)?;

@@ -13,7 +13,7 @@ use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, Source};
 use crate::pack_layer::FACTORS;
 use crate::partial::Partial;
 use crate::sections::layer_entry;
-use crate::sketch::{check_width, sketch_bytes};
+use crate::sketch::{SketchForm, check_width};
 use measure::Counts;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -76,16 +76,16 @@ pub struct PlantedSplit {
 struct Identity {
     program: String,
     planted: String,
-    sketch: bool,
+    sketch: Option<SketchForm>,
 }
 
 /// The size of a planted split, with sketches or without, before anything is written.
 ///
 /// # Errors
 /// If the model's rows cannot be stored in q4, or in a sketch that is asked for.
-pub fn planted_bytes(model: &PlantedModel, sketch: bool) -> Result<PlantedBytes> {
+pub fn planted_bytes(model: &PlantedModel, sketch: Option<SketchForm>) -> Result<PlantedBytes> {
     let (shape, layout) = (model.shape(), layout(model)?);
-    if sketch {
+    if sketch.is_some() {
         check_width(shape.hidden_size)?;
     }
     let (layers, n, rank) = (shape.n_layers as u64, shape.intermediate_size, layer::rank(model));
@@ -94,7 +94,7 @@ pub fn planted_bytes(model: &PlantedModel, sketch: bool) -> Result<PlantedBytes>
     let predictor = 2 * rank * Encoding::Q8.row_stride(shape.hidden_size) + 2 * n * FACTORS.row_stride(rank) + 12 * n;
     let statistics = 8 * n + model.trace_tokens().len() * n.div_ceil(8);
     let (predictors, statistics) = (layers * predictor as u64, layers * statistics as u64);
-    let sketches = if sketch { layers * sketch_bytes(n, shape.hidden_size) as u64 } else { 0 };
+    let sketches = sketch.map_or(0, |form| layers * form.bytes(n, shape.hidden_size) as u64);
     let resident = resident::bytes(model);
     // Until the end, all but bundles and resident tensors also lies in the parts that an interrupted run is continued from.
     let needed = ffn + resident + 2 * (predictors + statistics + sketches) + SMALL_FILES_BYTES;
@@ -107,7 +107,8 @@ fn layout(model: &PlantedModel) -> Result<BundleLayout> {
         .ok_or_else(|| Error::Settings { what: format!("hidden size {hidden_size} is no multiple of 32") })
 }
 
-/// Writes the split of a planted model to `out`, which must not exist; with a [`crate::Sketch`] of each layer if `sketch`.
+/// Writes the split of a planted model to `out`, which must not exist; with a [`crate::Sketch`] of each layer in the form `sketch`, if there is to
+/// be any.
 /// `progress(done, total)` counts layers.
 ///
 /// As [`crate::split()`] does, it grows as `OUT.partial`, can be continued after an interruption, and is renamed when it
@@ -120,7 +121,7 @@ fn layout(model: &PlantedModel) -> Result<BundleLayout> {
 /// where there is to be a sketch.
 pub fn split_planted(
     model: &PlantedModel,
-    sketch: bool,
+    sketch: Option<SketchForm>,
     out: &Path,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<PlantedSplit> {
@@ -142,7 +143,7 @@ struct Done {
 
 fn build(
     model: &PlantedModel,
-    sketch: bool,
+    sketch: Option<SketchForm>,
     needed: u64,
     out: &Path,
     progress: &(dyn Fn(usize, usize) + Sync),
@@ -204,6 +205,7 @@ fn build(
             order: "frequency".to_owned(),
             predictor_rank: layer::rank(model),
             active_share: model.statistics().active_share,
+            sketch_bits: sketch.unwrap_or_default(),
         },
         layers,
         resident,
@@ -223,7 +225,13 @@ fn build(
     Ok(PlantedSplit { path: out.to_owned(), model: model.name(), bytes, ffn_bytes, measured, resumed_layers })
 }
 
-fn make_layer(model: &PlantedModel, l: usize, layout: &BundleLayout, sketch: bool, partial: &Partial) -> Result<Done> {
+fn make_layer(
+    model: &PlantedModel,
+    l: usize,
+    layout: &BundleLayout,
+    sketch: Option<SketchForm>,
+    partial: &Partial,
+) -> Result<Done> {
     let sections = [(model.shape().intermediate_size, Encoding::Q4)];
     let files = Partial::layer_files(l, &sections);
     let resumed = partial.has_layer(l, &files);

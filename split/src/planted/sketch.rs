@@ -1,7 +1,7 @@
 //! The sketch of a planted layer, neuron by neuron as its bundles are made.
 
 use crate::sketch::{Search, round_row, unit_scale};
-use crate::{SKETCH_BITS, Sketch};
+use crate::{Sketch, SketchForm};
 use thermocline_datasets::planted::PlantedModel;
 use thermocline_kernels::{BundleLayout, Encoding, SKETCH_UNIT, SketchBits, unpack};
 
@@ -20,13 +20,14 @@ pub(super) struct LayerSketch {
 }
 
 impl LayerSketch {
-    /// Of layer `l`, without a neuron yet.
-    pub(super) fn new(model: &PlantedModel, l: usize) -> Self {
+    /// Of layer `l` in this form, without a neuron yet.
+    pub(super) fn new(model: &PlantedModel, form: SketchForm, l: usize) -> Self {
         let (shape, hidden) = (model.shape(), model.shape().hidden_size);
         let n = shape.intermediate_size;
         let numbers = || Vec::with_capacity(n);
         let sketch = Sketch {
-            rows: SKETCH_BITS.map(|bits| Vec::with_capacity(n * bits.row_bytes(hidden))),
+            form,
+            rows: form.row_bytes(hidden).map(|row_bytes| Vec::with_capacity(n * row_bytes)),
             columns: (0..hidden as u32).collect(),
             gate_sd: numbers(),
             up_sd: numbers(),
@@ -59,7 +60,7 @@ impl LayerSketch {
 
     /// Rounds row `part` of the bundle; returns what each weight loses.
     fn round(&mut self, part: usize, layout: &BundleLayout, bundle: &[u8]) -> Vec<f32> {
-        let (bits, hidden) = (SKETCH_BITS[part], self.row.len());
+        let (bits, hidden) = (self.sketch.form.bits()[part], self.row.len());
         unpack(Encoding::Q4, layout.row(bundle, part), &mut self.row);
         let mut wished: Vec<f32> = if part == 0 {
             // The few units that are not zero are of a pattern, thresholds and zeros: their scales are searched.

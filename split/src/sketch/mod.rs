@@ -3,6 +3,7 @@
 
 mod copies;
 mod feedback;
+mod form;
 mod residual;
 mod trellis;
 
@@ -13,6 +14,7 @@ pub use copies::{CopyBits, RowCopy};
 pub use feedback::Feedback;
 use feedback::{Rounded, round_alone};
 pub(crate) use feedback::{Search, round_row, unit_scale};
+pub use form::SketchForm;
 use ndarray::Array2;
 use rayon::prelude::*;
 pub use residual::residual_layout;
@@ -20,10 +22,6 @@ pub(crate) use residual::{read as read_residuals, residual_tensor};
 use thermocline_calibrate::predictor::{expected_error, expected_rows};
 use thermocline_datasets::{Activation, ModelConfig};
 use thermocline_kernels::{SKETCH_UNIT, SketchBits, SketchMatrix, unsketch};
-
-/// Bits of gate, up and down rows. SiLU leaves little of a gate's error where the gate is negative, so that the up row's counts
-/// more.
-pub const SKETCH_BITS: [SketchBits; 3] = [SketchBits::Two, SketchBits::Three, SketchBits::Two];
 
 /// A neuron's gate row, among those that are to be read.
 pub const GATE_ROW: u8 = 1;
@@ -39,7 +37,9 @@ const PARTS: [&str; 3] = ["gate", "up", "down"];
 /// One layer's sketch, neurons in split order.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sketch {
-    /// Gate, up and down rows, `[n_neurons, row_bytes]` of [`SKETCH_BITS`].
+    /// How many bits its rows have.
+    pub form: SketchForm,
+    /// Gate, up and down rows, `[n_neurons, row_bytes]`.
     pub rows: [Vec<u8>; 3],
     /// The channel of the layer's input that each column of the gate and up rows is multiplied with, `[hidden]`: a row's code runs
     /// through its columns in the order in which they were rounded. Columns of down rows are channels of the output, in order.
@@ -55,12 +55,13 @@ pub struct Sketch {
 }
 
 impl Sketch {
-    /// Fits a layer's: `moment [hidden, hidden]` is the second moment of its inputs, `gate`, `up` and `down [n_neurons, hidden]`
+    /// Fits a layer's in this form: `moment [hidden, hidden]` is the second moment of its inputs, `gate`, `up` and `down [n_neurons, hidden]`
     /// are rows of neurons, `down_norm [n_neurons]` the lengths of the last.
     ///
     /// # Errors
     /// If the moment is not finite.
     pub(crate) fn fit(
+        form: SketchForm,
         moment: &Array2<f64>,
         gate: &[f32],
         up: &[f32],
@@ -69,10 +70,11 @@ impl Sketch {
     ) -> Result<Self> {
         let feedback = Feedback::new(moment)?;
         let columns = feedback.order().to_vec();
-        let Rounded { bytes: gate, errors: gate_sd } = feedback.round(SKETCH_BITS[0], gate);
-        let Rounded { bytes: up, errors: up_sd } = feedback.round(SKETCH_BITS[1], up);
-        let Rounded { bytes: down, errors: down_error } = round_alone(SKETCH_BITS[2], down, moment.nrows());
-        Ok(Self { rows: [gate, up, down], columns, gate_sd, up_sd, down_norm, down_error })
+        let bits = form.bits();
+        let Rounded { bytes: gate, errors: gate_sd } = feedback.round(bits[0], gate);
+        let Rounded { bytes: up, errors: up_sd } = feedback.round(bits[1], up);
+        let Rounded { bytes: down, errors: down_error } = round_alone(bits[2], down, moment.nrows());
+        Ok(Self { form, rows: [gate, up, down], columns, gate_sd, up_sd, down_norm, down_error })
     }
 
     /// Without its first `n` neurons.
@@ -154,6 +156,7 @@ impl Sketch {
         });
         let values = |v: &[f32]| order.iter().map(|&id| v[id as usize]).collect();
         Self {
+            form: self.form,
             rows,
             columns: self.columns.clone(),
             gate_sd: values(&self.gate_sd),
@@ -168,7 +171,7 @@ impl Sketch {
     /// # Panics
     /// If they are of another width.
     pub fn matrix(&self, part: usize, hidden: usize) -> SketchMatrix<'_> {
-        SketchMatrix::new(SKETCH_BITS[part], hidden, &self.rows[part])
+        SketchMatrix::new(self.form.bits()[part], hidden, &self.rows[part])
     }
 
     /// Puts the channels of a layer's input, `[hidden]`, into the order that gate and up rows have them in.
@@ -193,7 +196,7 @@ impl Sketch {
     /// # Panics
     /// If there is no such row, or `out` is not as long.
     pub fn decode_row(&self, part: usize, i: usize, out: &mut [f32]) {
-        let bits = SKETCH_BITS[part];
+        let bits = self.form.bits()[part];
         let row = &self.rows[part][i * bits.row_bytes(out.len())..][..bits.row_bytes(out.len())];
         match part {
             2 => unsketch(bits, row, out),
@@ -210,13 +213,14 @@ impl Sketch {
         [gate, up, down, numbers, columns]
     }
 
-    pub(crate) fn read(file: &TensorFile, config: &ModelConfig, layer: usize) -> Result<Self> {
+    pub(crate) fn read(file: &TensorFile, form: SketchForm, config: &ModelConfig, layer: usize) -> Result<Self> {
         let (hidden, n) = (config.hidden_size, config.intermediate_size);
+        let row_bytes = form.row_bytes(hidden);
         let mut rows: [Vec<u8>; 3] = Default::default();
         for (part, rows) in rows.iter_mut().enumerate() {
             let name = name(layer, PARTS[part]);
             let entry = file.entry(&name)?;
-            if (entry.format, entry.rows, entry.columns) != (Format::U8, n, SKETCH_BITS[part].row_bytes(hidden)) {
+            if (entry.format, entry.rows, entry.columns) != (Format::U8, n, row_bytes[part]) {
                 return Err(corrupt(file.path(), name, "the shape does not fit the model"));
             }
             *rows = file.read(&name)?;
@@ -239,7 +243,8 @@ impl Sketch {
             return Err(corrupt(file.path(), name, format!("not every channel from 0 to {hidden} once")));
         }
         let column = |which: usize| values[which * n..(which + 1) * n].to_vec();
-        Ok(Self { rows, columns, gate_sd: column(0), up_sd: column(1), down_norm: column(2), down_error: column(3) })
+        let [gate_sd, up_sd, down_norm, down_error] = std::array::from_fn(column);
+        Ok(Self { form, rows, columns, gate_sd, up_sd, down_norm, down_error })
     }
 }
 
@@ -262,21 +267,13 @@ pub(crate) fn check_width(hidden_size: usize) -> Result<()> {
     Err(Error::Settings { what: format!("--sketch: hidden size {hidden_size} is no multiple of {SKETCH_UNIT}") })
 }
 
-/// Bytes of the sketch of so many neurons of a layer: three rows and four numbers of each, and the channels of the columns.
-pub fn sketch_bytes(n_neurons: usize, hidden_size: usize) -> usize {
-    let rows: usize = SKETCH_BITS.iter().map(|bits| bits.row_bytes(hidden_size)).sum();
-    n_neurons * (rows + 4 * size_of::<f32>()) + hidden_size * size_of::<u32>()
-}
-
 /// The tensors of a layer's sketch, in file order.
-pub(crate) fn tensors(layer: usize, config: &ModelConfig) -> Vec<(String, Format, usize, usize)> {
-    let rows = PARTS.iter().zip(SKETCH_BITS);
-    rows.map(|(part, bits)| {
-        (name(layer, part), Format::U8, config.intermediate_size, bits.row_bytes(config.hidden_size))
-    })
-    .chain([
-        (name(layer, "neurons"), Format::F32, 4, config.intermediate_size),
-        (name(layer, "columns"), Format::U8, config.hidden_size, size_of::<u32>()),
-    ])
-    .collect()
+pub(crate) fn tensors(layer: usize, form: SketchForm, config: &ModelConfig) -> Vec<(String, Format, usize, usize)> {
+    let rows = PARTS.iter().zip(form.row_bytes(config.hidden_size));
+    rows.map(|(part, row_bytes)| (name(layer, part), Format::U8, config.intermediate_size, row_bytes))
+        .chain([
+            (name(layer, "neurons"), Format::F32, 4, config.intermediate_size),
+            (name(layer, "columns"), Format::U8, config.hidden_size, size_of::<u32>()),
+        ])
+        .collect()
 }

@@ -72,6 +72,7 @@ pub(crate) fn read(file: &TensorFile, config: &ModelConfig, layer: usize, first:
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::SketchForm;
     use ndarray::Array2;
     use thermocline_datasets::Random;
     use thermocline_kernels::unpack;
@@ -81,7 +82,7 @@ mod tests {
 
     fn sketch_of(rows: &[Vec<f32>; 3]) -> Sketch {
         let moment = Array2::from_shape_fn((COLUMNS, COLUMNS), |(i, j)| f64::from(u8::from(i == j)));
-        Sketch::fit(&moment, &rows[0], &rows[1], &rows[2], vec![1.0; ROWS]).unwrap()
+        Sketch::fit(SketchForm::AllInTwo, &moment, &rows[0], &rows[1], &rows[2], vec![1.0; ROWS]).unwrap()
     }
 
     fn residuals_of(sketch: &Sketch, rows: &[Vec<f32>; 3]) -> Result<Vec<u8>> {

@@ -85,12 +85,13 @@ pub fn unpack_bundles(
         uses.extend(pair);
     }
     let mut shared_bytes = 0;
+    let mut kernel = format!("unpack_bundles_{}", suffix(layout.encoding()));
     if let Some((sketch, first)) = under {
         args.push(sketch.under_residual(hidden, first..first + n));
         uses.extend([&sketch.gate, &sketch.up, &sketch.down, &sketch.columns]);
         shared_bytes = input_shared_bytes(layout.encoding(), hidden);
+        kernel = format!("{kernel}_{}", sketch.suffix());
     }
-    let kernel = format!("unpack_bundles_{}", suffix(layout.encoding()));
     by_rows_with(device, kernel, n, shared_bytes, args, &uses)
 }
 

@@ -19,7 +19,7 @@ const UNIT_BYTES: usize = 4 * 50;
 pub struct DeviceSketch {
     /// Rows of two bits `[n_neurons, hidden]`.
     pub gate: View,
-    /// Rows of three bits `[n_neurons, hidden]`.
+    /// Rows of `up_bits` `[n_neurons, hidden]`.
     pub up: View,
     /// Rows of two bits `[n_neurons, hidden]`.
     pub down: View,
@@ -28,6 +28,8 @@ pub struct DeviceSketch {
     pub neurons: View,
     /// u32 `[hidden]`: the channel of the layer's input that each column of gate and up rows is multiplied with.
     pub columns: View,
+    /// Bits of the up rows.
+    pub up_bits: SketchBits,
     /// The first of them; those before it have no sketch, because they are always active.
     pub first: usize,
     /// How many have one: all behind the first.
@@ -43,12 +45,20 @@ impl DeviceSketch {
     }
 
     fn check(&self) {
-        let (two, three) = (SketchBits::Two.row_bytes(self.hidden), SketchBits::Three.row_bytes(self.hidden));
-        for (view, row) in [(&self.gate, two), (&self.up, three), (&self.down, two)] {
-            assert!(view.len() >= self.n_neurons * row && view.address().is_multiple_of(16), "a sketch's rows");
+        for (view, bits) in [(&self.gate, SketchBits::Two), (&self.up, self.up_bits), (&self.down, SketchBits::Two)] {
+            let bytes = self.n_neurons * bits.row_bytes(self.hidden);
+            assert!(view.len() >= bytes && view.address().is_multiple_of(16), "a sketch's rows");
         }
         floats(&self.neurons, 4 * self.n_neurons);
         assert!(self.columns.len() >= 4 * self.hidden && self.columns.address().is_multiple_of(16), "columns");
+    }
+
+    /// How kernels for sketches of these up rows end.
+    pub(super) fn suffix(&self) -> &'static str {
+        match self.up_bits {
+            SketchBits::Two => "two",
+            SketchBits::Three => "three",
+        }
     }
 
     /// The fields of `struct UnderResidual` in kernels/cuda/prefill_residual.cu, for neurons at these places.
@@ -109,7 +119,7 @@ pub fn sketch_scores(
     // A lane for each unit of a row, up to a warp; each such team takes two neurons.
     let neurons_of_block = 2 * THREADS as usize / units.next_power_of_two().min(32);
     let launch = Launch {
-        kernel: "sketch_scores".to_owned(),
+        kernel: format!("sketch_scores_{}", sketch.suffix()),
         grid: [n.div_ceil(neurons_of_block).min(2 * device.n_multiprocessors()) as u32, 1],
         block: THREADS,
         shared_bytes: (units * UNIT_BYTES) as u32,
