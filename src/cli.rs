@@ -486,6 +486,9 @@ pub struct Planted {
     /// Statistics: a (10 % active, the hottest 18 % cover 60 %), b (10 %, 45 %) or c (4.4 %, 44 %) [default: a]
     #[arg(long, value_name = "CASE")]
     pub case: Option<String>,
+    /// SwiGLU in place of ReGLU: neurons that do not fire are small, and not zero
+    #[arg(long)]
+    pub planted_silu: bool,
     /// Share of a layer's neurons that fire at a token, instead of the case's
     #[arg(long, value_name = "SHARE")]
     pub planted_active: Option<f64>,
@@ -520,6 +523,7 @@ impl Planted {
     pub fn first_detail(&self) -> Option<&'static str> {
         let given = [
             ("--case", self.case.is_some()),
+            ("--planted-silu", self.planted_silu),
             ("--planted-active", self.planted_active.is_some()),
             ("--planted-hot-cover", self.planted_hot_cover.is_some()),
             ("--planted-clusters", self.planted_clusters.is_some()),

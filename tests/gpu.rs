@@ -362,6 +362,9 @@ fn sketches_that_do_not_fit_cross_the_link() {
             let plan = gpu.plan().clone();
             assert_eq!((plan.streamed_sketches, plan.hot_bytes), (streamed, 0), "{what}");
             assert_eq!(plan.streamed_bytes_per_token, streamed as u64 * of_layer, "{what}");
+            let would_help = streamed > 0 && how != FEWER_BITS;
+            assert_eq!(plan.streamed_in_two_bits.is_some(), would_help, "{what}");
+            assert!(plan.streamed_in_two_bits.is_none_or(|fewer| fewer <= streamed), "{what}: {plan:?}");
             // A device that refuses is asked for less as long as there is something that need not be there.
             assert_eq!(plan.spare_sketch_bytes, n * of_layer, "{what}");
             let smaller = plan.smaller().map(|request| GpuPlan::new(&open(), request).unwrap().total_bytes);
@@ -596,8 +599,10 @@ fn audits_say_what_the_cpu_engine_says_and_change_nothing() {
         let hosts = if is_sketched { vec![(least, 0.5, 3)] } else { Vec::new() };
         for (vram, share, layers) in [(whole, 0.0, 0), (least + (whole - least) / 3, 0.5, 0)].into_iter().chain(hosts) {
             let what = format!("{}, {vram} bytes, host {share}, {layers} of its layers", dir.display());
+            // What is fetched early is the device's to compute: two engines must not each find their own number of it.
+            let lookahead = (!is_sketched).then_some(8);
             let request_of_host =
-                || GpuRequest { host_layers: Some(layers), ..gpu_request(&device(), mode, vram, None) };
+                || GpuRequest { host_layers: Some(layers), lookahead, ..gpu_request(&device(), mode, vram, None) };
             let gpu = || gpu(&dir, request_of_host(), share);
             let (mut plain, mut audited) = (gpu(), gpu());
             let n = audited.split().manifest().config.intermediate_size as f32;

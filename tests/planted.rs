@@ -5,13 +5,13 @@ mod support;
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use support::{copy, engine, fails, files, json, llama, ok, once, request, split, text};
+use support::{copy, engine, fails, files, forge, json, llama, ok, once, request, split, text};
 use tempfile::TempDir;
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::dense::{DenseLayer, Embedding};
 use thermocline_calibrate::{RunOptions, Settings, calibrate};
-use thermocline_datasets::Checkpoint;
 use thermocline_datasets::planted::{PlantedModel, Shape, Statistics, n_hot};
+use thermocline_datasets::{Activation, Checkpoint};
 use thermocline_runtime::{Logits, Mode};
 use thermocline_split::{SketchForm, Split, SplitCheckpoint, planted_bytes, split_planted};
 
@@ -171,6 +171,48 @@ fn greedy_tokens_walk_through_the_vocabulary_and_around_its_end() {
             assert_eq!(answer["tokens"], Value::from(want), "{mode:?} from {start}");
             assert!(answer["warnings"][0].as_str().unwrap().contains("planted-tiny-a"));
         }
+    }
+}
+
+/// With SiLU weights, trace and walk are the same, but nothing is zero: exact mode computes everything, and thresholds are of rows.
+#[test]
+fn with_silu_every_neuron_counts() {
+    let dir = TempDir::new().unwrap();
+    let (silu, corpus) = (dir.path().join("silu"), dir.path().join("corpus"));
+    ok(&["split", "--planted", "tiny", "--planted-silu", "--sketch", "-o", text(&silu)]);
+    let with_relu = files(&sketched());
+    let differ: Vec<String> = files(&silu).into_iter().filter(|f| !with_relu.contains(f)).map(|f| f.0).collect();
+    assert_eq!(differ, ["manifest.json", "planted.json"]);
+    assert_eq!(Split::open(&silu).unwrap().manifest().config.activation, Activation::Silu);
+
+    std::fs::write(&corpus, (0..600).map(|t| format!("t{t} ")).collect::<String>()).unwrap();
+    let fitted = ok(&[
+        "eval",
+        "-m",
+        text(&silu),
+        "--fit-shares",
+        "--no-curve",
+        "--text",
+        text(&corpus),
+        "--ctx",
+        "128",
+        "--windows",
+        "3",
+    ]);
+    assert!(fitted.stdout.contains("thresholds of rows from 3 windows"), "{}", fitted.stdout);
+    let walk = |dir: &Path, mode: &[&str]| {
+        let given = ["run", "-m", text(dir), "-p", "t700 t701", "-n", "40", "--temp", "0", "-t", "2", "--json"];
+        let answer = json(&[&given[..], mode].concat());
+        assert_eq!(answer["tokens"], Value::from((702..742).map(Value::from).collect::<Vec<_>>()), "{mode:?}");
+        assert!(dir == sketched() || answer["warnings"][0].as_str().unwrap().contains("planted-tiny-a-silu"));
+        (answer["computed_share"].as_f64().unwrap(), answer["bytes_per_token"]["host"].as_u64().unwrap())
+    };
+    let read = |dir: &Path| walk(dir, &["--mode", "exact"]).1;
+    let rows = 4 * 1024 * 2 * (256 / 2 + 256 / 32 * 2);
+    assert!(read(&silu) - read(&sketched()) > rows * 8 / 10, "up and down rows where ReLU's gates are not positive");
+    for active in [0.05, 0.1, 0.3] {
+        let (share, _) = walk(&silu, &["--mode", "sparse", "--active", &active.to_string()]);
+        assert!((share - active).abs() < 0.3 * active, "{share} of the rows for {active}");
     }
 }
 
@@ -364,4 +406,10 @@ fn what_cannot_be_planted_is_refused_by_name() {
     let error = split_planted(&narrow, Some(SketchForm::default()), &out, &|_, _| ()).unwrap_err().to_string();
     assert!(error.contains("288 is no multiple of 64") && !out.exists(), "{error}");
     split_planted(&narrow, None, &out, &|_, _| ()).unwrap();
+    // Nor is a sketch of such rows read that a manifest speaks of.
+    forge::manifest(&out, |m| {
+        m.sketches.clone_from(&Split::open(&sketched()).unwrap().manifest().sketches);
+        m.version = 6;
+    });
+    assert!(fails(4, &["plan", "-m", text(&out)]).contains("288, which is no multiple of 64"));
 }

@@ -12,6 +12,7 @@ use thermocline_analysis::Error;
 use thermocline_analysis::plots::Body;
 use thermocline_analysis::report::{Figure, GpuBenchFile, Inputs, Page, Setting, sweeps};
 use thermocline_runtime::{GpuBenchReport, Mode, TierBytes};
+use thermocline_split::SketchForm;
 
 fn page(paths: &[PathBuf]) -> Page {
     Page::new(Inputs::read(paths).unwrap(), Vec::new()).unwrap()
@@ -138,13 +139,14 @@ fn benches_are_grouped_by_the_one_setting_in_which_they_differ() {
         bench("threads-2", |r| {
             (r.n_threads, r.settings.n_gen, r.plan.request.base.context) = (2, 64, 576);
         }),
-        // Two settings at once, another share of the CPU, layers of it that were given, a smaller group with an earlier name, a lone model.
+        // Two settings at once, another share of the CPU, layers of it that were given, other sketches, a smaller group with an earlier name, a lone model.
         bench("both", |r| {
             r.n_threads = 4;
             vram(20)(r);
         }),
         bench("given", |r| (r.host_share, r.host_share_given, r.n_threads) = (0.9, true, 16)),
         bench("layers-0", |r| (r.plan.request.host_layers, r.n_threads) = (Some(0), 32)),
+        bench("two-bits", |r| (r.plan.sketch_bits, r.n_threads) = (Some(SketchForm::AllInTwo), 64)),
         bench("a-cpu-0", |r| r.host_share = 0.0),
         bench("a-cpu-0-vram-30", |r| {
             r.host_share = 0.0;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::path::Path;
 use thermocline_datasets::ModelConfig;
+use thermocline_kernels::SKETCH_UNIT;
 
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
 /// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
@@ -268,6 +269,14 @@ impl Manifest {
                     return Err(corrupt(&path, field, "of sketches, and there are none".to_owned()));
                 }
             }
+        }
+        if manifest.sketches.is_some() && !manifest.config.hidden_size.is_multiple_of(SKETCH_UNIT) {
+            let hidden = manifest.config.hidden_size;
+            return Err(corrupt(
+                &path,
+                "sketches",
+                format!("of rows of {hidden}, which is no multiple of {SKETCH_UNIT}"),
+            ));
         }
         if manifest.version < 6 && manifest.sketches.is_some() {
             return Err(crate::Error::OldSketches { path, version: manifest.version });

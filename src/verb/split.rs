@@ -83,6 +83,7 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
     statistics.cluster_neurons = given.planted_clusters.unwrap_or(statistics.cluster_neurons);
     let case = if statistics == of_case { case } else { "custom" };
     let model = PlantedModel::new(Shape::named(shape)?, case, statistics, given.planted_seed.unwrap_or(0))?;
+    let model = if given.planted_silu { model.with_silu() } else { model };
     let sketch = sketch_form(args);
     let bytes = planted_bytes(&model, sketch)?;
     if !args.json {

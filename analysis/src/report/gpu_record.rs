@@ -94,6 +94,9 @@ pub struct GpuPlanned {
     pub request: GpuAsked,
     /// Bytes of the cache, which may be nothing.
     pub cache_bytes: Option<u64>,
+    /// Bits of the sketches that choose; older records do not say it.
+    #[serde(default)]
+    pub sketch_bits: Option<[u8; 3]>,
 }
 
 /// What a plan was asked for.

@@ -71,6 +71,7 @@ fn settings(bench: &GpuBenchFile) -> Vec<(&'static str, String)> {
         ("planted", bench.is_planted().to_string()),
         ("device", bench.device.clone()),
         ("active", format!("{:?}", bench.active())),
+        ("sketches", format!("{:?}", bench.plan.sketch_bits)),
         ("VRAM", asked.vram_budget_bytes.to_string()),
         ("prompt", measured.n_prompt.to_string()),
         ("context to spare", asked.base.context.saturating_sub(needed).to_string()),

@@ -24,7 +24,7 @@ pub use scales::Scales;
 pub use shape::{Channels, Shape};
 pub use statistics::{HOT_SHARE, Statistics, n_hot};
 
-use crate::Result;
+use crate::{Activation, ModelConfig, Result};
 use std::ops::Range;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -46,6 +46,7 @@ pub struct PlantedModel {
     shape: Shape,
     case: String,
     statistics: Statistics,
+    activation: Activation,
     seed: u64,
     /// `[vocab, pattern]`.
     patterns: Vec<i8>,
@@ -72,12 +73,25 @@ impl PlantedModel {
         let width = shape.pattern_channels;
         let sampled = (0..width).flat_map(|c| (0..n_sampled).map(move |i| (token(i), c)));
         let sampled = sampled.map(|(t, c)| i16::from(patterns[t * width + c])).collect();
-        Ok(Self { shape, case: case.to_owned(), statistics, seed, patterns, identities, sampled, rates })
+        let (case, activation) = (case.to_owned(), Activation::Relu);
+        Ok(Self { shape, case, statistics, activation, seed, patterns, identities, sampled, rates })
+    }
+
+    /// The same weights with SiLU: neurons that do not fire are small and not zero, as in most trained models.
+    #[must_use]
+    pub fn with_silu(self) -> Self {
+        Self { activation: Activation::Silu, ..self }
     }
 
     /// What it is called everywhere, so that no one takes it for a trained model.
     pub fn name(&self) -> String {
-        format!("planted-{}-{}", self.shape.name, self.case)
+        let activation = if self.activation.is_sparse() { "" } else { "-silu" };
+        format!("planted-{}-{}{activation}", self.shape.name, self.case)
+    }
+
+    /// What a reader is told of it. No token ends a text: a run is as long as it was asked to be.
+    pub fn config(&self) -> ModelConfig {
+        ModelConfig { activation: self.activation, ..self.shape.config() }
     }
 
     /// Its sizes.
@@ -102,7 +116,8 @@ impl PlantedModel {
 
     /// A digest of everything that decides the model.
     pub fn digest(&self) -> String {
-        let text = format!("{GENERATION} {:?} {:?} {}", self.shape, self.statistics, self.seed);
+        let activation = if self.activation.is_sparse() { "" } else { " silu" };
+        let text = format!("{GENERATION} {:?} {:?} {}{activation}", self.shape, self.statistics, self.seed);
         format!("{:032x}", xxh3_128(text.as_bytes()))
     }
 

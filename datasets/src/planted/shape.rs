@@ -77,8 +77,8 @@ impl Shape {
         })
     }
 
-    /// What a reader is told of the model. No token ends a text: a run is as long as it was asked to be.
-    pub fn config(&self) -> ModelConfig {
+    /// What [`super::PlantedModel::config`] tells a reader, with ReLU.
+    pub(super) fn config(&self) -> ModelConfig {
         ModelConfig {
             architecture: Architecture::Llama,
             hidden_size: self.hidden_size,

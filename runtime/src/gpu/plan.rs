@@ -3,7 +3,7 @@
 use super::audit::GpuAudit;
 use super::replay::{LayerTrace, Policy, Replayed, WAYS};
 use super::sections::Sections;
-use super::sketches::{layer_sketch_bytes, least_streamed, sketches_bytes};
+use super::sketches::{bytes_in_form, layer_sketch_bytes, least_streamed, sketches_bytes};
 use crate::attention::Rope;
 use crate::budget::format_bytes;
 use crate::chooser::{always_neurons, check_always, has_sketches, is_sketched};
@@ -17,7 +17,7 @@ use std::borrow::Cow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thermocline_kernels::LayerLayout;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
-use thermocline_split::{Format, LayerFile, Split, StoredMatrix, TensorEntry};
+use thermocline_split::{Format, LayerFile, SketchForm, Split, StoredMatrix, TensorEntry};
 
 /// Every piece of device memory begins at a multiple of this.
 pub(super) const ALIGN: u64 = 256;
@@ -122,9 +122,13 @@ pub struct GpuPlan {
     pub always_neurons: usize,
     /// Sparse mode: the others are there, and in pinned memory, as what their sketches leave of them.
     pub residuals: bool,
+    /// Bits of the sketches that choose, if sketches do.
+    pub sketch_bits: Option<SketchForm>,
     /// Layers whose sketches lie in pinned memory, because VRAM has no room for all: of some of these the host's threads may compute all
     /// neurons, the others' cross the link for every token.
     pub streamed_sketches: usize,
+    /// How many these would be if sketches had two bits of all rows, if they have not.
+    pub streamed_in_two_bits: Option<usize>,
     /// Bytes of these sketches.
     pub streamed_bytes_per_token: u64,
     /// Bytes of predictors or sketches that a token reads from device memory.
@@ -270,7 +274,9 @@ impl GpuPlan {
             hot_bytes: 0,
             always_neurons: 0,
             residuals,
+            sketch_bits: is_sketched(split, request.base.mode).then(|| split.sketch_form()),
             streamed_sketches: 0,
+            streamed_in_two_bits: None,
             streamed_bytes_per_token: 0,
             chooser_bytes_per_token: fixed.predictors,
             spare_sketch_bytes: 0,
@@ -422,6 +428,10 @@ impl GpuPlan {
         let for_sketches = room.saturating_sub(prefixes(&self.hot_neurons));
         let streamed = least_streamed(of_layer, n_layers, for_sketches);
         self.streamed_sketches = streamed.unwrap_or(n_layers);
+        if self.streamed_sketches > 0 && split.sketch_form() != SketchForm::AllInTwo {
+            let fewer = bytes_in_form(split, SketchForm::AllInTwo, n - self.always_neurons);
+            self.streamed_in_two_bits = least_streamed(fewer, n_layers, for_sketches);
+        }
         self.fixed.predictors = sketches_bytes(of_layer, n_layers, self.streamed_sketches);
         self.chooser_bytes_per_token = n_layers as u64 * of_layer;
         self.spare_sketch_bytes = self.fixed.predictors - sketches_bytes(of_layer, n_layers, n_layers);

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use thermocline_kernels::cuda::launch::DeviceSketch;
 use thermocline_kernels::cuda::{CudaError, Device, Mark, Memory, Queue, View};
 use thermocline_kernels::{AlignedBuf, SketchMatrix, sketch_planes};
-use thermocline_split::Split;
+use thermocline_split::{SketchForm, Split};
 
 /// Places on the device for sketches that are copied.
 const N_PLACES: usize = 2;
@@ -26,7 +26,12 @@ const N_PARTS: usize = 5;
 
 /// Device bytes of the sketch of `n` neurons of one layer, at most.
 pub(super) fn layer_sketch_bytes(split: &Split, n: usize) -> u64 {
-    let of_layer = split.sketch_form().bytes(n, split.manifest().config.hidden_size) as u64;
+    bytes_in_form(split, split.sketch_form(), n)
+}
+
+/// The same of a sketch of this form.
+pub(super) fn bytes_in_form(split: &Split, form: SketchForm, n: usize) -> u64 {
+    let of_layer = form.bytes(n, split.manifest().config.hidden_size) as u64;
     if n == 0 { 0 } else { aligned(of_layer + N_PARTS as u64 * ALIGN) }
 }
 

@@ -7,7 +7,6 @@ use crate::pack_layer::{FACTORS, PackedLayer};
 use std::ops::AddAssign;
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::predictor::expected_magnitude;
-use thermocline_datasets::Activation;
 use thermocline_datasets::planted::{Measured, PlantedModel, n_hot};
 use thermocline_kernels::{Encoding, RowRef, unpack};
 
@@ -140,7 +139,8 @@ impl Counts {
                 let sums = dots(FACTORS, rank, &packed.predictor_factors, &z);
                 let score = |i: usize| {
                     let (gate, up) = (sums[2 * i], sums[2 * i + 1]);
-                    expected_magnitude(Activation::Relu, gate, up, stored[i], stored[n + i]) * stored[2 * n + i]
+                    expected_magnitude(model.config().activation, gate, up, stored[i], stored[n + i])
+                        * stored[2 * n + i]
                 };
                 let mut scored: Vec<(f32, usize)> = (0..n).map(|i| (score(i), i)).collect();
                 scored.select_nth_unstable_by(k - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));

@@ -175,7 +175,7 @@ fn build(
     let resumed_layers = layers.iter().filter(|l| l.resumed).count();
 
     let places: Vec<u64> = model.trace_tokens().map(|t| t as u64).collect();
-    let config = model.shape().config();
+    let config = model.config();
     let kinds = Kinds { ahead: true, sketches: sketch, residuals: false };
     let Assembled { predictors, statistics, sketches, residuals } =
         assemble_parts(&config, layer::rank(model), kinds, &places, &partial)?;

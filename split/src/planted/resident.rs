@@ -16,7 +16,7 @@ const HEAD_CODE: i8 = 7;
 
 /// The tensors that are not bundles: matrices first, as `split` orders them, what is streamed together lying together.
 pub(super) fn tensors(model: &PlantedModel) -> Vec<(TensorSpec, Format)> {
-    let specs = architectures::tensors(&model.shape().config());
+    let specs = architectures::tensors(&model.config());
     let in_bundles = |role: Role| matches!(role, Role::Gate | Role::Up | Role::Down);
     let (vectors, matrices): (Vec<_>, Vec<_>) =
         specs.into_iter().filter(|spec| !in_bundles(spec.role)).partition(|spec| spec.role == Role::Norm);
