@@ -452,7 +452,7 @@ pub struct Split {
     /// needs, and stands for the others
     #[arg(long)]
     pub sketch: bool,
-    /// With --sketch: bits of a weight of the copy. Fewer take less memory and read faster, and diverge half as much again
+    /// With --sketch: bits of a weight of the copy. Fewer take less memory, are read faster, and diverge 1.5 to 1.8 times as much
     #[arg(long, requires = "sketch", value_enum, default_value = "2.5", value_name = "BITS")]
     pub sketch_bits: SketchBitsName,
     /// With --sketch: also keep what the copy leaves of each row, in 4.5 bits a weight. Sparse mode then reads single rows (see eval

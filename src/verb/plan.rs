@@ -262,11 +262,10 @@ pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
     if plan.audit_bytes > 0 {
         row("RAM", plan.audit_bytes, "while tokens are audited (--audit-every)".to_owned());
     }
-    if let Some(n) = plan.streamed_in_two_bits {
+    if let Some(bytes) = plan.streamed_in_two_bits {
         println!(
-            "note: of sketches in 2.1 bits (split --sketch-bits 2.1), which diverge half as much again, those of {n} layers would lie in \
-             RAM, not of {}",
-            plan.streamed_sketches
+            "note: of sketches in 2.1 bits (split --sketch-bits 2.1), which diverge more at the same share, every token would read {} from RAM",
+            format_bytes(bytes)
         );
     }
 }

@@ -127,10 +127,10 @@ pub struct GpuPlan {
     /// Layers whose sketches lie in pinned memory, because VRAM has no room for all: of some of these the host's threads may compute all
     /// neurons, the others' cross the link for every token.
     pub streamed_sketches: usize,
-    /// How many these would be if sketches had two bits of all rows, if they have not.
-    pub streamed_in_two_bits: Option<usize>,
     /// Bytes of these sketches.
     pub streamed_bytes_per_token: u64,
+    /// The same if sketches had two bits of all rows, if they have not and there are any.
+    pub streamed_in_two_bits: Option<u64>,
     /// Bytes of predictors or sketches that a token reads from device memory.
     pub chooser_bytes_per_token: u64,
     /// Device bytes of sketches that could lie in pinned memory, too.
@@ -276,8 +276,8 @@ impl GpuPlan {
             residuals,
             sketch_bits: is_sketched(split, request.base.mode).then(|| split.sketch_form()),
             streamed_sketches: 0,
-            streamed_in_two_bits: None,
             streamed_bytes_per_token: 0,
+            streamed_in_two_bits: None,
             chooser_bytes_per_token: fixed.predictors,
             spare_sketch_bytes: 0,
             host_sketch_bytes: 0,
@@ -430,7 +430,8 @@ impl GpuPlan {
         self.streamed_sketches = streamed.unwrap_or(n_layers);
         if self.streamed_sketches > 0 && split.sketch_form() != SketchForm::AllInTwo {
             let fewer = bytes_in_form(split, SketchForm::AllInTwo, n - self.always_neurons);
-            self.streamed_in_two_bits = least_streamed(fewer, n_layers, for_sketches);
+            let streamed = least_streamed(fewer, n_layers, for_sketches);
+            self.streamed_in_two_bits = streamed.map(|n| n as u64 * fewer);
         }
         self.fixed.predictors = sketches_bytes(of_layer, n_layers, self.streamed_sketches);
         self.chooser_bytes_per_token = n_layers as u64 * of_layer;
