@@ -6,7 +6,7 @@ use super::palette::Palette;
 use super::{Bar, Body, Chart, HeatMap, Ink, Series, font::FAMILY, rows};
 use plotters::coord::Shift;
 use plotters::drawing::{DrawingArea, DrawingAreaErrorKind};
-use plotters::element::{Circle, DashedPathElement, PathElement, Rectangle, Text};
+use plotters::element::{Circle, DashedPathElement, PathElement, Polygon, Rectangle, Text};
 use plotters::prelude::DrawingBackend;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, FontTransform, IntoFont, ShapeStyle, TextStyle};
@@ -94,6 +94,23 @@ fn legend_width(series: &[Series]) -> i32 {
     LEGEND.max(rows::width(labels, TEXT - 1.0) + LEGEND_MARGIN)
 }
 
+/// What points are marked with.
+#[derive(Clone, Copy)]
+enum Shape {
+    Circle,
+    Square,
+    Triangle,
+}
+
+/// The marker of each series: lines of one colour have different ones, as long as there are some.
+fn shapes(series: &[Series]) -> impl Iterator<Item = Shape> {
+    const SHAPES: [Shape; 3] = [Shape::Circle, Shape::Square, Shape::Triangle];
+    series.iter().enumerate().map(|(i, s)| {
+        let earlier = series[..i].iter().filter(|other| other.ink == s.ink && other.markers);
+        SHAPES[earlier.count() % SHAPES.len()]
+    })
+}
+
 impl<DB: DrawingBackend> Canvas<'_, DB> {
     fn lines(&self, chart: &Chart, series: &[Series]) -> Outcome<DB> {
         let named = series.iter().any(|s| s.label.is_some());
@@ -108,7 +125,7 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
         };
         self.scale_x(&chart.x, &frame)?;
         self.scale_y(&chart.y, &frame)?;
-        for s in series {
+        for (s, shape) in series.iter().zip(shapes(series)) {
             let place = |&(x, y): &(f64, f64)| Some(frame.at(chart.x.place(x)?, chart.y.place(y)?));
             let path: Vec<(i32, i32)> = s.points.iter().filter_map(place).collect();
             let style = self.stroke(s.ink, if s.dashed { 1 } else { 2 });
@@ -118,17 +135,15 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
                 self.area.draw(&PathElement::new(path.clone(), style))?;
             }
             if s.markers {
-                for point in path {
-                    self.area.draw(&Circle::new(point, 4, self.fill(s.ink)))?;
-                }
+                path.into_iter().try_for_each(|point| self.marker(point, shape, s.ink))?;
             }
         }
         self.legend(series, &frame)
     }
 
     fn legend(&self, series: &[Series], frame: &Frame) -> Outcome<DB> {
-        let named = series.iter().filter_map(|s| s.label.as_ref().map(|l| (s, l)));
-        for (row, (s, label)) in named.enumerate() {
+        let named = series.iter().zip(shapes(series)).filter_map(|(s, shape)| Some((s, shape, s.label.as_ref()?)));
+        for (row, (s, shape, label)) in named.enumerate() {
             let (x, y) = (frame.right + 14, frame.top + 10 + LEGEND_ROW * row as i32);
             let path = vec![(x, y), (x + 20, y)];
             if s.dashed {
@@ -137,11 +152,21 @@ impl<DB: DrawingBackend> Canvas<'_, DB> {
                 self.area.draw(&PathElement::new(path, self.stroke(s.ink, 2)))?;
             }
             if s.markers {
-                self.area.draw(&Circle::new((x + 10, y), 4, self.fill(s.ink)))?;
+                self.marker((x + 10, y), shape, s.ink)?;
             }
             self.text(label, (x + 26, y), TEXT - 1.0, (HPos::Left, VPos::Center), Ink::Text)?;
         }
         Ok(())
+    }
+
+    /// Marks a point.
+    fn marker(&self, (x, y): (i32, i32), shape: Shape, ink: Ink) -> Outcome<DB> {
+        let style = self.fill(ink);
+        match shape {
+            Shape::Circle => self.area.draw(&Circle::new((x, y), 4, style)),
+            Shape::Square => self.area.draw(&Rectangle::new([(x - 4, y - 4), (x + 4, y + 4)], style)),
+            Shape::Triangle => self.area.draw(&Polygon::new([(x, y - 5), (x + 5, y + 4), (x - 5, y + 4)], style)),
+        }
     }
 
     fn heat(&self, chart: &Chart, map: &HeatMap) -> Outcome<DB> {
