@@ -21,6 +21,11 @@ use thermocline_split::{
     Curve, GradedCurve, GradedCurves, GradedThresholds, LayerCost, LayerFile, Planes, Precision, Shares, Split,
 };
 
+const SKETCHED: &[&str] = &["--chunk-neurons", "8", "--sketch"];
+const RESIDUALS: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals"];
+/// Residuals of sketches that have two bits of all rows.
+const FEWER_BITS: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals", "--sketch-bits", "2.1"];
+
 fn device() -> Device {
     if std::env::var("THERMOCLINE_TEST_DEVICE").is_ok_and(|d| d == "cuda") {
         return Device::open(0).unwrap();
@@ -234,9 +239,6 @@ fn greedy(logits: &[f32]) -> u32 {
     (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
 }
 
-/// Residuals of sketches that have two bits of all rows.
-const FEWER_BITS: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals", "--sketch-bits", "2.1"];
-
 /// Logits and greedy tokens of both engines: after a prompt in exact mode, then token by token; in sparse mode where both
 /// chose the same neurons, which they nearly always must.
 fn agree(open: &dyn Fn() -> Split, request: GpuRequest, share: f32, what: &str) -> GpuEngine {
@@ -268,13 +270,12 @@ fn agree(open: &dyn Fn() -> Split, request: GpuRequest, share: f32, what: &str) 
 /// Wherever the neurons are, and whoever computes them.
 #[test]
 fn sketches_choose_and_stand_in_as_on_the_cpu() {
-    let sketched: &[&str] = &["--chunk-neurons", "8", "--sketch"];
     let fewer: &[&str] = &["--chunk-neurons", "8", "--sketch", "--sketch-bits", "2.1"];
     for (made, encoding, how) in [
-        (llama(), "q4", sketched),
+        (llama(), "q4", SKETCHED),
         (llama(), "q4", fewer),
-        (qwen_relu(), "q8", sketched),
-        (four_layers(), "q4,hot@0.25=q8", sketched),
+        (qwen_relu(), "q8", SKETCHED),
+        (four_layers(), "q4,hot@0.25=q8", SKETCHED),
     ] {
         let dir = split(&made, encoding, how);
         let open = || Split::open(&dir).unwrap();
@@ -341,11 +342,13 @@ fn sketches_choose_and_stand_in_as_on_the_cpu() {
 /// Sketches that VRAM has no room for come from pinned memory: every token reads them over the link, and is the same to the bit.
 #[test]
 fn sketches_that_do_not_fit_cross_the_link() {
-    let how: [&[&str]; 2] =
-        [&["--chunk-neurons", "8", "--sketch"], &["--chunk-neurons", "8", "--sketch", "--residuals"]];
-    for (how, rows, share) in
-        [(how[0], false, 0.0), (how[0], true, 0.5), (how[1], true, 0.0), (how[1], true, 1.0), (FEWER_BITS, true, 0.5)]
-    {
+    for (how, rows, share) in [
+        (SKETCHED, false, 0.0),
+        (SKETCHED, true, 0.5),
+        (RESIDUALS, true, 0.0),
+        (RESIDUALS, true, 1.0),
+        (FEWER_BITS, true, 0.5),
+    ] {
         let (_guard, dir) = with_thresholds(&split(&four_layers(), "q4", how), rows);
         let open = || Split::open(&dir).unwrap();
         let config = open().manifest().config.clone();
@@ -413,17 +416,15 @@ fn sketches_that_do_not_fit_cross_the_link() {
 /// whatever encodings, it is what the CPU engine does.
 #[test]
 fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
-    let sketched: &[&str] = &["--chunk-neurons", "8", "--sketch"];
-    let residuals: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals"];
     let mode = Mode::Sparse { active: 0.3 };
     for (encoding, how, thresholds) in [
-        ("q4", sketched, None),
-        ("q4", sketched, Some(false)),
-        ("q4", sketched, Some(true)),
-        ("q4", residuals, Some(true)),
+        ("q4", SKETCHED, None),
+        ("q4", SKETCHED, Some(false)),
+        ("q4", SKETCHED, Some(true)),
+        ("q4", RESIDUALS, Some(true)),
         ("q4", FEWER_BITS, Some(true)),
-        ("q4,hot@0.25=q8", sketched, Some(true)),
-        ("bf16x", sketched, Some(true)),
+        ("q4,hot@0.25=q8", SKETCHED, Some(true)),
+        ("bf16x", SKETCHED, Some(true)),
     ] {
         let made = split(&four_layers(), encoding, how);
         let with = thresholds.map(|rows| with_thresholds(&made, rows));
@@ -524,7 +525,7 @@ fn with_thresholds(of: &Path, rows: bool) -> (tempfile::TempDir, PathBuf) {
 /// Thresholds in place of a share: as many neurons as the CPU engine computes, which differ from layer to layer.
 #[test]
 fn graded_thresholds_choose_as_on_the_cpu() {
-    let made = split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch"]);
+    let made = split(&four_layers(), "q4", SKETCHED);
     let (_guard, dir) = with_thresholds(&made, false);
     let open = || Split::open(&dir).unwrap();
     let config = open().manifest().config.clone();
@@ -544,17 +545,15 @@ fn graded_thresholds_choose_as_on_the_cpu() {
 /// Single rows of neurons, wherever these lie, whoever computes them, in whatever encodings; where rows are streams, all of a neuron.
 #[test]
 fn single_rows_are_read_as_on_the_cpu() {
-    let sketched: &[&str] = &["--chunk-neurons", "8", "--sketch"];
-    let residuals: &[&str] = &["--chunk-neurons", "8", "--sketch", "--residuals"];
     let splits = [
-        (four_layers(), "q4", sketched),
-        (four_layers(), "q4,hot@0.25=q8", sketched),
-        (llama(), "bf16", sketched),
-        (qwen_relu(), "q8", sketched),
-        (llama(), "bf16x", sketched),
-        (four_layers(), "q4", residuals),
+        (four_layers(), "q4", SKETCHED),
+        (four_layers(), "q4,hot@0.25=q8", SKETCHED),
+        (llama(), "bf16", SKETCHED),
+        (qwen_relu(), "q8", SKETCHED),
+        (llama(), "bf16x", SKETCHED),
+        (four_layers(), "q4", RESIDUALS),
         (four_layers(), "q4", FEWER_BITS),
-        (llama(), "bf16", residuals),
+        (llama(), "bf16", RESIDUALS),
     ];
     for (made, encoding, how) in splits {
         let (_guard, dir) = with_thresholds(&split(&made, encoding, how), true);
@@ -593,8 +592,8 @@ fn single_rows_are_read_as_on_the_cpu() {
 #[test]
 fn audits_say_what_the_cpu_engine_says_and_change_nothing() {
     let mode = Mode::Sparse { active: 0.3 };
-    let sketched = split(&four_layers(), "q4,hot@0.25=q8", &["--chunk-neurons", "8", "--sketch"]);
-    let residuals = split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch", "--residuals"]);
+    let sketched = split(&four_layers(), "q4,hot@0.25=q8", SKETCHED);
+    let residuals = split(&four_layers(), "q4", RESIDUALS);
     let (_guard, residuals) = with_thresholds(&residuals, true);
     for dir in [demo("q4"), sketched, residuals] {
         let (least, whole) = vram_range(&dir, &device(), mode);
@@ -655,8 +654,7 @@ fn a_share_is_found_where_none_is_given() {
         assert_eq!(account.bytes.host > account.link_bytes, share > 0.0, "{mode:?}");
     }
     // And layers of the host.
-    let (dir, mode) =
-        (split(&four_layers(), "q4", &["--chunk-neurons", "8", "--sketch"]), Mode::Sparse { active: 0.5 });
+    let (dir, mode) = (split(&four_layers(), "q4", SKETCHED), Mode::Sparse { active: 0.5 });
     let (least, _) = vram_range(&dir, &device(), mode);
     let open = || Split::open(&dir).unwrap();
     let request = GpuRequest { host_layers: None, ..gpu_request(&device(), mode, least, None) };
@@ -673,7 +671,7 @@ fn a_share_is_found_where_none_is_given() {
 /// Of a sketch a token reads gate and up rows of all neurons that it has, and down rows of those that are not computed.
 #[test]
 fn bytes_of_sketches_are_those_of_the_rows_that_are_read() {
-    let dir = split(&llama(), "q4", &["--chunk-neurons", "8", "--sketch"]);
+    let dir = split(&llama(), "q4", SKETCHED);
     let mode = Mode::Sparse { active: 0.25 };
     let (_, whole) = vram_range(&dir, &device(), mode);
     let request = gpu_request(&device(), mode, 2 * whole, None);

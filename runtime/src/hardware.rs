@@ -143,8 +143,8 @@ pub fn kernel_speed(pool: &mut Pool, memory: &[u8], layout: &BundleLayout) -> f6
     })
 }
 
-/// Bytes a second at which sketches of this form, of `n` neurons of so many columns, are read from RAM and computed with: gate and up rows
-/// multiplied, down rows added. Columns are whole units ([`thermocline_kernels::SKETCH_UNIT`]).
+/// Bytes a second at which sketches of this form, of `n` neurons of so many columns, are read from RAM and computed with: gate and up
+/// rows multiplied, down rows added. Columns are whole units ([`thermocline_kernels::SKETCH_UNIT`]).
 ///
 /// # Errors
 /// If the system has not the memory.

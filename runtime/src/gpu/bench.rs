@@ -106,11 +106,12 @@ impl GpuEngine {
         progress(settings.repetitions + 1, settings.repetitions + 1);
         let (after, n) = (self.account(), settings.n_gen as u64);
         let of_host = after.host_parts_since(&before);
+        let of_host_per_token = of_host.per_token(n);
         let bytes = after.bytes.minus(before.bytes);
         let (hits, misses) = (after.cache_hits - before.cache_hits, after.cache_misses - before.cache_misses);
         let (used, foreseen) = (after.foreseen_used - before.foreseen_used, after.foreseen - before.foreseen);
         let speeds = Decoder::speeds(self)?;
-        let (limit_seconds, limit) = speeds.limit(bytes.per_token(n), of_host.per_token(n));
+        let (limit_seconds, limit) = speeds.limit(bytes.per_token(n), of_host_per_token);
         let decode_tok_s = Timing::new(decodes);
         let (free, total) = self.device().memory()?;
         Ok(GpuBenchReport {
@@ -128,9 +129,9 @@ impl GpuEngine {
             prompt_tok_s: Timing::new(prompts),
             predicted: self.predicted(),
             bytes_per_token: bytes.per_token(n),
-            link_bytes_per_token: of_host.per_token(n).link,
-            early_link_bytes_per_token: of_host.per_token(n).early_link,
-            host_sketch_bytes_per_token: of_host.per_token(n).sketches,
+            link_bytes_per_token: of_host_per_token.link,
+            early_link_bytes_per_token: of_host_per_token.early_link,
+            host_sketch_bytes_per_token: of_host_per_token.sketches,
             link_bytes_per_second: of_host.link as f64 / seconds,
             host_bytes_per_second: (bytes.host - of_host.link.min(bytes.host)) as f64 / seconds,
             cache_hit_rate: (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64),

@@ -101,12 +101,10 @@ struct Shared {
     awake: AtomicBool,
     stop: AtomicBool,
     panicked: AtomicBool,
-    /// Bytes of rows that were read.
+    /// As in [`HostCounts`], this and the next three.
     bytes: AtomicU64,
     sketch_bytes: AtomicU64,
-    /// Rows that were asked for.
     rows: AtomicU64,
-    /// Neurons that were chosen in layers of which the threads do everything.
     chosen: AtomicU64,
     /// Whether lists may ask for single rows.
     of_rows: bool,

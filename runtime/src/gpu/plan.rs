@@ -430,8 +430,7 @@ impl GpuPlan {
         self.streamed_sketches = streamed.unwrap_or(n_layers);
         if self.streamed_sketches > 0 && split.sketch_form() != SketchForm::AllInTwo {
             let fewer = bytes_in_form(split, SketchForm::AllInTwo, n - self.always_neurons);
-            let streamed = least_streamed(fewer, n_layers, for_sketches);
-            self.streamed_in_two_bits = streamed.map(|n| n as u64 * fewer);
+            self.streamed_in_two_bits = least_streamed(fewer, n_layers, for_sketches).map(|n| n as u64 * fewer);
         }
         self.fixed.predictors = sketches_bytes(of_layer, n_layers, self.streamed_sketches);
         self.chooser_bytes_per_token = n_layers as u64 * of_layer;

@@ -35,7 +35,8 @@ pub fn measure_tiers(
     streamed: Option<SketchForm>,
 ) -> Result<GpuSpeeds> {
     let (n, bytes, host_bytes) = if device.is_emulated() {
-        (EMULATED_NEURONS, EMULATED_NEURONS * layout.bundle_bytes(), EMULATED_NEURONS * layout.bundle_bytes())
+        let bytes = EMULATED_NEURONS * layout.bundle_bytes();
+        (EMULATED_NEURONS, bytes, bytes)
     } else {
         (PROBE_NEURONS, COPIED_BYTES, HOST_BYTES)
     };
@@ -62,7 +63,8 @@ pub fn measure_tiers(
     Ok(GpuSpeeds { device: memory, link, copies, host, sketches: sketch })
 }
 
-/// Bytes a second at which `n_threads` threads judge neurons by sketches of this form, of rows of so many columns, and add down rows of them.
+/// Bytes a second at which `n_threads` threads judge neurons by sketches of this form, of rows of so many columns, and add down rows of
+/// them.
 pub(super) fn sketches(device: &Device, n_threads: usize, form: SketchForm, hidden: usize) -> Result<f64> {
     let n = if device.is_emulated() { EMULATED_NEURONS } else { PROBE_SKETCHES };
     sketch_speed(&mut Pool::new(n_threads)?, form, n, hidden)

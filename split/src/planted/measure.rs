@@ -123,6 +123,7 @@ impl Counts {
     /// input and as that of the layer before: what layers add to it is not what the predictor reads.
     fn recall(&mut self, model: &PlantedModel, trace: &BitMatrix, packed: &PackedLayer) {
         let (n, hidden, rank) = (trace.n_columns(), model.shape().hidden_size, rank(model));
+        let activation = model.config().activation;
         let k = ((model.statistics().active_share * n as f64).round() as usize).clamp(1, n);
         let stored: Vec<f32> =
             packed.predictor_neurons.chunks_exact(4).map(|b| b.try_into().map_or(0.0, f32::from_le_bytes)).collect();
@@ -139,8 +140,7 @@ impl Counts {
                 let sums = dots(FACTORS, rank, &packed.predictor_factors, &z);
                 let score = |i: usize| {
                     let (gate, up) = (sums[2 * i], sums[2 * i + 1]);
-                    expected_magnitude(model.config().activation, gate, up, stored[i], stored[n + i])
-                        * stored[2 * n + i]
+                    expected_magnitude(activation, gate, up, stored[i], stored[n + i]) * stored[2 * n + i]
                 };
                 let mut scored: Vec<(f32, usize)> = (0..n).map(|i| (score(i), i)).collect();
                 scored.select_nth_unstable_by(k - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));

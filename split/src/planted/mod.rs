@@ -107,8 +107,8 @@ fn layout(model: &PlantedModel) -> Result<BundleLayout> {
         .ok_or_else(|| Error::Settings { what: format!("hidden size {hidden_size} is no multiple of 32") })
 }
 
-/// Writes the split of a planted model to `out`, which must not exist; with a [`crate::Sketch`] of each layer in the form `sketch`, if there is to
-/// be any.
+/// Writes the split of a planted model to `out`, which must not exist; with a [`crate::Sketch`] of each layer in the form `sketch`, if
+/// there is to be any.
 /// `progress(done, total)` counts layers.
 ///
 /// As [`crate::split()`] does, it grows as `OUT.partial`, can be continued after an interruption, and is renamed when it

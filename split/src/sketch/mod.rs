@@ -55,8 +55,8 @@ pub struct Sketch {
 }
 
 impl Sketch {
-    /// Fits a layer's in this form: `moment [hidden, hidden]` is the second moment of its inputs, `gate`, `up` and `down [n_neurons, hidden]`
-    /// are rows of neurons, `down_norm [n_neurons]` the lengths of the last.
+    /// Fits a layer's in this form: `moment [hidden, hidden]` is the second moment of its inputs, `gate`, `up` and
+    /// `down [n_neurons, hidden]` are rows of neurons, `down_norm [n_neurons]` the lengths of the last.
     ///
     /// # Errors
     /// If the moment is not finite.
