@@ -410,6 +410,15 @@ pub enum ScalesName {
     Absmax,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RoundingName {
+    /// What a column loses is made good by later ones, as far as the profile's inputs allow (GPTQ); of gate and up rows in q4 and q8
+    /// without further planes
+    Feedback,
+    /// Each weight for itself, to compare with
+    Nearest,
+}
+
 #[derive(Debug, Args)]
 pub struct Split {
     /// Checkpoint: a .gguf file or a Hugging Face folder
@@ -433,6 +442,10 @@ pub struct Split {
     /// Order of the neurons
     #[arg(long, value_enum, default_value = "auto")]
     pub order: OrderName,
+    /// Share of each layer's neurons that come before all others because they give most to its output: --encoding
+    /// q4,hot@0.02=q8 then keeps these in q8 [default: 0.02, or 0 for models whose neurons are mostly zero]
+    #[arg(long, value_name = "SHARE")]
+    pub outliers: Option<f64>,
     /// Neurons in a chunk [default: what reads fastest, from a cost model]
     #[arg(long)]
     pub chunk_neurons: Option<usize>,
@@ -448,6 +461,9 @@ pub struct Split {
     /// What the scales of quantised groups are fitted to
     #[arg(long, value_enum, default_value = "moments")]
     pub scales: ScalesName,
+    /// How codes of quantised rows are found
+    #[arg(long, value_enum, default_value = "feedback")]
+    pub rounding: RoundingName,
     /// Also keep a copy of all neurons in 2.5 bits a weight. In sparse mode it is always in memory, tells which neurons a token
     /// needs, and stands for the others
     #[arg(long)]

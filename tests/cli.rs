@@ -511,7 +511,7 @@ fn chat_uses_the_template_and_says_so_where_there_is_none() {
 fn corrupt_splits_exit_with_4_and_outputs_are_never_overwritten() {
     let (_guard, dir) = copy(&tiny_split());
     let manifest = dir.join("manifest.json");
-    let bad = fs::read_to_string(&manifest).unwrap().replace("\"order\": \"random\"", "\"order\": \"randon\"");
+    let bad = fs::read_to_string(&manifest).unwrap().replace(",random\"", ",randon\"");
     fs::write(&manifest, bad).unwrap();
     assert!(fails(4, &["inspect", text(&dir)]).contains("manifest.json"));
     let (model, profile) = (model(&llama()), profile(&llama()));
@@ -523,6 +523,7 @@ fn corrupt_splits_exit_with_4_and_outputs_are_never_overwritten() {
         (&["--chunk-neurons", "0"][..], "--chunk-neurons"),
         (&["--chunk-neurons", "193"], "--chunk-neurons"),
         (&["--predictor-rank", "33"], "--predictor-rank"),
+        (&["--outliers", "1.5"], "--outliers"),
         (&["--encoding", "q5"], "--encoding"),
         (&["--zstd-level", "40"], "--zstd-level"),
     ] {

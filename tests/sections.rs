@@ -10,7 +10,8 @@ use support::{
     splitting, text, with_file_limit,
 };
 use tempfile::TempDir;
-use thermocline_datasets::Checkpoint;
+use thermocline_calibrate::Profile;
+use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_runtime::Mode;
 use thermocline_split::delta::Delta;
 use thermocline_split::{Precision, Split, SplitCheckpoint};
@@ -74,7 +75,8 @@ fn base_rows(in_columns: bool, n: usize, weights: usize) -> usize {
 /// Hot neurons in an encoding of their own have the bits that they have anywhere else.
 #[test]
 fn hot_neurons_of_another_encoding_have_their_own_bits() {
-    let q8 = &["--resident-encoding", "q8"][..];
+    // Codes below further planes are the nearest ones.
+    let q8 = &["--resident-encoding", "q8", "--rounding", "nearest"][..];
     let expected = bits(&logits(&demo::split("q4+exact", &[]), planes("exact@0.25"), Mode::Exact));
     for (encoding, precision) in [("q4,hot@0.25=q4+exact", "exact"), ("q4,hot@0.25=bf16", "base")] {
         gives(&demo::split(encoding, q8), planes(precision), Mode::Exact, &expected);
@@ -149,5 +151,69 @@ fn interrupted_splits_with_sections_resume_to_the_same_bytes() {
         let report = json(&splitting(&model, &profile, &settings, &out));
         assert_eq!(report["resumed_layers"], kept, "{damaged:?}: {report}");
         assert!(files(&out) == whole, "{damaged:?}");
+    }
+}
+
+/// Energies of a layer's neurons in the split's order, and their numbers.
+fn energies(dir: &std::path::Path, layer: usize) -> (Vec<f32>, Vec<u32>) {
+    let split = Split::open(dir).unwrap();
+    let energy = split.statistics().read_f32(&format!("layers.{layer}.energy")).unwrap();
+    (energy, split.layers()[layer].order().to_vec())
+}
+
+/// As many as are asked for, in whole chunks; the others stay as they were.
+#[test]
+fn neurons_of_most_energy_come_first() {
+    let made = &four_layers();
+    let [none, some] = ["0", "0.1"].map(|share| split(made, "q4,hot@0.1=q8", &["--outliers", share]));
+    let (order, n_layers) = (|dir| Split::open(dir).unwrap().manifest().packing.order.clone(), 4);
+    assert_eq!(order(&some), format!("outliers@0.1,{}", order(&none)));
+    let mut moved = 0;
+    for layer in 0..n_layers {
+        let ((energy, ids), (_, before)) = (energies(&some, layer), energies(&none, layer));
+        let opened = Split::open(&some).unwrap();
+        let n = opened.layers()[layer].bundles().sections()[0].neurons().len();
+        let asked = (0.1 * ids.len() as f64).ceil() as usize;
+        assert_eq!(n, asked.next_multiple_of(opened.layers()[layer].chunk_neurons()));
+        assert!(energy[..n].is_sorted_by(|a, b| a >= b) && energy[n..].iter().all(|e| *e <= energy[n - 1]));
+        let others: Vec<u32> = before.iter().copied().filter(|id| !ids[..n].contains(id)).collect();
+        assert!(ids[n..] == others);
+        moved += ids[..n].iter().filter(|id| !before[..n].contains(id)).count();
+    }
+    assert!(moved > 0, "most energy is not what is hottest");
+}
+
+/// Of gate and up rows alone, and to the better of their products with the profile's inputs; codes that planes start from are the
+/// nearest.
+#[test]
+fn rounding_with_feedback_loses_less_of_products() {
+    let made = &four_layers();
+    let (source, profile) = (model(made), Profile::open(&profile(made)).unwrap());
+    let source = open_checkpoint(&source).unwrap();
+    for (encoding, differs) in [("q4", true), ("q8", true), ("q4+exact", false)] {
+        let [nearest, feedback] = ["nearest", "feedback"]
+            .map(|how| split(made, encoding, &["--rounding", how]))
+            .map(|dir| SplitCheckpoint::new(Split::open_at(&dir, Precision::Base).unwrap()));
+        for layer in 0..2 {
+            let moment = profile.layer(layer).unwrap().ffn_input_second_moment.unwrap();
+            let load = |of: &dyn Checkpoint, part: &str| {
+                of.load(&format!("model.layers.{layer}.mlp.{part}_proj.weight")).unwrap()
+            };
+            assert!(load(&nearest, "down") == load(&feedback, "down"));
+            for part in ["gate", "up"] {
+                let lost = |of: &dyn Checkpoint| {
+                    let (rows, stored) = (load(source.as_ref(), part), load(of, part));
+                    let lost: Vec<f64> = rows.iter().zip(stored).map(|(a, b)| f64::from(a - b)).collect();
+                    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+                    let of_row = |row: &[f64]| {
+                        let products = moment.rows().into_iter().map(|m| dot(m.to_slice().unwrap(), row));
+                        products.zip(row).map(|(product, a)| product * a).sum::<f64>()
+                    };
+                    lost.chunks_exact(moment.nrows()).map(of_row).sum::<f64>()
+                };
+                let share = lost(&feedback) / lost(&nearest);
+                assert!(if differs { share < 0.9 } else { share == 1.0 }, "{encoding}, layer {layer}, {part}: {share}");
+            }
+        }
     }
 }

@@ -331,7 +331,7 @@ fn rows_are_read_as_residuals() {
             let prompt_off = off(&one[..first]);
             assert!(prompt_off > 0.0 && prompt_off < 0.5 * off(&one), "{prompt_off} of {}", off(&one));
             let [read, q4] = [&one, &dense].map(|logits| off_by(&logits[..first], &of_checkpoint));
-            assert!(read < 0.7 * q4, "{read} off the checkpoint's, q4 {q4}");
+            assert!(read < 0.9 * q4, "{read} off the checkpoint's, q4 {q4}");
             // Sketches alone are further away.
             let (few, fewer_bytes, _) = decoded(Mode::Sparse { active: 0.01 }, None, 1);
             assert!(off(&one) < off(&few) && bytes > fewer_bytes);

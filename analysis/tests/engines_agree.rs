@@ -12,7 +12,7 @@ use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
 use thermocline_datasets::{Activation, Architecture, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::{AuditReport, Engine, Mode, Plan, PlanRequest};
-use thermocline_split::{Compression, Shares, SketchForm, Split, SplitCheckpoint, SplitOptions, split};
+use thermocline_split::{Compression, Rounding, Shares, SketchForm, Split, SplitCheckpoint, SplitOptions, split};
 
 const CTX: usize = 48;
 const WINDOWS: usize = 3;
@@ -48,7 +48,9 @@ fn make_with(dir: &Path, model: &TinyModel, encoding: Encoding, extra: Extra) ->
         chunk_neurons: None,
         compression: Compression::None,
         predictor_rank: 32,
+        outliers: 0.0,
         scales: thermocline_split::Scales::Moments,
+        rounding: Rounding::Feedback,
         sketch: (extra != Extra::Nothing).then(SketchForm::default),
         residuals: extra == Extra::Residuals,
     };

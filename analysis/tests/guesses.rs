@@ -10,7 +10,7 @@ use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::open_checkpoint;
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
 use thermocline_kernels::Encoding;
-use thermocline_split::{Compression, CopyBits, SplitCheckpoint, SplitOptions, split};
+use thermocline_split::{Compression, CopyBits, Rounding, SplitCheckpoint, SplitOptions, split};
 
 const CTX: usize = 48;
 const WINDOWS: usize = 3;
@@ -45,7 +45,9 @@ fn make(dir: &Path) -> SplitCheckpoint {
         chunk_neurons: None,
         compression: Compression::None,
         predictor_rank: 32,
+        outliers: 0.0,
         scales: thermocline_split::Scales::Moments,
+        rounding: Rounding::Feedback,
         sketch: None,
         residuals: false,
     };

@@ -14,7 +14,7 @@ use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::open_checkpoint;
 use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
 use thermocline_kernels::Encoding;
-use thermocline_split::{Compression, LayerCost, Shares, Split, SplitOptions, split};
+use thermocline_split::{Compression, LayerCost, Rounding, Shares, Split, SplitOptions, split};
 
 const HOSTILE: &str = "<script>alert(\"x\")</script>&'";
 const SECTIONS: [&str; 11] =
@@ -35,7 +35,9 @@ fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
         chunk_neurons: None,
         compression: Compression::None,
         predictor_rank: 32,
+        outliers: 0.0,
         scales: thermocline_split::Scales::Moments,
+        rounding: Rounding::Feedback,
         sketch: None,
         residuals: false,
     };

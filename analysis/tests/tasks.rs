@@ -12,7 +12,7 @@ use thermocline_calibrate::{RunOptions, Settings, calibrate};
 use thermocline_datasets::write::{TinyModel, tiny_tokenizer_json, write_tiny_safetensors};
 use thermocline_datasets::{Activation, Architecture, Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_kernels::Encoding;
-use thermocline_split::{Compression, Split, SplitCheckpoint, SplitOptions, split};
+use thermocline_split::{Compression, Rounding, Split, SplitCheckpoint, SplitOptions, split};
 
 fn tokens(n: usize, seed: u64) -> Vec<u32> {
     (0..n as u64).map(|i| ((i * i * 7919 + i * 104_729 + seed * 977) % 297 + 3) as u32).collect()
@@ -54,7 +54,9 @@ fn make_split(dir: &Path, model: &TinyModel) -> SplitCheckpoint {
         chunk_neurons: None,
         compression: Compression::None,
         predictor_rank: 32,
+        outliers: 0.0,
         scales: thermocline_split::Scales::Moments,
+        rounding: Rounding::Feedback,
         sketch: None,
         residuals: false,
     };

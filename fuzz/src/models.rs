@@ -11,7 +11,7 @@ use thermocline_datasets::write::{TinyModel, write_tiny_safetensors};
 use thermocline_datasets::{Checkpoint, ModelConfig, Result, TensorInfo, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_split::delta::{DeltaOptions, Final, write};
-use thermocline_split::{Compression, LayerEncodings, Scales, SplitOptions};
+use thermocline_split::{Compression, LayerEncodings, Rounding, Scales, SplitOptions};
 
 /// The model's shape.
 pub fn shape() -> TinyModel {
@@ -123,7 +123,11 @@ pub fn split(
         chunk_neurons,
         compression,
         predictor_rank: 32,
+        outliers: 0.0,
         scales,
+        rounding: Rounding::Feedback,
+        sketch: None,
+        residuals: false,
     };
     thermocline_split::split(checkpoint, profile, &options, out, &|_, _| ()).map(drop)
 }

@@ -31,6 +31,8 @@ pub enum ScaleFit<'a> {
     /// being clipped for the sake of many small ones: inputs have heavy tails, which a mean square does not show, and
     /// without it models with outlier channels lose more than by absmax (README has the figures).
     Weighted(Option<&'a [f32]>),
+    /// These are the scales, one for each group.
+    Given(&'a [f16]),
 }
 
 /// Encodes one row as a matrix row: codes, scales, zeros up to the end of `out`.
@@ -42,8 +44,8 @@ pub enum ScaleFit<'a> {
 /// If a weight is not finite or too large, for `q8` and `q4`.
 ///
 /// # Panics
-/// If the encoding is not a plain one or does not accept rows of this length, `out` is shorter than a row, or a weighted fit has another
-/// number of weights.
+/// If the encoding is not a plain one or does not accept rows of this length, `out` is shorter than a row, a weighted fit has another
+/// number of weights, or not every group is given a scale.
 pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) -> Result<(), PackError> {
     assert!(encoding.is_plain(), "{encoding} rows are packed by `exact`");
     assert!(encoding.accepts(row.len()), "{encoding} cannot store rows of {}", row.len());
@@ -66,7 +68,10 @@ pub fn pack(encoding: Encoding, row: &[f32], fit: ScaleFit<'_>, out: &mut [u8]) 
             ScaleFit::Weighted(Some(w)) => ScaleFit::Weighted(Some(&w[g * GROUP..(g + 1) * GROUP])),
             other => other,
         };
-        let scale = fit_scale(values, fit, low, high);
+        let scale = match fit {
+            ScaleFit::Given(scales) => scales[g],
+            fit => fit_scale(values, fit, low, high),
+        };
         if !scale.is_finite() {
             let worst = (0..GROUP).max_by(|&a, &b| values[a].abs().total_cmp(&values[b].abs())).unwrap_or(0);
             return Err(PackError::OutOfRange { column: g * GROUP + worst, value: values[worst], encoding });
@@ -121,7 +126,7 @@ fn fit_scale(values: &[f32], fit: ScaleFit<'_>, low: f32, high: f32) -> f16 {
     let mut weights = [1.0f32; GROUP];
     match fit {
         ScaleFit::Absmax => return f16::from_f32(largest / low),
-        ScaleFit::LeastSquares => {}
+        ScaleFit::LeastSquares | ScaleFit::Given(_) => {}
         ScaleFit::Weighted(channels) => {
             // Relative to the largest weight, so that no square vanishes.
             let square = |v: f32| (v / largest).powi(2);

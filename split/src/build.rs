@@ -7,6 +7,7 @@ use crate::pack_layer::{FACTORS, PackedLayer, pack_layer, pack_matrix};
 use crate::partial::Partial;
 use crate::plane_file::{Place, write_plane};
 use crate::planes::{contents, further_planes};
+use crate::precision::first_chunks;
 use crate::sections::layer_entry;
 use crate::tensor_file::{Format, TensorFileEntry, Writer};
 use crate::{Error, LayerEncodings, SketchForm, chunk::Compression, sketch};
@@ -38,12 +39,43 @@ pub struct SplitOptions {
     pub compression: Compression,
     /// Rank of the low-rank predictor; a multiple of 32.
     pub predictor_rank: usize,
+    /// Share of each layer's neurons that come first because of their energy, in whole chunks ([`outliers_first`]).
+    ///
+    /// [`outliers_first`]: crate::order::outliers_first
+    pub outliers: f64,
     /// How the scales of quantised groups are chosen.
     pub scales: Scales,
+    /// How codes of gate and up rows in q4 and q8 are.
+    pub rounding: Rounding,
     /// The form of each layer's [`crate::Sketch`], if layers are to have one.
     pub sketch: Option<SketchForm>,
     /// Whether what the sketches leave of their rows is kept, too; only with sketches.
     pub residuals: bool,
+}
+
+impl SplitOptions {
+    /// How many neurons of a layer come first because of their energy.
+    pub(crate) fn outlier_neurons(&self, n_neurons: usize, chunk_neurons: usize) -> usize {
+        first_chunks(self.outliers, n_neurons, chunk_neurons)
+    }
+
+    /// The order as manifests have it.
+    fn order_name(&self, order: OrderKind) -> String {
+        if self.outliers > 0.0 {
+            format!("outliers@{},{}", self.outliers, order.name())
+        } else {
+            order.name().to_owned()
+        }
+    }
+}
+
+/// How codes are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rounding {
+    /// So that later columns make good what earlier ones lose in products with inputs like the profile's (GPTQ, arXiv 2210.17323).
+    Feedback,
+    /// The nearest one.
+    Nearest,
 }
 
 /// What the scales of quantised groups are chosen by.
@@ -97,6 +129,7 @@ struct Identity {
     packing: Packing,
     compression: String,
     scales: String,
+    rounding: String,
     sketch: bool,
     residuals: bool,
 }
@@ -160,6 +193,10 @@ fn build(
         return Err(settings(format!("--predictor-rank {} is not a multiple of 32", options.predictor_rank)));
     }
 
+    if !(0.0..=1.0).contains(&options.outliers) {
+        return Err(settings(format!("--outliers {} is not from 0 to 1", options.outliers)));
+    }
+
     if options.sketch.is_some() {
         sketch::check_width(config.hidden_size)?;
     } else if options.residuals {
@@ -181,7 +218,7 @@ fn build(
         ffn_encoding: options.encoding.to_string(),
         resident_encoding: options.resident_encoding.name().to_owned(),
         chunk_neurons,
-        order: order.name().to_owned(),
+        order: options.order_name(order),
         predictor_rank: options.predictor_rank.min(config.hidden_size / 32 * 32).max(32),
         active_share: if config.activation.is_sparse() { 0.0 } else { profile.meta().settings.active_share },
         sketch_bits: options.sketch.unwrap_or_default(),
@@ -194,6 +231,7 @@ fn build(
         packing: packing.clone(),
         compression: format!("{:?}", options.compression),
         scales: format!("{:?}", options.scales),
+        rounding: format!("{:?}", options.rounding),
         sketch: options.sketch.is_some(),
         residuals: options.residuals,
     };

@@ -50,7 +50,7 @@ mod sketch;
 mod tensor_file;
 mod verify;
 
-pub use build::{Scales, SplitOptions, SplitReport, split};
+pub use build::{Rounding, Scales, SplitOptions, SplitReport, split};
 pub use checkpoint::SplitCheckpoint;
 pub use chunk::{Codec, Compression};
 pub use curve::{Curve, Promise};

@@ -45,7 +45,7 @@ pub struct Packing {
     pub resident_encoding: String,
     /// Neurons in a chunk.
     pub chunk_neurons: usize,
-    /// `frequency`, `coactivation` or `random`.
+    /// `frequency`, `coactivation` or `random`, behind `outliers@SHARE,` if a share of the neurons comes first because of their energy.
     pub order: String,
     /// Rank of the low-rank predictor.
     pub predictor_rank: usize,

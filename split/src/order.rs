@@ -52,6 +52,18 @@ impl OrderKind {
     }
 }
 
+/// Puts the `n` neurons of most energy, `energy [n_neurons]`, before all others, which stay in order. Some neurons of SwiGLU models fire
+/// seldom and then outweigh all others together: massive activations (Sun et al., arXiv 2402.17762), whose down rows must be right
+/// ("super weights": Yu et al., arXiv 2411.07191).
+pub fn outliers_first(order: Vec<u32>, energy: &[f64], n: usize) -> Vec<u32> {
+    let mut by_energy = order.clone();
+    by_energy.sort_by(|&a, &b| energy[b as usize].total_cmp(&energy[a as usize]));
+    by_energy.truncate(n);
+    let mut is_outlier = vec![false; order.len()];
+    by_energy.iter().for_each(|&id| is_outlier[id as usize] = true);
+    by_energy.into_iter().chain(order.into_iter().filter(|&id| !is_outlier[id as usize])).collect()
+}
+
 /// Neurons read per neuron needed, for one order, at each of [`TABLE_CHUNKS`], mean over layers. Orders are fitted on
 /// the first half of the sampled tokens and measured on the second.
 #[derive(Debug, Clone, Serialize)]

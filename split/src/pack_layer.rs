@@ -1,18 +1,18 @@
 //! Encodes one layer: bundles in split order, predictor factors, statistics.
 
 use crate::Error;
-use crate::build::{SplitOptions, rates};
+use crate::build::{Rounding, SplitOptions, rates};
 use crate::error::Result;
 use crate::manifest::Packing;
-use crate::order::OrderKind;
+use crate::order::{OrderKind, outliers_first};
 use crate::planes::{lay_out, pack_row};
-use crate::sketch::Sketch;
+use crate::sketch::{Feedback, Sketch};
 use rayon::prelude::*;
 use thermocline_calibrate::LayerStatistics;
 use thermocline_calibrate::predictor::{self, LowRank};
 use thermocline_datasets::Checkpoint;
 use thermocline_kernels::exact::PackedRow;
-use thermocline_kernels::{Encoding, RowRef, ScaleFit, pack, unpack};
+use thermocline_kernels::{Encoding, PackError, RowRef, ScaleFit, pack, unpack};
 
 /// Rows of a matrix that are in memory as f32 at a time.
 const BLOCK_ROWS: usize = 4096;
@@ -106,38 +106,39 @@ pub(crate) fn pack_layer(
     let down = transpose(&checkpoint.load(&name("down"))?, hidden, ffn);
     let rates = rates(statistics, packing);
     let order = kind.order(&rates, &statistics.active, packing.chunk_neurons);
+    let order = outliers_first(order, &statistics.energy, options.outlier_neurons(ffn, packing.chunk_neurons));
 
     let moments: Vec<f32> = statistics.ffn_input_mean_square.iter().map(|&v| v as f32).collect();
     let (by_moments, plain) = (options.scales.fit(Some(&moments)), options.scales.fit(None));
-    // A down column adds to every output alike: no channel of it counts more than another.
-    let sources = [(&gate, by_moments, "gate"), (&up, by_moments, "up"), (&down, plain, "down")];
+    let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
+        what: "the profile has no second moments; calibrate again without --no-second-moment".to_owned(),
+    })?;
+    let feedback = Feedback::new(moment)?;
+    // A down column adds to every output alike: no channel of it counts more than another, and none makes good what another loses.
+    let of_inputs = Some(&feedback).filter(|_| options.rounding == Rounding::Feedback);
+    let sources = [
+        Source { matrix: &gate, fit: by_moments, feedback: of_inputs, tensor: name("gate") },
+        Source { matrix: &up, fit: by_moments, feedback: of_inputs, tensor: name("up") },
+        Source { matrix: &down, fit: plain, feedback: None, tensor: name("down") },
+    ];
     let (mut planes, mut rest) = (Vec::with_capacity(sections.len()), order.as_slice());
     for &(n, encoding) in sections {
         let (neurons, later) = rest.split_at(n);
         rest = later;
-        let rows = neurons.par_iter().flat_map_iter(|&id| {
-            let range = id as usize * hidden..(id as usize + 1) * hidden;
-            sources.iter().map(move |(matrix, fit, proj)| {
-                pack_row(encoding, &matrix[range.clone()], *fit).map_err(|source| Error::Pack {
-                    tensor: name(proj),
-                    row: id as usize,
-                    source,
-                })
-            })
-        });
-        planes.push(lay_out(encoding, hidden, 3, &rows.collect::<Result<Vec<_>>>()?));
+        let [gate, up, down] = sources.each_ref().map(|source| source.pack(encoding, hidden, neurons));
+        let rows = gate?.into_iter().zip(up?).zip(down?);
+        let rows: Vec<PackedRow> = rows.flat_map(|((gate, up), down)| [gate, up, down]).collect();
+        planes.push(lay_out(encoding, hidden, 3, &rows));
     }
 
     let norms: Vec<f32> = down.chunks_exact(hidden).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
-    let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
-        what: "the profile has no second moments; calibrate again without --no-second-moment".to_owned(),
-    })?;
     let fitted =
         predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
-    let sketch = options.sketch.map(|form| Sketch::fit(form, moment, &gate, &up, &down, norms.clone())).transpose()?;
+    let sketch = options.sketch.map(|form| Sketch::fit(form, &feedback, &gate, &up, &down, norms.clone()));
     let left_by = |sketch: &Sketch| {
         let [gate_name, up_name, down_name] = ["gate", "up", "down"].map(name);
         let bundles = sketch.residuals(
+            of_inputs,
             [&gate, &up, &down],
             [by_moments, by_moments, plain],
             [&gate_name, &up_name, &down_name],
@@ -170,6 +171,35 @@ pub(crate) fn pack_layer(
         order,
         sections: planes,
     })
+}
+
+/// Gate, up or down rows of a layer in the checkpoint's order, `[ffn, hidden]`.
+struct Source<'a> {
+    matrix: &'a [f32],
+    fit: ScaleFit<'a>,
+    /// What makes good what rounding does to their products, if anything is to.
+    feedback: Option<&'a Feedback>,
+    /// Their name in errors.
+    tensor: String,
+}
+
+impl Source<'_> {
+    /// The rows of these neurons. Codes that further planes start from are the nearest ones, whatever is asked for.
+    fn pack(&self, encoding: Encoding, hidden: usize, neurons: &[u32]) -> Result<Vec<PackedRow>> {
+        let failed = |(row, source): (usize, PackError)| {
+            let (tensor, row) = (self.tensor.clone(), neurons[row] as usize);
+            Error::Pack { tensor, row, source }
+        };
+        let row = |id: u32| &self.matrix[id as usize * hidden..(id as usize + 1) * hidden];
+        if let Some(feedback) = self.feedback.filter(|_| matches!(encoding, Encoding::Q4 | Encoding::Q8)) {
+            let rows: Vec<f32> = neurons.iter().flat_map(|&id| row(id)).copied().collect();
+            let packed = feedback.pack(encoding, &rows, self.fit).map_err(failed)?;
+            let rows = packed.chunks_exact(encoding.row_stride(hidden));
+            return Ok(rows.map(|row| PackedRow { base: row.to_vec(), ..PackedRow::default() }).collect());
+        }
+        let rows = neurons.par_iter().enumerate();
+        rows.map(|(i, &id)| pack_row(encoding, row(id), self.fit).map_err(|source| failed((i, source)))).collect()
+    }
 }
 
 /// The factors in split order as rows `[2 * ffn, rank]`, gate and up of a neuron side by side, and what the stored

@@ -1,6 +1,6 @@
 //! `split`: a checkpoint and its profile in, a split directory out.
 
-use crate::cli::{OrderName, ScalesName, SketchBitsName, Split};
+use crate::cli::{OrderName, RoundingName, ScalesName, SketchBitsName, Split};
 use crate::exit::Usage;
 use crate::output::{self, Progress};
 use std::path::Path;
@@ -12,7 +12,7 @@ use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
 use thermocline_split::order::{OrderKind, TABLE_CHUNKS};
 use thermocline_split::{
-    Compression, LayerEncodings, Scales, SketchForm, SplitOptions, SplitReport, planted_bytes, split_planted,
+    Compression, LayerEncodings, Rounding, Scales, SketchForm, SplitOptions, SplitReport, planted_bytes, split_planted,
 };
 
 pub fn split(args: &Split) -> anyhow::Result<()> {
@@ -43,6 +43,11 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
         level => Compression::Zstd(level),
     };
     options.predictor_rank = args.predictor_rank.unwrap_or(options.predictor_rank);
+    options.outliers = args.outliers.unwrap_or(options.outliers);
+    options.rounding = match args.rounding {
+        RoundingName::Feedback => Rounding::Feedback,
+        RoundingName::Nearest => Rounding::Nearest,
+    };
     options.scales = match args.scales {
         ScalesName::Moments => Scales::Moments,
         ScalesName::LeastSquares => Scales::LeastSquares,
@@ -132,6 +137,9 @@ fn planted(args: &Split, shape: &str) -> anyhow::Result<()> {
 /// zstd's level for archives: split planes are short of matches, and higher ones win less than a thousandth.
 const ARCHIVE_LEVEL: i32 = 9;
 
+/// Share of neurons that come first because of their energy, where those that do not fire are not zero.
+const OUTLIERS: f64 = 0.02;
+
 /// Options for a model, by encoding.
 pub fn defaults(checkpoint: &dyn Checkpoint, encoding: LayerEncodings) -> SplitOptions {
     let resident_encoding = match encoding.common() {
@@ -147,7 +155,9 @@ pub fn defaults(checkpoint: &dyn Checkpoint, encoding: LayerEncodings) -> SplitO
         chunk_neurons: None,
         compression: Compression::None,
         predictor_rank: (checkpoint.config().hidden_size / 9).next_multiple_of(32),
+        outliers: if checkpoint.config().activation.is_sparse() { 0.0 } else { OUTLIERS },
         scales: Scales::Moments,
+        rounding: Rounding::Feedback,
         sketch: None,
         residuals: false,
     }

@@ -82,15 +82,7 @@ impl GpuEngine {
             .then(|| HostShare::start(&split, &model, config.activation, plan.request.base.n_threads))
             .transpose()?;
         let mut serial = 0;
-        let mut speeds = speeds::of_model(&device, &model)?;
-        if let Some(host) = &host {
-            let is_scattered = plan.request.base.mode != Mode::Exact;
-            speeds.host = host.measure(speeds::PROBE_NEURONS, is_scattered, &mut serial);
-            if model.n_for_host() > 0 {
-                let form = split.sketch_form();
-                speeds.sketches = speeds::sketches(&device, plan.request.base.n_threads, form, config.hidden_size)?;
-            }
-        }
+        let speeds = speeds::of_loaded(&split, &plan, &device, &model, host.as_ref(), &mut serial)?;
         let parts = Parts { host: host.is_some(), lookahead: plan.lookahead_neurons > 0 };
         let token = token::record(&device, &config, &plan, &model, parts)?;
         let expected = plan.predict(&speeds);
@@ -234,7 +226,7 @@ impl GpuEngine {
         self.account
     }
 
-    /// The speeds that were measured when it was loaded.
+    /// The speeds that were measured so far: when it was loaded and, if that was done, by [`Decoder::speeds`]; of each the fastest.
     pub fn measured(&self) -> GpuSpeeds {
         self.speeds
     }
@@ -514,6 +506,10 @@ impl Decoder for GpuEngine {
 
     fn speeds(&mut self) -> Result<Speeds> {
         let finite = |speed: f64| (speed.is_finite() && speed > 0.0).then_some(speed);
+        // The moment of loading may have been a slow one.
+        let host = self.host.as_ref();
+        let now = speeds::of_loaded(&self.split, &self.plan, &self.device, &self.model, host, &mut self.serial)?;
+        self.speeds = self.speeds.or_faster(now);
         let s = self.speeds;
         let link = finite(s.link.max(s.copies));
         Ok(Speeds { device: finite(s.device), link, ram: finite(s.host), sketches: finite(s.sketches), disk: None })

@@ -238,15 +238,16 @@ impl HostShare {
         }
     }
 
-    /// Bytes a second of rows read and computed with, on `n` neurons of each of several layers that have cold ones, spread over
-    /// all of them or one behind the other; 0 if none has. The device must be idle. Takes numbers of tokens after `serial`,
+    /// Bytes a second of rows read and computed with, on `n` neurons of each of several layers that have cold ones and are not the
+    /// host's, spread over all of them or one behind the other; 0 if there is none. The device must be idle. Takes numbers of tokens after `serial`,
     /// which is moved on: flags never go back.
     pub(super) fn measure(&self, n: usize, is_scattered: bool, serial: &mut u32) -> f64 {
         const LAYERS: usize = 6;
         const ROUNDS: usize = 2;
         let shared = &self.shared;
         let n_cold = |l: usize| shared.layers[l].layout.n_neurons() - shared.layers[l].n_hot;
-        let layers: Vec<usize> = (0..shared.layers.len()).filter(|&l| n_cold(l) > 0).collect();
+        let is_shared = |l: usize| !shared.layers[l].is_hosts.load(Ordering::SeqCst);
+        let layers: Vec<usize> = (0..shared.layers.len()).filter(|&l| n_cold(l) > 0 && is_shared(l)).collect();
         for (i, word) in shared.x.words()[..shared.hidden_size].iter().enumerate() {
             word.store(((i % 7) as f32 - 3.0).to_bits(), Ordering::Relaxed);
         }

@@ -19,6 +19,19 @@ pub struct GpuSpeeds {
     pub sketches: f64,
 }
 
+impl GpuSpeeds {
+    /// Of each the faster: measured twice, on a machine with other work to do.
+    pub(super) fn or_faster(self, other: Self) -> Self {
+        Self {
+            device: self.device.max(other.device),
+            link: self.link.max(other.link),
+            copies: self.copies.max(other.copies),
+            host: self.host.max(other.host),
+            sketches: self.sketches.max(other.sketches),
+        }
+    }
+}
+
 /// What a layer costs beyond its bytes: six kernels, each of which fetches its input before it can begin and brings its
 /// sums together at the end. Measured on an H200 (analysis/records/gpu-h200), as the next two.
 const LAYER_SECONDS: f64 = 20e-6;

@@ -1,16 +1,19 @@
 //! How fast the tiers of this machine are, each alone.
 
+use super::host_share::HostShare;
 use super::load::{Layer, Model};
+use super::plan::GpuPlan;
 use super::predict::GpuSpeeds;
 use crate::Result;
 use crate::hardware::{kernel_speed, sketch_speed};
+use crate::plan::Mode;
 use thermocline_kernels::cuda::launch::{Bundles, Nonlinearity, SketchedRows, WorkList, ffn, ffn_blocks, host_item};
 use thermocline_kernels::cuda::{Device, Queue, View};
 use thermocline_kernels::{AlignedBuf, BundleLayout, Encoding, Pool};
-use thermocline_split::SketchForm;
+use thermocline_split::{SketchForm, Split};
 
 /// Cold neurons on which link and threads are measured.
-pub(super) const PROBE_NEURONS: usize = 4096;
+const PROBE_NEURONS: usize = 4096;
 
 /// Bytes of RAM on which threads are measured before a model is loaded, and neurons on whose sketches: more than a server's caches hold,
 /// from which they read twice as fast.
@@ -63,9 +66,28 @@ pub fn measure_tiers(
     Ok(GpuSpeeds { device: memory, link, copies, host, sketches: sketch })
 }
 
+/// The speeds of all tiers where a model is loaded, each alone; the device must be idle. `serial` as for [`HostShare::measure`].
+pub(super) fn of_loaded(
+    split: &Split,
+    plan: &GpuPlan,
+    device: &Device,
+    model: &Model,
+    host: Option<&HostShare>,
+    serial: &mut u32,
+) -> Result<GpuSpeeds> {
+    let mut speeds = of_model(device, model)?;
+    let Some(host) = host else { return Ok(speeds) };
+    speeds.host = host.measure(PROBE_NEURONS, plan.request.base.mode != Mode::Exact, serial);
+    if model.n_for_host() > 0 {
+        let (n_threads, hidden) = (plan.request.base.n_threads, split.manifest().config.hidden_size);
+        speeds.sketches = sketches(device, n_threads, split.sketch_form(), hidden)?;
+    }
+    Ok(speeds)
+}
+
 /// Bytes a second at which `n_threads` threads judge neurons by sketches of this form, of rows of so many columns, and add down rows of
 /// them.
-pub(super) fn sketches(device: &Device, n_threads: usize, form: SketchForm, hidden: usize) -> Result<f64> {
+fn sketches(device: &Device, n_threads: usize, form: SketchForm, hidden: usize) -> Result<f64> {
     let n = if device.is_emulated() { EMULATED_NEURONS } else { PROBE_SKETCHES };
     sketch_speed(&mut Pool::new(n_threads)?, form, n, hidden)
 }
@@ -73,7 +95,7 @@ pub(super) fn sketches(device: &Device, n_threads: usize, form: SketchForm, hidd
 /// The speeds of device memory and link where a model is loaded, in buffers that are free then; infinite over the link if
 /// no neuron is cold.
 /// The host's are left at 0.
-pub(super) fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
+fn of_model(device: &Device, model: &Model) -> Result<GpuSpeeds> {
     // Pieces of prompt batches.
     let [to, from] = &model.prefill.rows[0];
     let memory = copy_speed(device, to, from)?;

@@ -9,9 +9,12 @@ use super::{CopyBits, RowCopy, unsketch_columns};
 use crate::{Error, Result};
 use faer::linalg::solvers::{DenseSolveCore, Llt};
 use faer::{Mat, MatRef, Side};
+use half::f16;
 use ndarray::Array2;
 use rayon::prelude::*;
-use thermocline_kernels::{SKETCH_UNIT, SketchBits, sketch_row, sketch_scales, unsketch};
+use thermocline_kernels::{
+    Encoding, GROUP, PackError, RowRef, SKETCH_UNIT, ScaleFit, SketchBits, pack, sketch_row, sketch_scales, unsketch,
+};
 
 /// Added to the inputs' variances, as a share of their mean.
 const DAMPING: f64 = 0.01;
@@ -30,6 +33,9 @@ pub struct Feedback {
     /// The upper Cholesky factor of the inverse of the inputs' second moment, rows and columns in that order, `[n, n]`.
     factor: Vec<f32>,
 }
+
+/// Encoded rows, or the number of one that cannot be and why.
+pub(crate) type PackedRows = std::result::Result<Vec<u8>, (usize, PackError)>;
 
 /// Rows in their new form.
 pub(crate) struct Rounded {
@@ -167,6 +173,40 @@ impl Feedback {
         errors.iter_mut().for_each(|error| *error = error.sqrt());
     }
 
+    /// Encodes `weights [n_rows, n]` as rows `[n_rows, row_stride]` of codes with scales for groups, which are those that `fit` finds
+    /// for the weights as they are.
+    ///
+    /// # Errors
+    /// The row with a weight that cannot be stored.
+    pub(crate) fn pack(&self, encoding: Encoding, weights: &[f32], fit: ScaleFit<'_>) -> PackedRows {
+        let n = self.order.len();
+        let (stride, groups) = (encoding.row_stride(n), n / GROUP);
+        let (low, high) = if encoding == Encoding::Q8 { (-127.0, 127.0) } else { (-8.0, 7.0) };
+        let mut bytes = vec![0; weights.len() / n * stride];
+        let tasks = bytes.par_chunks_mut(TASK_ROWS * stride).zip(weights.par_chunks(TASK_ROWS * n)).enumerate();
+        tasks.try_for_each(|(task, (bytes, weights))| {
+            let mut scales = Vec::with_capacity(weights.len() / GROUP);
+            for (i, (row, out)) in weights.chunks_exact(n).zip(bytes.chunks_exact_mut(stride)).enumerate() {
+                pack(encoding, row, fit, out).map_err(|e| (task * TASK_ROWS + i, e))?;
+                let stored = RowRef::from_matrix_row(encoding, n, out).scales.as_chunks().0;
+                scales.extend(stored[..groups].iter().map(|bytes| f16::from_le_bytes(*bytes)));
+            }
+            let (mut kept, mut errors) = (weights.to_vec(), vec![0.0; weights.len() / n]);
+            self.spread(weights, &mut errors, |row, column, weight| {
+                let scale = scales[row * groups + column / GROUP].to_f32();
+                let code = if scale == 0.0 { 0.0 } else { (weight / scale).round_ties_even().clamp(low, high) };
+                kept[row * n + column] = code * scale;
+                code * scale
+            });
+            let rows = kept.chunks_exact(n).zip(scales.chunks_exact(groups)).zip(bytes.chunks_exact_mut(stride));
+            for (i, ((row, scales), out)) in rows.enumerate() {
+                pack(encoding, row, ScaleFit::Given(scales), out).map_err(|e| (task * TASK_ROWS + i, e))?;
+            }
+            Ok(())
+        })?;
+        Ok(bytes)
+    }
+
     /// A copy of `weights [n_rows, n]` in few bits, as f32.
     ///
     /// # Errors
@@ -224,6 +264,18 @@ pub(crate) fn round_alone(bits: SketchBits, weights: &[f32], columns: usize) -> 
     Rounded { bytes, errors }
 }
 
+/// Encodes `weights [n_rows, columns]` as rows `[n_rows, row_stride]`, each weight for itself.
+///
+/// # Errors
+/// The row with a weight that cannot be stored.
+pub(crate) fn pack_alone(encoding: Encoding, weights: &[f32], columns: usize, fit: ScaleFit<'_>) -> PackedRows {
+    let stride = encoding.row_stride(columns);
+    let mut bytes = vec![0; weights.len() / columns.max(1) * stride];
+    let rows = bytes.par_chunks_mut(stride).zip(weights.par_chunks(columns)).enumerate();
+    rows.try_for_each(|(i, (out, row))| pack(encoding, row, fit, out).map_err(|e| (i, e)))?;
+    Ok(bytes)
+}
+
 /// How codes of a row are found for the least squared error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Search {
@@ -278,6 +330,7 @@ pub(crate) fn unit_scale(bits: SketchBits, unit: &[f32]) -> f32 {
 mod tests {
     use super::*;
     use thermocline_datasets::Random;
+    use thermocline_kernels::unpack;
 
     const COLUMNS: usize = 192;
 
@@ -330,6 +383,43 @@ mod tests {
                 assert!((0.7..=1.02).contains(&(got / f64::from(*told))), "{bits:?}: {got}, told {told}");
             }
         }
+    }
+
+    /// Codes with scales, against the rows' products with inputs: the same scales as each weight for itself, and much less is lost; where
+    /// inputs have nothing to do with each other, the same bytes.
+    #[test]
+    fn codes_with_feedback_keep_the_scales_and_lose_less() {
+        let x = inputs(600);
+        let mut random = Random::new(13);
+        let weights: Vec<f32> = (0..40 * COLUMNS).map(|_| random.normal() * 0.1).collect();
+        let feedback = Feedback::of_inputs(&x, COLUMNS).unwrap();
+        let unrelated = Feedback::new(&Array2::from_diag_elem(COLUMNS, 2.0)).unwrap();
+        for encoding in [Encoding::Q4, Encoding::R4, Encoding::Q8] {
+            let stride = encoding.row_stride(COLUMNS);
+            let alone = pack_alone(encoding, &weights, COLUMNS, ScaleFit::LeastSquares).unwrap();
+            let rounded = feedback.pack(encoding, &weights, ScaleFit::LeastSquares).unwrap();
+            assert_eq!(unrelated.pack(encoding, &weights, ScaleFit::LeastSquares).unwrap(), alone);
+            let lost = |bytes: &[u8]| {
+                let rows = weights.chunks_exact(COLUMNS).zip(bytes.chunks_exact(stride));
+                let of = |(row, stored): (&[f32], &[u8])| {
+                    let mut back = vec![0.0; COLUMNS];
+                    unpack(encoding, RowRef::from_matrix_row(encoding, COLUMNS, stored), &mut back);
+                    let product = |x: &[f32]| (0..COLUMNS).map(|j| f64::from((row[j] - back[j]) * x[j])).sum::<f64>();
+                    x.chunks_exact(COLUMNS).map(|x| product(x).powi(2)).sum::<f64>()
+                };
+                rows.map(of).sum::<f64>()
+            };
+            assert!(lost(&rounded) < 0.3 * lost(&alone), "{encoding}: {} of {}", lost(&rounded), lost(&alone));
+            let scales = |bytes: &[u8]| -> Vec<u8> {
+                let rows = bytes.chunks_exact(stride);
+                rows.flat_map(|row| RowRef::from_matrix_row(encoding, COLUMNS, row).scales.to_vec()).collect()
+            };
+            assert_eq!(scales(&rounded), scales(&alone));
+        }
+        let mut large = weights;
+        large[37 * COLUMNS + 5] = 1e9;
+        let (row, error) = feedback.pack(Encoding::Q4, &large, ScaleFit::LeastSquares).unwrap_err();
+        assert!(row == 37 && error.to_string().contains("column 5"), "{row}: {error}");
     }
 
     /// Against the rows' products with inputs: more bits lose less, and all know what they lose.

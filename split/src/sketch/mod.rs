@@ -15,7 +15,6 @@ pub use feedback::Feedback;
 use feedback::{Rounded, round_alone};
 pub(crate) use feedback::{Search, round_row, unit_scale};
 pub use form::SketchForm;
-use ndarray::Array2;
 use rayon::prelude::*;
 pub use residual::residual_layout;
 pub(crate) use residual::{read as read_residuals, residual_tensor};
@@ -55,26 +54,22 @@ pub struct Sketch {
 }
 
 impl Sketch {
-    /// Fits a layer's in this form: `moment [hidden, hidden]` is the second moment of its inputs, `gate`, `up` and
-    /// `down [n_neurons, hidden]` are rows of neurons, `down_norm [n_neurons]` the lengths of the last.
-    ///
-    /// # Errors
-    /// If the moment is not finite.
+    /// Fits a layer's in this form: `gate`, `up` and `down [n_neurons, hidden]` are rows of neurons, `down_norm [n_neurons]` the
+    /// lengths of the last.
     pub(crate) fn fit(
         form: SketchForm,
-        moment: &Array2<f64>,
+        feedback: &Feedback,
         gate: &[f32],
         up: &[f32],
         down: &[f32],
         down_norm: Vec<f32>,
-    ) -> Result<Self> {
-        let feedback = Feedback::new(moment)?;
+    ) -> Self {
         let columns = feedback.order().to_vec();
         let bits = form.bits();
         let Rounded { bytes: gate, errors: gate_sd } = feedback.round(bits[0], gate);
         let Rounded { bytes: up, errors: up_sd } = feedback.round(bits[1], up);
-        let Rounded { bytes: down, errors: down_error } = round_alone(bits[2], down, moment.nrows());
-        Ok(Self { form, rows: [gate, up, down], columns, gate_sd, up_sd, down_norm, down_error })
+        let Rounded { bytes: down, errors: down_error } = round_alone(bits[2], down, columns.len());
+        Self { form, rows: [gate, up, down], columns, gate_sd, up_sd, down_norm, down_error }
     }
 
     /// Without its first `n` neurons.

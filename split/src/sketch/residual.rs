@@ -1,13 +1,14 @@
 //! What a sketch leaves of its rows, in the codes of q4: added to the sketch's, rows come nearer to the checkpoint's than q4 has them,
 //! for as many bytes.
 
-use super::Sketch;
+use super::feedback::pack_alone;
+use super::{Feedback, Sketch};
 use crate::Error;
 use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile};
 use rayon::prelude::*;
 use thermocline_datasets::ModelConfig;
-use thermocline_kernels::{BundleLayout, Encoding, ScaleFit, pack};
+use thermocline_kernels::{BundleLayout, Encoding, ScaleFit};
 
 /// Where the residuals of a neuron's rows lie, if the width can have any.
 pub fn residual_layout(hidden_size: usize) -> Option<BundleLayout> {
@@ -15,29 +16,37 @@ pub fn residual_layout(hidden_size: usize) -> Option<BundleLayout> {
 }
 
 impl Sketch {
-    /// What it leaves of gate, up and down rows `[n_neurons, hidden]`, to which it was fitted, as bundles
-    /// `[n_neurons, bundle_bytes]`. `fits` say what the rows' scales are chosen by; `tensors` name them in errors.
+    /// What it leaves of gate, up and down rows `[n_neurons, hidden]`, to which it was fitted, as bundles `[n_neurons, bundle_bytes]`; of
+    /// gate and up rows rounded with `feedback`, if there is any. `fits` say what the rows' scales are chosen by; `tensors` name them in
+    /// errors.
     ///
     /// # Errors
     /// If a weight is too large for what is stored.
-    pub(crate) fn residuals(&self, rows: [&[f32]; 3], fits: [ScaleFit<'_>; 3], tensors: [&str; 3]) -> Result<Vec<u8>> {
+    pub(crate) fn residuals(
+        &self,
+        feedback: Option<&Feedback>,
+        rows: [&[f32]; 3],
+        fits: [ScaleFit<'_>; 3],
+        tensors: [&str; 3],
+    ) -> Result<Vec<u8>> {
         let hidden = self.columns.len();
         let layout = residual_layout(hidden).expect("the width that sketches have");
         let mut bytes = vec![0; self.n_neurons() * layout.bundle_bytes()];
-        bytes.par_chunks_mut(layout.bundle_bytes()).enumerate().try_for_each(|(i, bundle)| {
-            let (mut left, mut packed) = (vec![0.0; hidden], vec![0; Encoding::R4.row_stride(hidden)]);
-            for (part, rows) in rows.into_iter().enumerate() {
-                self.decode_row(part, i, &mut left);
-                left.iter_mut().zip(&rows[i * hidden..]).for_each(|(left, row)| *left = row - *left);
-                pack(Encoding::R4, &left, fits[part], &mut packed).map_err(|source| Error::Pack {
-                    tensor: tensors[part].to_owned(),
-                    row: i,
-                    source,
-                })?;
-                layout.set_row(bundle, part, &packed);
-            }
-            Ok::<_, Error>(())
-        })?;
+        for (part, (rows, fit)) in rows.into_iter().zip(fits).enumerate() {
+            let mut left = self.decoded(part);
+            left.par_iter_mut().zip(rows).for_each(|(left, row)| *left = row - *left);
+            let packed = match feedback.filter(|_| part < 2) {
+                Some(feedback) => feedback.pack(Encoding::R4, &left, fit),
+                None => pack_alone(Encoding::R4, &left, hidden, fit),
+            };
+            let packed =
+                packed.map_err(|(row, source)| Error::Pack { tensor: tensors[part].to_owned(), row, source })?;
+            let packed = packed.par_chunks_exact(Encoding::R4.row_stride(hidden));
+            bytes
+                .par_chunks_exact_mut(layout.bundle_bytes())
+                .zip(packed)
+                .for_each(|(bundle, row)| layout.set_row(bundle, part, row));
+        }
         Ok(bytes)
     }
 }
@@ -80,13 +89,21 @@ mod tests {
     const COLUMNS: usize = 192;
     const ROWS: usize = 40;
 
+    fn feedback() -> Feedback {
+        Feedback::new(&Array2::from_shape_fn((COLUMNS, COLUMNS), |(i, j)| f64::from(u8::from(i == j)))).unwrap()
+    }
+
     fn sketch_of(rows: &[Vec<f32>; 3]) -> Sketch {
-        let moment = Array2::from_shape_fn((COLUMNS, COLUMNS), |(i, j)| f64::from(u8::from(i == j)));
-        Sketch::fit(SketchForm::AllInTwo, &moment, &rows[0], &rows[1], &rows[2], vec![1.0; ROWS]).unwrap()
+        Sketch::fit(SketchForm::AllInTwo, &feedback(), &rows[0], &rows[1], &rows[2], vec![1.0; ROWS])
     }
 
     fn residuals_of(sketch: &Sketch, rows: &[Vec<f32>; 3]) -> Result<Vec<u8>> {
-        sketch.residuals(rows.each_ref().map(Vec::as_slice), [ScaleFit::LeastSquares; 3], ["gate", "up", "down"])
+        sketch.residuals(
+            Some(&feedback()),
+            rows.each_ref().map(Vec::as_slice),
+            [ScaleFit::LeastSquares; 3],
+            ["gate", "up", "down"],
+        )
     }
 
     /// Of normal weights a group's q4 leaves about a hundredth of the energy, and so it does of what a sketch leaves.
