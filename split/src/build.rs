@@ -45,7 +45,7 @@ pub struct SplitOptions {
     pub outliers: f64,
     /// How the scales of quantised groups are chosen.
     pub scales: Scales,
-    /// How codes of gate and up rows in q4 and q8 are.
+    /// How codes of gate and up rows in q4, q8 and residuals are chosen.
     pub rounding: Rounding,
     /// The form of each layer's [`crate::Sketch`], if layers are to have one.
     pub sketch: Option<SketchForm>,

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::manifest::Packing;
 use crate::order::{OrderKind, outliers_first};
 use crate::planes::{lay_out, pack_row};
-use crate::sketch::{Feedback, Sketch};
+use crate::sketch::{Feedback, Sketch, pack_alone};
 use rayon::prelude::*;
 use thermocline_calibrate::LayerStatistics;
 use thermocline_calibrate::predictor::{self, LowRank};
@@ -113,9 +113,11 @@ pub(crate) fn pack_layer(
     let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
         what: "the profile has no second moments; calibrate again without --no-second-moment".to_owned(),
     })?;
-    let feedback = Feedback::new(moment)?;
+    let is_rounded =
+        options.rounding == Rounding::Feedback && sections.iter().any(|(_, e)| is_rounded_with_feedback(*e));
+    let feedback = (is_rounded || options.sketch.is_some()).then(|| Feedback::new(moment)).transpose()?;
     // A down column adds to every output alike: no channel of it counts more than another, and none makes good what another loses.
-    let of_inputs = Some(&feedback).filter(|_| options.rounding == Rounding::Feedback);
+    let of_inputs = feedback.as_ref().filter(|_| options.rounding == Rounding::Feedback);
     let sources = [
         Source { matrix: &gate, fit: by_moments, feedback: of_inputs, tensor: name("gate") },
         Source { matrix: &up, fit: by_moments, feedback: of_inputs, tensor: name("up") },
@@ -134,7 +136,8 @@ pub(crate) fn pack_layer(
     let norms: Vec<f32> = down.chunks_exact(hidden).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
     let fitted =
         predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
-    let sketch = options.sketch.map(|form| Sketch::fit(form, &feedback, &gate, &up, &down, norms.clone()));
+    let sketch = options.sketch.zip(feedback.as_ref());
+    let sketch = sketch.map(|(form, feedback)| Sketch::fit(form, feedback, &gate, &up, &down, norms.clone()));
     let left_by = |sketch: &Sketch| {
         let [gate_name, up_name, down_name] = ["gate", "up", "down"].map(name);
         let bundles = sketch.residuals(
@@ -173,6 +176,12 @@ pub(crate) fn pack_layer(
     })
 }
 
+/// Whether feedback may choose the codes of gate and up rows in this encoding: codes that further planes start from are the nearest
+/// ones.
+fn is_rounded_with_feedback(encoding: Encoding) -> bool {
+    matches!(encoding, Encoding::Q4 | Encoding::Q8)
+}
+
 /// Gate, up or down rows of a layer in the checkpoint's order, `[ffn, hidden]`.
 struct Source<'a> {
     matrix: &'a [f32],
@@ -184,14 +193,14 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// The rows of these neurons. Codes that further planes start from are the nearest ones, whatever is asked for.
+    /// The rows of these neurons.
     fn pack(&self, encoding: Encoding, hidden: usize, neurons: &[u32]) -> Result<Vec<PackedRow>> {
         let failed = |(row, source): (usize, PackError)| {
             let (tensor, row) = (self.tensor.clone(), neurons[row] as usize);
             Error::Pack { tensor, row, source }
         };
         let row = |id: u32| &self.matrix[id as usize * hidden..(id as usize + 1) * hidden];
-        if let Some(feedback) = self.feedback.filter(|_| matches!(encoding, Encoding::Q4 | Encoding::Q8)) {
+        if let Some(feedback) = self.feedback.filter(|_| is_rounded_with_feedback(encoding)) {
             let rows: Vec<f32> = neurons.iter().flat_map(|&id| row(id)).copied().collect();
             let packed = feedback.pack(encoding, &rows, self.fit).map_err(failed)?;
             let rows = packed.chunks_exact(encoding.row_stride(hidden));
@@ -263,12 +272,8 @@ fn reorder_bits(statistics: &LayerStatistics, order: &[u32]) -> Vec<u8> {
 
 /// Encodes a matrix in memory, row-major `[_, columns]`.
 fn pack_rows(name: &str, m: &[f32], columns: usize, encoding: Encoding, fit: ScaleFit<'_>) -> Result<Vec<u8>> {
-    let stride = encoding.row_stride(columns);
-    let mut out = vec![0u8; m.len() / columns * stride];
-    out.par_chunks_mut(stride).zip(m.par_chunks(columns)).enumerate().try_for_each(|(row, (out, values))| {
-        pack(encoding, values, fit, out).map_err(|source| Error::Pack { tensor: name.to_owned(), row, source })
-    })?;
-    Ok(out)
+    let failed = |(row, source)| Error::Pack { tensor: name.to_owned(), row, source };
+    pack_alone(encoding, m, columns, fit).map_err(failed)
 }
 
 /// Encodes a checkpoint's matrix, read block by block: its planes, the base first.

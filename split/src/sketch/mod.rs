@@ -13,7 +13,7 @@ use crate::tensor_file::{Format, TensorFile};
 pub use copies::{CopyBits, RowCopy};
 pub use feedback::Feedback;
 use feedback::{Rounded, round_alone};
-pub(crate) use feedback::{Search, round_row, unit_scale};
+pub(crate) use feedback::{Search, pack_alone, round_row, unit_scale};
 pub use form::SketchForm;
 use rayon::prelude::*;
 pub use residual::residual_layout;

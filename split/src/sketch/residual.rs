@@ -1,8 +1,7 @@
 //! What a sketch leaves of its rows, in the codes of q4: added to the sketch's, rows come nearer to the checkpoint's than q4 has them,
 //! for as many bytes.
 
-use super::feedback::pack_alone;
-use super::{Feedback, Sketch};
+use super::{Feedback, Sketch, pack_alone};
 use crate::Error;
 use crate::error::{Result, corrupt};
 use crate::tensor_file::{Format, TensorFile};
