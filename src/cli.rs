@@ -347,6 +347,10 @@ pub struct Calibrate {
     /// Profile directory to write
     #[arg(short, long, required = true)]
     pub output: Option<PathBuf>,
+    /// Leave out what rounds attention's rows with feedback: twice 4 bytes times the hidden size squared for each layer, two thirds of a
+    /// large model's profile
+    #[arg(long)]
+    pub no_attention_moments: bool,
     /// Continue an interrupted run
     #[arg(long)]
     pub resume: bool,
@@ -412,8 +416,8 @@ pub enum ScalesName {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum RoundingName {
-    /// What a column loses is made good by later ones, as far as the profile's inputs allow (GPTQ); of gate and up rows in q4 and q8
-    /// without further planes
+    /// What a column loses is made good by later ones, as far as the profile's inputs allow (GPTQ); of gate, up and attention rows in q4
+    /// and q8 without further planes
     Feedback,
     /// Each weight for itself, to compare with
     Nearest,
@@ -439,6 +443,9 @@ pub struct Split {
     /// Encoding of embedding, attention and head [default: q8, or as exact as --encoding]
     #[arg(long)]
     pub resident_encoding: Option<Encoding>,
+    /// Encoding of attention, if it is to be another: q4 spares 6 % of the layers' bytes, and half of what attention takes of VRAM
+    #[arg(long, value_name = "ENCODING")]
+    pub attention_encoding: Option<Encoding>,
     /// Order of the neurons
     #[arg(long, value_enum, default_value = "auto")]
     pub order: OrderName,
@@ -494,7 +501,7 @@ pub struct Planted {
         id = "planted",
         value_name = "SHAPE",
         conflicts_with_all = [
-            "model", "profile", "encoding", "resident_encoding", "order", "chunk_neurons", "zstd_level", "archive",
+            "model", "profile", "encoding", "resident_encoding", "attention_encoding", "order", "chunk_neurons", "zstd_level", "archive",
             "predictor_rank", "scales",
         ]
     )]

@@ -38,6 +38,7 @@ fn computed(dir: &Path) -> Vec<BitMatrix> {
         n_samples: VOCAB,
         sample_run_len: 128,
         second_moment: false,
+        attention_moments: false,
         ..Settings::default()
     };
     let profile = out.path().join("profile");

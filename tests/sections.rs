@@ -10,7 +10,7 @@ use support::{
     splitting, text, with_file_limit,
 };
 use tempfile::TempDir;
-use thermocline_calibrate::Profile;
+use thermocline_calibrate::{Input, Profile};
 use thermocline_datasets::{Checkpoint, open_checkpoint};
 use thermocline_runtime::Mode;
 use thermocline_split::delta::Delta;
@@ -195,7 +195,7 @@ fn rounding_with_feedback_loses_less_of_products() {
             .map(|how| split(made, encoding, &["--rounding", how]))
             .map(|dir| SplitCheckpoint::new(Split::open_at(&dir, Precision::Base).unwrap()));
         for layer in 0..2 {
-            let moment = profile.layer(layer).unwrap().ffn_input_second_moment.unwrap();
+            let moment = profile.second_moment(layer, Input::Ffn).unwrap().unwrap();
             let load = |of: &dyn Checkpoint, part: &str| {
                 of.load(&format!("model.layers.{layer}.mlp.{part}_proj.weight")).unwrap()
             };

@@ -44,6 +44,7 @@ fn make_with(dir: &Path, model: &TinyModel, encoding: Encoding, extra: Extra) ->
     let options = SplitOptions {
         encoding: encoding.into(),
         resident_encoding: encoding,
+        attention_encoding: None,
         order: None,
         chunk_neurons: None,
         compression: Compression::None,

@@ -41,6 +41,7 @@ fn make(dir: &Path) -> SplitCheckpoint {
     let options = SplitOptions {
         encoding: Encoding::Q4.into(),
         resident_encoding: Encoding::Q8,
+        attention_encoding: None,
         order: None,
         chunk_neurons: None,
         compression: Compression::None,

@@ -31,6 +31,7 @@ fn profile_and_split(dir: &Path) -> [PathBuf; 2] {
     let options = SplitOptions {
         encoding: Encoding::Q4.into(),
         resident_encoding: Encoding::Q8,
+        attention_encoding: None,
         order: None,
         chunk_neurons: None,
         compression: Compression::None,

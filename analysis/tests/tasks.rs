@@ -50,6 +50,7 @@ fn make_split(dir: &Path, model: &TinyModel) -> SplitCheckpoint {
     let options = SplitOptions {
         encoding: Encoding::Bf16.into(),
         resident_encoding: Encoding::Bf16,
+        attention_encoding: None,
         order: None,
         chunk_neurons: None,
         compression: Compression::None,

@@ -6,7 +6,7 @@ mod text;
 
 use std::path::Path;
 use thermocline_calibrate::{
-    Profile,
+    Input, Profile,
     dense::{DenseLayer, Embedding},
     predictor::{energy_recall, fit_low_rank},
 };
@@ -36,10 +36,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let statistics = profile.layer(index)?;
         let norms = &statistics.down_norm;
         let actual: Vec<f32> = h.iter().zip(norms.iter().cycle()).map(|(h, norm)| h.abs() * norm).collect();
-        let moment = statistics.ffn_input_second_moment.as_ref().ok_or("the profile has no second moments")?;
+        let moment = profile.second_moment(index, Input::Ffn)?.ok_or("the profile has no second moments")?;
         let rank_max = RANKS[RANKS.len() - 1];
         let fit =
-            layer.with_gate_up(|gate, up| fit_low_rank(moment, gate, up, norms, config.activation, rank_max))??;
+            layer.with_gate_up(|gate, up| fit_low_rank(&moment, gate, up, norms, config.activation, rank_max))??;
         let mut line = format!("layer {index:2}, top 30 %:");
         for (rank, column) in RANKS.into_iter().zip(0..) {
             let predicted = fit.truncated(rank).scores(&input, config.activation, norms)?;

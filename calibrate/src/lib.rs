@@ -34,4 +34,4 @@ pub use merge::merge;
 pub use profile::{ActiveSet, LayerStatistics, Profile, ProfileMeta};
 pub use run::{Event, RunOptions, calibrate};
 pub use settings::{OVERLAP_LAGS, Settings, Shard, TOP_SHARES, memory_bound_bytes};
-pub use statistics::HISTOGRAM_BINS;
+pub use statistics::{HISTOGRAM_BINS, Input};

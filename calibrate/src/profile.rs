@@ -8,8 +8,8 @@ use crate::{
     record::Identity,
     run::fresh_dir,
     settings::{OVERLAP_LAGS, TOP_SHARES},
-    statistics::{HISTOGRAM_BINS, LayerSums, SamplePlan, bin_middle, from_fixed, from_fixed_moment},
-    store::{self, StatisticsFile},
+    statistics::{HISTOGRAM_BINS, Input, LayerSums, SamplePlan, bin_middle, from_fixed, from_fixed_moment},
+    store::{self, Moments, StatisticsFile},
     work_dir::{WorkDir, write_atomically},
 };
 use ndarray::Array2;
@@ -63,8 +63,8 @@ pub struct ProfileMeta {
 }
 
 impl ProfileMeta {
-    /// The version that this program writes, and the newest that it reads.
-    pub const VERSION: u64 = 1;
+    /// The version that this program writes, and the newest that it reads; the first had no [`Settings::attention_moments`].
+    pub const VERSION: u64 = 2;
 
     pub(crate) fn identity(&self) -> Identity {
         Identity {
@@ -121,7 +121,7 @@ impl Profile {
         })?;
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| corrupt("JSON", e.to_string()))?;
         match value.get("format_version").and_then(serde_json::Value::as_u64) {
-            Some(ProfileMeta::VERSION) => (),
+            Some(1..=ProfileMeta::VERSION) => (),
             Some(got) => return Err(Error::UnsupportedVersion { path, got, max: ProfileMeta::VERSION }),
             None => return Err(corrupt("format_version", "missing".to_owned())),
         }
@@ -174,11 +174,29 @@ impl Profile {
     /// # Errors
     /// If there is no such layer, or the file cannot be read.
     pub fn layer(&self, layer: usize) -> Result<LayerStatistics> {
-        Ok(LayerStatistics::new(&self.meta, self.layer_sums(layer)?))
+        Ok(LayerStatistics::new(&self.meta, self.statistics.layer(layer, Moments::Skip)?))
+    }
+
+    /// Mean of `x_i * x_j` of one of a layer's inputs, `[width, width]`; `None` if it was not kept.
+    ///
+    /// # Errors
+    /// As [`Profile::layer`].
+    pub fn second_moment(&self, layer: usize, input: Input) -> Result<Option<Array2<f64>>> {
+        if !self.meta.settings.moments().any(|kept| kept == input) {
+            return Ok(None);
+        }
+        let (sums, width) = (self.statistics.moment(layer, input)?, input.width(&self.meta.config));
+        let mut out = Array2::zeros((width, width));
+        let pairs = (0..width).flat_map(|i| (i..width).map(move |j| (i, j)));
+        for ((i, j), sum) in pairs.zip(sums) {
+            out[(i, j)] = from_fixed_moment(sum) / self.meta.n_tokens as f64;
+            out[(j, i)] = out[(i, j)];
+        }
+        Ok(Some(out))
     }
 
     pub(crate) fn layer_sums(&self, layer: usize) -> Result<LayerSums> {
-        self.statistics.layer(layer)
+        self.statistics.layer(layer, Moments::Read)
     }
 }
 
@@ -216,8 +234,6 @@ pub struct LayerStatistics {
     pub active: BitMatrix,
     /// Top 10 % of the sampled tokens, `[n_samples, intermediate_size]`.
     pub active_top10: BitMatrix,
-    /// Mean of `x_i * x_j` of the feed-forward input, `[hidden_size, hidden_size]`, if it was kept.
-    pub ffn_input_second_moment: Option<Array2<f64>>,
     /// Mean squares of the feed-forward input, `[hidden_size]`.
     pub ffn_input_mean_square: Vec<f64>,
     /// Mean squares of the input of the query, key and value projections, `[hidden_size]`.
@@ -229,19 +245,11 @@ pub struct LayerStatistics {
 
 impl LayerStatistics {
     fn new(meta: &ProfileMeta, sums: LayerSums) -> Self {
-        let (n, ffn, hidden) = (meta.n_tokens as f64, meta.config.intermediate_size, meta.config.hidden_size);
+        let (n, ffn) = (meta.n_tokens as f64, meta.config.intermediate_size);
         let means = |sums: &[i128]| sums.iter().map(|&sum| from_fixed(sum) / n).collect::<Vec<f64>>();
         let mean_square = means(&sums.square);
         let norms = sums.down_norm.iter().map(|&norm| f64::from(norm));
-        let second_moment = meta.settings.second_moment.then(|| {
-            let mut out = Array2::zeros((hidden, hidden));
-            let pairs = (0..hidden).flat_map(|i| (i..hidden).map(move |j| (i, j)));
-            for ((i, j), &sum) in pairs.zip(&sums.ffn_input_second_moment) {
-                out[(i, j)] = from_fixed_moment(sum) / n;
-                out[(j, i)] = out[(i, j)];
-            }
-            out
-        });
+        let [ffn_squares, qkv_squares, output_squares] = &sums.input_squares;
         let top = |share: usize| sums.top.chunks(ffn).nth(share).unwrap_or_default().to_vec();
         LayerStatistics {
             n_tokens: meta.n_tokens,
@@ -251,10 +259,9 @@ impl LayerStatistics {
             top: std::array::from_fn(top),
             active: BitMatrix::from_bytes(meta.n_samples, ffn, sums.active),
             active_top10: BitMatrix::from_bytes(meta.n_samples, ffn, sums.active_top10),
-            ffn_input_second_moment: second_moment,
-            ffn_input_mean_square: means(&sums.ffn_input_square),
-            qkv_input_mean_square: means(&sums.qkv_input_square),
-            attention_output_mean_square: means(&sums.attention_output_square),
+            ffn_input_mean_square: means(ffn_squares),
+            qkv_input_mean_square: means(qkv_squares),
+            attention_output_mean_square: means(output_squares),
             overlap: sums.overlap,
             nonzero: sums.nonzero,
             histogram: sums.histogram,

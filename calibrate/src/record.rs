@@ -41,6 +41,7 @@ impl Identity {
         differ("setting sample_run_len", a.sample_run_len.to_string(), b.sample_run_len.to_string())?;
         differ("setting active_share", a.active_share.to_string(), b.active_share.to_string())?;
         differ("setting second_moment", a.second_moment.to_string(), b.second_moment.to_string())?;
+        differ("setting attention_moments", a.attention_moments.to_string(), b.attention_moments.to_string())?;
         differ("corpus", self.corpus_digest.clone(), now.corpus_digest.clone())?;
         let shard = |shard: Option<Shard>| shard.map_or_else(|| "whole corpus".to_owned(), |s| s.to_string());
         differ("shard", shard(self.shard), shard(now.shard))

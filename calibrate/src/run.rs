@@ -9,7 +9,7 @@ use crate::{
     profile::{Profile, ProfileMeta, write_profile},
     record::{Identity, Record, hidden_file, layer_file},
     settings::flops_per_token,
-    statistics::{Accumulator, SamplePlan},
+    statistics::{Accumulator, Input, SamplePlan},
     work_dir::{WorkDir, write_atomically},
 };
 use std::{fs, ops::Range, path::Path, time::Instant};
@@ -226,12 +226,12 @@ fn step(
     let mut observed = Ok(());
     let mut x = layer.attention_observed(&x, 1, window_len, |inputs| {
         observed = statistics
-            .add_qkv_input(window, inputs.qkv)
-            .and_then(|()| statistics.add_attention_output(window, inputs.output));
+            .add_input(window, Input::Qkv, inputs.qkv)
+            .and_then(|()| statistics.add_input(window, Input::AttentionOutput, inputs.output));
     })?;
     observed?;
     let input = layer.ffn_input(&x)?;
-    statistics.add_ffn_input(window, &input)?;
+    statistics.add_input(window, Input::Ffn, &input)?;
     let neurons = layer.neurons(&input)?;
     statistics.add_activations(window, &neurons)?;
     layer.ffn_output(&mut x, neurons.h)?;

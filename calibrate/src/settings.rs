@@ -1,6 +1,6 @@
 //! What a calibration measures and on which part of the corpus: the choices that make two runs comparable.
 
-use crate::{Error, Result};
+use crate::{Error, Input, Result};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use thermocline_datasets::ModelConfig;
@@ -27,15 +27,32 @@ pub struct Settings {
     /// Whether to keep the second moment of the feed-forward input, `4 * hidden_size^2` bytes per layer, that the
     /// low-rank predictor is fitted from.
     pub second_moment: bool,
+    /// Whether to keep those of the inputs of attention's projections, too: as much again twice, that its rows are rounded by. Not
+    /// in profiles of version 1.
+    #[serde(default)]
+    pub attention_moments: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { window_len: 512, n_samples: 4096, sample_run_len: 64, active_share: 0.3, second_moment: true }
+        Settings {
+            window_len: 512,
+            n_samples: 4096,
+            sample_run_len: 64,
+            active_share: 0.3,
+            second_moment: true,
+            attention_moments: true,
+        }
     }
 }
 
 impl Settings {
+    /// The inputs whose second moments are kept.
+    pub(crate) fn moments(&self) -> impl Iterator<Item = Input> {
+        let is_kept = |input: &Input| if *input == Input::Ffn { self.second_moment } else { self.attention_moments };
+        Input::ALL.into_iter().filter(is_kept)
+    }
+
     /// Index into [`TOP_SHARES`] of the active share.
     pub(crate) fn active_index(&self) -> Result<usize> {
         TOP_SHARES.iter().position(|&share| share == self.active_share).ok_or_else(|| Error::Setting {
@@ -100,8 +117,8 @@ pub(crate) fn flops_per_token(config: &ModelConfig, settings: &Settings) -> f64 
     let (q, kv) = ((config.n_heads * config.head_dim) as f64, (config.n_kv_heads * config.head_dim) as f64);
     let weights = 2.0 * (hidden * (2.0 * q + 2.0 * kv) + 3.0 * hidden * ffn);
     let scores = 2.0 * q * settings.window_len as f64;
-    let moment = if settings.second_moment { 2.0 * hidden * hidden } else { 0.0 };
-    config.n_layers as f64 * (weights + scores + moment)
+    let moments: f64 = settings.moments().map(|input| 2.0 * (input.width(config) as f64).powi(2)).sum();
+    config.n_layers as f64 * (weights + scores + moments)
 }
 
 /// An upper bound of the memory that [`crate::calibrate`] allocates itself, in bytes: the larger of the embedding
@@ -120,8 +137,10 @@ pub fn memory_bound_bytes(config: &ModelConfig, settings: &Settings) -> u64 {
     // Per neuron: five counts, two f64 and two i128 sums, the histogram; twice, because it is encoded for the disk.
     let neurons = 2 * ffn * (5 * 4 + 16 + 32 + 4 * crate::statistics::HISTOGRAM_BINS as u64);
     let samples = 2 * 2 * (settings.n_samples as u64) * ffn.div_ceil(8);
-    let moment = if settings.second_moment { 12 * hidden * hidden } else { 0 };
+    // Sums of the upper triangles, twice; and of one window.
+    let squares: Vec<u64> = settings.moments().map(|input| (input.width(config) as u64).pow(2)).collect();
+    let moments = 8 * squares.iter().sum::<u64>() + 4 * squares.iter().max().unwrap_or(&0);
     // Packed operands inside the matrix products, and the allocator's slack.
     let slack = 64 << 20;
-    embedding.max(layer) + buffers + scores + neurons + samples + moment + slack
+    embedding.max(layer) + buffers + scores + neurons + samples + moments + slack
 }

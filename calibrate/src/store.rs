@@ -7,7 +7,7 @@
 use crate::{
     Error, Result, Settings,
     error::AtPath,
-    statistics::{Dtype, LayerSums, Section, sections},
+    statistics::{Dtype, Input, LayerSums, Section, sections},
 };
 use serde_json::{Map, Value, json};
 use std::{
@@ -104,6 +104,13 @@ pub(crate) fn write(
     out.flush().at(path)
 }
 
+/// Whether second moments, the largest part of a layer's sums, are read with the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moments {
+    Read,
+    Skip,
+}
+
 /// An open statistics file whose header is exactly what the configuration and the settings demand.
 pub(crate) struct StatisticsFile {
     path: PathBuf,
@@ -154,19 +161,35 @@ impl StatisticsFile {
         Ok(bytes.as_chunks::<8>().0.iter().map(|chunk| u64::from_le_bytes(*chunk)).collect())
     }
 
+    /// Sums of the products of an input's channels; empty if they were not kept.
+    pub(crate) fn moment(&self, layer: usize, input: Input) -> Result<Vec<i64>> {
+        let name = format!("layers.{layer}.{}", input.moment());
+        let placed = self.layout.iter().find(|placed| placed.name == name).ok_or_else(|| self.no_layer(layer))?;
+        let bytes = self.read(&mut File::open(&self.path).at(&self.path)?, placed)?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|chunk| i64::from_le_bytes(*chunk)).collect())
+    }
+
     /// One layer's sums.
-    pub(crate) fn layer(&self, layer: usize) -> Result<LayerSums> {
+    pub(crate) fn layer(&self, layer: usize, moments: Moments) -> Result<LayerSums> {
+        let is_read =
+            |name: &str| moments == Moments::Read || Input::ALL.iter().all(|input| !name.ends_with(input.moment()));
         let mut file = File::open(&self.path).at(&self.path)?;
         let mut bytes = Vec::new();
         // File order within a layer is the sections' order, because both put wide elements first.
-        for placed in self.layout.iter().filter(|placed| placed.source.is_some_and(|(l, _)| l == layer)) {
+        let of_layer = |placed: &&Placed| placed.source.is_some_and(|(l, _)| l == layer) && is_read(&placed.name);
+        for placed in self.layout.iter().filter(of_layer) {
             bytes.append(&mut self.read(&mut file, placed)?);
         }
-        let sections = sections(&self.config, &self.settings, self.n_samples);
-        LayerSums::decode(&bytes, &sections).ok_or_else(|| Error::Corrupt {
+        let mut sections = sections(&self.config, &self.settings, self.n_samples);
+        sections.retain(|section| is_read(section.name));
+        LayerSums::decode(&bytes, &sections).ok_or_else(|| self.no_layer(layer))
+    }
+
+    fn no_layer(&self, layer: usize) -> Error {
+        Error::Corrupt {
             path: self.path.clone(),
             field: format!("layers.{layer}"),
             reason: format!("no such layer; the model has {}", self.config.n_layers),
-        })
+        }
     }
 }

@@ -11,7 +11,8 @@ use std::{
 use support::{RandomCheckpoint, random_tokens, tiny_config};
 use tempfile::TempDir;
 use thermocline_calibrate::{
-    ActiveSet, Error, Event, Profile, Result, RunOptions, Settings, Shard, TOP_SHARES, calibrate, dense, disk, merge,
+    ActiveSet, Error, Event, Input, Profile, Result, RunOptions, Settings, Shard, TOP_SHARES, calibrate, dense, disk,
+    merge,
 };
 use thermocline_datasets::Activation;
 
@@ -93,7 +94,7 @@ fn counts_equal_a_naive_count() {
         let square = |i: usize| h.chunks(ffn).map(|row| f64::from(row[i]).powi(2)).sum::<f64>() / n as f64;
         assert!((0..ffn).all(|i| (got.mean_square[i] / square(i) - 1.0).abs() < 1e-4));
         assert!(got.nonzero.iter().all(|&count| count == n as u32));
-        let moment = got.ffn_input_second_moment.as_ref().unwrap();
+        let moment = profile.second_moment(index, Input::Ffn).unwrap().unwrap();
         let exact = input.chunks(24).map(|x| f64::from(x[3]) * f64::from(x[11])).sum::<f64>() / n as f64;
         assert!((moment[(3, 11)] - exact).abs() < 1e-5 && moment[(3, 11)] == moment[(11, 3)]);
         assert!((moment[(5, 5)] / got.ffn_input_mean_square[5] - 1.0).abs() < 1e-4);

@@ -119,6 +119,7 @@ pub fn split(
     let options = SplitOptions {
         encoding,
         resident_encoding,
+        attention_encoding: None,
         order: None,
         chunk_neurons,
         compression,

@@ -3,18 +3,20 @@
 use crate::error::{Result, io};
 use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
 use crate::order::{OrderKind, OverFetch, best_chunk, best_order, over_fetch_table};
-use crate::pack_layer::{FACTORS, PackedLayer, pack_layer, pack_matrix};
+use crate::pack_layer::{FACTORS, PackedLayer, pack_layer};
+use crate::pack_resident::{WrittenResident, resident_matrices, shape, write_resident};
 use crate::partial::Partial;
 use crate::plane_file::{Place, write_plane};
-use crate::planes::{contents, further_planes};
+use crate::planes::contents;
 use crate::precision::first_chunks;
+use crate::resident::is_attention;
 use crate::sections::layer_entry;
 use crate::tensor_file::{Format, TensorFileEntry, Writer};
 use crate::{Error, LayerEncodings, SketchForm, chunk::Compression, sketch};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
-use thermocline_calibrate::{ActiveSet, Profile, disk};
+use thermocline_calibrate::{ActiveSet, Input, Profile, disk};
 use thermocline_datasets::{Checkpoint, ModelConfig};
 use thermocline_kernels::{Encoding, ScaleFit};
 use xxhash_rust::xxh3::xxh3_128;
@@ -29,8 +31,10 @@ const SURVEYED_LAYERS: usize = 6;
 pub struct SplitOptions {
     /// Encoding of the feed-forward bundles of each layer.
     pub encoding: LayerEncodings,
-    /// Encoding of embedding, attention and head.
+    /// Encoding of embedding and head, and of attention.
     pub resident_encoding: Encoding,
+    /// Encoding of attention, if it has one of its own.
+    pub attention_encoding: Option<Encoding>,
     /// The neurons' order; measured if not given.
     pub order: Option<OrderKind>,
     /// Neurons in a chunk; from the cost model if not given.
@@ -45,7 +49,7 @@ pub struct SplitOptions {
     pub outliers: f64,
     /// How the scales of quantised groups are chosen.
     pub scales: Scales,
-    /// How codes of gate and up rows in q4, q8 and residuals are chosen.
+    /// How codes of gate, up and attention rows in q4 and q8, and of residuals, are chosen.
     pub rounding: Rounding,
     /// The form of each layer's [`crate::Sketch`], if layers are to have one.
     pub sketch: Option<SketchForm>,
@@ -54,6 +58,11 @@ pub struct SplitOptions {
 }
 
 impl SplitOptions {
+    /// Encoding of a matrix of embedding, attention or head.
+    pub(crate) fn encoding_of(&self, matrix: &str) -> Encoding {
+        self.attention_encoding.filter(|_| is_attention(matrix)).unwrap_or(self.resident_encoding)
+    }
+
     /// How many neurons of a layer come first because of their energy.
     pub(crate) fn outlier_neurons(&self, n_neurons: usize, chunk_neurons: usize) -> usize {
         first_chunks(self.outliers, n_neurons, chunk_neurons)
@@ -113,6 +122,8 @@ pub struct SplitReport {
     pub order: OrderKind,
     /// The chunk length chosen.
     pub chunk_neurons: usize,
+    /// Whether codes of attention's rows are the nearest ones for want of the inputs' second moments in the profile.
+    pub attention_lacks_moments: bool,
     /// What reading whole chunks costs, by order.
     pub over_fetch: Vec<OverFetch>,
     /// Layers that an earlier, interrupted run had finished.
@@ -178,7 +189,8 @@ fn build(
     profile.verify()?;
     let settings = |what: String| Error::Settings { what };
     // A base with its coarse plane alone is a way to read, not to store.
-    if options.encoding.all().chain([options.resident_encoding]).any(|e| e == Encoding::Q4Plus) {
+    let of_matrices = [Some(options.resident_encoding), options.attention_encoding];
+    if options.encoding.all().chain(of_matrices.into_iter().flatten()).any(|e| e == Encoding::Q4Plus) {
         return Err(settings(format!("{} cannot be stored; use {}", Encoding::Q4Plus, Encoding::Q4Exact)));
     }
     let widest = options.encoding.all().find(|e| !e.accepts(config.hidden_size));
@@ -217,6 +229,10 @@ fn build(
     let packing = Packing {
         ffn_encoding: options.encoding.to_string(),
         resident_encoding: options.resident_encoding.name().to_owned(),
+        attention_encoding: options
+            .attention_encoding
+            .filter(|e| *e != options.resident_encoding)
+            .map(|e| e.name().to_owned()),
         chunk_neurons,
         order: options.order_name(order),
         predictor_rank: options.predictor_rank.min(config.hidden_size / 32 * 32).max(32),
@@ -249,7 +265,10 @@ fn build(
             resumed_layers += 1;
         } else {
             let statistics = profile.layer(l)?;
-            let packed = pack_layer(checkpoint, l, &statistics, &sections, order, options, &packing)?;
+            let moment = profile.second_moment(l, Input::Ffn)?.ok_or_else(|| Error::Settings {
+                what: "the profile has no second moments, which predictors are fitted from; calibrate again".to_owned(),
+            })?;
+            let packed = pack_layer(checkpoint, l, &statistics, &moment, &sections, order, options, &packing)?;
             let (mut first, layer_neurons) = (0, packed.order.len());
             for (s, ((n, encoding), planes)) in sections.iter().zip(&packed.sections).enumerate() {
                 let place = Place { layer: l, neurons: first..first + n, layer_neurons };
@@ -266,7 +285,8 @@ fn build(
         layers.push(layer_entry(dir, &sections, &files)?);
     }
     progress(config.n_layers, config.n_layers + 1);
-    let (resident, resident_planes) = write_resident(checkpoint, profile, options, dir)?;
+    let WrittenResident { resident, planes: resident_planes, lacks_moments } =
+        write_resident(checkpoint, profile, options, dir)?;
     let places: Vec<u64> = profile.sample_tokens()?.into_iter().take(TRACE_TOKENS_MAX).collect();
     let rank = packing.predictor_rank;
     let kinds = Kinds { ahead: false, sketches: options.sketch, residuals: options.residuals };
@@ -310,7 +330,16 @@ fn build(
     partial.publish(out)?;
     progress(config.n_layers + 1, config.n_layers + 1);
     let path = out.to_owned();
-    Ok(SplitReport { path, bytes, ffn_bytes, order, chunk_neurons, over_fetch, resumed_layers })
+    Ok(SplitReport {
+        path,
+        bytes,
+        ffn_bytes,
+        order,
+        chunk_neurons,
+        attention_lacks_moments: lacks_moments,
+        over_fetch,
+        resumed_layers,
+    })
 }
 
 /// The activation rates that order the neurons.
@@ -328,104 +357,6 @@ fn survey(profile: &Profile) -> Result<Vec<BitMatrix>> {
 fn ffn_dtype(checkpoint: &dyn Checkpoint) -> String {
     let info = checkpoint.info("model.layers.0.mlp.gate_proj.weight");
     info.map_or_else(|| "unknown".to_owned(), |i| crate::verify::dtype_name(&i.dtype))
-}
-
-/// The embedding, attention and head matrices with their mean-square inputs, in file order: what is streamed together
-/// lies together.
-fn resident_matrices(checkpoint: &dyn Checkpoint) -> Vec<String> {
-    let config = checkpoint.config();
-    let mut names = vec!["model.embed_tokens.weight".to_owned()];
-    for l in 0..config.n_layers {
-        names
-            .extend(["q_proj", "k_proj", "v_proj", "o_proj"].map(|p| format!("model.layers.{l}.self_attn.{p}.weight")));
-    }
-    if !config.tie_word_embeddings {
-        names.push("lm_head.weight".to_owned());
-    }
-    names
-}
-
-fn resident_vectors(checkpoint: &dyn Checkpoint) -> Vec<String> {
-    let config = checkpoint.config();
-    let mut names = vec!["model.norm.weight".to_owned()];
-    for l in 0..config.n_layers {
-        names.extend(["input_layernorm", "post_attention_layernorm"].map(|n| format!("model.layers.{l}.{n}.weight")));
-        if config.qkv_bias {
-            names.extend(["q_proj", "k_proj", "v_proj"].map(|p| format!("model.layers.{l}.self_attn.{p}.bias")));
-        }
-    }
-    names
-}
-
-fn shape(checkpoint: &dyn Checkpoint, name: &str) -> Result<(usize, usize)> {
-    let missing =
-        || thermocline_datasets::Error::MissingTensor { path: checkpoint.path().to_owned(), name: name.to_owned() };
-    let info = checkpoint.info(name).ok_or_else(missing)?;
-    match info.shape.as_slice() {
-        [n] => Ok((1, *n)),
-        [rows, columns] => Ok((*rows, *columns)),
-        _ => Err(missing().into()),
-    }
-}
-
-/// The resident tensors, and what further planes their matrices have.
-fn write_resident(
-    checkpoint: &dyn Checkpoint,
-    profile: &Profile,
-    options: &SplitOptions,
-    dir: &Path,
-) -> Result<(TensorFileEntry, Option<TensorFileEntry>)> {
-    let encoding = options.resident_encoding;
-    let planes = further_planes(encoding);
-    let (matrices, vectors) = (resident_matrices(checkpoint), resident_vectors(checkpoint));
-    let (mut announced, mut announced_planes) = (Vec::new(), Vec::new());
-    for name in &matrices {
-        let (rows, columns) = shape(checkpoint, name)?;
-        if !encoding.accepts(columns) {
-            let what = format!("{name} has rows of {columns}, no multiple of 32; use --resident-encoding bf16x");
-            return Err(Error::Settings { what });
-        }
-        announced.push((name.clone(), Format::from(encoding.base()), rows, columns));
-        announced_planes.extend(
-            planes.iter().map(|plane| (format!("{name}.{}", plane.name()), Format::of_plane(*plane), rows, columns)),
-        );
-    }
-    for name in &vectors {
-        announced.push((name.clone(), Format::F32, 1, shape(checkpoint, name)?.1));
-    }
-    let mut writer = Writer::create(dir, "resident.safetensors", announced)?;
-    let mut further = match planes {
-        [] => None,
-        _ => Some(Writer::create(dir, "resident-planes.safetensors", announced_planes)?),
-    };
-    for name in &matrices {
-        let (rows, columns) = shape(checkpoint, name)?;
-        let statistics = match name.split('.').nth(2).and_then(|l| l.parse::<usize>().ok()) {
-            Some(layer) if options.scales == Scales::Moments => Some(profile.layer(layer)?),
-            _ => None,
-        };
-        let importance = statistics.map(|s| {
-            let squares =
-                if name.contains("o_proj") { s.attention_output_mean_square } else { s.qkv_input_mean_square };
-            squares.into_iter().map(|v| v as f32).collect::<Vec<_>>()
-        });
-        let fit = options.scales.fit(importance.as_deref());
-        let packed = pack_matrix(checkpoint, name, rows, columns, encoding, fit)?;
-        let mut packed = packed.iter();
-        if let Some(base) = packed.next() {
-            writer.write(name, base)?;
-        }
-        for (plane, bytes) in planes.iter().zip(packed) {
-            if let Some(further) = &mut further {
-                further.write(&format!("{name}.{}", plane.name()), bytes)?;
-            }
-        }
-    }
-    for name in &vectors {
-        let bytes: Vec<u8> = checkpoint.load(name)?.iter().flat_map(|v| v.to_le_bytes()).collect();
-        writer.write(name, &bytes)?;
-    }
-    Ok((writer.finish()?, further.map(Writer::finish).transpose()?))
 }
 
 /// The files that the layers' parts become.
@@ -545,8 +476,8 @@ fn expected_bytes(checkpoint: &dyn Checkpoint, options: &SplitOptions) -> u64 {
     let ffn: usize = (0..config.n_layers).flat_map(sections).map(|(n, encoding)| n * neuron(encoding)).sum();
     let resident: usize = resident_matrices(checkpoint)
         .iter()
-        .filter_map(|name| shape(checkpoint, name).ok())
-        .map(|(rows, columns)| rows * bytes_each(options.resident_encoding, 1, columns))
+        .filter_map(|name| Some((name, shape(checkpoint, name).ok()?)))
+        .map(|(name, (rows, columns))| rows * bytes_each(options.encoding_of(name), 1, columns))
         .sum();
     let predictors = config.n_layers
         * (options.predictor_rank * config.hidden_size * 2

@@ -37,6 +37,7 @@ mod manifest;
 mod open;
 pub mod order;
 mod pack_layer;
+mod pack_resident;
 mod partial;
 mod plane_file;
 mod planes;

@@ -16,8 +16,8 @@ use thermocline_kernels::SKETCH_UNIT;
 /// The newest version that is read. A split is written as the first that can say what is in it: 1, 2 where layers have hot
 /// neurons in an encoding of their own, 3 where it says what each layer's share costs, 4 where it also says what all of them
 /// cost together, 6 where it has sketches, 7 where these have thresholds of single rows, 8 where it has what sketches leave of their
-/// rows, 9 where sketches have two bits of all rows. Sketches of 4 and 5 had another code and are not read.
-pub const FORMAT_VERSION: u32 = 9;
+/// rows, 9 where sketches have two bits of all rows, 10 where attention has an encoding of its own. Sketches of 4 and 5 had another code and are not read.
+pub const FORMAT_VERSION: u32 = 10;
 
 /// What a split was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,8 +41,11 @@ pub struct Source {
 pub struct Packing {
     /// Encodings of the feed-forward bundles, as [`LayerEncodings`] reads them.
     pub ffn_encoding: String,
-    /// Encoding of embedding, attention and head.
+    /// Encoding of embedding and head, and of attention.
     pub resident_encoding: String,
+    /// Encoding of attention, where it has one of its own; none had before version 10.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_encoding: Option<String>,
     /// Neurons in a chunk.
     pub chunk_neurons: usize,
     /// `frequency`, `coactivation` or `random`, behind `outliers@SHARE,` if a share of the neurons comes first because of their energy.
@@ -121,7 +124,7 @@ pub struct PlainFile {
 pub struct Manifest {
     /// Always `thermocline-split`.
     pub format: String,
-    /// 1 to 9 (see [`FORMAT_VERSION`]).
+    /// 1 to 10 (see [`FORMAT_VERSION`]).
     pub version: u32,
     /// What the split was made from.
     pub source: Source,
@@ -186,6 +189,7 @@ impl Manifest {
         let has_curve = |file: &TensorFileEntry| file.tensors.iter().any(|t| Curve::has(&t.name));
         let of_rows = |file: &TensorFileEntry| file.tensors.iter().any(|t| GradedCurves::is_of_rows(&t.name));
         match &self.shares {
+            _ if self.packing.attention_encoding.is_some() => 10,
             _ if !self.packing.sketch_bits.is_default() => 9,
             _ if self.residuals.is_some() => 8,
             _ if self.graded.as_ref().is_some_and(of_rows) => 7,

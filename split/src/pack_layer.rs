@@ -7,15 +7,13 @@ use crate::manifest::Packing;
 use crate::order::{OrderKind, outliers_first};
 use crate::planes::{lay_out, pack_row};
 use crate::sketch::{Feedback, Sketch, pack_alone};
+use ndarray::Array2;
 use rayon::prelude::*;
 use thermocline_calibrate::LayerStatistics;
 use thermocline_calibrate::predictor::{self, LowRank};
 use thermocline_datasets::Checkpoint;
 use thermocline_kernels::exact::PackedRow;
 use thermocline_kernels::{Encoding, PackError, RowRef, ScaleFit, pack, unpack};
-
-/// Rows of a matrix that are in memory as f32 at a time.
-const BLOCK_ROWS: usize = 4096;
 
 /// How the predictor's factors are stored: their error adds to what a low rank leaves out anyway.
 pub(crate) const FACTORS: Encoding = Encoding::Q4;
@@ -89,11 +87,13 @@ impl PackedLayer {
     }
 }
 
-/// Encodes layer `l`, whose neurons have these encodings: how many, hottest first.
+/// Encodes layer `l`, whose neurons have these encodings: how many, hottest first. `moment`: the second moment of the input of gate and
+/// up, `[hidden, hidden]`.
 pub(crate) fn pack_layer(
     checkpoint: &dyn Checkpoint,
     l: usize,
     statistics: &LayerStatistics,
+    moment: &Array2<f64>,
     sections: &[(usize, Encoding)],
     kind: OrderKind,
     options: &SplitOptions,
@@ -110,9 +110,6 @@ pub(crate) fn pack_layer(
 
     let moments: Vec<f32> = statistics.ffn_input_mean_square.iter().map(|&v| v as f32).collect();
     let (by_moments, plain) = (options.scales.fit(Some(&moments)), options.scales.fit(None));
-    let moment = statistics.ffn_input_second_moment.as_ref().ok_or_else(|| Error::Settings {
-        what: "the profile has no second moments; calibrate again without --no-second-moment".to_owned(),
-    })?;
     let is_rounded =
         options.rounding == Rounding::Feedback && sections.iter().any(|(_, e)| is_rounded_with_feedback(*e));
     let feedback = (is_rounded || options.sketch.is_some()).then(|| Feedback::new(moment)).transpose()?;
@@ -156,7 +153,7 @@ pub(crate) fn pack_layer(
     };
     let neurons = [gate_residual, up_residual, floats(&|id| norms[id])];
     Ok(PackedLayer {
-        predictor_input: pack_rows(
+        predictor_input: pack_plain(
             &format!("predictors.{l}.input"),
             &fitted.b,
             hidden,
@@ -176,9 +173,9 @@ pub(crate) fn pack_layer(
     })
 }
 
-/// Whether feedback may choose the codes of gate and up rows in this encoding: codes that further planes start from are the nearest
+/// Whether feedback may choose the codes of rows in this encoding: codes that further planes start from are the nearest
 /// ones.
-fn is_rounded_with_feedback(encoding: Encoding) -> bool {
+pub(crate) fn is_rounded_with_feedback(encoding: Encoding) -> bool {
     matches!(encoding, Encoding::Q4 | Encoding::Q8)
 }
 
@@ -200,15 +197,29 @@ impl Source<'_> {
             Error::Pack { tensor, row, source }
         };
         let row = |id: u32| &self.matrix[id as usize * hidden..(id as usize + 1) * hidden];
-        if let Some(feedback) = self.feedback.filter(|_| is_rounded_with_feedback(encoding)) {
-            let rows: Vec<f32> = neurons.iter().flat_map(|&id| row(id)).copied().collect();
-            let packed = feedback.pack(encoding, &rows, self.fit).map_err(failed)?;
-            let rows = packed.chunks_exact(encoding.row_stride(hidden));
-            return Ok(rows.map(|row| PackedRow { base: row.to_vec(), ..PackedRow::default() }).collect());
-        }
-        let rows = neurons.par_iter().enumerate();
-        rows.map(|(i, &id)| pack_row(encoding, row(id), self.fit).map_err(|source| failed((i, source)))).collect()
+        let rows: Vec<f32> = neurons.iter().flat_map(|&id| row(id)).copied().collect();
+        pack_rows(encoding, &rows, hidden, self.fit, self.feedback).map_err(failed)
     }
+}
+
+/// Encodes rows `[n_rows, columns]`: with feedback where that may choose their codes, otherwise each weight for itself.
+///
+/// # Errors
+/// The row with a weight that cannot be stored.
+pub(crate) fn pack_rows(
+    encoding: Encoding,
+    rows: &[f32],
+    columns: usize,
+    fit: ScaleFit<'_>,
+    feedback: Option<&Feedback>,
+) -> std::result::Result<Vec<PackedRow>, (usize, PackError)> {
+    if let Some(feedback) = feedback.filter(|_| is_rounded_with_feedback(encoding)) {
+        let packed = feedback.pack(encoding, rows, fit)?;
+        let rows = packed.chunks_exact(encoding.row_stride(columns));
+        return Ok(rows.map(|row| PackedRow { base: row.to_vec(), ..PackedRow::default() }).collect());
+    }
+    let rows = rows.par_chunks_exact(columns).enumerate();
+    rows.map(|(i, row)| pack_row(encoding, row, fit).map_err(|source| (i, source))).collect()
 }
 
 /// The factors in split order as rows `[2 * ffn, rank]`, gate and up of a neuron side by side, and what the stored
@@ -271,31 +282,7 @@ fn reorder_bits(statistics: &LayerStatistics, order: &[u32]) -> Vec<u8> {
 }
 
 /// Encodes a matrix in memory, row-major `[_, columns]`.
-fn pack_rows(name: &str, m: &[f32], columns: usize, encoding: Encoding, fit: ScaleFit<'_>) -> Result<Vec<u8>> {
+fn pack_plain(name: &str, m: &[f32], columns: usize, encoding: Encoding, fit: ScaleFit<'_>) -> Result<Vec<u8>> {
     let failed = |(row, source)| Error::Pack { tensor: name.to_owned(), row, source };
     pack_alone(encoding, m, columns, fit).map_err(failed)
-}
-
-/// Encodes a checkpoint's matrix, read block by block: its planes, the base first.
-pub(crate) fn pack_matrix(
-    checkpoint: &dyn Checkpoint,
-    name: &str,
-    rows: usize,
-    columns: usize,
-    encoding: Encoding,
-    fit: ScaleFit<'_>,
-) -> Result<Vec<Vec<u8>>> {
-    let mut packed: Vec<PackedRow> = Vec::with_capacity(rows);
-    for first in (0..rows).step_by(BLOCK_ROWS) {
-        let block = checkpoint.load_rows(name, first..(first + BLOCK_ROWS).min(rows))?;
-        let rows = block.par_chunks(columns).enumerate().map(|(row, values)| {
-            pack_row(encoding, values, fit).map_err(|source| Error::Pack {
-                tensor: name.to_owned(),
-                row: first + row,
-                source,
-            })
-        });
-        packed.extend(rows.collect::<Result<Vec<_>>>()?);
-    }
-    Ok(lay_out(encoding, columns, 1, &packed))
 }

@@ -24,21 +24,33 @@ pub struct StoredMatrix<'a> {
     delta: Option<&'a Delta>,
 }
 
+/// Whether a matrix is one of attention's.
+pub(crate) fn is_attention(matrix: &str) -> bool {
+    matrix.contains(".self_attn.")
+}
+
 /// That the manifest lists the planes that its encoding of matrices has, of every matrix: a run at full precision would
 /// otherwise quietly take the base.
 pub(crate) fn check_planes(manifest: &Manifest, dir: &Path) -> Result<()> {
     let path = dir.join("manifest.json");
-    let encoding = manifest.packing.resident_encoding.parse();
-    let encoding: Encoding = encoding.map_err(|e: String| corrupt(&path, "packing.resident_encoding", e))?;
+    let parse = |field: &str, name: &str| name.parse().map_err(|e: String| corrupt(&path, field, e));
+    let resident: Encoding = parse("packing.resident_encoding", &manifest.packing.resident_encoding)?;
+    let attention = manifest.packing.attention_encoding.as_deref();
+    let attention = attention.map_or(Ok(resident), |name| parse("packing.attention_encoding", name))?;
     let matrices = manifest.resident.tensors.iter().filter(|t| t.format.encoding().is_some());
     let expected = matrices.flat_map(|t| {
+        let encoding = if is_attention(&t.name) { attention } else { resident };
         let plane = |p: &Plane| (format!("{}.{}", t.name, p.name()), Format::of_plane(*p), t.rows, t.columns);
         further_planes(encoding).iter().map(plane).collect::<Vec<_>>()
     });
     let listed = manifest.resident_planes.iter().flat_map(|f| &f.tensors);
     match listed.map(|t| (t.name.clone(), t.format, t.rows, t.columns)).eq(expected) {
         true => Ok(()),
-        false => Err(corrupt(&path, "resident_planes", format!("not the planes of matrices in {encoding}"))),
+        false => Err(corrupt(
+            &path,
+            "resident_planes",
+            format!("not the planes of matrices in {resident}, attention in {attention}"),
+        )),
     }
 }
 

@@ -39,10 +39,11 @@ pub fn calibrate(args: &Calibrate) -> anyhow::Result<()> {
     let corpus = Corpus::open(&args.corpus, args.column.as_deref())?;
     let tokens = corpus.token_windows(&tokenizer, args.window, args.tokens)?.concat();
     let held_before = thermocline_runtime::hardware::peak_rss_bytes();
-    let (options, shard) = (args, args.shard.map(|(index, count)| Shard { index, count }));
-    let profile = profile(checkpoint.as_ref(), &tokens, args.window, options.resume, shard, output, args.json)?;
+    let shard = args.shard.map(|(index, count)| Shard { index, count });
+    let (options, attention_moments) = (RunOptions { resume: args.resume, shard }, !args.no_attention_moments);
+    let settings = Settings { window_len: args.window, attention_moments, ..Settings::default() };
+    let profile = profile(checkpoint.as_ref(), &tokens, &settings, &options, output, args.json)?;
     let meta = profile.meta();
-    let settings = Settings { window_len: args.window, ..Settings::default() };
     let report = Report {
         profile: output.display().to_string(),
         n_tokens: meta.n_tokens,
@@ -72,13 +73,11 @@ pub fn calibrate(args: &Calibrate) -> anyhow::Result<()> {
 pub fn profile(
     checkpoint: &dyn Checkpoint,
     tokens: &[u32],
-    window_len: usize,
-    resume: bool,
-    shard: Option<Shard>,
+    settings: &Settings,
+    options: &RunOptions,
     output: &Path,
     quiet: bool,
 ) -> anyhow::Result<Profile> {
-    let settings = Settings { window_len, ..Settings::default() };
     let progress = Progress::new("calibrate", quiet);
     let mut on_event = |event: Event| match event {
         Event::Progress { layer, n_layers, tokens_done, tokens_total, .. } => {
@@ -88,8 +87,7 @@ pub fn profile(
         Event::Notice(line) => progress.note(&line),
         _ => {}
     };
-    let options = RunOptions { resume, shard };
-    let profile = thermocline_calibrate::calibrate(checkpoint, tokens, &settings, &options, output, &mut on_event);
+    let profile = thermocline_calibrate::calibrate(checkpoint, tokens, settings, options, output, &mut on_event);
     progress.finish();
     Ok(profile?)
 }

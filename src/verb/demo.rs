@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use thermocline_analysis::eval::{Fitted, Mask, Windows};
+use thermocline_calibrate::{RunOptions, Settings};
 use thermocline_datasets::{Checkpoint, Tokenizer, open_checkpoint};
 use thermocline_kernels::Encoding;
 use thermocline_runtime::budget::format_bytes;
@@ -145,7 +146,9 @@ fn prepare(
     if tokens.is_empty() {
         return Err(Usage(format!("--corpus: four fifths of the text must have {WINDOW} tokens")).into());
     }
-    let profile = super::calibrate::profile(checkpoint, &tokens, WINDOW, false, None, &paths.profile, false)?;
+    let settings = Settings { window_len: WINDOW, ..Settings::default() };
+    let profile =
+        super::calibrate::profile(checkpoint, &tokens, &settings, &RunOptions::default(), &paths.profile, false)?;
     let meta = profile.meta();
     let speed = meta.flops / meta.seconds / 1e9;
     said("calibrate", step, &format!("{} tokens, {speed:.0} GFLOP/s", meta.n_tokens));

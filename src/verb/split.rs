@@ -30,6 +30,7 @@ pub fn split(args: &Split) -> anyhow::Result<()> {
     let profile = Profile::open(profile)?;
     let mut options = defaults(checkpoint.as_ref(), args.encoding.clone());
     options.resident_encoding = args.resident_encoding.unwrap_or(options.resident_encoding);
+    options.attention_encoding = args.attention_encoding;
     options.order = match args.order {
         OrderName::Auto => None,
         OrderName::Frequency => Some(OrderKind::Frequency),
@@ -151,6 +152,7 @@ pub fn defaults(checkpoint: &dyn Checkpoint, encoding: LayerEncodings) -> SplitO
     SplitOptions {
         encoding,
         resident_encoding,
+        attention_encoding: None,
         order: None,
         chunk_neurons: None,
         compression: Compression::None,
@@ -188,6 +190,11 @@ fn print_size(path: &Path, bytes: u64, ffn_bytes: u64, resumed_layers: usize) {
 
 fn print(report: &SplitReport) {
     print_size(&report.path, report.bytes, report.ffn_bytes, report.resumed_layers);
+    if report.attention_lacks_moments {
+        println!(
+            "attention's codes are the nearest ones: the profile has no second moments of its inputs; calibrate again for better ones"
+        );
+    }
     println!("order {}, {} neurons a chunk; neurons read per neuron used:", report.order.name(), report.chunk_neurons);
     print!("{:>14}", "chunk");
     TABLE_CHUNKS.iter().for_each(|c| print!("{c:>8}"));

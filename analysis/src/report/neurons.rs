@@ -4,7 +4,7 @@ use crate::Result;
 use thermocline_calibrate::coactivation::BitMatrix;
 use thermocline_calibrate::{ActiveSet, OVERLAP_LAGS, Profile, TOP_SHARES};
 use thermocline_datasets::ModelConfig;
-use thermocline_split::{Shares, Split};
+use thermocline_split::{Packing, Shares, Split};
 
 /// Hottest neurons in the co-activation map: more would be finer than its pixels.
 const HEAT_NEURONS: usize = 64;
@@ -141,7 +141,7 @@ impl Neurons {
         facts.extend(shape(&m.config));
         let format_bytes = thermocline_runtime::budget::format_bytes;
         facts.extend([
-            ("encoding", format!("{} neurons, {} for the rest", packing.ffn_encoding, packing.resident_encoding)),
+            ("encoding", encodings(packing)),
             ("weights", format_bytes(split.dense_bytes())),
             ("order", format!("{}, {} neurons in a chunk", packing.order, packing.chunk_neurons)),
             ("predictor", format!("rank {}, {}", packing.predictor_rank, format_bytes(m.predictors.file_bytes))),
@@ -178,6 +178,12 @@ fn divided(shares: &Shares, active: f64) -> Divided {
 
 fn file_name(path: &std::path::Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+/// What is in which encoding.
+fn encodings(packing: &Packing) -> String {
+    let attention = packing.attention_encoding.as_ref().map_or(String::new(), |e| format!("attention {e}, "));
+    format!("neurons {}, {attention}the rest {}", packing.ffn_encoding, packing.resident_encoding)
 }
 
 fn shape(c: &ModelConfig) -> Vec<(&'static str, String)> {

@@ -6,6 +6,7 @@
 use super::{
     fixed::{add_fixed, add_fixed_moment, triangle_len},
     histogram::{HISTOGRAM_BINS, bin},
+    inputs::Input,
     overlap::count_overlap,
     samples::SamplePlan,
     selection::{score, thresholds},
@@ -42,7 +43,6 @@ pub(crate) struct Accumulator<'a> {
     sparse: bool,
     active_index: usize,
     plan: &'a SamplePlan,
-    second_moment: bool,
     blocks: Vec<Block>,
     sums: LayerSums,
 }
@@ -55,7 +55,7 @@ impl<'a> Accumulator<'a> {
         layer: usize,
         down_norm: Vec<f32>,
     ) -> Result<Self> {
-        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+        let ffn = config.intermediate_size;
         let block = |first: usize| {
             let n = BLOCK.min(ffn - first);
             Block {
@@ -67,50 +67,35 @@ impl<'a> Accumulator<'a> {
                 histogram: vec![0; n * HISTOGRAM_BINS],
             }
         };
-        let moment = if settings.second_moment { triangle_len(hidden) } else { 0 };
+        let mut input_moments: [Vec<i64>; Input::ALL.len()] = Default::default();
+        settings.moments().for_each(|input| input_moments[input as usize] = vec![0; triangle_len(input.width(config))]);
         Ok(Accumulator {
             layer,
             sparse: config.activation.is_sparse(),
             active_index: settings.active_index()?,
             plan,
-            second_moment: settings.second_moment,
             blocks: (0..ffn).step_by(BLOCK).map(block).collect(),
             sums: LayerSums {
-                ffn_input_square: vec![0; hidden],
-                qkv_input_square: vec![0; hidden],
-                attention_output_square: vec![0; config.n_heads * config.head_dim],
-                ffn_input_second_moment: vec![0; moment],
+                input_squares: Input::ALL.map(|input| vec![0; input.width(config)]),
+                input_moments,
                 down_norm,
                 ..LayerSums::default()
             },
         })
     }
 
-    /// Input of the query, key and value projections, `[window_len, hidden_size]`.
-    pub(crate) fn add_qkv_input(&mut self, window: usize, x: &[f32]) -> Result<()> {
-        let ok = add_squares(&mut self.sums.qkv_input_square, x);
-        self.check(ok, window, "attention input")
-    }
-
-    /// Input of the output projection, `[window_len, n_heads * head_dim]`.
-    pub(crate) fn add_attention_output(&mut self, window: usize, x: &[f32]) -> Result<()> {
-        let ok = add_squares(&mut self.sums.attention_output_square, x);
-        self.check(ok, window, "attention output")
-    }
-
-    /// Input of the feed-forward half, `[window_len, hidden_size]`.
-    pub(crate) fn add_ffn_input(&mut self, window: usize, x: &[f32]) -> Result<()> {
-        let ok = add_squares(&mut self.sums.ffn_input_square, x);
-        self.check(ok, window, "feed-forward input")?;
-        if self.second_moment {
-            let hidden = self.sums.ffn_input_square.len();
-            let x = tensor(x.to_vec(), &[x.len() / hidden, hidden])?;
-            let product = x.t()?.matmul(&x)?;
-            let ok =
-                with_values(&product, |product| add_moment(&mut self.sums.ffn_input_second_moment, product, hidden))?;
-            self.check(ok, window, "feed-forward input's second moment")?;
+    /// What projections read in a window, `[window_len, input.width]`.
+    pub(crate) fn add_input(&mut self, window: usize, input: Input, x: &[f32]) -> Result<()> {
+        let squares = &mut self.sums.input_squares[input as usize];
+        let (width, ok) = (squares.len(), add_squares(squares, x));
+        self.check(ok, window, input.name())?;
+        let moment = &mut self.sums.input_moments[input as usize];
+        if moment.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let x = tensor(x.to_vec(), &[x.len() / width, width])?;
+        let ok = with_values(&x.t()?.matmul(&x)?, |product| add_moment(moment, product, width))?;
+        self.check(ok, window, "second moment of an input")
     }
 
     /// The neurons' activations of a window.
@@ -233,17 +218,17 @@ fn add_squares(totals: &mut [i128], x: &[f32]) -> bool {
     totals.iter_mut().zip(sums).all(|(total, sum)| add_fixed(total, sum))
 }
 
-/// Adds the upper triangle of `product [hidden, hidden]`.
-fn add_moment(totals: &mut [i64], product: &[f32], hidden: usize) -> bool {
-    let mut rows = Vec::with_capacity(hidden);
+/// Adds the upper triangle of `product [width, width]`.
+fn add_moment(totals: &mut [i64], product: &[f32], width: usize) -> bool {
+    let mut rows = Vec::with_capacity(width);
     let mut rest = totals;
-    for i in 0..hidden {
-        let (row, tail) = rest.split_at_mut(hidden - i);
+    for i in 0..width {
+        let (row, tail) = rest.split_at_mut(width - i);
         rows.push(row);
         rest = tail;
     }
     rows.into_par_iter().enumerate().with_min_len(16).all(|(i, totals)| {
-        let row = &product[i * hidden + i..(i + 1) * hidden];
+        let row = &product[i * width + i..(i + 1) * width];
         totals.iter_mut().zip(row).all(|(total, &v)| add_fixed_moment(total, v))
     })
 }

@@ -8,11 +8,13 @@
 //! | reuse of neurons over time | `overlap` |
 //! | which tokens are sampled | `samples` |
 //! | one layer's sums: add, encode, decode | `sums` |
+//! | inputs of the projections | `inputs` |
 //! | filling them from a window | `accumulator` |
 
 mod accumulator;
 mod fixed;
 mod histogram;
+mod inputs;
 mod overlap;
 mod samples;
 mod selection;
@@ -22,5 +24,6 @@ pub(crate) use accumulator::Accumulator;
 pub(crate) use fixed::{from_fixed, from_fixed_moment};
 pub use histogram::HISTOGRAM_BINS;
 pub(crate) use histogram::bin_middle;
+pub use inputs::Input;
 pub(crate) use samples::SamplePlan;
 pub(crate) use sums::{Dtype, LayerSums, Section, sections};

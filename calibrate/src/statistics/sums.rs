@@ -3,6 +3,7 @@
 use super::{
     fixed::triangle_len,
     histogram::HISTOGRAM_BINS,
+    inputs::Input,
     overlap::{N_SETS, Overlap},
 };
 use crate::settings::{OVERLAP_LAGS, Settings, TOP_SHARES};
@@ -45,24 +46,28 @@ impl Section {
 /// The tensors of a layer in the order of its file: wide elements first, so that all of them are aligned.
 /// Fixed-point sums are `[n, 2]` u64: low half, high half of a two's complement i128.
 pub(crate) fn sections(config: &ModelConfig, settings: &Settings, n_samples: usize) -> Vec<Section> {
-    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+    let ffn = config.intermediate_size;
     let section = |name, dtype, shape: &[usize]| Section { name, dtype, shape: shape.to_vec() };
-    let moment = if settings.second_moment { triangle_len(hidden) } else { 0 };
-    vec![
-        section("abs_sum", Dtype::U64, &[ffn, 2]),
-        section("square_sum", Dtype::U64, &[ffn, 2]),
-        section("ffn_input_square_sum", Dtype::U64, &[hidden, 2]),
-        section("qkv_input_square_sum", Dtype::U64, &[hidden, 2]),
-        section("attention_output_square_sum", Dtype::U64, &[config.n_heads * config.head_dim, 2]),
-        section("overlap", Dtype::U64, &[N_SETS, OVERLAP_LAGS.len(), 2]),
-        section("ffn_input_second_moment", Dtype::I64, &[moment]),
+    let squares = |input: Input| section(input.squares(), Dtype::U64, &[input.width(config), 2]);
+    let moment = |input: Input| {
+        let is_kept = settings.moments().any(|kept| kept == input);
+        section(input.moment(), Dtype::I64, &[if is_kept { triangle_len(input.width(config)) } else { 0 }])
+    };
+    // Version 1 has no sections of attention's, not even empty ones.
+    let moments = Input::ALL.into_iter().filter(|input| *input == Input::Ffn || settings.attention_moments).map(moment);
+    let mut out = vec![section("abs_sum", Dtype::U64, &[ffn, 2]), section("square_sum", Dtype::U64, &[ffn, 2])];
+    out.extend(Input::ALL.map(squares));
+    out.push(section("overlap", Dtype::U64, &[N_SETS, OVERLAP_LAGS.len(), 2]));
+    out.extend(moments);
+    out.extend([
         section("nonzero", Dtype::U32, &[ffn]),
         section("top", Dtype::U32, &[TOP_SHARES.len(), ffn]),
         section("histogram", Dtype::U32, &[ffn, HISTOGRAM_BINS]),
         section("down_norm", Dtype::F32, &[ffn]),
         section("active", Dtype::U8, &[n_samples, ffn.div_ceil(8)]),
         section("active_top10", Dtype::U8, &[n_samples, ffn.div_ceil(8)]),
-    ]
+    ]);
+    out
 }
 
 /// The values of [`sections`], in its order.
@@ -70,11 +75,11 @@ pub(crate) fn sections(config: &ModelConfig, settings: &Settings, n_samples: usi
 pub(crate) struct LayerSums {
     pub(crate) abs: Vec<i128>,
     pub(crate) square: Vec<i128>,
-    pub(crate) ffn_input_square: Vec<i128>,
-    pub(crate) qkv_input_square: Vec<i128>,
-    pub(crate) attention_output_square: Vec<i128>,
+    /// Of the inputs' squares, in the order of [`Input::ALL`].
+    pub(crate) input_squares: [Vec<i128>; Input::ALL.len()],
     pub(crate) overlap: Overlap,
-    pub(crate) ffn_input_second_moment: Vec<i64>,
+    /// Of the products of the inputs' channels, upper triangles, in the same order; empty where they are not kept.
+    pub(crate) input_moments: [Vec<i64>; Input::ALL.len()],
     pub(crate) nonzero: Vec<u32>,
     pub(crate) top: Vec<u32>,
     pub(crate) histogram: Vec<u32>,
@@ -87,12 +92,11 @@ impl LayerSums {
     /// The bytes of the layer's sections, one after the other, little-endian.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        let sums =
-            [&self.abs, &self.square, &self.ffn_input_square, &self.qkv_input_square, &self.attention_output_square];
+        let sums = [&self.abs, &self.square].into_iter().chain(&self.input_squares);
         // A little-endian i128 is its low half followed by its high half.
-        sums.into_iter().flatten().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        sums.flatten().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
         self.overlap.as_flattened().as_flattened().iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
-        self.ffn_input_second_moment.iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        self.input_moments.iter().flatten().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
         for counts in [&self.nonzero, &self.top, &self.histogram] {
             counts.iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
         }
@@ -113,17 +117,17 @@ impl LayerSums {
         };
         let sums = |bytes: &[u8]| numbers(bytes, i128::from_le_bytes);
         let counts = |bytes: &[u8]| numbers(bytes, u32::from_le_bytes);
-        let mut out = LayerSums {
-            abs: sums(take()?),
-            square: sums(take()?),
-            ffn_input_square: sums(take()?),
-            qkv_input_square: sums(take()?),
-            attention_output_square: sums(take()?),
-            ..LayerSums::default()
-        };
+        let mut out = LayerSums { abs: sums(take()?), square: sums(take()?), ..LayerSums::default() };
+        for squares in &mut out.input_squares {
+            *squares = sums(take()?);
+        }
         let overlap = numbers(take()?, u64::from_le_bytes);
         out.overlap.as_flattened_mut().as_flattened_mut().iter_mut().zip(overlap).for_each(|(to, v)| *to = v);
-        out.ffn_input_second_moment = numbers(take()?, i64::from_le_bytes);
+        for (input, moment) in Input::ALL.into_iter().zip(&mut out.input_moments) {
+            if sections.iter().any(|section| section.name == input.moment()) {
+                *moment = numbers(take()?, i64::from_le_bytes);
+            }
+        }
         out.nonzero = counts(take()?);
         out.top = counts(take()?);
         out.histogram = counts(take()?);
@@ -141,12 +145,12 @@ impl LayerSums {
         }
         add(&mut self.abs, &later.abs, i128::checked_add)?;
         add(&mut self.square, &later.square, i128::checked_add)?;
-        add(&mut self.ffn_input_square, &later.ffn_input_square, i128::checked_add)?;
-        add(&mut self.qkv_input_square, &later.qkv_input_square, i128::checked_add)?;
-        add(&mut self.attention_output_square, &later.attention_output_square, i128::checked_add)?;
+        let mut squares = self.input_squares.iter_mut().zip(&later.input_squares);
+        squares.try_for_each(|(to, from)| add(to, from, i128::checked_add))?;
         let overlap = later.overlap.as_flattened().as_flattened();
         add(self.overlap.as_flattened_mut().as_flattened_mut(), overlap, u64::checked_add)?;
-        add(&mut self.ffn_input_second_moment, &later.ffn_input_second_moment, i64::checked_add)?;
+        let mut moments = self.input_moments.iter_mut().zip(&later.input_moments);
+        moments.try_for_each(|(to, from)| add(to, from, i64::checked_add))?;
         add(&mut self.nonzero, &later.nonzero, u32::checked_add)?;
         add(&mut self.top, &later.top, u32::checked_add)?;
         add(&mut self.histogram, &later.histogram, u32::checked_add)?;

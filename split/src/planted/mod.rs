@@ -201,6 +201,7 @@ fn build(
         packing: Packing {
             ffn_encoding: Encoding::Q4.name().to_owned(),
             resident_encoding: Encoding::Q4.name().to_owned(),
+            attention_encoding: None,
             chunk_neurons: CHUNK_NEURONS,
             order: "frequency".to_owned(),
             predictor_rank: layer::rank(model),
