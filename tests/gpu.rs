@@ -757,6 +757,22 @@ fn layers_that_differ_and_layers_of_several_encodings_give_what_the_cpu_engine_g
     }
 }
 
+/// Attention in an encoding of its own, under tied and untied heads.
+#[test]
+fn attention_in_another_encoding_gives_what_the_cpu_engine_gives() {
+    for (made, given) in [
+        (four_layers(), &["--attention-encoding", "q4"][..]),
+        (llama(), &["--attention-encoding", "q4"]),
+        (llama(), &["--resident-encoding", "bf16", "--attention-encoding", "q8"]),
+    ] {
+        let dir = split(&made, "q4", given);
+        let open = || Split::open(&dir).unwrap();
+        for mode in [Mode::Exact, Mode::Sparse { active: 0.3 }] {
+            agree(&open, gpu_request(&device(), mode, 1 << 30, Some(0.0)), 0.0, &format!("{given:?}, {mode:?}"));
+        }
+    }
+}
+
 /// What lies in the last section is cached and fetched early, and nothing else is.
 #[test]
 fn layers_of_several_encodings_have_caches_and_early_fetching() {

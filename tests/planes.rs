@@ -7,8 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use support::budgets::{DECODED, budgets, gives, logits};
 use support::{
-    answer, bits, budget_range_of, copy, demo, engine_at, engine_of, fails, files, four_layers, json, llama, model, ok,
-    profile, request, split, splitting, text, with_file_limit,
+    answer, bits, budget_range_of, calibrating, copy, demo, engine_at, engine_of, fails, files, four_layers, json,
+    llama, model, ok, profile, request, split, splitting, text, with_file_limit,
 };
 use tempfile::TempDir;
 use thermocline_datasets::huggingface::LoraAdapter;
@@ -94,6 +94,62 @@ fn layers_of_different_encodings_run_together() {
     }
     let expected = bits(&logits(&demo::split("bf16", &[]), Precision::Base, Mode::Exact));
     gives(&demo::split(all_exact.0, all_exact.1), Precision::Exact, Mode::Exact, &expected);
+}
+
+/// Attention's matrices are those of a split that has all in their encoding, the others those of one that has all in the others'.
+#[test]
+fn attention_has_an_encoding_of_its_own() {
+    let resident = |encoding: &str, attention: Option<&str>| {
+        let own = attention.map_or(Vec::new(), |encoding| vec!["--attention-encoding", encoding]);
+        split(&four_layers(), "q4", &[&["--resident-encoding", encoding], &own[..]].concat())
+    };
+    for (attention, others, precision) in
+        [("q4", "q8", "base"), ("q4", "q8+exact", "exact"), ("q4+exact", "q8", "plus"), ("bf16", "q4+exact", "base")]
+    {
+        let [mixed, of_attention, of_others] =
+            [(others, Some(attention)), (attention, None), (others, None)].map(|(all, own)| resident(all, own));
+        let open =
+            |dir: &Path| SplitCheckpoint::new(Split::open_at(dir, precision.parse::<Precision>().unwrap()).unwrap());
+        let made = open(&mixed);
+        let mut counts = [0, 0];
+        for matrix in made.split().matrices().unwrap() {
+            let name = &matrix.entry().name;
+            let is_attention = name.contains("self_attn");
+            let from = open(if is_attention { &of_attention } else { &of_others });
+            assert!(bits(&made.load(name).unwrap()) == bits(&from.load(name).unwrap()), "{mixed:?}: {name}");
+            counts[usize::from(is_attention)] += 1;
+        }
+        assert_eq!(counts, [1, 4 * 4], "the embedding is the head");
+        let packing = |dir: &Path| json(&["inspect", text(dir), "--json"]);
+        let (inspected, plain) = (packing(&mixed), packing(&of_others));
+        assert_eq!((&inspected["format_version"], &plain["format_version"]), (&10.into(), &1.into()));
+        assert_eq!(inspected["packing"]["attention_encoding"], attention);
+        assert!(plain["packing"].get("attention_encoding").is_none());
+    }
+    let dir = demo::split("q4", &["--resident-encoding", "q8+exact", "--attention-encoding", "q4"]);
+    gives(&dir, Precision::Exact, Mode::Exact, &bits(&logits(&dir, Precision::Exact, Mode::Exact)));
+    // The encoding that all have is none of its own.
+    let alike = json(&["inspect", text(&resident("q8", Some("q8"))), "--json"]);
+    assert!(alike["packing"].get("attention_encoding").is_none() && alike["format_version"] == 1, "{alike}");
+}
+
+/// Without the moments of its inputs in the profile attention's codes are the nearest ones, and the program says so.
+#[test]
+fn attention_is_rounded_by_the_moments_of_its_inputs() {
+    let dir = TempDir::new().unwrap();
+    let [without, out] = ["profile", "split"].map(|name| dir.path().join(name));
+    let (model, n_tokens) = (model(&four_layers()), four_layers().tokens.to_string());
+    ok(&[&calibrating(&model, &n_tokens, "128", &without)[..], &["--no-attention-moments"]].concat());
+    let said = ok(&splitting(&model, &without, &["--attention-encoding", "q4"], &out)).stdout;
+    assert!(said.contains("attention's codes are the nearest ones"), "{said}");
+    let load = |dir: &Path| {
+        let split = SplitCheckpoint::new(Split::open(dir).unwrap());
+        bits(&split.load("model.layers.2.self_attn.q_proj.weight").unwrap())
+    };
+    let made = |rounding| split(&four_layers(), "q4", &["--attention-encoding", "q4", "--rounding", rounding]);
+    assert!(load(&out) == load(&made("nearest")) && load(&out) != load(&made("feedback")));
+    let said = ok(&splitting(&model, &profile(&four_layers()), &["--attention-encoding", "q4"], &dir.path().join("b")));
+    assert!(!said.stdout.contains("nearest"), "{}", said.stdout);
 }
 
 /// Greedy tokens through the binary.

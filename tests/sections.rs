@@ -183,7 +183,7 @@ fn neurons_of_most_energy_come_first() {
     assert!(moved > 0, "most energy is not what is hottest");
 }
 
-/// Of gate and up rows alone, and to the better of their products with the profile's inputs; codes that planes start from are the
+/// Of gate, up and attention rows alone, and to the better of their products with the profile's inputs; codes that planes start from are the
 /// nearest.
 #[test]
 fn rounding_with_feedback_loses_less_of_products() {
@@ -192,15 +192,21 @@ fn rounding_with_feedback_loses_less_of_products() {
     let source = open_checkpoint(&source).unwrap();
     for (encoding, differs) in [("q4", true), ("q8", true), ("q4+exact", false)] {
         let [nearest, feedback] = ["nearest", "feedback"]
-            .map(|how| split(made, encoding, &["--rounding", how]))
+            .map(|how| split(made, encoding, &["--rounding", how, "--attention-encoding", encoding]))
             .map(|dir| SplitCheckpoint::new(Split::open_at(&dir, Precision::Base).unwrap()));
         for layer in 0..2 {
-            let moment = profile.second_moment(layer, Input::Ffn).unwrap().unwrap();
-            let load = |of: &dyn Checkpoint, part: &str| {
-                of.load(&format!("model.layers.{layer}.mlp.{part}_proj.weight")).unwrap()
-            };
-            assert!(load(&nearest, "down") == load(&feedback, "down"));
-            for part in ["gate", "up"] {
+            let load =
+                |of: &dyn Checkpoint, part: &str| of.load(&format!("model.layers.{layer}.{part}_proj.weight")).unwrap();
+            assert!(load(&nearest, "mlp.down") == load(&feedback, "mlp.down"));
+            for (part, input) in [
+                ("mlp.gate", Input::Ffn),
+                ("mlp.up", Input::Ffn),
+                ("self_attn.q", Input::Qkv),
+                ("self_attn.k", Input::Qkv),
+                ("self_attn.v", Input::Mixture),
+                ("self_attn.o", Input::AttentionOutput),
+            ] {
+                let moment = profile.second_moment(layer, input).unwrap().unwrap();
                 let lost = |of: &dyn Checkpoint| {
                     let (rows, stored) = (load(source.as_ref(), part), load(of, part));
                     let lost: Vec<f64> = rows.iter().zip(stored).map(|(a, b)| f64::from(a - b)).collect();

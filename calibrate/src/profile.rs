@@ -240,6 +240,8 @@ pub struct LayerStatistics {
     pub qkv_input_mean_square: Vec<f64>,
     /// Mean squares of the input of the output projection, `[n_heads * head_dim]`.
     pub attention_output_mean_square: Vec<f64>,
+    /// Mean squares of [`Input::Mixture`], `[hidden_size]`; empty if they were not kept.
+    pub mixture_mean_square: Vec<f64>,
     overlap: [[[u64; 2]; OVERLAP_LAGS.len()]; 3],
 }
 
@@ -249,7 +251,7 @@ impl LayerStatistics {
         let means = |sums: &[i128]| sums.iter().map(|&sum| from_fixed(sum) / n).collect::<Vec<f64>>();
         let mean_square = means(&sums.square);
         let norms = sums.down_norm.iter().map(|&norm| f64::from(norm));
-        let [ffn_squares, qkv_squares, output_squares] = &sums.input_squares;
+        let [ffn_squares, qkv_squares, output_squares, mixture_squares] = &sums.input_squares;
         let top = |share: usize| sums.top.chunks(ffn).nth(share).unwrap_or_default().to_vec();
         LayerStatistics {
             n_tokens: meta.n_tokens,
@@ -262,6 +264,7 @@ impl LayerStatistics {
             ffn_input_mean_square: means(ffn_squares),
             qkv_input_mean_square: means(qkv_squares),
             attention_output_mean_square: means(output_squares),
+            mixture_mean_square: means(mixture_squares),
             overlap: sums.overlap,
             nonzero: sums.nonzero,
             histogram: sums.histogram,

@@ -227,6 +227,7 @@ fn step(
     let mut x = layer.attention_observed(&x, 1, window_len, |inputs| {
         observed = statistics
             .add_input(window, Input::Qkv, inputs.qkv)
+            .and_then(|()| statistics.add_input(window, Input::Mixture, inputs.mixtures))
             .and_then(|()| statistics.add_input(window, Input::AttentionOutput, inputs.output));
     })?;
     observed?;

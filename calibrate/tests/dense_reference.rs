@@ -104,6 +104,34 @@ fn equals_plain_loops() {
     }
 }
 
+/// Attention is linear in the inputs of the value projection: value rows times a token's mixture are what its head puts out.
+#[test]
+fn values_of_mixtures_are_what_heads_put_out() {
+    let ckpt = RandomCheckpoint::new(tiny_config(Activation::Silu), 7);
+    let c = &ckpt.config;
+    let (n_windows, window_len, d) = (2, 150, c.head_dim);
+    let x = Embedding::load(&ckpt).unwrap().rows(&random_tokens(n_windows * window_len, c.vocab_size, 3)).unwrap();
+    let [weight, bias] = ["weight", "bias"].map(|part| ckpt.tensor(&format!("model.layers.0.self_attn.v_proj.{part}")));
+    let layer = DenseLayer::load(&ckpt, 0).unwrap();
+    let mut seen = 0;
+    layer
+        .attention_observed(&x, n_windows, window_len, |inputs| {
+            let tokens = inputs.mixtures.chunks(c.hidden_size).zip(inputs.output.chunks(c.n_heads * d));
+            for (t, (mixture, output)) in tokens.enumerate() {
+                let mixture: Vec<f64> = mixture.iter().map(|v| f64::from(*v)).collect();
+                let head = t % window_len % c.n_heads;
+                let rows = head / (c.n_heads / c.n_kv_heads) * d;
+                let values = matvec(&weight[rows * c.hidden_size..(rows + d) * c.hidden_size], &mixture);
+                for ((value, bias), got) in values.iter().zip(&bias[rows..rows + d]).zip(&output[head * d..]) {
+                    assert!((value + bias - f64::from(*got)).abs() < 1e-5, "token {t}: {value} + {bias}, not {got}");
+                }
+                seen += 1;
+            }
+        })
+        .unwrap();
+    assert_eq!(seen, n_windows * window_len);
+}
+
 #[test]
 fn refuses_ids_outside_the_vocabulary() {
     let ckpt = RandomCheckpoint::new(tiny_config(Activation::Silu), 7);

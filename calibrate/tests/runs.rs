@@ -11,8 +11,8 @@ use std::{
 use support::{RandomCheckpoint, random_tokens, tiny_config};
 use tempfile::TempDir;
 use thermocline_calibrate::{
-    ActiveSet, Error, Event, Input, Profile, Result, RunOptions, Settings, Shard, TOP_SHARES, calibrate, dense, disk,
-    merge,
+    ActiveSet, Error, Event, Input, Profile, ProfileMeta, Result, RunOptions, Settings, Shard, TOP_SHARES, calibrate,
+    dense, disk, merge,
 };
 use thermocline_datasets::Activation;
 
@@ -74,7 +74,16 @@ fn counts_equal_a_naive_count() {
     let mut x = dense::Embedding::load(&model).unwrap().rows(&tokens[..n]).unwrap();
     for index in 0..3 {
         let layer = dense::DenseLayer::load(&model, index).unwrap();
-        x = layer.attention(&x, N_WINDOWS, 40).unwrap();
+        let mut inputs = Vec::new();
+        x = layer
+            .attention_observed(&x, N_WINDOWS, 40, |seen| {
+                inputs = vec![
+                    (Input::Qkv, seen.qkv.to_vec()),
+                    (Input::Mixture, seen.mixtures.to_vec()),
+                    (Input::AttentionOutput, seen.output.to_vec()),
+                ];
+            })
+            .unwrap();
         let input = layer.ffn_input(&x).unwrap();
         let h = layer.neurons(&input).unwrap().h;
         let (norms, got) = (layer.down_norms().unwrap(), profile.layer(index).unwrap());
@@ -94,10 +103,22 @@ fn counts_equal_a_naive_count() {
         let square = |i: usize| h.chunks(ffn).map(|row| f64::from(row[i]).powi(2)).sum::<f64>() / n as f64;
         assert!((0..ffn).all(|i| (got.mean_square[i] / square(i) - 1.0).abs() < 1e-4));
         assert!(got.nonzero.iter().all(|&count| count == n as u32));
-        let moment = profile.second_moment(index, Input::Ffn).unwrap().unwrap();
-        let exact = input.chunks(24).map(|x| f64::from(x[3]) * f64::from(x[11])).sum::<f64>() / n as f64;
-        assert!((moment[(3, 11)] - exact).abs() < 1e-5 && moment[(3, 11)] == moment[(11, 3)]);
-        assert!((moment[(5, 5)] / got.ffn_input_mean_square[5] - 1.0).abs() < 1e-4);
+        inputs.push((Input::Ffn, input));
+        for (which, input) in inputs {
+            let squares = match which {
+                Input::Ffn => &got.ffn_input_mean_square,
+                Input::Qkv => &got.qkv_input_mean_square,
+                Input::AttentionOutput => &got.attention_output_mean_square,
+                Input::Mixture => &got.mixture_mean_square,
+            };
+            let moment = profile.second_moment(index, which).unwrap().unwrap();
+            let width = input.len() / n;
+            assert_eq!((moment.nrows(), moment.ncols(), squares.len()), (width, width, width));
+            let exact = input.chunks(width).map(|x| f64::from(x[3]) * f64::from(x[11])).sum::<f64>() / n as f64;
+            let told = moment[(3, 11)];
+            assert!((told - exact).abs() < 1e-5 && told == moment[(11, 3)], "{which:?}: {told}, {exact}");
+            assert!((moment[(5, 5)] / squares[5] - 1.0).abs() < 1e-4, "{which:?}");
+        }
         let rows = profile.sample_tokens().unwrap();
         assert_eq!((rows.len(), got.active.n_rows()), (100, 100));
         assert!((0..100).all(|row| got.active.ones(row).count() == 45 && got.active_top10.ones(row).count() == 15));
@@ -277,7 +298,7 @@ fn damaged_profiles_are_refused() {
         ("\"hidden_size\": 24", "\"hidden_size\": 25"),
         ("\"n_layers\": 3", "\"n_layers\": 4000000000"),
         ("\"n_tokens\": 280", "\"n_tokens\": 281"),
-        ("\"format_version\": 1", "\"format_version\": 9"),
+        ("\"format_version\": 2", "\"format_version\": 9"),
         ("\"window_len\": 40", "\"window_len\": 18446744073709551615"),
     ] {
         assert!(meta.contains(from));
@@ -309,4 +330,44 @@ fn the_bytes_on_disk_are_those_that_were_announced() {
     let announced = disk::disk_bytes(&meta.config, &meta.settings, meta.n_tokens, meta.n_samples);
     assert!(most <= announced, "{most} of {announced}");
     assert!(announced < 2 * most + (1 << 20), "not wildly more: {most} of {announced}");
+}
+
+/// Profiles from before attention's moments were kept, or without them, are read; with the others they do not merge.
+#[test]
+fn profiles_without_attention_moments_are_read() {
+    let (dir, whole) = whole();
+    let out = dir.path().join("without");
+    let without = Settings { attention_moments: false, ..settings() };
+    let profile = calibrate(&model(), &tokens(), &without, &RunOptions::default(), &out, &mut |_| ()).unwrap();
+    let moment = |profile: &Profile, input| profile.second_moment(1, input).unwrap();
+    assert!([Input::Qkv, Input::Mixture, Input::AttentionOutput].iter().all(|i| moment(&profile, *i).is_none()));
+    assert_eq!(moment(&profile, Input::Ffn), moment(&Profile::open(&whole).unwrap(), Input::Ffn));
+    assert!(statistics(&out).len() < statistics(&whole).len());
+    let (mut with, lacking) = (Profile::open(&whole).unwrap().layer(2).unwrap(), profile.layer(2).unwrap());
+    assert!(lacking.mixture_mean_square.is_empty());
+    with.mixture_mean_square.clear();
+    assert_eq!(lacking, with);
+
+    let path = out.join("profile.json");
+    let mut meta: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    meta["format_version"] = 1.into();
+    meta["settings"].as_object_mut().unwrap().remove("attention_moments").unwrap();
+    fs::write(&path, meta.to_string()).unwrap();
+    let old = Profile::open(&out).unwrap();
+    assert_eq!(old.layer(2).unwrap(), lacking);
+    meta["format_version"] = (ProfileMeta::VERSION + 1).into();
+    fs::write(&path, meta.to_string()).unwrap();
+    assert!(matches!(Profile::open(&out), Err(Error::UnsupportedVersion { got: 3, max: 2, .. })));
+
+    let parts: Vec<PathBuf> = [settings(), without]
+        .into_iter()
+        .enumerate()
+        .map(|(index, settings)| {
+            let out = dir.path().join(format!("part-{index}"));
+            let options = RunOptions { resume: false, shard: Some(Shard { index, count: 2 }) };
+            calibrate(&model(), &tokens(), &settings, &options, &out, &mut |_| ()).unwrap();
+            out
+        })
+        .collect();
+    assert!(matches!(merge(&parts, &dir.path().join("merged")), Err(Error::Merge { .. })));
 }

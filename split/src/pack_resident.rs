@@ -66,7 +66,12 @@ pub(crate) fn shape(checkpoint: &dyn Checkpoint, name: &str) -> Result<(usize, u
 /// The layer of an attention matrix, and what the matrix is multiplied with.
 fn place(matrix: &str) -> Option<(usize, Input)> {
     let layer = matrix.split('.').nth(2)?.parse().ok()?;
-    Some((layer, if matrix.contains("o_proj") { Input::AttentionOutput } else { Input::Qkv }))
+    let input = match matrix.split('.').nth(4)? {
+        "o_proj" => Input::AttentionOutput,
+        "v_proj" => Input::Mixture,
+        _ => Input::Qkv,
+    };
+    Some((layer, input))
 }
 
 /// Writes the resident tensors, and what further planes their matrices have.
@@ -124,7 +129,7 @@ pub(crate) fn write_resident(
 struct Inputs<'a> {
     profile: &'a Profile,
     options: &'a SplitOptions,
-    /// That of the last matrix: query, key and value rows share one.
+    /// That of the last matrix: query and key rows share one.
     feedback: Option<((usize, Input), Feedback)>,
     lacks_moments: bool,
 }
@@ -140,6 +145,8 @@ impl Inputs<'_> {
             Input::Ffn => statistics.ffn_input_mean_square,
             Input::Qkv => statistics.qkv_input_mean_square,
             Input::AttentionOutput => statistics.attention_output_mean_square,
+            Input::Mixture if statistics.mixture_mean_square.is_empty() => statistics.qkv_input_mean_square,
+            Input::Mixture => statistics.mixture_mean_square,
         };
         Ok(Some(squares.into_iter().map(|v| v as f32).collect()))
     }

@@ -378,6 +378,9 @@ fn forged_manifests_of_planes_are_refused() {
     for encoding in ["", "q4", "q8+exact", "bf16", "q4+plus", "q9", "q4+exact,0=q4"] {
         forged(encoding, &|m| m.packing.resident_encoding = encoding.to_owned());
     }
+    for encoding in ["", "q4", "q8", "q8+exact", "bf16", "q4+plus", "q9", "q4+exact,v=q8"] {
+        forged(encoding, &|m| m.packing.attention_encoding = Some(encoding.to_owned()));
+    }
     forged("no planes", &|m| m.layers[1].planes.clear());
     forged("a plane less", &|m| drop(m.layers[1].planes.pop()));
     forged("the first plane less", &|m| drop(m.layers[1].planes.remove(0)));

@@ -1,7 +1,7 @@
 use crate::{
     Result,
     dense::{
-        attention::{Attention, AttentionInputs},
+        attention::{Attention, AttentionInputs, Mixtures},
         linear::{Linear, load_checked, tensor, with_values},
         norm::rms_norm,
         sequence::Sequence,
@@ -89,7 +89,7 @@ impl DenseLayer {
     /// # Errors
     /// If `x` has another length.
     pub fn attention(&self, x: &[f32], n_windows: usize, window_len: usize) -> Result<Vec<f32>> {
-        self.attention_observed(x, n_windows, window_len, |_| ())
+        self.attention_in(x, &vec![Sequence::plain(window_len); n_windows])
     }
 
     /// As [`DenseLayer::attention`], for the rows of `sequences` one after the other, `[n_rows, hidden_size]`.
@@ -97,7 +97,9 @@ impl DenseLayer {
     /// # Errors
     /// If `x` has another length.
     pub fn attention_in(&self, x: &[f32], sequences: &[Sequence]) -> Result<Vec<f32>> {
-        self.attend(x, sequences, |_| ())
+        let normed = self.attention_input(x, sequences)?;
+        let mixed = self.attention.mix([&normed; 3], sequences, None)?;
+        self.attended(x, &mixed)
     }
 
     /// As [`DenseLayer::attention`], and shows what the projections read.
@@ -111,17 +113,26 @@ impl DenseLayer {
         window_len: usize,
         observe: impl FnOnce(AttentionInputs<'_>),
     ) -> Result<Vec<f32>> {
-        self.attend(x, &vec![Sequence::plain(window_len); n_windows], observe)
+        let sequences = vec![Sequence::plain(window_len); n_windows];
+        let normed = self.attention_input(x, &sequences)?;
+        let mut mixtures = Mixtures::new(&normed)?;
+        let mixed = self.attention.mix([&normed; 3], &sequences, Some(&mut mixtures))?;
+        let mixtures = &mixtures.rows;
+        with_values(&normed, |qkv| with_values(&mixed, |output| observe(AttentionInputs { qkv, mixtures, output })))??;
+        self.attended(x, &mixed)
     }
 
-    fn attend(&self, x: &[f32], sequences: &[Sequence], observe: impl FnOnce(AttentionInputs<'_>)) -> Result<Vec<f32>> {
+    /// Normalised rows of `sequences`, `[n_rows, hidden_size]`.
+    fn attention_input(&self, x: &[f32], sequences: &[Sequence]) -> Result<Tensor> {
         let (n, hidden) = (sequences.iter().map(Sequence::n_rows).sum::<usize>(), self.hidden_size());
         check_len("attention input", x.len(), n * hidden)?;
-        let normed = tensor(rms_norm(x, &self.attention_norm, self.eps), &[n, hidden])?;
-        let mixed = self.attention.mix([&normed; 3], sequences)?;
-        with_values(&normed, |qkv| with_values(&mixed, |output| observe(AttentionInputs { qkv, output })))??;
+        tensor(rms_norm(x, &self.attention_norm, self.eps), &[n, hidden])
+    }
+
+    /// `x`, and what the output projection makes of `mixed`.
+    fn attended(&self, x: &[f32], mixed: &Tensor) -> Result<Vec<f32>> {
         let mut out = x.to_vec();
-        with_values(&self.attention.project(&mixed)?, |delta| add(&mut out, delta))?;
+        with_values(&self.attention.project(mixed)?, |delta| add(&mut out, delta))?;
         Ok(out)
     }
 
@@ -141,9 +152,8 @@ impl DenseLayer {
         let normed = rms_norm(x, &self.attention_norm, self.eps);
         let [q, k, v] = [Projection::Query, Projection::Key, Projection::Value].map(|p| of(p, normed.clone()));
         let mixed =
-            with_values(&self.attention.mix([&q?, &k?, &v?], std::slice::from_ref(sequence))?, <[f32]>::to_vec)?;
-        let mut out = x.to_vec();
-        with_values(&self.attention.project(&of(Projection::Output, mixed)?)?, |delta| add(&mut out, delta))?;
+            with_values(&self.attention.mix([&q?, &k?, &v?], std::slice::from_ref(sequence), None)?, <[f32]>::to_vec)?;
+        let mut out = self.attended(x, &of(Projection::Output, mixed)?)?;
         let input = self.ffn_input(&out)?;
         let (gate, up) = (of(Projection::Gate, input.clone())?, of(Projection::Up, input)?);
         let (gate, up) = (self.gate.forward(&gate)?, self.up.forward(&up)?);

@@ -67,6 +67,8 @@ impl<'a> Accumulator<'a> {
                 histogram: vec![0; n * HISTOGRAM_BINS],
             }
         };
+        let is_kept = |input: Input| input != Input::Mixture || settings.attention_moments;
+        let input_squares = Input::ALL.map(|input| vec![0; if is_kept(input) { input.width(config) } else { 0 }]);
         let mut input_moments: [Vec<i64>; Input::ALL.len()] = Default::default();
         settings.moments().for_each(|input| input_moments[input as usize] = vec![0; triangle_len(input.width(config))]);
         Ok(Accumulator {
@@ -75,18 +77,16 @@ impl<'a> Accumulator<'a> {
             active_index: settings.active_index()?,
             plan,
             blocks: (0..ffn).step_by(BLOCK).map(block).collect(),
-            sums: LayerSums {
-                input_squares: Input::ALL.map(|input| vec![0; input.width(config)]),
-                input_moments,
-                down_norm,
-                ..LayerSums::default()
-            },
+            sums: LayerSums { input_squares, input_moments, down_norm, ..LayerSums::default() },
         })
     }
 
     /// What projections read in a window, `[window_len, input.width]`.
     pub(crate) fn add_input(&mut self, window: usize, input: Input, x: &[f32]) -> Result<()> {
         let squares = &mut self.sums.input_squares[input as usize];
+        if squares.is_empty() {
+            return Ok(());
+        }
         let (width, ok) = (squares.len(), add_squares(squares, x));
         self.check(ok, window, input.name())?;
         let moment = &mut self.sums.input_moments[input as usize];

@@ -11,16 +11,21 @@ pub enum Input {
     Qkv,
     /// That of the output projection, `[n_heads * head_dim]`.
     AttentionOutput,
+    /// Mixtures of the value projection's, as heads weight them, `[hidden_size]` ([`AttentionInputs::mixtures`]): what an error of
+    /// the projection is multiplied with before it leaves attention. Few tokens can be most of these.
+    ///
+    /// [`AttentionInputs::mixtures`]: crate::dense::AttentionInputs::mixtures
+    Mixture,
 }
 
 impl Input {
     /// In the order in which a layer's sums have them.
-    pub(crate) const ALL: [Input; 3] = [Input::Ffn, Input::Qkv, Input::AttentionOutput];
+    pub(crate) const ALL: [Input; 4] = [Input::Ffn, Input::Qkv, Input::AttentionOutput, Input::Mixture];
 
     /// Its channels.
     pub(crate) fn width(self, config: &ModelConfig) -> usize {
         match self {
-            Input::Ffn | Input::Qkv => config.hidden_size,
+            Input::Ffn | Input::Qkv | Input::Mixture => config.hidden_size,
             Input::AttentionOutput => config.n_heads * config.head_dim,
         }
     }
@@ -31,6 +36,7 @@ impl Input {
             Input::Ffn => "feed-forward input",
             Input::Qkv => "attention input",
             Input::AttentionOutput => "attention output",
+            Input::Mixture => "mixture of attention inputs",
         }
     }
 
@@ -40,6 +46,7 @@ impl Input {
             Input::Ffn => "ffn_input_square_sum",
             Input::Qkv => "qkv_input_square_sum",
             Input::AttentionOutput => "attention_output_square_sum",
+            Input::Mixture => "mixture_square_sum",
         }
     }
 
@@ -49,6 +56,7 @@ impl Input {
             Input::Ffn => "ffn_input_second_moment",
             Input::Qkv => "qkv_input_second_moment",
             Input::AttentionOutput => "attention_output_second_moment",
+            Input::Mixture => "mixture_second_moment",
         }
     }
 }

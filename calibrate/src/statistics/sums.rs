@@ -48,17 +48,19 @@ impl Section {
 pub(crate) fn sections(config: &ModelConfig, settings: &Settings, n_samples: usize) -> Vec<Section> {
     let ffn = config.intermediate_size;
     let section = |name, dtype, shape: &[usize]| Section { name, dtype, shape: shape.to_vec() };
+    // Version 1 has no sections, not even empty ones, of what came with the second moments of attention's inputs.
+    let inputs = |is_old: fn(&Input) -> bool| {
+        Input::ALL.into_iter().filter(move |input| is_old(input) || settings.attention_moments)
+    };
     let squares = |input: Input| section(input.squares(), Dtype::U64, &[input.width(config), 2]);
     let moment = |input: Input| {
         let is_kept = settings.moments().any(|kept| kept == input);
         section(input.moment(), Dtype::I64, &[if is_kept { triangle_len(input.width(config)) } else { 0 }])
     };
-    // Version 1 has no sections of attention's, not even empty ones.
-    let moments = Input::ALL.into_iter().filter(|input| *input == Input::Ffn || settings.attention_moments).map(moment);
     let mut out = vec![section("abs_sum", Dtype::U64, &[ffn, 2]), section("square_sum", Dtype::U64, &[ffn, 2])];
-    out.extend(Input::ALL.map(squares));
+    out.extend(inputs(|input| *input != Input::Mixture).map(squares));
     out.push(section("overlap", Dtype::U64, &[N_SETS, OVERLAP_LAGS.len(), 2]));
-    out.extend(moments);
+    out.extend(inputs(|input| *input == Input::Ffn).map(moment));
     out.extend([
         section("nonzero", Dtype::U32, &[ffn]),
         section("top", Dtype::U32, &[TOP_SHARES.len(), ffn]),
@@ -75,10 +77,10 @@ pub(crate) fn sections(config: &ModelConfig, settings: &Settings, n_samples: usi
 pub(crate) struct LayerSums {
     pub(crate) abs: Vec<i128>,
     pub(crate) square: Vec<i128>,
-    /// Of the inputs' squares, in the order of [`Input::ALL`].
+    /// Of the inputs' squares, in the order of [`Input::ALL`]; empty where they are not kept.
     pub(crate) input_squares: [Vec<i128>; Input::ALL.len()],
     pub(crate) overlap: Overlap,
-    /// Of the products of the inputs' channels, upper triangles, in the same order; empty where they are not kept.
+    /// Of the products of the inputs' channels, upper triangles, likewise.
     pub(crate) input_moments: [Vec<i64>; Input::ALL.len()],
     pub(crate) nonzero: Vec<u32>,
     pub(crate) top: Vec<u32>,
@@ -118,13 +120,16 @@ impl LayerSums {
         let sums = |bytes: &[u8]| numbers(bytes, i128::from_le_bytes);
         let counts = |bytes: &[u8]| numbers(bytes, u32::from_le_bytes);
         let mut out = LayerSums { abs: sums(take()?), square: sums(take()?), ..LayerSums::default() };
-        for squares in &mut out.input_squares {
-            *squares = sums(take()?);
+        let is_there = |name: &str| sections.iter().any(|section| section.name == name);
+        for (input, squares) in Input::ALL.into_iter().zip(&mut out.input_squares) {
+            if is_there(input.squares()) {
+                *squares = sums(take()?);
+            }
         }
         let overlap = numbers(take()?, u64::from_le_bytes);
         out.overlap.as_flattened_mut().as_flattened_mut().iter_mut().zip(overlap).for_each(|(to, v)| *to = v);
         for (input, moment) in Input::ALL.into_iter().zip(&mut out.input_moments) {
-            if sections.iter().any(|section| section.name == input.moment()) {
+            if is_there(input.moment()) {
                 *moment = numbers(take()?, i64::from_le_bytes);
             }
         }
