@@ -89,7 +89,11 @@ fn tokens(n: usize, vocab: usize) -> Vec<u32> {
 /// a key or value here and there that rounds to f16 the other way.
 const TOLERANCE: f32 = 2e-3;
 
-fn assert_close(got: &[f32], want: &[f32], what: &str) {
+/// The same with another neuron in some layer, which is as good: sums in another order can choose it.
+const OTHER_NEURON: f32 = 5e-2;
+
+/// The largest difference, relative to the largest logit.
+fn off_by(got: &[f32], want: &[f32]) -> f32 {
     let scale = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     assert!(got.len() == want.len() && scale > 0.0);
     let worst = got
@@ -97,7 +101,12 @@ fn assert_close(got: &[f32], want: &[f32], what: &str) {
         .zip(want)
         .map(|(g, w)| (g - w).abs())
         .fold(0.0f32, |m, d| if d.is_nan() { f32::INFINITY } else { m.max(d) });
-    assert!(worst <= TOLERANCE * scale, "{what}: off by {worst} of {scale}");
+    worst / scale
+}
+
+fn assert_close(got: &[f32], want: &[f32], what: &str) {
+    let off = off_by(got, want);
+    assert!(off <= TOLERANCE, "{what}: off by {off} of the largest");
 }
 
 fn compare(mut cpu: Engine, mut gpu: GpuEngine, n: usize, what: &str) {
@@ -257,11 +266,15 @@ fn agree(open: &dyn Fn() -> Split, request: GpuRequest, share: f32, what: &str) 
         let want = cpu.forward(&[token], Logits::Last).unwrap();
         let got = gpu.forward(token).unwrap();
         token = greedy(&want);
-        if base.mode == Mode::Exact || gpu.last_active().unwrap() == cpu.last_active() {
-            assert_close(&got, &want, &format!("{what}, token {i}"));
+        let off = off_by(&got, &want);
+        let is_close =
+            off <= TOLERANCE && (base.mode == Mode::Exact || gpu.last_active().unwrap() == cpu.last_active());
+        if is_close {
             assert_eq!(greedy(&got), token, "{what}, token {i}");
             same += 1;
         }
+        let may_differ = base.mode != Mode::Exact && off <= OTHER_NEURON;
+        assert!(is_close || may_differ, "{what}, token {i}: off by {off} of the largest");
     }
     assert!(same >= 7, "{what}: {same} of 8 tokens with the same neurons");
     gpu
@@ -448,11 +461,15 @@ fn layers_that_the_host_chooses_and_computes_are_those_of_the_cpu_engine() {
             let before = gpu.account();
             gpu.forward(5).unwrap();
             let (after, streamed) = (gpu.account(), gpu.plan().streamed_bytes_per_token);
-            // The threads have all rows, and the link the sketches of the other layers, without the places' room.
+            // The threads have all rows but those of neurons whose down row is not read, and the link the sketches of the other
+            // layers, without the places' room.
             let (crossed, most) = (after.link_bytes - before.link_bytes, streamed * (4 - layers as u64) / 4);
+            let row_bytes = open().layers()[0].bundles().of(0).bundle_bytes() / 3;
+            let others =
+                if thresholds == Some(true) { config.intermediate_size / 8 * row_bytes * (4 - layers) } else { 0 };
             assert!(
-                crossed <= most && most - crossed <= (6 * 256 * (4 - layers)) as u64,
-                "{what}: {crossed} of {most}"
+                crossed <= most + others as u64 && most <= crossed + (6 * 256 * (4 - layers)) as u64,
+                "{what}: {crossed} of {most}, and at most {others} of rows"
             );
             if is_plain && layers == 4 {
                 let rows = open().sketch_form().row_bytes(config.hidden_size);

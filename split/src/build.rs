@@ -16,7 +16,7 @@ use crate::{Error, LayerEncodings, SketchForm, chunk::Compression, sketch};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thermocline_calibrate::coactivation::BitMatrix;
-use thermocline_calibrate::{ActiveSet, Input, Profile, disk};
+use thermocline_calibrate::{ActiveSet, Profile, disk};
 use thermocline_datasets::{Checkpoint, ModelConfig};
 use thermocline_kernels::{Encoding, ScaleFit};
 use xxhash_rust::xxh3::xxh3_128;
@@ -264,11 +264,7 @@ fn build(
         if partial.has_layer(l, &files) {
             resumed_layers += 1;
         } else {
-            let statistics = profile.layer(l)?;
-            let moment = profile.second_moment(l, Input::Ffn)?.ok_or_else(|| Error::Settings {
-                what: "the profile has no second moments, which predictors are fitted from; calibrate again".to_owned(),
-            })?;
-            let packed = pack_layer(checkpoint, l, &statistics, &moment, &sections, order, options, &packing)?;
+            let packed = pack_layer(checkpoint, profile, l, &sections, order, options, &packing)?;
             let (mut first, layer_neurons) = (0, packed.order.len());
             for (s, ((n, encoding), planes)) in sections.iter().zip(&packed.sections).enumerate() {
                 let place = Place { layer: l, neurons: first..first + n, layer_neurons };

@@ -7,10 +7,9 @@ use crate::manifest::Packing;
 use crate::order::{OrderKind, outliers_first};
 use crate::planes::{lay_out, pack_row};
 use crate::sketch::{Feedback, Sketch, pack_alone};
-use ndarray::Array2;
 use rayon::prelude::*;
-use thermocline_calibrate::LayerStatistics;
 use thermocline_calibrate::predictor::{self, LowRank};
+use thermocline_calibrate::{Input, LayerStatistics, Profile};
 use thermocline_datasets::Checkpoint;
 use thermocline_kernels::exact::PackedRow;
 use thermocline_kernels::{Encoding, PackError, RowRef, ScaleFit, pack, unpack};
@@ -87,24 +86,26 @@ impl PackedLayer {
     }
 }
 
-/// Encodes layer `l`, whose neurons have these encodings: how many, hottest first. `moment`: the second moment of the input of gate and
-/// up, `[hidden, hidden]`.
+/// Encodes layer `l`, whose neurons have these encodings: how many, hottest first.
 pub(crate) fn pack_layer(
     checkpoint: &dyn Checkpoint,
+    profile: &Profile,
     l: usize,
-    statistics: &LayerStatistics,
-    moment: &Array2<f64>,
     sections: &[(usize, Encoding)],
     kind: OrderKind,
     options: &SplitOptions,
     packing: &Packing,
 ) -> Result<PackedLayer> {
+    let statistics = profile.layer(l)?;
+    let moment = profile.second_moment(l, Input::Ffn)?.ok_or_else(|| Error::Settings {
+        what: "the profile has no second moments, which predictors are fitted from; calibrate again".to_owned(),
+    })?;
     let name = |p: &str| format!("model.layers.{l}.mlp.{p}_proj.weight");
     let (gate, up) = (checkpoint.load(&name("gate"))?, checkpoint.load(&name("up"))?);
     let hidden = checkpoint.config().hidden_size;
     let ffn = gate.len() / hidden;
     let down = transpose(&checkpoint.load(&name("down"))?, hidden, ffn);
-    let rates = rates(statistics, packing);
+    let rates = rates(&statistics, packing);
     let order = kind.order(&rates, &statistics.active, packing.chunk_neurons);
     let order = outliers_first(order, &statistics.energy, options.outlier_neurons(ffn, packing.chunk_neurons));
 
@@ -112,7 +113,7 @@ pub(crate) fn pack_layer(
     let (by_moments, plain) = (options.scales.fit(Some(&moments)), options.scales.fit(None));
     let is_rounded =
         options.rounding == Rounding::Feedback && sections.iter().any(|(_, e)| is_rounded_with_feedback(*e));
-    let feedback = (is_rounded || options.sketch.is_some()).then(|| Feedback::new(moment)).transpose()?;
+    let feedback = (is_rounded || options.sketch.is_some()).then(|| Feedback::new(&moment)).transpose()?;
     // A down column adds to every output alike: no channel of it counts more than another, and none makes good what another loses.
     let of_inputs = feedback.as_ref().filter(|_| options.rounding == Rounding::Feedback);
     let sources = [
@@ -132,7 +133,7 @@ pub(crate) fn pack_layer(
 
     let norms: Vec<f32> = down.chunks_exact(hidden).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
     let fitted =
-        predictor::fit_low_rank(moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
+        predictor::fit_low_rank(&moment, &gate, &up, &norms, checkpoint.config().activation, packing.predictor_rank)?;
     let sketch = options.sketch.zip(feedback.as_ref());
     let sketch = sketch.map(|(form, feedback)| Sketch::fit(form, feedback, &gate, &up, &down, norms.clone()));
     let left_by = |sketch: &Sketch| {
@@ -165,7 +166,7 @@ pub(crate) fn pack_layer(
         predictor_neurons: neurons.concat(),
         activation_rate: floats(&|id| rates[id] as f32),
         energy: floats(&|id| statistics.energy[id] as f32),
-        trace: reorder_bits(statistics, &order),
+        trace: reorder_bits(&statistics, &order),
         sketch: sketch.map(Sketch::into_bytes).unwrap_or_default(),
         residuals,
         order,
