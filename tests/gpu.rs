@@ -774,6 +774,32 @@ fn layers_that_differ_and_layers_of_several_encodings_give_what_the_cpu_engine_g
     }
 }
 
+/// A plan that has no room for all neurons says what attention in q4 would leave to them.
+#[test]
+fn plans_say_what_attention_in_q4_would_spare() {
+    let mode = Mode::Exact;
+    let mut of_q4 = 0;
+    for attention in ["q4", "q8", "bf16"] {
+        let dir = split(&llama(), "q4", &["--attention-encoding", attention]);
+        let split = Split::open(&dir).unwrap();
+        let (least, whole) = vram_range_of(&split, &device(), mode);
+        let plan = |vram| GpuPlan::new(&split, gpu_request(&device(), mode, vram, None)).unwrap();
+        assert_eq!(plan(whole).attention_in_q4_spares, None);
+        let (spared, matrices) = (plan(least).attention_in_q4_spares, plan(least).fixed.matrices);
+        if attention == "q4" {
+            assert_eq!(spared, None);
+            of_q4 = matrices;
+            continue;
+        }
+        // Matrices end at a multiple of 256.
+        let (spared, rounding) = (spared.unwrap(), (4 * 256 * split.manifest().config.n_layers) as u64);
+        assert!(
+            spared > 0 && (matrices - of_q4).abs_diff(spared) <= rounding,
+            "{attention}: {spared}, {matrices}, {of_q4}"
+        );
+    }
+}
+
 /// Attention in an encoding of its own, under tied and untied heads.
 #[test]
 fn attention_in_another_encoding_gives_what_the_cpu_engine_gives() {

@@ -116,6 +116,11 @@ impl<'a> StoredMatrix<'a> {
         self.planes[0].1
     }
 
+    /// Whether it is one of attention's.
+    pub fn is_attention(&self) -> bool {
+        is_attention(&self.entry().name)
+    }
+
     /// The tensors of the planes and their files, the base first.
     pub fn planes(&self) -> &[(&'a TensorFile, &'a TensorEntry)] {
         &self.planes

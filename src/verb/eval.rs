@@ -623,7 +623,10 @@ pub fn model_name(path: &Path) -> String {
 
 /// How neurons are encoded, or that they are a checkpoint's.
 pub fn encoding(model: &Model) -> String {
-    model.split().map_or_else(|| "checkpoint".to_owned(), |s| s.manifest().packing.ffn_encoding.clone())
+    let Some(split) = model.split() else { return "checkpoint".to_owned() };
+    let packing = &split.manifest().packing;
+    let attention = packing.attention_encoding.as_ref().map_or(String::new(), |own| format!("; attention {own}"));
+    format!("{}{attention}", packing.ffn_encoding)
 }
 
 /// A line a result.

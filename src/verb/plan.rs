@@ -262,6 +262,12 @@ pub fn print_gpu(plan: &GpuPlan, has_sketches: bool) {
     if plan.audit_bytes > 0 {
         row("RAM", plan.audit_bytes, "while tokens are audited (--audit-every)".to_owned());
     }
+    if let Some(bytes) = plan.attention_in_q4_spares {
+        println!(
+            "note: attention in q4 (split --attention-encoding q4) would leave {} more to neurons",
+            format_bytes(bytes)
+        );
+    }
     if let Some(bytes) = plan.streamed_in_two_bits {
         println!(
             "note: of sketches in 2.1 bits (split --sketch-bits 2.1), which diverge more at the same share, every token would read {} from RAM",

@@ -77,6 +77,7 @@ pub fn gpu_plan() -> GpuPlan {
         streamed_sketches: 0,
         streamed_bytes_per_token: 0,
         streamed_in_two_bits: None,
+        attention_in_q4_spares: None,
         chooser_bytes_per_token: 200_000,
         spare_sketch_bytes: 0,
         host_sketch_bytes: 0,

@@ -15,8 +15,8 @@ use crate::{Error, PlanRequest, PlannedSection, Result};
 use serde::Serialize;
 use std::borrow::Cow;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use thermocline_kernels::LayerLayout;
 use thermocline_kernels::cuda::launch::{Heads, MAX_SPLITS};
+use thermocline_kernels::{Encoding, LayerLayout};
 use thermocline_split::{Format, LayerFile, SketchForm, Split, StoredMatrix, TensorEntry};
 
 /// Every piece of device memory begins at a multiple of this.
@@ -131,6 +131,8 @@ pub struct GpuPlan {
     pub streamed_bytes_per_token: u64,
     /// The same if sketches had two bits of all rows, if they have not and there are any.
     pub streamed_in_two_bits: Option<u64>,
+    /// Device bytes that attention's matrices in q4 would leave to neurons, if these do not all lie there and attention is in more bits.
+    pub attention_in_q4_spares: Option<u64>,
     /// Bytes of predictors or sketches that a token reads from device memory.
     pub chooser_bytes_per_token: u64,
     /// Device bytes of sketches that could lie in pinned memory, too.
@@ -278,6 +280,7 @@ impl GpuPlan {
             streamed_sketches: 0,
             streamed_bytes_per_token: 0,
             streamed_in_two_bits: None,
+            attention_in_q4_spares: None,
             chooser_bytes_per_token: fixed.predictors,
             spare_sketch_bytes: 0,
             host_sketch_bytes: 0,
@@ -317,6 +320,8 @@ impl GpuPlan {
         let in_use: Vec<_> = split.layers().iter().map(|file| plan.layout(file)).collect();
         let in_use = || in_use.iter().map(Cow::as_ref);
         plan.hot_bytes = prefixes_of(in_use(), &plan.hot_neurons);
+        let spared = Some(attention_in_q4_spares(split)).filter(|bytes| *bytes > 0);
+        plan.attention_in_q4_spares = spared.filter(|_| plan.hot_neurons.iter().any(|&hot| hot < n));
         plan.sections = sections(in_use());
         plan.mixed_cold_layers = in_use().zip(&plan.hot_neurons).filter(|(l, h)| !is_cold_alike(l, **h)).count();
         let caches = layouts(split).zip(&plan.hot_neurons).zip(&plan.cache_sets);
@@ -662,6 +667,15 @@ fn device_matrix_bytes(split: &Split) -> u64 {
         aligned((m.entry().rows * stride) as u64)
     };
     matrices.iter().map(bytes).sum()
+}
+
+/// How many fewer they were with attention's in q4.
+fn attention_in_q4_spares(split: &Split) -> u64 {
+    let of = |m: &StoredMatrix<'_>| {
+        let each = m.row_bytes().saturating_sub(Encoding::Q4.row_stride(m.layout().hidden_size()));
+        (m.entry().rows * each) as u64
+    };
+    device_matrices(split).filter(StoredMatrix::is_attention).map(|m| of(&m)).sum()
 }
 
 fn fixed_bytes(sections: Sections<'_>, request: &GpuRequest, n_splits: usize, prefill_neurons: usize) -> GpuBytes {
