@@ -347,8 +347,8 @@ pub struct Calibrate {
     /// Profile directory to write
     #[arg(short, long, required = true)]
     pub output: Option<PathBuf>,
-    /// Leave out what rounds attention's rows with feedback: twice 4 bytes times the hidden size squared for each layer, two thirds of a
-    /// large model's profile
+    /// Leave out what attention's rows are rounded by (split --rounding): 12 bytes times the hidden size squared for each layer, three
+    /// quarters of a large model's profile
     #[arg(long)]
     pub no_attention_moments: bool,
     /// Continue an interrupted run
@@ -443,7 +443,7 @@ pub struct Split {
     /// Encoding of embedding, attention and head [default: q8, or as exact as --encoding]
     #[arg(long)]
     pub resident_encoding: Option<Encoding>,
-    /// Encoding of attention, if it is to be another: q4 spares 6 % of the layers' bytes, and half of what attention takes of VRAM
+    /// Encoding of attention, if it is to be another: q4 takes about half of q8's bytes, of VRAM above all
     #[arg(long, value_name = "ENCODING")]
     pub attention_encoding: Option<Encoding>,
     /// Order of the neurons

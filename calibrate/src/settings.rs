@@ -27,8 +27,8 @@ pub struct Settings {
     /// Whether to keep the second moment of the feed-forward input, `4 * hidden_size^2` bytes per layer, that the
     /// low-rank predictor is fitted from.
     pub second_moment: bool,
-    /// Whether to keep those of the inputs of attention's projections, too: as much again twice, that its rows are rounded by. Not
-    /// in profiles of version 1.
+    /// Whether to keep those of the inputs of attention's projections, too, that its rows are rounded by: three times as much again.
+    /// Not in profiles of version 1.
     #[serde(default)]
     pub attention_moments: bool,
 }
