@@ -131,8 +131,8 @@ pub fn memory_bound_bytes(config: &ModelConfig, settings: &Settings) -> u64 {
     let (q, kv) = ((config.n_heads * config.head_dim) as u64, (config.n_kv_heads * config.head_dim) as u64);
     let embedding = (4 * hidden * config.vocab_size as u64).min(crate::dense::WHOLE_TABLE_BYTES_MAX as u64);
     let layer = 4 * (hidden * (2 * q + 2 * kv) + 3 * hidden * ffn + 2 * hidden + q + 2 * kv);
-    // Residual in and out, normed, projections before and after the head layout, mixed heads; gate, up, h.
-    let buffers = 4 * window * (8 * hidden + 4 * q + 4 * kv + 3 * ffn);
+    // Residual in and out, normed, mixtures, projections before and after the head layout, mixed heads; gate, up, h.
+    let buffers = 4 * window * (10 * hidden + 4 * q + 4 * kv + 3 * ffn);
     let scores = 2 * 4 * config.n_heads as u64 * window.min(128) * window;
     // Per neuron: five counts, two f64 and two i128 sums, the histogram; twice, because it is encoded for the disk.
     let neurons = 2 * ffn * (5 * 4 + 16 + 32 + 4 * crate::statistics::HISTOGRAM_BINS as u64);
