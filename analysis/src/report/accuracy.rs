@@ -41,9 +41,9 @@ fn families(evals: &[EvalFile]) -> Vec<Family<'_>> {
             label.push_str(", decoded");
         }
         if subjects.len() > 1 {
-            label = format!("{label}, {} {}", short(&subject.0, 10), short(&subject.1, 5));
+            label = format!("{label}, {} {}", short(&subject.0, 20), short(&subject.1, 14));
         }
-        if let Some(reference) = subject.2 {
+        if let Some(reference) = subject.2.filter(|_| evals.iter().any(|f| f.reference != evals[0].reference)) {
             label = format!("{label}, against {}", short(&reference, 10));
         }
         Family { label, results }
@@ -182,8 +182,14 @@ fn divergence_by_bytes(families: &[Family<'_>]) -> Option<Figure> {
 }
 
 /// What distances are from.
-fn compared_with(families: &[Family<'_>]) -> &'static str {
-    if has_reference(families) { "dense model or reference" } else { "dense model" }
+fn compared_with(families: &[Family<'_>]) -> String {
+    let mut references: Vec<_> = families.iter().flat_map(|f| &f.results).map(|(file, _)| &file.reference).collect();
+    references.dedup();
+    match references.as_slice() {
+        [Some(only)] => format!("reference {only}"),
+        _ if has_reference(families) => "dense model or reference".to_owned(),
+        _ => "dense model".to_owned(),
+    }
 }
 
 fn has_reference(families: &[Family<'_>]) -> bool {
@@ -333,11 +339,13 @@ mod tests {
         let files = records.map(|record| serde_json::from_str::<EvalFile>(record).unwrap());
         let all = families(&files);
         let against = all.iter().filter(|f| f.label.ends_with(", against smollm2")).count();
-        assert_eq!((against, compared_with(&all)), (4, "dense model or reference"));
+        assert_eq!((against, compared_with(&all).as_str()), (4, "dense model or reference"));
         assert!(all.iter().all(|f| f.results.iter().all(|(file, _)| file.model == f.results[0].0.model)));
-        let front = divergence_by_bytes(&families(&files[..2])).unwrap().reading;
+        let of_one = families(&files[..2]);
+        assert!(of_one.iter().all(|f| !f.label.contains("against")) && compared_with(&of_one) == "reference smollm2");
+        let front = divergence_by_bytes(&of_one).unwrap().reading;
         // Thirty percent of the rows are nearer than all of them in q4, for fewer bytes.
-        assert!(front.contains("against smollm2 at 30 %") && !front.contains("dense"), "{front}");
+        assert!(front.contains("smollm2-r4 q4 at 30 %") && !front.contains("dense"), "{front}");
         assert_eq!(compared_with(&families(&files[2..])), "dense model");
     }
 }
