@@ -48,7 +48,7 @@ fn layout(config: &ModelConfig, settings: &Settings, n_samples: usize) -> Vec<Pl
     let mut start = 0;
     for placed in &mut out {
         placed.start = start;
-        start += placed.section.n_bytes() as u64;
+        start = start.saturating_add(placed.section.n_bytes() as u64);
     }
     out
 }
@@ -63,7 +63,7 @@ fn header(layout: &[Placed]) -> Vec<u8> {
             Dtype::U64 => "U64",
             Dtype::I64 => "I64",
         };
-        let end = placed.start + placed.section.n_bytes() as u64;
+        let end = placed.start.saturating_add(placed.section.n_bytes() as u64);
         let entry = json!({"dtype": dtype, "shape": placed.section.shape, "data_offsets": [placed.start, end]});
         (placed.name.clone(), entry)
     });
@@ -133,8 +133,8 @@ impl StatisticsFile {
         }
         let layout = layout(config, settings, n_samples);
         let expected = header(&layout);
-        let data_bytes = layout.last().map_or(0, |last| last.start + last.section.n_bytes() as u64);
-        let len = expected.len() as u64 + data_bytes;
+        let data_bytes = layout.last().map_or(0, |last| last.start.saturating_add(last.section.n_bytes() as u64));
+        let len = data_bytes.saturating_add(expected.len() as u64);
         if got != len {
             return Err(corrupt("length", format!("{got} bytes, expected {len}")));
         }

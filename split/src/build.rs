@@ -1,6 +1,6 @@
 //! Makes a split directory from a checkpoint and its profile, one layer at a time.
 
-use crate::error::{Result, io};
+use crate::error::{Result, corrupt, io};
 use crate::manifest::{FORMAT_VERSION, LayerEntry, Manifest, Packing, PlainFile, Source};
 use crate::order::{OrderKind, OverFetch, best_chunk, best_order, over_fetch_table};
 use crate::pack_layer::{FACTORS, PackedLayer, pack_layer};
@@ -187,6 +187,7 @@ fn build(
         return Err(Error::WrongSource { path, got, expected: model_digest });
     }
     profile.verify()?;
+    check_shape(profile, config)?;
     let settings = |what: String| Error::Settings { what };
     // A base with its coarse plane alone is a way to read, not to store.
     let of_matrices = [Some(options.resident_encoding), options.attention_encoding];
@@ -336,6 +337,17 @@ fn build(
         over_fetch,
         resumed_layers,
     })
+}
+
+/// That a profile, whatever it says of where it is from, has the sizes of the checkpoint's layers.
+fn check_shape(profile: &Profile, config: &ModelConfig) -> Result<()> {
+    let sizes = |c: &ModelConfig| [c.n_layers, c.hidden_size, c.intermediate_size, c.n_heads, c.n_kv_heads, c.head_dim];
+    let (got, expected) = (sizes(profile.config()), sizes(config));
+    if got == expected {
+        return Ok(());
+    }
+    let reason = format!("layers, widths and heads {got:?}, the checkpoint has {expected:?}");
+    Err(corrupt(&profile.dir().join("profile.json"), "config", reason))
 }
 
 /// The activation rates that order the neurons.

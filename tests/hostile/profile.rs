@@ -1,11 +1,12 @@
 //! Profiles, which come from strangers too: what their files say is checked before anything is allocated or computed.
 
 use crate::harness::Table;
-use crate::support::{copy_dir, llama, model, profile, text};
+use crate::support::{copy_dir, fails, four_layers, llama, model, profile, splitting, text};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use tempfile::TempDir;
 
 fn sound(folder: &Path) {
     copy_dir(&profile(&llama()), folder);
@@ -48,6 +49,11 @@ fn profiles_that_make_no_sense() {
             set(folder, keys, value);
         });
     }
+    table.made(3, "config-heads-whose-squares-overflow", |folder| {
+        sound(folder);
+        set(folder, "/config/n_heads", json!(1 << 14));
+        set(folder, "/config/head_dim", json!(1 << 20));
+    });
     for (name, bytes) in [
         ("empty-meta", Vec::new()),
         ("deep-meta", b"[".repeat(100_000)),
@@ -94,4 +100,16 @@ fn statistics_that_were_changed_are_not_split_with() {
     table.refused(20, "flipped-bit", &folder, &args);
     assert!(!out.exists());
     table.check();
+}
+
+/// With the digest of a model that it is not of.
+#[test]
+fn a_profile_of_another_shape_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let forged = dir.path().join("profile");
+    copy_dir(&profile(&four_layers()), &forged);
+    let meta: Value = serde_json::from_slice(&fs::read(profile(&llama()).join("profile.json")).unwrap()).unwrap();
+    set(&forged, "/model_digest", meta["model_digest"].clone());
+    let said = fails(4, &splitting(&model(&llama()), &forged, &[], &dir.path().join("split")));
+    assert!(said.contains("profile.json: config: layers, widths and heads"), "{said}");
 }

@@ -52,9 +52,9 @@ pub(crate) fn from_fixed_moment(total: i64) -> f64 {
     total as f64 / MOMENT_SCALE
 }
 
-/// Entries on and above the diagonal of an `n` by `n` matrix.
+/// Entries on and above the diagonal of an `n` by `n` matrix; as many as there are numbers, if there are more.
 pub(crate) fn triangle_len(n: usize) -> usize {
-    n * (n + 1) / 2
+    n.saturating_mul(n.saturating_add(1)) / 2
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ pub(crate) struct Section {
 
 impl Section {
     pub(crate) fn n_bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.n_bytes()
+        self.shape.iter().fold(self.dtype.n_bytes(), |n, length| n.saturating_mul(*length))
     }
 }
 
